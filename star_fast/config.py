@@ -1,0 +1,289 @@
+"""Every setting of a run, as typed dataclasses: meaning, unit and the paper's value at each field. Standard library only.
+
+Values that the paper gives are marked (paper), values of LlamaGen (LlamaGen), choices made here because neither says (choice).
+Contradictions and unknown keys raise ConfigError with the field's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting contradicts another or cannot be read; the message names the field."""
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The LlamaGen transformer (method.md section 3). Sizes that follow from the codes may be left at 0: the code store fills them in."""
+
+    blocks: int = 12  # transformer blocks, L
+    heads: int = 12  # attention heads, H
+    width: int = 768  # D; the head size is width / heads
+    vocab: int = 0  # codebook entries, V; 0: from the code store (LlamaGen: 16384)
+    positions: int = 0  # sequence length, T; 0: from the code store (256 px: 256)
+    num_classes: int = 0  # classes without the null class; 0: from the code store (ImageNet: 1000)
+    dropout: float = 0.1  # on embeddings, attention output and feed-forward output, student only (LlamaGen)
+    label_dropout: float = 0.1  # share of labels replaced by the null class (LlamaGen)
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "heads", "width"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        for name in ("vocab", "positions", "num_classes"):
+            _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 (from the code store) or more")
+        _require(self.vocab <= 65536, "model.vocab", self.vocab, "at most 65536 (codes are stored as uint16)")
+        _require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads = {self.heads}")
+        _require(self.width // self.heads % 4 == 0, "model.width", self.width, "a head size (width / heads) that is a multiple of 4, for 2-D rotary")
+        for name in ("dropout", "label_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "a share in [0, 1)")
+
+    @property
+    def head_size(self) -> int:
+        """E = D / H."""
+        return self.width // self.heads
+
+    @property
+    def feed_forward(self) -> int:
+        """Feed-forward width F: int(2 * 4D / 3) rounded up to a multiple of 256 (LlamaGen)."""
+        return (int(2 * 4 * self.width / 3) + 255) // 256 * 256
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """ST-AR (method.md section 2). With views 1, mask_ratio 0 and both weights 0 it is plain LlamaGen training: no teacher, projector or mask exists."""
+
+    views: int = 2  # augmented views of each image in a step, M (paper)
+    mask_ratio: float = 0.25  # share of image positions hidden as attention keys, r (paper)
+    mim_weight: float = 1.0  # alpha, weight of the masked-feature loss (paper); 0 switches it off
+    contrast_weight: float = 0.5  # beta, weight of the two contrastive losses together (paper); 0 switches both off
+    step_contrast: bool = True  # the inter-step loss, L_step (paper)
+    view_contrast: bool = True  # the inter-view loss, L_view (paper)
+    contrast_positions: int = 4  # positions drawn per step for the contrastive losses, K (paper)
+    contrast_depth: int = 0  # block whose output is contrasted, counted from 1 (paper: B 6, L 18, XL 18); 0: half the blocks
+    temperature: float = 0.2  # tau of both contrastive losses (choice)
+    ema_decay: float = 0.9999  # of the teacher, per optimizer step (paper)
+    ema_warmup: bool = True  # decay = min(ema_decay, (1 + step) / (10 + step)) (choice)
+    projector_width: int = 2048  # hidden width of the student's projector (choice)
+    projector_layers: int = 3  # linear layers of the projector (choice)
+
+    def __post_init__(self) -> None:
+        _require(self.views >= 1, "method.views", self.views, "at least 1")
+        _require(0 <= self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "a share in [0, 1)")
+        _require(self.mim_weight >= 0, "method.mim_weight", self.mim_weight, "0 or more")
+        _require(self.contrast_weight >= 0, "method.contrast_weight", self.contrast_weight, "0 or more")
+        _require(self.contrast_positions >= 1, "method.contrast_positions", self.contrast_positions, "at least 1")
+        _require(self.contrast_depth >= 0, "method.contrast_depth", self.contrast_depth, "0 (half the blocks) or a block number")
+        _require(self.temperature > 0, "method.temperature", self.temperature, "more than 0")
+        _require(0 <= self.ema_decay < 1, "method.ema_decay", self.ema_decay, "in [0, 1)")
+        _require(self.projector_width >= 1, "method.projector_width", self.projector_width, "at least 1")
+        _require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "at least 1")
+        if self.contrast_weight > 0 and self.view_contrast:
+            _require(self.views >= 2, "method.views", self.views, "at least 2 for method.view_contrast (or switch that off)")
+        if self.contrast_weight > 0 and self.step_contrast:
+            _require(self.contrast_positions >= 2, "method.contrast_positions", self.contrast_positions, "at least 2 for method.step_contrast (or switch that off)")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether a contrastive loss is on (then a projector exists)."""
+        return self.contrast_weight > 0 and (self.step_contrast or self.view_contrast)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any loss needs the EMA teacher."""
+        return self.mim_weight > 0 or self.contrasts
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (method.md section 2, Optimisation)."""
+
+    lr_per_256_images: float = 1e-4  # learning rate for 256 images a step; scaled linearly with images_per_step (LlamaGen)
+    beta1: float = 0.9  # (paper)
+    beta2: float = 0.95  # (LlamaGen; the paper's 0.05 is a misprint)
+    weight_decay: float = 0.05  # on every tensor of rank >= 2 (paper)
+    eps: float = 1e-8  # of AdamW
+    clip_norm: float = 1.0  # largest global gradient norm; 0: off (LlamaGen)
+    schedule: typing.Literal["constant", "cosine"] = "constant"  # after warm-up (LlamaGen: constant)
+    warmup_steps: int = 0  # linear warm-up of the learning rate (choice)
+    final_lr_share: float = 0.0  # cosine ends at this share of the peak
+
+    def __post_init__(self) -> None:
+        _require(self.lr_per_256_images > 0, "optim.lr_per_256_images", self.lr_per_256_images, "more than 0")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("weight_decay", "clip_norm", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        _require(self.eps > 0, "optim.eps", self.eps, "more than 0")
+        _require(self.schedule in ("constant", "cosine"), "optim.schedule", self.schedule, "'constant' or 'cosine'")
+        _require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", self.final_lr_share, "a share in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, in which precision, on which ZeRO stage."""
+
+    images_per_step: int = 256  # images of one optimizer step over all ranks (each gives `method.views` sequences) (LlamaGen)
+    micro_batch_images: int = 0  # images of one rank's forward pass; 0: images_per_step / ranks. Smaller: accumulation, and fewer negatives
+    epochs: float = 50.0  # passes over the training images (paper: 50 and 300); counts images, not views
+    max_steps: int = 0  # optimizer steps; 0: from epochs
+    precision: typing.Literal["bf16", "fp32"] = "bf16"  # of weights and activations; master weights are float32 (LlamaGen)
+    zero_stage: int = 1  # DeepSpeed ZeRO stage
+    block_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
+    seed: int = 0  # of initial weights, masks, views, position sets and dropout
+    save_every_steps: int = 1000  # steps between checkpoints; also saved at the end and on Ctrl-C
+    keep_checkpoints: int = 2  # older ones are removed
+    log_every_steps: int = 10  # steps between lines of metrics.jsonl and TensorBoard
+    validate_every_steps: int = 500  # steps between losses on the held-out split; 0: never
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.images_per_step >= 1, "train.images_per_step", self.images_per_step, "at least 1")
+        _require(self.micro_batch_images >= 0, "train.micro_batch_images", self.micro_batch_images, "0 (all at once) or more")
+        if self.micro_batch_images:
+            _require(self.images_per_step % self.micro_batch_images == 0, "train.micro_batch_images", self.micro_batch_images,
+                     f"a divisor of train.images_per_step = {self.images_per_step}")
+        _require(self.epochs > 0, "train.epochs", self.epochs, "more than 0")
+        _require(self.max_steps >= 0, "train.max_steps", self.max_steps, "0 (from train.epochs) or more")
+        _require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
+        _require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2")
+        for name in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.validate_every_steps >= 0, "train.validate_every_steps", self.validate_every_steps, "0 (never) or more")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The VQ tokenizer (method.md section 3): shape, and how a small one is trained on own images."""
+
+    base_channels: int = 128  # (LlamaGen)
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # per level; len - 1 halvings: 16x downsampling (LlamaGen VQ-16)
+    residual_blocks: int = 2  # per level of the encoder; the decoder has one more (LlamaGen)
+    z_channels: int = 256  # (LlamaGen)
+    code_channels: int = 8  # codebook entry length (LlamaGen)
+    codebook: int = 16384  # entries, V (LlamaGen)
+    image_channels: int = 3
+    image_size: int = 256  # pixels, square
+    steps: int = 600  # training steps of `star-fast prepare` when no tokenizer is given
+    images_per_step: int = 64
+    lr: float = 2e-3  # AdamW, cosine to 0
+    commitment: float = 0.25  # weight of the commitment loss (VQ-VAE)
+    reseed_every_steps: int = 50  # codes unused for so long are moved onto current encoder outputs
+
+    def __post_init__(self) -> None:
+        for name in ("base_channels", "residual_blocks", "z_channels", "code_channels", "codebook", "image_channels", "image_size",
+                     "steps", "images_per_step", "reseed_every_steps"):
+            _require(getattr(self, name) >= 1, f"tokenizer.{name}", getattr(self, name), "at least 1")
+        _require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, "tokenizer.multipliers", self.multipliers, "one factor >= 1 per level")
+        _require(self.codebook <= 65536, "tokenizer.codebook", self.codebook, "at most 65536 (codes are stored as uint16)")
+        _require(self.image_size % self.downsampling == 0, "tokenizer.image_size", self.image_size, f"a multiple of the downsampling {self.downsampling}")
+        _require(self.lr > 0, "tokenizer.lr", self.lr, "more than 0")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one code stands for."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def positions(self) -> int:
+        """Codes of one image, T."""
+        return (self.image_size // self.downsampling) ** 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the codes are, and how `star-fast prepare` makes them."""
+
+    codes: str = ""  # the code store: a folder written by `star-fast prepare`
+    views: typing.Literal["ten-crop", "small-affine"] = "ten-crop"  # four corners and centre, each with its mirror image (LlamaGen); or small rotations, shifts, scalings
+    crop_range: float = 1.1  # ten-crop: images are resized to int(image_size * crop_range) first (LlamaGen: 1.1 or 1.05)
+    affine_views: int = 8  # small-affine: views of each image
+    held_out_share: float = 0.1  # share of each class held out from all training (choice)
+
+    def __post_init__(self) -> None:
+        _require(self.views in ("ten-crop", "small-affine"), "data.views", self.views, "'ten-crop' or 'small-affine'")
+        _require(self.crop_range >= 1, "data.crop_range", self.crop_range, "at least 1")
+        _require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
+        _require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run; saved, resolved, as config.yaml in its run folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.method.contrast_depth <= self.model.blocks, "method.contrast_depth", self.method.contrast_depth,
+                 f"at most model.blocks = {self.model.blocks}")
+        if self.model.positions and self.method.contrasts:
+            _require(self.method.contrast_positions <= self.model.positions, "method.contrast_positions", self.method.contrast_positions,
+                     f"at most model.positions = {self.model.positions}")
+
+    @property
+    def contrast_depth(self) -> int:
+        """The block whose output is contrasted, counted from 1."""
+        return self.method.contrast_depth or max(1, self.model.blocks // 2)
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate at this number of images a step."""
+        return self.optim.lr_per_256_images * self.train.images_per_step / 256
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain nested dicts, lists and numbers, ready for YAML or JSON."""
+    return {f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else list(v) if isinstance(v, tuple) else v
+            for f in dataclasses.fields(config)}
+
+
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
+    """The config of class `cls` from nested dicts; missing keys keep their defaults.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a contradiction; the message names the field.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__}: expected a mapping of settings, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}{key}: unknown setting; known here: {', '.join(sorted(known))}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, name + ".")
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        _require(value in typing.get_args(hint), name, value, " or ".join(map(repr, typing.get_args(hint))))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return value if value is None else _convert(next(a for a in typing.get_args(hint) if a is not type(None)), value, name)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), name, value, "a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), name, value, f"a value of type {hint.__name__}")
+    return value

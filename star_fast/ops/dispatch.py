@@ -1,0 +1,168 @@
+"""The registry of ops and the one switch that chooses a backend.
+
+An op is a public function in `star_fast/ops/<name>.py`. Its `reference` is plain torch. Further backends are modules, loaded by
+name at first use, that define four functions with the op's own arguments:
+
+    run(...)       computes the op (with gradients, where the op has them)
+    why_not(...)   None, or one sentence saying why this call cannot be served
+    fake(...)      an empty result of the right shape, dtype and device (for FakeTensors, which no kernel accepts)
+    launches(...)  the kernel launches of the forward pass, as a list of `Launch`
+
+Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order for the
+device. A backend that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives
+way to the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+log = logging.getLogger(__name__)
+
+
+class Launch(NamedTuple):
+    """One kernel launch: the kernel's name and its grid (numbers of programs)."""
+
+    kernel: str
+    grid: tuple[int, ...]
+
+
+class Cost(NamedTuple):
+    """What one call must do at least: bytes read and written (each input and output once) and floating-point operations."""
+
+    bytes_moved: int
+    flops: int
+
+
+class Recorded(NamedTuple):
+    """One op call seen on FakeTensors: which backend was chosen and what it would launch."""
+
+    op: str
+    backend: str
+    launches: list[Launch]
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+@dataclass
+class _Op:
+    name: str
+    reference: Callable[..., Any]
+    modules: dict[str, str]
+    order: dict[str, tuple[str, ...]]
+    loaded: dict[str, ModuleType] = field(default_factory=dict)
+
+    def module(self, backend: str) -> ModuleType:
+        if backend not in self.loaded:
+            self.loaded[backend] = importlib.import_module(self.modules[backend])
+        return self.loaded[backend]
+
+
+_OPS: dict[str, _Op] = {}
+_override: str | None = None  # a plain global: torch.compile traces it, a ContextVar it does not
+_gave_way: set[tuple[str, str, str]] = set()
+_recorder: list[Recorded] | None = None
+
+
+def register(name: str, reference: Callable[..., Any], *, modules: dict[str, str] | None = None,
+             order: dict[str, tuple[str, ...]] | None = None) -> None:
+    """Make an op known: `modules` maps backend names to module paths, `order` lists per device type what to try before the reference."""
+    _OPS[name] = _Op(name, reference, modules or {}, order or {})
+
+
+def op_names() -> list[str]:
+    """Names of all registered ops, in order of registration."""
+    return list(_OPS)
+
+
+def backends(name: str) -> list[str]:
+    """Names of an op's backends, the reference last."""
+    return [*_OPS[name].modules, "reference"]
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block every op runs on `backend`; an op that has no backend of that name raises."""
+    global _override
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Recorded]]:
+    """Within the block, calls on FakeTensors are noted: yields the growing list of `Recorded`."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | None = None, *, backend: str | None = None) -> Any:
+    """Run op `name` on the backend chosen for this call. Called by the public functions only, after they checked their arguments.
+
+    Raises:
+        BackendUnavailable: `backend`, `use_backend` or STAR_FAST_BACKEND names one that does not exist or cannot serve the call.
+    """
+    op, kwargs = _OPS[name], kwargs or {}
+    asked = backend or _override or os.environ.get("STAR_FAST_BACKEND")
+    if asked is not None:
+        return _run(op, asked, *_usable(op, asked, args, kwargs), args, kwargs)
+    for candidate in op.order.get(device.type, ()):
+        module, reason = _try(op, candidate, args, kwargs)
+        if reason is None:
+            return _run(op, candidate, module, args, kwargs)
+        if (name, candidate, reason) not in _gave_way:
+            _gave_way.add((name, candidate, reason))
+            log.info("%s: backend %s gives way: %s", name, candidate, reason)
+    return _run(op, "reference", None, args, kwargs)
+
+
+def _try(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
+    try:
+        module = op.module(backend)
+    except ImportError as error:
+        return None, f"{op.modules[backend]} cannot be imported: {error}"
+    return module, module.why_not(*args, **kwargs)
+
+
+def _usable(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple[ModuleType | None]:
+    if backend == "reference":
+        return (None,)
+    if backend not in op.modules:
+        raise BackendUnavailable(f"{op.name}: no backend {backend!r}; it has {', '.join(backends(op.name))}")
+    module, reason = _try(op, backend, args, kwargs)
+    if reason is not None:
+        raise BackendUnavailable(f"{op.name}: backend {backend!r} was asked for and cannot serve this call: {reason}")
+    return (module,)
+
+
+def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    fake = _any_fake(args) or _any_fake(tuple(kwargs.values()))
+    if fake and _recorder is not None:
+        _recorder.append(Recorded(op.name, backend, module.launches(*args, **kwargs) if module else []))
+    if module is None:
+        return op.reference(*args, **kwargs)
+    return (module.fake if fake else module.run)(*args, **kwargs)
+
+
+def _any_fake(values: Any) -> bool:
+    if isinstance(values, FakeTensor):
+        return True
+    return isinstance(values, (tuple, list)) and any(_any_fake(value) for value in values)

@@ -89,7 +89,8 @@ class MethodConfig:
         if self.contrast_weight > 0 and self.view_contrast:
             _require(self.views >= 2, "method.views", self.views, "at least 2 for method.view_contrast (or switch that off)")
         if self.contrast_weight > 0 and self.step_contrast:
-            _require(self.contrast_positions >= 2, "method.contrast_positions", self.contrast_positions, "at least 2 for method.step_contrast (or switch that off)")
+            _require(self.contrast_positions >= 2, "method.contrast_positions", self.contrast_positions,
+                     "at least 2 for method.step_contrast (or switch that off)")
 
     @property
     def contrasts(self) -> bool:
@@ -203,7 +204,8 @@ class DataConfig:
     """Where the codes are, and how `star-fast prepare` makes them."""
 
     codes: str = ""  # the code store: a folder written by `star-fast prepare`
-    views: typing.Literal["ten-crop", "small-affine"] = "ten-crop"  # four corners and centre, each with its mirror image (LlamaGen); or small rotations, shifts, scalings
+    # "ten-crop": four corners and centre, each with its mirror image (LlamaGen); "small-affine": small rotations, shifts, scalings.
+    views: typing.Literal["ten-crop", "small-affine"] = "ten-crop"
     crop_range: float = 1.1  # ten-crop: images are resized to int(image_size * crop_range) first (LlamaGen: 1.1 or 1.05)
     affine_views: int = 8  # small-affine: views of each image
     held_out_share: float = 0.1  # share of each class held out from all training (choice)

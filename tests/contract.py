@@ -26,17 +26,24 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def run_with_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: tuple[str, ...], cotangent_seed: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output of `function(**arguments)` and the gradient of every argument in `wanted`, for one fixed random cotangent."""
+def run_with_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: tuple[str, ...],
+                       cotangent_seed: int = 1) -> tuple[Any, dict[str, Tensor]]:
+    """Output of `function(**arguments)` (a tensor or a tuple of tensors) and the gradient of every argument in `wanted`, for one fixed random cotangent."""
     arguments = {name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_() if name in wanted else value
                  for name, value in arguments.items()}
     out = function(**arguments)
+    outs = out if isinstance(out, tuple) else (out,)
+    detached = tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()
     if not wanted:
-        return out.detach(), {}
+        return detached, {}
     generator = torch.Generator().manual_seed(cotangent_seed)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
-    gradients = torch.autograd.grad(out, [arguments[name] for name in wanted], cotangent)
-    return out.detach(), dict(zip(wanted, gradients, strict=True))
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outs]
+    gradients = torch.autograd.grad(outs, [arguments[name] for name in wanted], cotangents)
+    return detached, dict(zip(wanted, gradients, strict=True))
+
+
+def _as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
 
 
 def assert_error_rule(what: str, got: Tensor, same_dtype: Tensor, truth: Tensor, floor: float | None = None) -> None:
@@ -69,8 +76,9 @@ def check_op(op: Any, backend: str, arguments: dict[str, Any], wanted: tuple[str
     truth, truth_gradients = run_with_gradients(op.reference, exact, wanted)
     plain, plain_gradients = run_with_gradients(op.reference, rounded, wanted)
     got, gradients = run_with_gradients(lambda **kw: public(**kw, backend=backend), rounded, wanted)
-    assert got.dtype == plain.dtype and got.device == plain.device, f"{name}: {got.dtype} on {got.device}, expected {plain.dtype} on {plain.device}"
-    assert_error_rule(f"{name} [{backend}, {dtype}] output", got, plain, truth, floor)
+    for i, (g, p, t) in enumerate(zip(*map(_as_tuple, (got, plain, truth)), strict=True)):
+        assert g.dtype == p.dtype and g.device == p.device, f"{name}: {g.dtype} on {g.device}, expected {p.dtype} on {p.device}"
+        assert_error_rule(f"{name} [{backend}, {dtype}] output {i}", g, p, t, floor)
     for key in wanted:
         assert gradients[key].dtype == rounded[key].dtype and gradients[key].shape == rounded[key].shape, f"{name}: gradient of {key}"
         assert_error_rule(f"{name} [{backend}, {dtype}] gradient of {key}", gradients[key], plain_gradients[key], truth_gradients[key], floor)
@@ -91,5 +99,5 @@ def check_same_bits(op: Any, backend: str, arguments: dict[str, Any], wanted: tu
     public = getattr(op, op.__name__.rsplit(".", 1)[-1])
     first, first_gradients = run_with_gradients(lambda **kw: public(**kw, backend=backend), arguments, wanted)
     second, second_gradients = run_with_gradients(lambda **kw: public(**kw, backend=backend), arguments, wanted)
-    assert torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(_as_tuple(first), _as_tuple(second), strict=True))
     assert all(torch.equal(first_gradients[key], second_gradients[key]) for key in wanted)

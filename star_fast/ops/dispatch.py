@@ -92,6 +92,11 @@ def backends(name: str) -> list[str]:
     return [*_OPS[name].modules, "reference"]
 
 
+def module_paths(name: str) -> dict[str, str]:
+    """Where an op's backends live: backend name -> module path, the reference left out."""
+    return dict(_OPS[name].modules)
+
+
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block every op runs on `backend`; an op that has no backend of that name raises."""

@@ -15,3 +15,29 @@ class Tile(NamedTuple):
 
 # One program handles `block[0]` columns of one row. 1024 bf16 columns = 2 x 16 bytes a thread and input at 4 warps.
 SWIGLU = Tile((1024,), num_warps=4, num_stages=1)
+
+# Forward, a program takes block[0] rows, which share the weight and the hashes of the columns, as long as that leaves block[1] programs (few rows,
+# as in decoding: one row a program). Backward, block[2] programs each leave one float32 row of dweight sums: 1 % of the bytes at 16384 rows,
+# and a fixed number, so that the order of the sum is the same on every device.
+# num_warps is the most; fewer for short rows (8 columns a thread: 16 bytes of bf16).
+ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=1)
+# One program handles block[0] numbers of one tensor: 8 a thread, so 2 x 16 bytes of teacher and student and 16 of a bf16 copy.
+EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
+
+# Attention, by padded head size (next power of two). Blocks are (queries, keys). 16-bit dtypes: 64 rows a warp group is the least wgmma
+# takes; wider heads halve the blocks, since the accumulators (rows x head size, float32) must stay in registers.
+ATTENTION_FORWARD = {16: Tile((128, 64), 4, 2), 32: Tile((128, 64), 4, 2), 64: Tile((128, 64), 4, 2), 128: Tile((128, 64), 8, 2)}
+ATTENTION_BACKWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 64), 8, 1)}
+# float32 multiplies without tensor cores (exact products), float64 only in the interpreter: smaller tiles keep operands in registers.
+ATTENTION_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 32), 8, 1)}
+
+# One row a program, 8 columns a thread up to 16 warps: one 16-byte access of bf16 a thread and input.
+FEATURE_DISTANCE = Tile((8,), num_warps=16, num_stages=1)
+# Numbers a program: 16 a thread, two 16-byte accesses of bf16.
+FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
+# Logits of one chunk of rows: 1024 x 16384 in bf16. They stay in the L2 cache (40 MB A100, 50 MB H100 and H200, 126 MB B200) between the product
+# that makes them, the kernel that overwrites them and the two products that read their gradient; still tall enough for full-speed products.
+LOGITS_CHUNK_BYTES = 2**25
+# Columns of a row held in registers at once, and columns a thread below the most warps. A row of up to block[0] codes is read once, a longer one
+# twice: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
+CROSS_ENTROPY_ROWS = Tile((16384, 16), num_warps=32, num_stages=1)

@@ -1,0 +1,204 @@
+"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU; write, or check, the table of what each takes.
+
+    python benchmarks/kernel_resources.py                    writes results/kernel_resources.md and .json (minutes)
+    python benchmarks/kernel_resources.py --check --arch 90 --shape XL    recompiles a part and compares: exit code 1 and one line a fault
+
+Triton kernels come from the op registry: every backend module that defines `variants(shape, dtype)`. CUDA sources come from csrc/.
+A fault is: a spill; a kernel above the arithmetic units' reach without a tensor-core instruction; a memory-bound kernel whose widest global
+load or store is under 16 bytes; more registers or shared memory than the committed table; a kernel that the table does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cuda_sources
+from benchmarks.devices import DEVICES, MULTIPROCESSORS, floor_us, memory_bound, occupancy
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHAPES = ("B", "L", "XL")
+CAPABILITIES = (80, 90, 100)
+REGISTER_SLACK = 8  # a new assembler may move registers by one allocation step without a change of ours
+
+
+class Job(NamedTuple):
+    """One compilation: the n-th variant of a backend module at a shape, for an architecture."""
+
+    module: str
+    index: int
+    shape: str
+    capability: int
+
+
+def triton_modules() -> list[str]:
+    """Module paths of all backends that describe kernels for compiling, in order of their ops' names."""
+    import star_fast.ops
+    from star_fast.ops import dispatch
+
+    for found in pkgutil.iter_modules(star_fast.ops.__path__):
+        if not found.ispkg:
+            importlib.import_module(f"star_fast.ops.{found.name}")
+    paths = {path for op in dispatch.op_names() for path in dispatch.module_paths(op).values() if ".triton." in path}
+    return sorted(path for path in paths if hasattr(importlib.import_module(path), "variants"))
+
+
+def variants(module: str, shape: str) -> list[Any]:
+    """The bfloat16 variants of a module at a preset's shape."""
+    import torch
+
+    from star_fast.ops.shapes import SHAPES as presets
+
+    return importlib.import_module(module).variants(presets[shape], torch.bfloat16)
+
+
+def compile_one(job: Job) -> dict[str, Any]:
+    """One row of the table. Runs in a process of its own kind: kernels are not interpreted there, and no driver is asked for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    triton.knobs.compilation.always_compile = True  # a cached kernel would leave no assembler log
+    triton.knobs.nvidia.dump_ptxas_log = True
+    variant = variants(job.module, job.shape)[job.index]
+    names = variant.kernel.arg_names
+    missing = set(names) ^ set(variant.signature) | (set(variant.divisible) | set(variant.constants)) - set(names)
+    if missing:
+        raise ValueError(f"{variant.name}: signature, constants and divisible must name the kernel's arguments {names}, each once; at odds: {sorted(missing)}")
+    source = ASTSource(fn=variant.kernel, signature={name: variant.signature[name] for name in names}, constexprs=variant.constants,
+                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible})
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32),
+                                  options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True})
+    return row(variant.name, job.shape, job.capability, log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared,
+               compiled.metadata.num_warps, variant.cost)
+
+
+def row(kernel: str, shape: str, capability: int, log: str, ptx: str, shared_bytes: int, num_warps: int, cost: tuple[int, int]) -> dict[str, Any]:
+    """A row from the assembler's log (registers, spills) and the PTX (instructions)."""
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return {"kernel": kernel, "shape": shape, "arch": f"sm_{capability}", "registers": registers, "spill_bytes": spills, "shared_bytes": shared_bytes,
+            "warps": num_warps, "occupancy": round(occupancy(capability, registers, shared_bytes, num_warps), 4), "tensor_cores": tensor_cores(ptx),
+            "widest_load": widest(ptx, "ld"), "widest_store": widest(ptx, "st"), "bytes": int(cost[0]), "flops": int(cost[1])}
+
+
+def tensor_cores(ptx: str) -> str:
+    """The kind of matrix instruction, or "-"."""
+    return next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in ptx), "-").split(".mma")[0].split(".sync")[0]
+
+
+def widest(ptx: str, direction: str) -> int:
+    """Bytes of one thread's widest global access; the bulk copy engine counts as 16, its smallest piece."""
+    sizes = [int(count or 1) * int(bits) // 8
+             for count, bits in re.findall(rf"\b{direction}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)]
+    if direction == "ld":
+        sizes += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w.:]* \[[^\]]*\], \[[^\]]*\], (\w+)", ptx)]
+    bulk = r"cp\.async\.bulk\.(?:tensor\.\dd\.)?shared" if direction == "ld" else r"cp\.async\.bulk\.(?:tensor\.\dd\.)?global"
+    return max([*sizes, 16 * bool(re.search(bulk, ptx))])
+
+
+def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
+    """What is wrong with a row, each in one line."""
+    name, found = f"{row['kernel']} at {row['shape']} on {row['arch']}", []
+    if row["spill_bytes"]:
+        found.append(f"{name}: spills {row['spill_bytes']} bytes of registers; use smaller tiles or more warps")
+    limit = MULTIPROCESSORS[int(row["arch"][3:])].shared_bytes_a_program
+    if row["shared_bytes"] > limit:
+        found.append(f"{name}: takes {row['shared_bytes']} bytes of shared memory, the device has {limit}")
+    if memory_bound(row["bytes"], row["flops"]):
+        narrow = [f"{kind} {row[f'widest_{kind}']}" for kind in ("load", "store") if 0 < row[f"widest_{kind}"] < 16]
+        if narrow and not (narrow == [f"store {row['widest_store']}"] and row.get("small_results")):
+            found.append(f"{name}: memory-bound, yet the widest access in bytes is {', '.join(narrow)}; 16 expected")
+    elif row["tensor_cores"] == "-":
+        found.append(f"{name}: {row['flops'] / row['bytes']:.0f} FLOPs a byte need tensor cores, no such instruction found")
+    if committed is None:
+        found.append(f"{name}: not in the committed table; run benchmarks/kernel_resources.py and commit what it writes")
+    else:
+        if row["registers"] > committed["registers"] + REGISTER_SLACK:
+            found.append(f"{name}: {row['registers']} registers, committed {committed['registers']}")
+        if row["shared_bytes"] > committed["shared_bytes"]:
+            found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, committed {committed['shared_bytes']}")
+        if row["tensor_cores"] != committed["tensor_cores"]:
+            found.append(f"{name}: matrix instruction {row['tensor_cores']}, committed {committed['tensor_cores']}")
+    return found
+
+
+def compile_all(shapes: tuple[str, ...], capabilities: tuple[int, ...], only: str, workers: int) -> list[dict[str, Any]]:
+    """All rows, ordered by kernel, shape and architecture."""
+    jobs = [Job(module, index, shape, capability) for module in triton_modules() for shape in shapes
+            for index, variant in enumerate(variants(module, shape)) if only in variant.name for capability in capabilities]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(compile_one, jobs))
+    return rows + [row(*found) for found in cuda_sources.compile_all(shapes, capabilities, only)]
+
+
+def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
+    """The table for people: resources of each kernel, then time floors."""
+    lines = ["# What each kernel takes", "",
+             "Made by `python benchmarks/kernel_resources.py`, without a GPU: bfloat16, shapes of `star_fast/ops/shapes.py`, "
+             + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+             "Occupancy is predicted from registers, shared memory and warps. Load and store: bytes of one thread's widest global access.", "",
+             "| kernel | shape | arch | registers | spilled bytes | shared bytes | warps | occupancy | tensor cores | load | store |",
+             "|---|---|---|--:|--:|--:|--:|--:|---|--:|--:|"]
+    lines += [f"| {r['kernel']} | {r['shape']} | {r['arch']} | {r['registers']} | {r['spill_bytes']} | {r['shared_bytes']} | {r['warps']} | "
+              f"{r['occupancy']:.0%} | {r['tensor_cores']} | {r['widest_load']} | {r['widest_store']} |" for r in rows]
+    lines += ["", "## Time floors", "",
+              "Least bytes (each input once, each output once) and FLOPs by the op's `cost`, and the time that each GPU needs for them at its published",
+              "peak rates (`benchmarks/devices.py` names the sources): a bound, not a measurement. Kernels without a tensor-core instruction are held",
+              "against the float32 rate.", "",
+              "| kernel | shape | MB | GFLOP | " + " | ".join(f"{device.name}, µs" for device in DEVICES) + " |", "|---|---|--:|--:|" + "--:|" * len(DEVICES)]
+    by_kernel = {(r["kernel"], r["shape"]): r for r in rows}
+    for (kernel, shape), r in by_kernel.items():
+        floors = [floor_us(device, r["bytes"], r["flops"], r["tensor_cores"] != "-") for device in DEVICES]
+        lines.append(f"| {kernel} | {shape} | {r['bytes'] / 1e6:.1f} | {r['flops'] / 1e9:.2f} | " + " | ".join(f"{floor:.1f}" for floor in floors) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the table, or with --check hold fresh compilations against it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
+    parser.add_argument("--arch", type=int, nargs="+", default=CAPABILITIES, choices=CAPABILITIES, help="compute capabilities")
+    parser.add_argument("--shape", nargs="+", default=SHAPES, choices=SHAPES, help="presets")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this (with --check)")
+    parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes that compile at once")
+    arguments = parser.parse_args()
+    partial = bool(arguments.kernel) or tuple(arguments.arch) != CAPABILITIES or tuple(arguments.shape) != SHAPES
+    if partial and not arguments.check:
+        parser.error("the table is written whole: leave out --arch, --shape and --kernel, or add --check")
+    rows = compile_all(tuple(arguments.shape), tuple(arguments.arch), arguments.kernel, arguments.workers)
+    table = RESULTS / "kernel_resources.json"
+    held = json.loads(table.read_text())["rows"] if table.exists() else []
+    committed = {(r["kernel"], r["shape"], r["arch"]): r for r in held}
+    if not arguments.check:
+        import torch
+        import triton
+
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
+        table.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+        table.with_suffix(".md").write_text(markdown(rows, versions))
+        committed = {(r["kernel"], r["shape"], r["arch"]): r for r in rows}
+    found = [fault for r in rows for fault in faults(r, committed.get((r["kernel"], r["shape"], r["arch"])))]
+    print("\n".join(found) or f"{len(rows)} compilations of {len({r['kernel'] for r in rows})} kernels: no fault")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    if os.environ.pop("TRITON_INTERPRET", None):  # it would replace the kernels by their interpreted form
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The one entry to all speed measurements.
+
+    python benchmarks/throughput.py [--subject ops ...] [--quick]
+
+Prints this machine's measured ceilings and a table for people, then one JSON line, last: `ceilings`, `rows` (name, backend, median_ms, spread, ratio,
+share and more) and the environment. Without --quick the same JSON is kept in benchmarks/results/. Backend "triton" is measured on CUDA only:
+Triton's interpreter proves results, its time means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+
+# Each module has measure(device, quick, ceilings) -> rows with at least name, backend, median_ms, spread, ratio, share.
+SUBJECTS = {"ops": "benchmarks.ops"}
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def table_of(subject: str, rows: list[dict[str, Any]]) -> Table:
+    """The rows of one subject for people."""
+    caption = "ratio: naive time over this one's (above 1 is faster); share: of what the measured ceilings allow (caches can lift it above 100 %)"
+    table = Table(title=subject, caption=caption)
+    for heading in ("what", "backend", "median ms", "spread", "ratio", "share"):
+        table.add_column(heading, justify="left" if heading in ("what", "backend") else "right", overflow="fold")
+    for row in rows:
+        share = "" if row["share"] is None else f"{row['share']:.1%}"
+        median = "" if row["median_ms"] is None else f"{row['median_ms']:.3f}"
+        spread = "" if row["spread"] is None else f"{row['spread']:.0%}"
+        ratio = row.get("error") or ("" if row["ratio"] is None else f"{row['ratio']:.2f}")
+        table.add_row(row["name"], row["backend"], median, spread, ratio, share)
+    return table
+
+
+def main() -> int:
+    """Measure the chosen subjects."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: a check that all runs, not a measurement to publish")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(width=max(120, Console().width))
+    environment, ceilings = timing.environment(device), timing.ceilings(device, arguments.quick)
+    console.print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, commit {environment['commit']}")
+    console.print(f"ceilings: read {ceilings.read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, "
+                  f"products {ceilings.fp32_gflop_per_s:.0f} GFLOP/s float32, {ceilings.bf16_gflop_per_s:.0f} bfloat16")
+    rows: list[dict[str, Any]] = []
+    for subject in arguments.subject:
+        found = [row._asdict() for row in importlib.import_module(SUBJECTS[subject]).measure(device, arguments.quick, ceilings)]
+        console.print(table_of(subject, found))
+        rows += found
+    report = {"environment": environment, "quick": arguments.quick, "ceilings": ceilings._asdict(), "rows": rows}
+    if not arguments.quick:
+        name = re.sub(r"[^a-z0-9]+", "-", f"{'-'.join(arguments.subject)} {environment['device']}".lower()).strip("-")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"throughput-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+    return 1 if any(row.get("error") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

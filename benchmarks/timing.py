@@ -1,0 +1,112 @@
+"""The only clock: how long a call takes, and what the machine's memory and arithmetic can do, measured the same way.
+
+Candidates of one comparison take turns, call by call, so that a disturbance of the machine meets them alike. CPU calls are timed by
+perf_counter with warm caches; CUDA calls by a pair of events, with the L2 cache overwritten before each call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_FLUSH_BYTES = 2**28  # larger than any L2 cache
+
+
+class Timing(NamedTuple):
+    """Median time of a call; spread: the middle half of the times, as a share of the median."""
+
+    median_ms: float
+    spread: float
+    repeats: int
+
+
+class Ceilings(NamedTuple):
+    """What this machine did at best in this run."""
+
+    read_gb_per_s: float  # bytes read, a sum over float32
+    copy_gb_per_s: float  # bytes read and written
+    fp32_gflop_per_s: float  # matrix product, 2048 cubed (8192 on CUDA)
+    bf16_gflop_per_s: float
+
+    def least_ms(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
+        """Time that these ceilings allow for so much memory traffic and arithmetic at once."""
+        flops_per_s = 1e9 * (self.fp32_gflop_per_s if dtype == torch.float32 else self.bf16_gflop_per_s)
+        return 1e3 * max(bytes_moved / (1e9 * max(self.read_gb_per_s, self.copy_gb_per_s)), flops / flops_per_s)
+
+
+def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: float = 2.0, repeats: tuple[int, int] = (5, 100)) -> dict[str, Timing]:
+    """Times of all candidates: one warm-up turn, then turns until `seconds` a candidate are spent, between repeats[0] and repeats[1] of them."""
+    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    for call in candidates.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    deadline = time.perf_counter() + seconds * len(candidates)
+    for turn in range(repeats[1]):
+        if turn >= repeats[0] and time.perf_counter() > deadline:
+            break
+        for name, call in candidates.items():
+            times[name].append(clock(call))
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _timing(times_ms: list[float]) -> Timing:
+    median = statistics.median(times_ms)
+    lower, _, upper = statistics.quantiles(times_ms, n=4)
+    return Timing(median, (upper - lower) / median, len(times_ms))
+
+
+def _cpu_ms(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cuda_ms(call: Callable[[], object]) -> float:
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def ceilings(device: str, quick: bool = False) -> Ceilings:
+    """Measured here and now: the best of several calls each."""
+    edge, numbers = (8192, 2**28) if device == "cuda" else (1024 if quick else 2048, 2**25 if quick else 2**26)
+    clock, tries = (_cuda_ms if device == "cuda" else _cpu_ms), 3 if quick else 7
+    source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
+
+    def best_s(call: Callable[[], object]) -> float:
+        call()
+        return min(clock(call) for _ in range(tries)) / 1e3
+
+    read_s, copy_s = best_s(source.sum), best_s(lambda: target.copy_(source))
+    products = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, edge, edge, device=device).to(dtype)
+        products[dtype] = 2e-9 * edge**3 / best_s(lambda a=a, b=b: a @ b)
+    return Ceilings(4e-9 * numbers / read_s, 8e-9 * numbers / copy_s, products[torch.float32], products[torch.bfloat16])
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """What a published number must carry: device, threads, versions, commit."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    found: dict[str, str | int] = {"device": torch.cuda.get_device_name() if device == "cuda" else _processor(), "threads": torch.get_num_threads(),
+                                   "torch": torch.__version__, "commit": commit or "unknown"}
+    if device == "cuda":
+        import triton
+
+        found |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return found
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")

@@ -1,0 +1,187 @@
+// One row on the CPU: plain loops that vectorise. sample_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no
+// #pragma once and no includes); all copies give the same tokens, since token_choice.h leaves nothing to the instruction set. Knows no torch.
+//
+// No sort: a histogram over bins of log-weight finds the bin in which a cut (top-k or top-p) falls, and only that bin's few tokens are compared by value.
+
+constexpr int kChunk = 256;     // tokens whose weights are summed together before the draw walks through one such chunk
+constexpr int kFlagBlock = 64;  // tokens compared at once when few of many are wanted
+
+struct Scratch {
+  std::vector<float> guided = std::vector<float>(kMaxVocab);       // the row in float32
+  std::vector<uint16_t> bin = std::vector<uint16_t>(kMaxVocab);
+  std::vector<uint64_t> weight = std::vector<uint64_t>(kMaxVocab);
+  std::vector<int32_t> kept = std::vector<int32_t>(kMaxVocab);     // indices of the tokens that top-k left, ascending
+  std::vector<float> kept_logit = std::vector<float>(kMaxVocab);
+  std::vector<int32_t> rivals = std::vector<int32_t>(kMaxVocab);   // indices of the tokens in the bin of the cut
+  std::vector<uint16_t> counts = std::vector<uint16_t>(4 * kBins);
+  std::vector<uint64_t> masses = std::vector<uint64_t>(kBins);
+};
+
+// The float32 row: `cond` itself where it is one already, else converted or guided into `out`.
+template <class T>
+const float* load_row(const T* __restrict cond, const T* __restrict uncond, float guidance, int n, float* __restrict out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!uncond) return cond;
+  }
+  if (uncond) {
+    for (int i = 0; i < n; ++i) out[i] = guide(to_float(cond[i]), to_float(uncond[i]), guidance);
+  } else {
+    for (int i = 0; i < n; ++i) out[i] = to_float(cond[i]);
+  }
+  return out;
+}
+
+// The largest logit; false if the row holds NaN or +inf, or nothing but -inf. Compared as integers, which vectorises without any licence to reorder floats.
+inline bool find_largest(const float* __restrict g, int n, float* largest) {
+  int32_t top = INT32_MIN, magnitude = 0;
+  for (int i = 0; i < n; ++i) {
+    const int32_t bits = int32_t(bits_of(g[i]));
+    const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff), absolute = bits & 0x7fffffff;
+    top = top > ordered ? top : ordered;
+    magnitude = magnitude > absolute ? magnitude : absolute;
+  }
+  const int32_t infinity = 0x7f800000, minus_infinity = int32_t(0xff800000u ^ 0x7fffffffu);
+  *largest = float_of(uint32_t(top ^ ((top >> 31) & 0x7fffffff)));
+  return magnitude <= infinity && top < infinity && top > minus_infinity;
+}
+
+// Calls take(i) for each i in 0 ... n-1 with wanted(i), ascending. For conditions that few tokens meet: eight are passed over at a time.
+template <class Wanted, class Take>
+inline void for_each_wanted(int n, const Wanted& wanted, const Take& take) {
+  alignas(64) uint8_t flags[kFlagBlock];
+  int start = 0;
+  for (; start + kFlagBlock <= n; start += kFlagBlock) {
+    for (int j = 0; j < kFlagBlock; ++j) flags[j] = wanted(start + j) ? 1 : 0;
+    for (int j = 0; j < kFlagBlock; j += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, flags + j, 8);
+      for (; eight; eight &= eight - 1) take(start + j + (__builtin_ctzll(eight) >> 3));
+    }
+  }
+  for (; start < n; ++start) {
+    if (wanted(start)) take(start);
+  }
+}
+
+inline void find_bins(const float* __restrict g, int n, float largest, float scale, uint16_t* __restrict bin) {
+  for (int i = 0; i < n; ++i) bin[i] = uint16_t(bin_of(exponent(g[i], largest, scale)));
+}
+
+inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float largest, float scale, uint16_t* __restrict bin, uint64_t* __restrict w) {
+  uint64_t total = 0;
+  for (int i = 0; i < n; ++i) {
+    const float z = exponent(g[i], largest, scale);
+    bin[i] = uint16_t(bin_of(z));
+    w[i] = weight(z);
+    total += w[i];
+  }
+  return total;
+}
+
+// The smallest logit of a bin that stays, given that the tokens of lighter-numbered bins amount to `before`: a token stays if what is strictly greater
+// amounts to at most `limit`.
+template <class Amount>
+inline float smallest_kept(const float* g, const uint16_t* bin, int n, int wanted_bin, uint64_t before, uint64_t limit, const Amount& amount, int32_t* rivals) {
+  int count = 0;
+  bool all_equal = true;
+  for_each_wanted(n, [&](int i) { return bin[i] == uint16_t(wanted_bin); }, [&](int i) {
+    rivals[count++] = i;
+    all_equal = all_equal && g[i] == g[rivals[0]];
+  });
+  if (!all_equal) std::sort(rivals, rivals + count, [&](int32_t a, int32_t b) { return g[a] > g[b]; });
+  float smallest = g[rivals[0]];
+  for (int j = 0; j < count && !all_equal; ++j) {
+    if (g[rivals[j]] < smallest) {
+      if (before > limit) break;
+      smallest = g[rivals[j]];
+    }
+    before += amount(rivals[j]);
+  }
+  return smallest;
+}
+
+// Top-k: the k-th largest logit (-inf where it weighs nothing, so that dropping below it would change nothing).
+inline float count_cut(const float* g, int n, float largest, float scale, uint32_t k, Scratch& s) {
+  find_bins(g, n, largest, scale, s.bin.data());
+  std::fill(s.counts.begin(), s.counts.end(), uint16_t{0});
+  uint16_t* const counts = s.counts.data();  // four interleaved histograms: a token rarely waits for the one before it
+  const uint16_t* const bin = s.bin.data();
+  int i = 0;
+  for (; i + 4 <= n; i += 4) {
+    ++counts[4 * bin[i]];
+    ++counts[4 * bin[i + 1] + 1];
+    ++counts[4 * bin[i + 2] + 2];
+    ++counts[4 * bin[i + 3] + 3];
+  }
+  for (; i < n; ++i) ++counts[4 * bin[i]];
+  uint64_t before = 0;
+  for (int b = 0; b < kBins - 1; ++b) {
+    const uint64_t here = uint64_t{counts[4 * b]} + counts[4 * b + 1] + counts[4 * b + 2] + counts[4 * b + 3];
+    if (before + here >= k) return smallest_kept(g, bin, n, b, before, k - 1, [](int32_t) { return uint64_t{1}; }, s.rivals.data());
+    before += here;
+  }
+  return -INFINITY;
+}
+
+// Top-p: the smallest logit for which all that is strictly greater weighs at most the share p of the whole.
+inline float mass_cut(const float* g, int n, float largest, float scale, uint64_t p, Scratch& s) {
+  uint16_t* const bin = s.bin.data();
+  const uint64_t* const w = s.weight.data();
+  const uint64_t limit = multiply_high(p, find_bins_and_weights(g, n, largest, scale, bin, s.weight.data()));
+  std::fill(s.masses.begin(), s.masses.end(), uint64_t{0});
+  for (int i = 0; i < n; ++i) s.masses[bin[i]] += w[i];
+  uint64_t before = 0;
+  int b = 0;
+  while (before + s.masses[b] <= limit) before += s.masses[b++];  // ends: limit is less than the sum of all
+  return smallest_kept(g, bin, n, b, before, limit, [&](int32_t i) { return w[i]; }, s.rivals.data());
+}
+
+// Step 5: the first index whose running sum of the weights at or above `cut` exceeds the share `bits` / 2^64 of their whole.
+inline int draw(const float* __restrict g, int n, float largest, float scale, float cut, uint64_t bits) {
+  uint64_t sums[kMaxVocab / kChunk], total = 0;
+  const auto kept_weight = [=](float logit) { return weight(logit >= cut ? exponent(logit, largest, scale) : -64.0f); };
+  for (int start = 0; start < n; start += kChunk) {
+    const int end = start + kChunk < n ? start + kChunk : n;
+    uint64_t sum = 0;
+    for (int i = start; i < end; ++i) sum += kept_weight(g[i]);
+    sums[start / kChunk] = sum;
+    total += sum;
+  }
+  uint64_t left = multiply_high(bits, total);
+  int chunk = 0;
+  while (left >= sums[chunk]) left -= sums[chunk++];
+  uint64_t w[kChunk];
+  const int start = chunk * kChunk, count = start + kChunk < n ? kChunk : n - start;
+  for (int j = 0; j < count; ++j) w[j] = kept_weight(g[start + j]);
+  int j = 0;
+  while (left >= w[j]) left -= w[j++];
+  return start + j;
+}
+
+// The token of one row, or -1 if it cannot be drawn from.
+template <class T>
+int sample_row(const T* cond, const T* uncond, int n, const Settings& settings, uint64_t bits, Scratch& s) {
+  const float* const g = load_row(cond, uncond, settings.guidance, n, s.guided.data());
+  float largest;
+  if (!find_largest(g, n, &largest)) return -1;
+  if (settings.greedy) {
+    int first = 0;
+    while (g[first] != largest) ++first;
+    return first;
+  }
+  const float scale = settings.scale;
+  if (!settings.restrict_count) {
+    const float cut = settings.restrict_mass ? mass_cut(g, n, largest, scale, settings.top_p, s) : -INFINITY;
+    return draw(g, n, largest, scale, cut, bits);
+  }
+  const float kth = count_cut(g, n, largest, scale, settings.top_k, s);
+  int count = 0;
+  int32_t* const kept = s.kept.data();
+  float* const logit = s.kept_logit.data();
+  for_each_wanted(n, [&](int i) { return g[i] >= kth; }, [&](int i) {
+    kept[count] = i;
+    logit[count++] = g[i];
+  });
+  const float cut = settings.restrict_mass ? mass_cut(logit, count, largest, scale, settings.top_p, s) : -INFINITY;
+  return kept[draw(logit, count, largest, scale, cut, bits)];
+}

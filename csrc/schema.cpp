@@ -1,0 +1,32 @@
+// The operators of star_fast._C, each schema once, and the facts of this build as a Python module.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+// logits (B, V) float32, bfloat16 or float16; uncond (B, V) or None; image_index (B) int64; seed_at, position_at: 0-d int64 or None (then the plain number
+// counts); out (B) int64; bad_rows (1) int32: CUDA sets it to 1 where the CPU raises.
+TORCH_LIBRARY(star_fast, m) {
+  m.def(
+      "sample_tokens(Tensor logits, Tensor? uncond, Tensor image_index, Tensor? seed_at, int seed, Tensor? position_at, int position, "
+      "float temperature, int top_k, float top_p, float guidance, Tensor(a!) out, Tensor(b!)? bad_rows) -> ()");
+}
+
+}  // namespace
+
+#ifdef STAR_FAST_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+#ifndef STAR_FAST_ARCHS
+#define STAR_FAST_ARCHS ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of star_fast (torch.ops.star_fast) and how they were built.";
+  m.attr("has_cuda") = kHasCuda;
+  m.attr("archs") = std::string(STAR_FAST_ARCHS);
+}

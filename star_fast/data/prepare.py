@@ -1,0 +1,188 @@
+"""Source -> views -> tokenizer -> code store; resumable; with a list of what was skipped. Also the import of LlamaGen's pre-extracted codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from star_fast.config import DataConfig, TokenizerConfig
+from star_fast.data.codes import CodeStore, StoreWriter
+from star_fast.data.sources import DataError, ImageSource, UnreadableImage, stable_permutation
+from star_fast.data.views import TEN_CROP_VIEWS, make_views, view_names, view_settings
+from star_fast.model.tokenizer import VQTokenizer, from_uint8
+from star_fast.storage import sha256_of_bytes
+
+
+class _Chunk(NamedTuple):
+    """Consecutive images of a source, decoded and cut into views."""
+
+    views: list[np.ndarray]  # of each readable image: (A, C, H, W) uint8
+    labels: list[int]
+    keys: list[str]
+    skipped: list[dict[str, Any]]  # {"index", "key", "reason"}
+    end: int  # the source index after the chunk
+
+
+def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: DataConfig, *, seed: int = 0, chunk_images: int = 64, batch_views: int = 64,
+            workers: int = 2, progress: bool = True) -> CodeStore:
+    """Encode every view of every image of `source` into a code store in folder `out`, and open it.
+
+    Killed at any moment and called again with the same arguments it goes on, and ends with the same bytes as an unbroken run. A folder
+    that already holds this very store is opened at once.
+
+    Args:
+        tokenizer: float32, in eval mode, on the device to encode on; its config gives image size and channels.
+        data: which views, and the share of images held out.
+        seed: of small-affine views.
+        chunk_images: images between two records on disk. batch_views: views encoded at once. workers: threads that decode and crop.
+
+    Raises:
+        DataError: no image could be read; the tokenizer is not float32. StorageError: see StoreWriter.
+    """
+    config = tokenizer.config
+    if tokenizer.dtype != torch.float32:
+        raise DataError(f"prepare: the tokenizer must be float32, got {tokenizer.dtype}: a rounded tokenizer gives other codes than the one its hash names")
+    side = config.image_size // config.downsampling
+    writer = StoreWriter(out, {
+        "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
+        "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
+        "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}",
+        "chunk_images": chunk_images, "batch_views": batch_views})
+    if not writer.complete:
+        device = next(tokenizer.parameters()).device
+        bar = tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True)
+        for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
+            codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
+            if chunk.views:
+                flat = torch.from_numpy(np.concatenate(chunk.views))
+                parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
+                codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
+            writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
+            bar.update(chunk.end - bar.n)
+            bar.set_postfix(skipped=len(writer.skipped))
+        bar.close()
+        if writer.rows == 0:
+            first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
+            raise DataError(f"prepare: none of the {len(source)} images could be read{first}")
+    return writer.finish(source.labels, data.held_out_share, source.skipped)
+
+
+def skipped_report(store: CodeStore, most: int = 10) -> str:
+    """What a store left out, for people: one line per file, `most` at most; empty when nothing was skipped."""
+    skipped = store.manifest["skipped"]
+    lines = [f"skipped {entry['key']}: {entry['reason']}" for entry in skipped[:most]]
+    return "\n".join(lines + [f"... and {len(skipped) - most} more, listed in {store.path / 'manifest.json'}"] * (len(skipped) > most))
+
+
+def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, config: TokenizerConfig, *, seed: int = 0, limit_bytes: int = 2**31,
+                  first_view_only: bool = False, progress: bool = True) -> Tensor:
+    """Views (N, C, H, W) uint8 of the source images `indices`, held in memory: what a tokenizer or a classifier trains on.
+
+    Where all views take more than `limit_bytes`, a fixed random part of them is taken. Unreadable images are left out.
+
+    Raises:
+        DataError: none of the images could be read.
+    """
+    indices = np.asarray(indices)
+    per_image = 1 if first_view_only else len(view_names(data))
+    limit = max(1, limit_bytes // (config.image_channels * config.image_size**2))
+    chosen = np.sort(stable_permutation(len(indices) * per_image, seed)[:limit])
+    bar = tqdm(total=len(chosen), desc="views", unit="view", disable=not progress, dynamic_ncols=True)
+    views, reason = [], ""
+    for place, group in groupby(chosen.tolist(), key=lambda pair: pair // per_image):
+        wanted, index = [pair % per_image for pair in group], int(indices[place])
+        bar.update(len(wanted))
+        try:
+            image = source[index].image
+        except UnreadableImage as error:
+            reason = f"; the last: {error}"
+            continue
+        views += [make_views(image, index, data, config.image_size, config.image_channels, seed, only=view) for view in wanted]
+    bar.close()
+    if not views:
+        raise DataError(f"none of the {len(indices)} images could be read{reason}")
+    return torch.from_numpy(np.stack(views))
+
+
+def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str, *, codebook: int = 16384, image_size: int = 256, image_channels: int = 3,
+                          class_names: tuple[str, ...] | None = None, held_out_share: float = 0.0, chunk_images: int = 1024, progress: bool = True) -> CodeStore:
+    """Make a code store of the files that LlamaGen's extraction writes: imagenet{S}_codes/{i}.npy (1, A, T) and imagenet{S}_labels/{i}.npy (1,).
+
+    Args:
+        tokenizer_hash: `weights_hash()` of the released tokenizer that made the codes.
+        class_names: in the order of the labels; None names them 'class 0', 'class 1' ...
+
+    Raises:
+        DataError: no files, a number missing in their sequence, a shape or label that does not fit. StorageError: see StoreWriter.
+    """
+    root = Path(root)
+    codes_folder, labels_folder = (root / f"imagenet{image_size}_{what}" for what in ("codes", "labels"))
+    numbers = sorted(int(path.stem) for path in codes_folder.glob("*.npy") if path.stem.isdecimal())
+    if not numbers:
+        raise DataError(f"{codes_folder}: no code files; expected 0.npy, 1.npy ... as LlamaGen's extract_codes_c2i.py writes them")
+    if numbers[-1] != len(numbers) - 1:
+        gap = next(i for i, number in enumerate(numbers) if i != number)
+        raise DataError(f"{codes_folder}: {gap}.npy is missing although {numbers[-1]}.npy exists; complete the extraction first")
+    labels = np.array([_load(labels_folder / f"{i}.npy").reshape(-1)[0] for i in numbers], dtype=np.int64)
+    names = class_names if class_names is not None else tuple(f"class {i}" for i in range(int(labels.max()) + 1))
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise DataError(f"{labels_folder}: labels must lie in 0 ... {len(names) - 1} ({len(names)} class names), got {labels.min()} ... {labels.max()}")
+    shape = _load(codes_folder / "0.npy").shape
+    side = round(shape[-1] ** 0.5)
+    if len(shape) != 3 or shape[0] != 1 or side * side != shape[2]:
+        raise DataError(f"{codes_folder / '0.npy'}: expected shape (1, views, T) with square T, got {shape}")
+    views = {10: TEN_CROP_VIEWS, 2: ("centre", "mirrored centre")}.get(shape[1], tuple(f"view {view}" for view in range(shape[1])))
+    writer = StoreWriter(out, {
+        "views": views, "view_settings": {"kind": "as extracted by LlamaGen"}, "positions": shape[2], "grid": (side, side), "image_size": image_size,
+        "image_channels": image_channels, "codebook": codebook, "class_names": names, "tokenizer_sha256": tokenizer_hash,
+        "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
+        "chunk_images": chunk_images})
+    starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
+    for start in tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True):
+        chunk = numbers[start: start + chunk_images]
+        arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
+        if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
+            raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
+        writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
+    return writer.finish(labels, held_out_share)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: missing or not a NumPy file ({' '.join(str(error).split())}); complete the extraction first") from error
+
+
+def _chunks(source: ImageSource, start: int, size: int, data: DataConfig, config: TokenizerConfig, seed: int, workers: int) -> Iterator[_Chunk]:
+    """The chunks from `start` on, in order; the next one is decoded by `workers` threads while the caller encodes the present one."""
+
+    def read(index: int) -> tuple[np.ndarray, int, str] | UnreadableImage:
+        try:
+            sample = source[index]
+        except UnreadableImage as error:
+            return error
+        return make_views(sample.image, index, data, config.image_size, config.image_channels, seed), sample.label, sample.key
+
+    with ThreadPoolExecutor(workers) as pool:
+        def submit(first: int) -> list[Future]:
+            return [pool.submit(read, index) for index in range(first, min(first + size, len(source)))]
+
+        pending = submit(start)
+        while pending:
+            following = submit(start + len(pending))
+            results = [future.result() for future in pending]
+            good = [result for result in results if not isinstance(result, UnreadableImage)]
+            bad = [{"index": start + i, "key": result.key, "reason": result.reason} for i, result in enumerate(results) if isinstance(result, UnreadableImage)]
+            start += len(pending)
+            yield _Chunk([views for views, _, _ in good], [label for _, label, _ in good], [key for _, _, key in good], bad, start)
+            pending = following

@@ -1,0 +1,114 @@
+"""The views of an image, in plain PIL and torch: the definition of correct for every faster pipeline.
+
+'ten-crop': ADM's centre crop to int(image_size * crop_range), then the four corners and the centre, then the same five of the mirrored
+image (LlamaGen's extraction). 'small-affine': small rotations, shifts and scalings without mirror, for images such as digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from star_fast.config import DataConfig
+from star_fast.data.sources import DataError, random_bits
+
+TEN_CROP_VIEWS = tuple(mirror + place for mirror in ("", "mirrored ") for place in ("top left", "top right", "bottom left", "bottom right", "centre"))
+MAX_ROTATION_DEGREES = 10.0
+MAX_SHIFT_SHARE = 0.07  # of the image's side
+MAX_SCALING = 1.1  # scalings lie between 1 / 1.1 and 1.1, evenly in the logarithm
+_MODES = {1: "L", 3: "RGB"}
+
+
+def view_names(data: DataConfig) -> tuple[str, ...]:
+    """One name for each view that `make_views` returns, in its order."""
+    if data.views == "ten-crop":
+        return TEN_CROP_VIEWS
+    return ("identity", *(f"affine {view}" for view in range(1, data.affine_views)))
+
+
+def view_settings(data: DataConfig, seed: int) -> dict[str, object]:
+    """Everything that the views depend on, for the code store's manifest."""
+    if data.views == "ten-crop":
+        return {"kind": data.views, "crop_range": data.crop_range}
+    return {"kind": data.views, "seed": seed, "max_rotation_degrees": MAX_ROTATION_DEGREES, "max_shift_share": MAX_SHIFT_SHARE, "max_scaling": MAX_SCALING}
+
+
+def make_views(image: Image.Image, image_index: int, data: DataConfig, image_size: int, channels: int, seed: int = 0, only: int | None = None) -> np.ndarray:
+    """All views of one image, or view number `only`.
+
+    Args:
+        image: as decoded; converted to gray (channels 1) or RGB (channels 3) first, as LlamaGen does: transparency is dropped.
+        image_index: the image's number in its source: with `seed` and the view it determines a small-affine view.
+        image_size: pixels of a view's side.
+
+    Returns:
+        (A, C, H, W) uint8; A = 10 for ten-crop, data.affine_views for small-affine; (C, H, W) with `only`.
+
+    Raises:
+        DataError: channels other than 1 or 3.
+    """
+    if channels not in _MODES:
+        raise DataError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
+    image = image.convert(_MODES[channels])
+    wanted = range(len(view_names(data))) if only is None else (only,)
+    if data.views == "ten-crop":
+        crops = ten_crop(centre_crop(image, int(image_size * data.crop_range)), image_size)
+        views = [_to_array(crops[view]) for view in wanted]
+    else:
+        base = _to_array(centre_crop(image, image_size))
+        views = [base if view == 0 else small_affine(base, image_index, view, seed) for view in wanted]
+    return np.stack(views) if only is None else views[0]
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve by box filter while both sides are at least 2 * size, bring the shorter side to `size` by bicubic, cut the middle out.
+
+    Source: guided-diffusion (Dhariwal and Nichol 2021), center_crop_arr; used by LlamaGen.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
+    """Top left, top right, bottom left, bottom right, centre; then the same five crops of the mirrored image.
+
+    So view 5 is the mirror of view 1, 6 of 0, 7 of 3 and 8 of 2. The centre starts at round(margin / 2), halves to the even neighbour (as
+    torchvision does); where the margin is odd (281 - 256 = 25) view 9 is the mirror of a crop one pixel beside view 4.
+    """
+    right, bottom = image.width - size, image.height - size
+    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return [whole.crop((x, y, x + size, y + size)) for whole in (image, mirrored) for x, y in corners]
+
+
+def affine_parameters(seed: int, image_index: int, view: int) -> tuple[float, float, float, float]:
+    """Rotation (radians), scaling, and shift right and down (shares of the side) of one small-affine view: a function of these three numbers alone."""
+    a, b, c, d = ((int(bits) >> 11) * 2.0**-52 - 1 for bits in random_bits(4, seed, image_index, view))  # each in [-1, 1)
+    return math.radians(MAX_ROTATION_DEGREES) * a, MAX_SCALING**b, MAX_SHIFT_SHARE * c, MAX_SHIFT_SHARE * d
+
+
+def small_affine(image: np.ndarray, image_index: int, view: int, seed: int) -> np.ndarray:
+    """Image (C, H, W) uint8 rotated, scaled and shifted a little about its centre; bicubic, edges repeated outwards; view 0 would be the identity."""
+    angle, scaling, right, down = affine_parameters(seed, image_index, view)
+    cos, sin = math.cos(angle) / scaling, math.sin(angle) / scaling
+    # Where each output place (x, y) in [-1, 1] comes from: shift back, rotate back, scale back. A share of the side is twice that in [-1, 1].
+    x, y = -2 * right, -2 * down
+    inverse = torch.tensor([[[cos, sin, cos * x + sin * y], [-sin, cos, -sin * x + cos * y]]], dtype=torch.float64)
+    pixels = torch.from_numpy(image).double()[None]
+    grid = F.affine_grid(inverse, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+    return moved.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8."""
+    array = np.asarray(image)
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))

@@ -1,0 +1,98 @@
+"""What the last block looks at: attention probabilities of chosen query positions, laid over the image.
+
+Training and sampling never hold these probabilities; here the last block's queries and keys are computed again, in float32, and the softmax is
+written out. Position 0 is the class; position t >= 1 holds image token t - 1 and predicts token t, so its map covers the grid cells 0 ... t - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from star_fast.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class AttentionShares:
+    """Where attention goes, averaged over images, heads and the query positions 1 ... T-1; the three shares sum to 1."""
+
+    to_class: float  # on the class position
+    near: float  # on the cells that touch the cell being predicted (up to four come before it), corners included
+    far: float  # on all other image cells
+    mean_distance: float  # of the attention on image cells, in cells, to the cell being predicted
+
+
+@torch.inference_mode()
+def last_block_attention(model: Transformer, codes: Tensor, label: Tensor) -> Tensor:
+    """Attention probabilities of the last block, no key hidden.
+
+    Args:
+        codes: (B, T) int64; the last code is not fed. label: (B,) int64, the null class allowed. Both on the model's device.
+
+    Returns:
+        (B, H, T, T) float32: [b, h, query, key]; rows sum to 1 and are 0 above the diagonal.
+
+    Raises:
+        ValueError: codes that are not (B, T).
+    """
+    config = model.config
+    if codes.ndim != 2 or codes.shape[1] != config.positions:
+        raise ValueError(f"last_block_attention: codes must be (B, {config.positions}), got {tuple(codes.shape)}")
+    tokens_Bn = codes[:, :-1]
+    if config.blocks > 1:
+        residual_BTD = model(tokens_Bn, label, blocks=(config.blocks - 1,), logits=False).features[config.blocks - 1]
+    else:
+        residual_BTD = model.embed(tokens_Bn, label)
+    block = model.layers[-1]
+    normed_BTD = block.attention_norm(residual_BTD)[0].float()
+    B, T, D = normed_BTD.shape
+    qk_weight = block.attention.wqkv.weight[: 2 * D].float()
+    q_BTHE, k_BTHE = (normed_BTD @ qk_weight.t()).view(B, T, 2, config.heads, config.head_size).unbind(2)
+    scores_BHTT = torch.einsum("bqhe,bkhe->bhqk", rotate(q_BTHE, model.rotary), rotate(k_BTHE, model.rotary)) / math.sqrt(config.head_size)
+    later = torch.ones(T, T, dtype=torch.bool, device=codes.device).triu(1)
+    return scores_BHTT.masked_fill(later, -math.inf).softmax(dim=-1)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """2-D rotary on interleaved pairs: x (B, T, H, E), rotary (T, E/2, 2) of (cos, sin) -> (B, T, H, E) float32."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary.float()[None, :, None].unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+def grid_map(probs: Tensor, query: int) -> Tensor:
+    """One query's attention as a picture: (..., T, T) probabilities -> (..., g, g), g = sqrt(T).
+
+    Cell c holds the attention on position c + 1, which carries image token c; cells that are not yet known are NaN. The class's share
+    (position 0) is not in the picture: probs[..., query, 0].
+    """
+    positions = probs.shape[-1]
+    side = math.isqrt(positions)
+    cells = torch.full((*probs.shape[:-2], positions), math.nan)
+    cells[..., :query] = probs[..., query, 1 : query + 1].cpu()
+    return cells.unflatten(-1, (side, side))
+
+
+def query_positions(positions: int, count: int) -> list[int]:
+    """`count` evenly spaced query positions, the last one included: floor(T j / count) - 1, at least 1."""
+    return sorted({max(positions * j // count - 1, 1) for j in range(1, count + 1)})
+
+
+def attention_shares(probs: Tensor) -> AttentionShares:
+    """Averages over (B, H, T, T) probabilities; T >= 2."""
+    positions = probs.shape[-1]
+    side = math.isqrt(positions)
+    cell = torch.arange(positions)
+    row, column = cell // side, cell % side
+    mean_TT = probs.double().mean(dim=(0, 1)).cpu()[1:]  # queries 1 ... T-1
+    on_cells = mean_TT[:, 1:]  # key position s carries cell s - 1
+    down, across = row[1:, None] - row[None, :-1], column[1:, None] - column[None, :-1]  # query t predicts cell t
+    near = (down.abs() <= 1) & (across.abs() <= 1)
+    distance = (down.double() ** 2 + across.double() ** 2).sqrt()
+    near_share = (on_cells * near).sum(1).mean().item()
+    image_share = on_cells.sum(1).mean().item()
+    weighted = (on_cells * distance).sum() / on_cells.sum()
+    return AttentionShares(mean_TT[:, 0].mean().item(), near_share, image_share - near_share, weighted.item())

@@ -1,0 +1,198 @@
+"""The linear probe of the paper's Figure 4: how much of the class a frozen model has understood by the time it reaches each position.
+
+The model sees the codes of an image with the *null* class, so that no label leaks in; the output of block `contrast_depth` at eight evenly spaced
+positions is normalised, and one linear layer per position is trained to name the class (MAE's protocol: arXiv 2111.06377, section A.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from star_fast.data.codes import CodeStore
+from star_fast.errors import UserError
+from star_fast.evaluation import plots
+from star_fast.evaluation.runs import open_run, pick_device, plain_view
+from star_fast.model.transformer import Transformer
+from star_fast.storage import atomic_write_bytes, atomic_write_json
+
+TRUST = 0.001  # LARS: a step moves a weight matrix by at most this share of its norm times the learning rate
+MOMENTUM = 0.9
+NORM_EPS = 1e-6
+INIT_STD = 0.01
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """`star-fast probe`: writes probe.json and probe.png into the run folder."""
+
+    run: Path  # the run folder
+    weights: Literal["student", "teacher"] = "student"
+    codes: str = ""  # the code store; empty: the one that the run was trained on
+    points: int = 8  # positions probed, evenly spaced, the last one included (paper)
+    depth: int = 0  # block whose output is probed, counted from 1; 0: the run's contrast_depth (paper)
+    train_views: int = 1  # views of each training image; with more, every epoch draws one of them per image
+    max_train_images: int = 0  # training images used, evenly spaced; 0: all
+    epochs: int = 90  # (MAE)
+    warmup_epochs: int = 10  # (MAE)
+    images_per_step: int = 16384  # (MAE); small sets are cut to a sixteenth, so that an epoch has at least 16 steps
+    lr: float = 6.4  # peak of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384)
+    batch_images: int = 128  # images of one forward pass
+    device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("points", "train_views", "epochs", "images_per_step", "batch_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"probe.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(f"probe.warmup_epochs: expected 0 ... epochs - 1 = {self.epochs - 1}, got {self.warmup_epochs}")
+        if self.lr <= 0 or self.depth < 0 or self.max_train_images < 0:
+            raise UserError(f"probe: expected lr > 0, depth >= 0, max_train_images >= 0, got {self.lr}, {self.depth}, {self.max_train_images}")
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Top-1 accuracies, one a position."""
+
+    positions: list[int]
+    held_out: list[float]  # share of held-out images whose class is named
+    train: list[float]  # the same of the training images (of view 0 of those used)
+    depth: int
+    held_out_images: int
+    train_images: int
+    chance: float  # share of the commonest class among the held-out images
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON, the standard error of each accuracy included."""
+        errors = [math.sqrt(p * (1 - p) / self.held_out_images) for p in self.held_out]
+        return {**dataclasses.asdict(self), "held_out_standard_error": errors}
+
+
+def probe_positions(positions: int, points: int = 8) -> list[int]:
+    """floor(T j / points) - 1 for j = 1 ... points; short sequences give each position once."""
+    return sorted({max(positions * j // points - 1, 0) for j in range(1, points + 1)})
+
+
+def first_blocks(model: Transformer, count: int) -> Transformer:
+    """A model of the first `count` blocks that shares `model`'s weights: its last features are `model`'s features after that block."""
+    short = copy.copy(model)
+    short._modules = dict(model._modules)
+    short.layers = nn.ModuleList(list(model.layers)[:count])
+    short.config = dataclasses.replace(model.config, blocks=count)
+    return short
+
+
+@torch.inference_mode()
+def extract_features(model: Transformer, store: CodeStore, images: np.ndarray, view: int, depth: int, positions: Sequence[int], *, batch_images: int = 128,
+                     device: torch.device | str = "cpu", title: str = "features") -> Tensor:
+    """Output of block `depth` at `positions` under the null class: (N, P, D) float32 on the CPU, for image indices (N,) and one view of each."""
+    short = first_blocks(model.to(device).eval(), depth)
+    chosen = torch.as_tensor(list(positions), device=device)
+    parts = []
+    for start in tqdm(range(0, len(images), batch_images), desc=title, unit="batch", leave=False):
+        which = images[start : start + batch_images]
+        codes_BT = torch.as_tensor(store.codes(which, np.full_like(which, view))).long().to(device)
+        label = torch.full((len(which),), model.null_class, device=device)
+        parts.append(short(codes_BT[:, : max(positions)], label, logits=False).last[:, chosen].float().cpu())
+    return torch.cat(parts)
+
+
+def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_classes: int, config: ProbeConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Train P linear layers side by side, each on its own position's features.
+
+    Args:
+        train: one (N, P, D) float32 tensor per view of the same N images; every epoch draws one view for each image.
+        labels: (N,) int64. held_out: (N', P, D).
+
+    Returns:
+        (P, N' + N) int64: the predicted classes of the held-out images, then of the training images' first view. Deterministic from `config.seed` on the CPU.
+    """
+    count, points, width = train[0].shape
+    generator = torch.Generator().manual_seed(config.seed)
+    weight = nn.init.trunc_normal_(torch.empty(points, width, num_classes), std=INIT_STD, generator=generator).to(device).requires_grad_()
+    bias = torch.zeros(points, 1, num_classes, device=device, requires_grad=True)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    normalise = nn.BatchNorm1d(points * width, affine=False, eps=NORM_EPS).to(device).train()
+    batch = min(config.images_per_step, max(count // 16, min(count, 32)))
+    steps = count // batch
+    views = torch.stack(list(train))
+    for epoch in tqdm(range(config.epochs), desc="linear probes", unit="epoch", leave=False):
+        order = torch.randperm(count, generator=generator)
+        drawn = torch.randint(len(train), (count,), generator=generator)
+        for step in range(steps):
+            chosen = order[step * batch : (step + 1) * batch]
+            x = normalise(views[drawn[chosen], chosen].flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
+            logits = torch.baddbmm(bias, x, weight)  # (P, batch, classes)
+            # Summed over the positions: each layer gets the gradient of its own mean loss.
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].to(device).repeat(points)) * points
+            weight_grad, bias_grad = torch.autograd.grad(loss, (weight, bias))
+            lr = config.lr * _schedule(epoch + step / steps, config.warmup_epochs, config.epochs)
+            with torch.no_grad():
+                norm, grad_norm = weight.norm(dim=(1, 2), keepdim=True), weight_grad.norm(dim=(1, 2), keepdim=True)
+                weight_velocity.mul_(MOMENTUM).add_(weight_grad * (TRUST * norm / grad_norm.clamp_min(1e-30)))
+                bias_velocity.mul_(MOMENTUM).add_(bias_grad)
+                weight.sub_(lr * weight_velocity)
+                bias.sub_(lr * bias_velocity)
+    normalise.eval()
+    with torch.inference_mode():
+        parts = []
+        for features in (held_out, train[0]):
+            for part in features.split(4096):
+                x = normalise(part.flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
+                parts.append(torch.baddbmm(bias, x, weight).argmax(dim=-1).cpu())
+    return torch.cat(parts, dim=1)
+
+
+def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> ProbeResult:
+    """Extract features of both splits once, train the probes on the training split, judge them on the held-out one.
+
+    Raises:
+        UserError: nothing is held out, or the model's sizes are not the store's.
+    """
+    held, train = np.asarray(store.held_out_indices), np.asarray(store.train_indices)
+    if not len(held):
+        raise UserError("probe: the code store holds no images out; prepare it again with a held-out share above 0")
+    if not 1 <= depth <= model.config.blocks:
+        raise UserError(f"probe.depth: expected a block number 1 ... {model.config.blocks}, got {depth}")
+    if config.max_train_images and config.max_train_images < len(train):
+        train = train[np.linspace(0, len(train) - 1, config.max_train_images).round().astype(np.int64)]
+    plain = plain_view(store)
+    views = [plain, *(view for view in range(store.views) if view != plain)][: config.train_views]
+    positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
+    settings = {"batch_images": config.batch_images, "device": device}
+    features = [extract_features(model, store, train, view, depth, positions, title=f"train features, view {view}", **settings) for view in views]
+    held_features = extract_features(model, store, held, plain, depth, positions, title="held-out features", **settings)
+    labels = torch.as_tensor(np.asarray(store.labels)).long()
+    predicted = train_probes(features, labels[train], held_features, model.config.num_classes, config, device)
+    correct_held = (predicted[:, : len(held)] == labels[held]).double().mean(1)
+    correct_train = (predicted[:, len(held) :] == labels[train]).double().mean(1)
+    chance = torch.bincount(labels[held]).max().item() / len(held)
+    return ProbeResult(positions, correct_held.tolist(), correct_train.tolist(), depth, len(held), len(train), chance)
+
+
+def run_probe(config: ProbeConfig) -> ProbeResult:
+    """Probe a run and write probe.json and probe.png into its folder."""
+    run = open_run(config.run, codes=config.codes, weights=config.weights)
+    result = probe(run.model.transformer, run.store, config.depth or run.contrast_depth, config)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+    record = {"weights": config.weights, "weights_sha256": run.model.weights_sha256, "step": run.step, "images_seen": run.images_seen, "settings": settings}
+    atomic_write_json(run.folder / "probe.json", {**result.to_dict(), **record})
+    atomic_write_bytes(run.folder / "probe.png", plots.probe_curves({run.folder.name: result.to_dict()}, dark=False))
+    return result
+
+
+def _schedule(epoch: float, warmup: int, epochs: int) -> float:
+    """MAE's learning-rate factor: linear warm-up, then half a cosine to 0."""
+    return epoch / warmup if epoch < warmup else 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))

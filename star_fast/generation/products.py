@@ -1,0 +1,89 @@
+"""How a decoder multiplies by its weights: as they are, with weights packed for the CPU's matrix unit, or with 8-bit weights and inputs.
+
+Decoding multiplies a few dozen rows by every weight at each step, so the layout and size of the weights decide its speed on a CPU.
+The transformer stays as it is: `with_products` returns one of the same kind whose nn.Linear modules are replaced; everything else is shared.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from star_fast.model.transformer import Transformer
+
+Products = Literal["auto", "plain", "packed", "int8"]
+
+
+class PackedLinear(nn.Module):
+    """x W^T with W (N, K) bfloat16 reordered once into the blocks that oneDNN's kernel reads; F.linear reorders at each call. The same kernel, so the
+    same bits."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, K) -> (R, N)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """x W^T in 8 bits: W (N, K) rounded to int8 with one scale for each of its rows, x to int8 with one scale for each row of the batch, sums in int32.
+
+    Numerics: relative to the product's size about 1 % (both roundings are half a step of max/127); rows of a batch stay independent of each other.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.scale = _to_int8(weight.detach())
+        self.scale = self.scale.squeeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, K) -> (R, N), dtype of x."""
+        x_int8, x_scale = _to_int8(x)
+        return torch._int_mm(x_int8, self.weight.t()).float().mul_(x_scale).mul_(self.scale).to(x.dtype)
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) -> int8 (R, K) and float32 (R, 1) scales: x ~ int8 * scale, the largest entry of a row at +-127."""
+    scale = x.abs().amax(1, keepdim=True).float().div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def why_not(products: Products, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if weights of this device and dtype can be multiplied in this way, else the reason."""
+    if products not in get_args(Products):
+        return f"there are {', '.join(get_args(Products))}"
+    if products == "packed" and not (device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return f"packed weights are for bfloat16 on a CPU with AVX-512, got {dtype} on {device}"
+    if products == "int8" and device.type != "cpu":
+        return f"int8 weights are for the CPU, got {device}"
+    return None
+
+
+def with_products(model: Transformer, products: Products, rows: int) -> Transformer:
+    """`model` for decoding: itself for "plain"; else a copy with every nn.Linear replaced, other parameters and buffers shared.
+
+    "auto" is "packed" where that works, else "plain": the same numbers either way. `rows` is a hint for the packed layout.
+
+    Raises:
+        ValueError: this model cannot be multiplied so.
+    """
+    device, dtype = model.output.weight.device, model.output.weight.dtype
+    if products == "auto":
+        products = "packed" if why_not("packed", device, dtype) is None else "plain"
+    reason = why_not(products, device, dtype)
+    if reason is not None:
+        raise ValueError(f"Decoder: products {products!r} cannot be had: {reason}")
+    if products == "plain":
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    decoding = copy.deepcopy(model, shared)  # copies the modules, shares what `shared` lists
+    for module in list(decoding.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, rows) if products == "packed" else Int8Linear(child.weight))
+    return decoding

@@ -1,0 +1,99 @@
+"""The decoding step as a CUDA graph: whatever changes from step to step lives on the device, so one launch replays the whole step.
+
+Not measured: the machines that built this have no GPU. The body (`advance`) is traced on fake CUDA tensors by tests/generation/test_device_step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from star_fast.generation.sampling import Sampling, draw
+from star_fast.ops import error_flag
+from star_fast.ops.sample_tokens import bad_rows_flag
+
+if TYPE_CHECKING:
+    from star_fast.generation.decoder import Decoder
+
+WARM_UP_RUNS = 2  # compile the kernels, then run once as captured
+
+
+@dataclass
+class DeviceState:
+    """What a step reads and writes, at fixed addresses on the device."""
+
+    tokens: Tensor  # (B,) int64, drawn last
+    image_index: Tensor  # (B,) int64
+    position: Tensor  # 0-d int64, of the next draw
+    seed: Tensor  # 0-d int64
+    codes_TB: Tensor  # (T, B) int64, all draws
+
+    @classmethod
+    def empty(cls, batch: int, positions: int, device: torch.device) -> DeviceState:
+        """State of a batch of `batch` images, at position 0."""
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(numbers(batch), numbers(batch), numbers(), numbers(), numbers(positions, batch))
+
+    def begin(self, image_index: Tensor, seed: int) -> None:
+        """Back to position 0 for another batch."""
+        self.image_index.copy_(image_index)
+        self.seed.fill_(seed)
+        self.position.zero_()
+
+    def keep_tokens(self) -> None:
+        """Store the tokens just drawn and move on to the next position."""
+        self.codes_TB.index_copy_(0, self.position.view(1), self.tokens.view(1, -1))
+        self.position.add_(1)
+
+
+def advance(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool) -> None:
+    """One step after the first: embed the last tokens, decode, draw, store. Reads nothing back to the host."""
+    embedded_RD = decoder.embed_tokens(state.tokens, guided)
+    logits_BV = decoder.logits(embedded_RD, state.position, sampling.guidance if guided else 1.0)
+    draw(logits_BV, sampling, state.seed, state.image_index, state.position, state.tokens)
+    state.keep_tokens()
+
+
+class StepGraphs:
+    """The states and captured steps of one Decoder, one for each batch size and set of sampling numbers that it met."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, DeviceState] = {}
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._pool = None
+
+    def state(self, batch: int, positions: int, device: torch.device) -> DeviceState:
+        """The state of this batch size, allocated at its first use."""
+        if batch not in self._states:
+            self._states[batch] = DeviceState.empty(batch, positions, device)
+        return self._states[batch]
+
+    def step(self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool) -> Callable[[], None]:
+        """A function that replays `advance`. Captures it at first use, which overwrites cache position 1: call before decoding a batch."""
+        key = (len(state.tokens), guided, sampling.guidance if guided else 1.0, sampling.temperature, sampling.top_k, sampling.top_p)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(decoder, state, sampling, guided)
+        return self._graphs[key].replay
+
+    def _capture(self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool) -> torch.cuda.CUDAGraph:
+        bad_rows_flag(decoder.device)  # both flags are allocated outside the graph, which keeps their addresses
+        error_flag.flag(decoder.device)
+        aside = torch.cuda.Stream(decoder.device)
+        aside.wait_stream(torch.cuda.current_stream(decoder.device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP_RUNS):
+                state.position.fill_(1)
+                advance(decoder, state, sampling, guided)
+            state.position.fill_(1)
+        torch.cuda.current_stream(decoder.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            advance(decoder, state, sampling, guided)
+        return graph

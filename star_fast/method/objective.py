@@ -1,0 +1,90 @@
+"""The objective of ST-AR, one function per equation (arXiv 2509.15185; numbers as in the paper and method.md section 2).
+
+    L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2
+
+Everything here works on features; which model made them is student.py's and teacher.py's business.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from star_fast.config import MethodConfig
+from star_fast.ops.feature_distance import feature_distance
+from star_fast.ops.linear_cross_entropy import linear_cross_entropy
+from star_fast.ops.slot_contrast import slot_contrast
+
+
+class Losses(NamedTuple):
+    """The four terms and their weighted sum: scalars (0-d tensors). A term that is switched off is 0."""
+
+    total: Tensor
+    ar: Tensor
+    mim: Tensor
+    step: Tensor
+    view: Tensor
+
+
+def autoregressive_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """L_AR: mean cross-entropy of the masked student's predictions over all B*M*T targets.
+
+    Args:
+        hidden: (B*M, T, D) after the final norm. weight: (V, D) output matrix. targets: (B*M, T) int64.
+    """
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+
+
+def masked_feature_loss(student_last: Tensor, teacher_last: Tensor) -> Tensor:
+    """L_MIM: mean over all positions of 1 - cos(h, h^), both (B*M, T, D), outputs of the last block; no gradient to the teacher."""
+    return feature_distance(student_last.flatten(0, 1), teacher_last.flatten(0, 1))
+
+
+def gather_slots(features: Tensor, positions: Tensor, views: int) -> Tensor:
+    """Features at the K sampled positions: (B*M, T, D), (K,) -> (B, M, K, D)."""
+    return features.index_select(1, positions).unflatten(0, (-1, views))
+
+
+def slots_first(features_BMKD: Tensor) -> Tensor:
+    """(B, M, K, D) -> (S, B, D), S = M*K; slot m*K + i is view m at position I[i]."""
+    return features_BMKD.flatten(1, 2).transpose(0, 1)
+
+
+def step_pairs(views: int, positions: int) -> list[tuple[int, int]]:
+    """(anchor slot, key slot) of L_step: the same view, ordered pairs of different positions i != j."""
+    return [(m * positions + i, m * positions + j) for m in range(views) for i in range(positions) for j in range(positions) if i != j]
+
+
+def view_pairs(views: int, positions: int) -> list[tuple[int, int]]:
+    """(anchor slot, key slot) of L_view: the same position, ordered pairs of different views m != m'."""
+    return [(m * positions + i, n * positions + i) for i in range(positions) for m in range(views) for n in range(views) if m != n]
+
+
+def contrastive_losses(anchor: Tensor, key: Tensor, views: int, temperature: float, row_offset: int = 0, *, step: bool = True,
+                       view: bool = True) -> tuple[Tensor, Tensor]:
+    """L_step and L_view in one call of ops.slot_contrast: means of NCE(m,i -> m',j) over their pairs.
+
+    Args:
+        anchor: (S, B, D) projected student features, slots as in `slots_first`.
+        key: (S, B_all, D) teacher features of the images that all ranks hold in this micro-batch; no gradient.
+        views: M. temperature: tau. row_offset: key row of this rank's first image.
+        step, view: which terms are on; one that is off is 0.
+    """
+    positions = anchor.shape[0] // views
+    steps = step_pairs(views, positions) if step else []
+    pairs = steps + (view_pairs(views, positions) if view else [])
+    per_pair = slot_contrast(anchor, key, torch.tensor(pairs, dtype=torch.int64, device=anchor.device), temperature, row_offset, reduction="pair")
+    zero = per_pair.new_zeros(())
+    return per_pair[: len(steps)].mean() if step else zero, per_pair[len(steps) :].mean() if view else zero
+
+
+def weighted_sum(ar: Tensor, mim: Tensor, step: Tensor, view: Tensor, method: MethodConfig) -> Losses:
+    """L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2; a term of weight 0 is left out, bit for bit."""
+    total = ar
+    if method.mim_weight:
+        total = total + method.mim_weight * mim
+    if method.contrasts:
+        total = total + method.contrast_weight * (step + view) / 2
+    return Losses(total, ar, mim, step, view)

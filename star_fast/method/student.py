@@ -1,0 +1,75 @@
+"""The student: transformer and projector as the one module that is trained; its forward pass returns the losses.
+
+No parameter is read outside this module's forward: under ZeRO-3 a weight exists only there.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from star_fast.config import MethodConfig
+from star_fast.method import objective
+from star_fast.method.objective import Losses
+from star_fast.model.transformer import Transformer
+
+
+class Projector(nn.Sequential):
+    """f: an MLP on each sampled position, student side only: linear layers with biases, SiLU between, (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, hidden: int, layers: int) -> None:
+        sizes = [width, *[hidden] * (layers - 1), width]
+        modules: list[nn.Module] = []
+        for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            modules += [nn.SiLU()] if index else []
+            modules += [nn.Linear(fan_in, fan_out)]
+        super().__init__(*modules)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases."""
+        for module in self:
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
+                module.bias.zero_()
+
+
+class Student(nn.Module):
+    """Transformer plus, where a contrastive loss is on, projector."""
+
+    def __init__(self, transformer: Transformer, projector: Projector | None, method: MethodConfig, contrast_depth: int) -> None:
+        super().__init__()
+        if (projector is not None) != method.contrasts:
+            raise ValueError("Student: a projector exists exactly where a contrastive loss is on")
+        self.transformer = transformer
+        self.projector = projector
+        self.method = method
+        self.contrast_depth = contrast_depth
+
+    def forward(self, tokens: Tensor, label: Tensor, targets: Tensor, keep: Tensor | None = None, teacher_last: Tensor | None = None,
+                keys: Tensor | None = None, positions: Tensor | None = None, row_offset: int = 0) -> Losses:
+        """The losses of one micro-batch of B images with M views each (sequence b*M + m is view m of image b).
+
+        Args:
+            tokens: (B*M, T-1) int64. label: (B*M,) int64, dropped ones are the null class. targets: (B*M, T) int64.
+            keep: (B*M, T) bool, visible keys, or None.
+            teacher_last: (B*M, T, D) the teacher's last features; None where L_MIM is off.
+            keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images; None where no contrast is on.
+            positions: (K,) int64 the position set I, with `keys`.
+            row_offset: key row of this rank's first image.
+        """
+        method = self.method
+        blocks = (self.contrast_depth,) if method.contrasts else ()
+        out = self.transformer(tokens, label, keep, blocks=blocks, logits=False)
+        ar = objective.autoregressive_loss(out.hidden, self.transformer.output.weight, targets)
+        mim = step = view = ar.new_zeros(())
+        if method.mim_weight:
+            mim = objective.masked_feature_loss(out.last, teacher_last)
+        if method.contrasts:
+            # The projector acts on each position alone: project the K sampled ones only.
+            slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, method.views)
+            step, view = objective.contrastive_losses(objective.slots_first(self.projector(slots_BMKD)), keys, method.views, method.temperature,
+                                                      row_offset, step=method.step_contrast, view=method.view_contrast)
+        return objective.weighted_sum(ar, mim, step, view, method)

@@ -1,0 +1,71 @@
+"""The teacher: an exponential moving average of the student's weights; it never sees a gradient, a key mask or dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from star_fast.config import MethodConfig
+from star_fast.method import objective
+from star_fast.model.transformer import Transformer
+from star_fast.ops.ema_update import ema_update
+
+
+def ema_decay(method: MethodConfig, step: int) -> float:
+    """Decay of the update after optimizer step `step` (counted from 0): min(decay, (1 + step) / (10 + step)) while warming up."""
+    return min(method.ema_decay, (1 + step) / (10 + step)) if method.ema_warmup else method.ema_decay
+
+
+class Teacher:
+    """The EMA copy of the student's transformer.
+
+    `model` runs in the student's dtype. `masters` are its float32 weights, laid out as the student's own masters are: whole tensors, or
+    this rank's shards under ZeRO. An average kept in bf16 would not move at decay 0.9999, so `model` only ever receives rounded copies.
+    """
+
+    def __init__(self, transformer: Transformer, method: MethodConfig, contrast_depth: int) -> None:
+        self.model = copy.deepcopy(transformer).eval().requires_grad_(False)
+        self.method = method
+        self.contrast_depth = contrast_depth
+        self.masters: list[Tensor] = []
+        self._copies: list[Tensor] | None = None
+        self._publish: Callable[[], None] = lambda: None
+
+    def attach(self, masters: Sequence[Tensor], copies: Sequence[Tensor] | None, publish: Callable[[], None] = lambda: None) -> None:
+        """Tell where the weights live.
+
+        Args:
+            masters: float32 tensors to average into. They may be `model`'s own parameters; then `copies` is None.
+            copies: tensors of the same shapes in `model`'s dtype that receive the rounded masters.
+            publish: called after each update, to spread this rank's copies to all ranks' models.
+        """
+        self.masters, self._copies, self._publish = list(masters), None if copies is None else list(copies), publish
+
+    @torch.no_grad()
+    def update(self, student_masters: Sequence[Tensor], step: int) -> None:
+        """teacher += (1 - decay) * (student - teacher), once after optimizer step `step` (counted from 0)."""
+        ema_update(self.masters, list(student_masters), ema_decay(self.method, step), copy_to=self._copies)
+        self._publish()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make `model` equal to `masters` (after these were loaded)."""
+        if self._copies is not None:
+            torch._foreach_copy_(self._copies, self.masters)
+        self._publish()
+
+    @torch.no_grad()
+    def features(self, tokens: Tensor, label: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the losses compare with: (last features (B*M, T, D) or None, slots (S, B, D) at `positions` or None).
+
+        Same tokens and same (possibly dropped) labels as the student's.
+        """
+        blocks = (self.contrast_depth,) if self.method.contrasts else ()
+        out = self.model(tokens, label, blocks=blocks, logits=False)
+        slots = None
+        if self.method.contrasts:
+            slots = objective.slots_first(objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)).contiguous()
+        return out.last if self.method.mim_weight else None, slots

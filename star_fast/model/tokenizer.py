@@ -1,0 +1,326 @@
+"""The VQ tokenizer: an image becomes a grid of codes and back. LlamaGen's architecture and state-dict names (method.md section 3).
+
+Letters: B images, C image channels, H and W pixels, T codes of an image (h*w positions in row order), V codebook entries, Z entry length.
+`VQTokenizer(TokenizerConfig())` is LlamaGen's VQ-16; multipliers (1, 2, 2, 4) give VQ-8; small ones tokenize small images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from star_fast.config import TokenizerConfig, from_dict, to_dict
+from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_bytes, read_json
+
+WEIGHTS_FILE = "tokenizer.safetensors"
+CONFIG_FILE = "tokenizer.json"
+FORMAT_VERSION = 1
+_SEARCH_ROWS = 4096  # latents searched at once: 4096 x 16384 float32 similarities are 268 MB
+
+
+class Quantized(NamedTuple):
+    """What the quantizer made of a grid of latents."""
+
+    entries: Tensor  # (B, Z, h, w) normalised codebook entries; the gradient passes straight through to the latents
+    codes: Tensor  # (B, T) int64
+    codebook_loss: Tensor  # moves entries to latents
+    commitment_loss: Tensor  # moves latents to entries (unweighted)
+    latents: Tensor  # (B*T, Z) normalised, detached
+
+
+class TokenizerOutput(NamedTuple):
+    """One training forward pass."""
+
+    reconstruction: Tensor  # (B, C, H, W), about [-1, 1]
+    codes: Tensor  # (B, T) int64
+    codebook_loss: Tensor  # mean (entry - latent)^2, gradient to the codebook only
+    commitment_loss: Tensor  # the same value, gradient to the encoder only; not yet weighted by TokenizerConfig.commitment
+    latents: Tensor  # (B*T, Z) normalised encoder outputs, detached: what unused codes may be moved onto
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with LlamaGen's 32 groups where a group then has at least its 4 channels (width 128 and up); fewer groups for narrower layers."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1), channels), channels, eps=1e-6)
+
+
+def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip path where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = norm(channels_in)
+        self.conv1 = conv3(channels_in, channels_out)
+        self.norm2 = norm(channels_out)
+        self.conv2 = conv3(channels_out, channels_out)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttentionBlock(nn.Module):
+    """x + single-head self-attention over all pixels of norm(x), softmax scale 1/sqrt(channels)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q_BTC, k_BTC, v_BTC = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed_BTC = F.scaled_dot_product_attention(q_BTC, k_BTC, v_BTC)
+        return x + self.proj_out(mixed_BTC.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the size: pad right and bottom by one pixel, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size: repeat each pixel, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """All blocks of one resolution: residual blocks, each followed by attention at the lowest level, then a change of size."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        for resize in ("downsample", "upsample"):
+            if hasattr(self, resize):
+                x = getattr(self, resize)(x)
+        return x
+
+
+def middle(channels: int) -> nn.ModuleList:
+    """Residual block, attention, residual block at the lowest resolution."""
+    return nn.ModuleList([ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+
+
+class Encoder(nn.Module):
+    """Image (B, C, H, W) -> (B, z_channels, h, w)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * factor for factor in config.multipliers]
+        self.conv_in = conv3(config.image_channels, config.base_channels)
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([config.base_channels, *widths], widths, strict=False)):
+            lowest = i == len(widths) - 1
+            level = Level(before, width, config.residual_blocks, attention=lowest)
+            if not lowest:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+        self.mid = middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv3(widths[-1], config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> image (B, C, H, W); one residual block more per level than the encoder."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * factor for factor in reversed(config.multipliers)]  # lowest resolution first
+        self.conv_in = conv3(config.z_channels, widths[0])
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            level = Level(before, width, config.residual_blocks + 1, attention=i == 0)
+            if i < len(widths) - 1:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv3(widths[-1], config.image_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            z = block(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook entry, latents and entries l2-normalised: the nearest is the one of largest cosine."""
+
+    def __init__(self, entries: int, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(entries, length)
+        with torch.no_grad():  # directions spread evenly over the sphere
+            self.embedding.weight.copy_(F.normalize(torch.randn(entries, length), dim=-1))
+
+    def entries(self) -> Tensor:
+        """The normalised codebook (V, Z) float32."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Codes (N,) int64 of normalised latents (N, Z); in exact arithmetic LlamaGen's argmin of squared distances. Among equals the lowest code wins."""
+        entries_ZV = self.entries().t().contiguous()
+        return torch.cat([(part @ entries_ZV).argmax(dim=1) for part in latents.split(_SEARCH_ROWS)]) if len(latents) else latents.new_empty(0, dtype=torch.int64)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantize z (B, Z, h, w)."""
+        batch, length, height, width = z.shape
+        latents_NZ = F.normalize(z.float().permute(0, 2, 3, 1).reshape(-1, length), dim=-1)
+        codes_N = self.nearest(latents_NZ)
+        chosen_NZ = self.entries()[codes_N]
+        codebook_loss = F.mse_loss(chosen_NZ, latents_NZ.detach())
+        commitment_loss = F.mse_loss(latents_NZ, chosen_NZ.detach())
+        through_NZ = latents_NZ + (chosen_NZ - latents_NZ).detach()
+        entries = through_NZ.view(batch, height, width, length).permute(0, 3, 1, 2).to(z.dtype)
+        return Quantized(entries, codes_N.view(batch, -1), codebook_loss, commitment_loss, latents_NZ.detach())
+
+    def look_up(self, codes_BT: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Normalised entries (B, Z, h, w) float32 of codes (B, T)."""
+        return self.entries()[codes_BT].transpose(1, 2).unflatten(2, grid)
+
+
+class VQTokenizer(nn.Module):
+    """The tokenizer: encoder, quantizer, decoder, under LlamaGen's state-dict names."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config.codebook, config.code_channels)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_channels, config.z_channels, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the images that come out."""
+        return self.quant_conv.weight.dtype
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Reconstruct images (B, C, H, W) in [-1, 1] and return what training needs."""
+        self._check_images(images)
+        quantized = self.quantize(self.quant_conv(self.encoder(images.to(self.dtype))))
+        reconstruction = self.decoder(self.post_quant_conv(quantized.entries))
+        return TokenizerOutput(reconstruction, *quantized[1:])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, T) int64, in row order, of images (B, C, H, W) in [-1, 1]; H and W multiples of the downsampling.
+
+        Raises:
+            ValueError: another number of dimensions or channels, or a size that the downsampling does not divide.
+        """
+        self._check_images(images)
+        return self.quantize(self.quant_conv(self.encoder(images.to(self.dtype)))).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, C, H, W), about [-1, 1], dtype of the weights, of codes (B, T) int64 on a square grid.
+
+        Raises:
+            ValueError: not (B, T) with T a square number, or (on the CPU) a code outside 0 ... V-1.
+        """
+        side = math.isqrt(codes.shape[-1])
+        if codes.ndim != 2 or side * side != codes.shape[-1] or side == 0:
+            raise ValueError(f"decode: codes must be (B, T) with T = side * side, got shape {tuple(codes.shape)}")
+        if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook:
+            raise ValueError(f"decode: codes must lie in 0 ... {self.config.codebook - 1}, got {int(codes.min())} ... {int(codes.max())}")
+        return self.decoder(self.post_quant_conv(self.quantize.look_up(codes, (side, side)).to(self.dtype)))
+
+    def _check_images(self, images: Tensor) -> None:
+        step = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != self.config.image_channels or images.shape[2] % step or images.shape[3] % step:
+            raise ValueError(f"tokenizer: images must be (B, {self.config.image_channels}, H, W) with H and W multiples of {step}, got shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"tokenizer: images must be floating point in [-1, 1] (see from_uint8), got {images.dtype}")
+
+    def weights_hash(self) -> str:
+        """sha256 over names, dtypes, shapes and bytes of all weights: it names the tokenizer that made a code. Take it before a cast to bf16."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.safetensors, then tokenizer.json (settings and hash), each whole or not at all."""
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        atomic_write_bytes(Path(folder) / WEIGHTS_FILE, safetensors.torch.save(state))
+        atomic_write_json(Path(folder) / CONFIG_FILE, {"format_version": FORMAT_VERSION, "weights_sha256": self.weights_hash(), "config": to_dict(self.config)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VQTokenizer:
+        """The tokenizer that `save` wrote, in eval mode on the CPU.
+
+        Raises:
+            StorageError: a file is missing, damaged, of another version, or the weights are not the ones that tokenizer.json names.
+        """
+        folder = Path(folder)
+        about = read_json(folder / CONFIG_FILE, "a tokenizer folder holds tokenizer.json and tokenizer.safetensors")
+        if about.get("format_version") != FORMAT_VERSION:
+            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {about.get('format_version')!r}; train the tokenizer again")
+        tokenizer = cls(from_dict(TokenizerConfig, about.get("config"), "tokenizer."))
+        try:
+            state = safetensors.torch.load(read_bytes(folder / WEIGHTS_FILE, "a tokenizer folder holds tokenizer.json and tokenizer.safetensors"))
+            tokenizer.load_state_dict(state)
+        except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"{folder / WEIGHTS_FILE}: truncated, or not the weights of {CONFIG_FILE}: {' '.join(str(error).split())[:200]}") from error
+        if tokenizer.weights_hash() != about.get("weights_sha256"):
+            raise StorageError(f"{folder / WEIGHTS_FILE}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")
+        return tokenizer.eval()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images, any shape, to float32 in [-1, 1], with the arithmetic of LlamaGen's extraction: (x / 255 - 0.5) / 0.5."""
+    return images.to(torch.float32).div(255).sub(0.5).div(0.5)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in about [-1, 1], any shape, to uint8: clamp(127.5 x + 128, 0, 255), cut to whole numbers (LlamaGen)."""
+    return images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)

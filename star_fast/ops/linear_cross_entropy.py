@@ -1,0 +1,186 @@
+"""Output matrix and cross-entropy in one, so that the (N, V) logits never exist whole: L_AR of the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from star_fast.ops import dispatch
+from star_fast.ops.shapes import SHAPES
+
+# overwrite(logits (n, V), target (n,), losses (n,), gradient): fills `losses`; with `gradient` puts softmax - one_hot in place of the logits.
+Overwrite = Callable[[Tensor, Tensor, Tensor, bool], None]
+
+_CHUNK_BYTES = 2**25  # logits of one chunk on the CPU: large enough that the three products run at full speed
+_BLOCK_BYTES = 2**20  # float32 logits handled at once: they stay in a core's cache between the passes of the softmax
+_PARTIAL_BYTES = 2**24  # one chunk's share of a block of the weight gradient, before it is added
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
+    """mean over n of -log softmax(weight hidden[n])[target[n]].
+
+    Backward, with G[n, v] = dout / N * (softmax(weight hidden[n])[v] - [v = target[n]]): dhidden = G weight, dweight = G^T hidden.
+    Where gradients are wanted they are computed chunk by chunk in the forward pass, while a chunk's logits exist: the three
+    products of the plain form, nothing twice. Backward only scales them. A second backward through the same graph recomputes them.
+
+    Args:
+        hidden: (N, D) float, N >= 1: hidden states after the final norm.
+        weight: (V, D), dtype and device of `hidden`: the output matrix, one row a code.
+        target: (N,) int64, 0 <= target < V.
+        backend: name of a backend; None chooses (see dispatch).
+
+    Returns:
+        Scalar float32 (float64 for float64): the mean.
+
+    Numerics:
+        Logits and G are rounded to the dtype of `hidden` (what the matrix products take); softmax statistics, losses and the sum of
+        the weight gradient over chunks are float32 (float64 for float64). No small entry of G is dropped. Deterministic.
+
+    Memory:
+        Beyond the returned gradients: one weight gradient in float32 and at most 134 MB, whatever N (chunk of logits 34 MB, blocks).
+        Without gradients asked for (torch.no_grad, or inputs that require none) one chunk of logits, and no gradient work.
+
+    Raises:
+        TypeError: hidden not floating point, target not int64. ValueError: shapes, dtypes or devices that do not fit; a target outside
+        0 ... V-1 (checked on the CPU; on CUDA the kernel sets the error flag, see ops/error_flag.py).
+
+    Source:
+        Cut Cross-Entropy (arXiv 2411.09009) and Liger Kernel (arXiv 2410.10989) for the idea; ST-AR (arXiv 2509.15185), L_AR.
+    """
+    _check(hidden, weight, target)
+    return dispatch.call("linear_cross_entropy", hidden.device, (hidden, weight, target), backend=backend)
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"linear_cross_entropy: hidden must be floating point, got {hidden.dtype}")
+    if hidden.ndim != 2 or 0 in hidden.shape:
+        raise ValueError(f"linear_cross_entropy: hidden must be (N, D) with N, D >= 1, got shape {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"linear_cross_entropy: weight must be (V, D) with V >= 1 and D = {hidden.shape[1]} like hidden, got shape {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(f"linear_cross_entropy: weight must be {hidden.dtype} on {hidden.device} like hidden, got {weight.dtype} on {weight.device}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"linear_cross_entropy: target must be int64 codes, got {target.dtype}")
+    if target.shape != hidden.shape[:1] or target.device != hidden.device:
+        raise ValueError(f"linear_cross_entropy: target must be ({hidden.shape[0]},) on {hidden.device} like hidden, "
+                         f"got {tuple(target.shape)} on {target.device}")
+    if target.device.type == "cpu" and not isinstance(target, FakeTensor):
+        low, high = (int(value) for value in torch.aminmax(target))
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"linear_cross_entropy: target must be in 0 ... {weight.shape[0] - 1} (rows of weight), got values from {low} to {high}")
+
+
+def reference(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The op in torch's own operations: chunks of rows, products by torch.mm, the softmax of a chunk in cache-sized blocks."""
+    return in_chunks(hidden, weight, target, max(16, _CHUNK_BYTES // (weight.shape[0] * weight.element_size())), softmax_minus_one_hot)
+
+
+def softmax_minus_one_hot(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
+    """An `Overwrite`: losses[n] = -log softmax(logits[n])[target[n]]; with `gradient`, logits[n] becomes softmax(logits[n]) - one_hot(target[n])."""
+    rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+    for x, t, loss in zip(logits.split(rows), target[:, None].split(rows), losses[:, None].split(rows), strict=True):
+        logp = torch.log_softmax(x, dim=1, dtype=losses.dtype)
+        torch.neg(logp.gather(1, t), out=loss)
+        if gradient:
+            probs = logp.exp_()
+            x.copy_(probs.scatter_add_(1, t, torch.full_like(loss, -1.0)))
+
+
+def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, overwrite: Overwrite) -> Tensor:
+    """The mean loss, with its gradients where they are wanted; `overwrite` turns a chunk of logits into losses and their gradient."""
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    if any(wanted):
+        return _InChunks.apply(hidden, weight, target, chunk_rows, overwrite, wanted)
+    return _chunk_by_chunk(hidden, weight, target, chunk_rows, overwrite, wanted)[0]
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, overwrite: Overwrite, wanted: tuple[bool, bool]) -> Tensor:
+        loss, *ctx.gradients = _chunk_by_chunk(hidden, weight, target, chunk_rows, overwrite, wanted)
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.how = chunk_rows, overwrite, wanted
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target = ctx.saved_tensors
+        # Scaled in place and handed over, so that no second copy exists; hence gone at a second backward.
+        dhidden, dweight = ctx.gradients or _chunk_by_chunk(hidden, weight, target, *ctx.how)[1:]
+        ctx.gradients = None
+        scale = (dout / hidden.shape[0]).view(1, 1)
+        return _scaled(dhidden, scale, hidden.dtype), _scaled(dweight, scale, weight.dtype), None, None, None, None
+
+
+def _chunk_by_chunk(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, overwrite: Overwrite,
+                    wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mean loss, and where wanted N times its gradients: by hidden in the dtype of `hidden`, by weight in float32 or float64."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(hidden.shape[0], dtype=exact)
+    logits = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted[0] else None
+    dweight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wanted[1] else None
+    for start in range(0, hidden.shape[0], chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        chunk = logits[: len(target[rows])]
+        torch.mm(hidden[rows], weight.t(), out=chunk)
+        overwrite(chunk, target[rows], losses[rows], any(wanted))
+        if dhidden is not None:
+            torch.mm(chunk, weight, out=dhidden[rows])
+        if dweight is not None:
+            _add_product(dweight, chunk, hidden[rows])
+    return losses.mean(), dhidden, dweight
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient^T hidden, where `total` may be wider (float32) than the factors."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    # By blocks of codes, so that the product waits for its addition in cache. On the CPU torch.mm cannot return float32 for
+    # bfloat16 factors: there a chunk's share is rounded once, and the shares are added in float32.
+    wider = {"out_dtype": total.dtype} if total.is_cuda else {}
+    codes = max(128, _PARTIAL_BYTES // (4 * hidden.shape[1]))
+    for part, columns in zip(total.split(codes), gradient.split(codes, dim=1), strict=True):
+        part.add_(torch.mm(columns.t(), hidden, **wider))
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * scale in `dtype`, computed in the dtype of `scale`; a gradient of that dtype is scaled in place."""
+    if gradient is None:
+        return None
+    if gradient.dtype == scale.dtype:
+        return gradient.mul_(scale).to(dtype)
+    for block in gradient.split(4096):  # the CPU computes with a float32 copy
+        torch.mul(block, scale, out=block)
+    return gradient
+
+
+def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+    """Arguments for one call at a preset's training shape: unit-variance hidden states, weights of the initial scale, uniform targets."""
+    shape = SHAPES[preset]
+    generator = torch.Generator().manual_seed(seed)
+    return {"hidden": torch.randn(shape.rows, shape.D, generator=generator).to(device, dtype),
+            "weight": (0.02 * torch.randn(shape.V, shape.D, generator=generator)).to(device, dtype),
+            "target": torch.randint(shape.V, (shape.rows,), generator=generator).to(device)}
+
+
+def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
+    """Least bytes and FLOPs of one call: of the loss alone, or if `backward` of the gradients alone (which the forward pass computes).
+
+    The softmax counts 4 FLOPs a logit. Logits count no bytes: they are neither input nor output.
+    """
+    hidden, weight, target = call["hidden"], call["weight"], call["target"]
+    size, logits = hidden.element_size(), hidden.shape[0] * weight.shape[0]
+    read = (hidden.numel() + weight.numel()) * size
+    if backward:  # writes both gradients; two products
+        return dispatch.Cost(2 * read, logits * (4 * hidden.shape[1] + 2))
+    return dispatch.Cost(read + target.numel() * 8 + 4, logits * (2 * hidden.shape[1] + 4))
+
+
+dispatch.register("linear_cross_entropy", reference, modules={"triton": "star_fast.ops.triton.linear_cross_entropy"}, order={"cuda": ("triton",)})

@@ -1,0 +1,206 @@
+"""Residual add + dropout + RMSNorm kernels: one pass forward, one backward; the dropout mask is hashed anew in both."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_fast.ops.add_rms_norm import keys, threshold
+from star_fast.ops.dispatch import Launch
+from star_fast.ops.shapes import Shape
+from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.triton.tiles import ADD_RMS_NORM
+
+_COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
+_MOST_COLUMNS = 16384  # 32 elements a thread at 16 warps; a row is held in registers
+
+
+@triton.jit
+def _hash(x):
+    """lowbias32 on uint32, as in ops/add_rms_norm.py."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _survives(row, column_hash, row_key, LIMIT: tl.constexpr):
+    row_hash = _hash(row.to(tl.uint32) ^ row_key.to(tl.uint32, bitcast=True))
+    return _hash(row_hash + column_hash).to(tl.int32, bitcast=True) < LIMIT
+
+
+@triton.jit(do_not_specialize=["row_key", "column_key"])
+def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residual_ptr, x_row_stride, residual_row_stride, n_rows, n_cols,
+                         rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
+                         HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """A run of rows a program, so that the weight is loaded and the columns are hashed once for all of them."""
+    cols = tl.arange(0, BLOCK)
+    inside = cols < n_cols
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+    column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
+    first = tl.program_id(0) * rows_a_program
+    for i in range(0, tl.minimum(rows_a_program, n_rows - first)):
+        row = (first + i).to(tl.int64)
+        h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
+        if HAS_DROPOUT:
+            h = tl.where(_survives(row, column_hash, row_key, LIMIT), h * SCALE, 0.0)
+        if HAS_RESIDUAL:
+            h += tl.load(residual_ptr + row * residual_row_stride + cols, mask=inside, other=0.0).to(ACC)
+        if HAS_RESIDUAL or HAS_DROPOUT:
+            rounded = h.to(new_residual_ptr.dtype.element_ty)
+            tl.store(new_residual_ptr + row * n_cols + cols, rounded, mask=inside)
+            h = rounded.to(ACC)
+        normed = (h * tl.rsqrt(tl.sum(h * h) / n_cols + EPS)).to(normed_ptr.dtype.element_ty).to(ACC)
+        tl.store(normed_ptr + row * n_cols + cols, (normed * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_key", "column_key"])
+def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_ptr, partial_ptr, h_row_stride, dnormed_row_stride,
+                          dh_in_row_stride, n_rows, n_cols, rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr,
+                          SCALE: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_DH_IN: tl.constexpr, WRITE_DH: tl.constexpr,
+                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """A run of rows a program; each program leaves its own row of dweight sums, added in a fixed order afterwards."""
+    cols = tl.arange(0, BLOCK)
+    inside = cols < n_cols
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+    column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
+    dweight = tl.zeros((BLOCK,), dtype=ACC)
+    first = tl.program_id(0) * rows_a_program
+    for i in range(0, tl.minimum(rows_a_program, n_rows - first)):
+        row = (first + i).to(tl.int64)
+        dh = tl.zeros((BLOCK,), dtype=ACC)
+        if HAS_DNORMED:
+            h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)
+            dnormed = tl.load(dnormed_ptr + row * dnormed_row_stride + cols, mask=inside, other=0.0).to(ACC)
+            inverse = tl.rsqrt(tl.sum(h * h) / n_cols + EPS)
+            n = h * inverse
+            dweight += dnormed * n.to(h_ptr.dtype.element_ty).to(ACC)
+            dn = dnormed * weight
+            dh = inverse * (dn - n * (tl.sum(dn * n) / n_cols))
+        if HAS_DH_IN:
+            dh += tl.load(dh_in_ptr + row * dh_in_row_stride + cols, mask=inside, other=0.0).to(ACC)
+        if WRITE_DH:
+            tl.store(dh_ptr + row * n_cols + cols, dh.to(dh_ptr.dtype.element_ty), mask=inside)
+        if WRITE_DX:
+            if HAS_DROPOUT:
+                dh = tl.where(_survives(row, column_hash, row_key, LIMIT), dh * SCALE, 0.0)
+            tl.store(dx_ptr + row * n_cols + cols, dh.to(dx_ptr.dtype.element_ty), mask=inside)
+    if HAS_DNORMED:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, dweight, mask=inside)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor | None]:
+        rows, weight = _rows(x), weight.contiguous()
+        new_residual = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None or dropout else None
+        normed = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        row_key, column_key = keys(seed)
+        if rows.numel():
+            shortcut = rows if residual is None else _rows(residual)
+            add_rms_norm_forward[_forward_grid(rows.shape[0])](
+                rows, shortcut, weight, normed, normed if new_residual is None else new_residual, rows.stride(0), shortcut.stride(0),
+                rows.shape[0], rows.shape[1], _forward_rows(rows.shape[0]), row_key, column_key, EPS=eps, LIMIT=threshold(dropout),
+                SCALE=1 / (1 - dropout), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout > 0, **_widths(rows.shape[1], x.dtype))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows if new_residual is None else new_residual, weight)
+        ctx.shape, ctx.eps, ctx.dropout, ctx.keys = x.shape, eps, dropout, (row_key, column_key)
+        return normed.view(x.shape), None if new_residual is None else new_residual.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dnormed: Tensor | None, dh_in: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dnormed is None and dh_in is None:
+            return (None,) * 6
+        h, weight = ctx.saved_tensors
+        (n_rows, n_cols), (want_x, want_residual, want_weight) = h.shape, ctx.needs_input_grad[:3]
+        write_dx = want_x and ctx.dropout > 0
+        write_dh = want_residual or (want_x and not write_dx)
+        dh, dx = (torch.empty(h.shape, dtype=h.dtype, device=h.device) if wanted else None for wanted in (write_dh, write_dx))
+        programs = min(n_rows, ADD_RMS_NORM.block[2])
+        rows_a_program = triton.cdiv(n_rows, max(programs, 1))
+        partial = torch.zeros(programs, n_cols, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device)
+        if n_rows:
+            from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
+            add_rms_norm_backward[(triton.cdiv(n_rows, rows_a_program),)](
+                h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0), from_normed.stride(0),
+                from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys, EPS=ctx.eps, LIMIT=threshold(ctx.dropout),
+                SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None, WRITE_DH=write_dh,
+                WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0, **_widths(n_cols, h.dtype))
+        dh, dx = (None if grad is None else grad.view(ctx.shape) for grad in (dh, dx))
+        dweight = partial.sum(0).to(weight.dtype) if want_weight and dnormed is not None else None
+        return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, width) with unit stride inside a row; a copy only where the strides leave no other way."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _forward_rows(n_rows: int) -> int:
+    """Rows of one program forward: one when rows are few, as in decoding."""
+    return max(1, min(ADD_RMS_NORM.block[0], n_rows // ADD_RMS_NORM.block[1]))
+
+
+def _forward_grid(n_rows: int) -> tuple[int]:
+    return (triton.cdiv(n_rows, _forward_rows(n_rows)),)
+
+
+def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
+    """The launch settings that follow from the width of a row."""
+    block = triton.next_power_of_2(n_cols)
+    return {"BLOCK": block, "ACC": accumulator(dtype), "num_warps": max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP)),
+            "num_stages": ADD_RMS_NORM.num_stages, "enable_fp_fusion": FP_FUSION}
+
+
+def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """See ops/add_rms_norm.py."""
+    normed, new_residual = _AddRMSNorm.apply(x, residual, weight, eps, dropout, seed)
+    return normed, x if new_residual is None else new_residual
+
+
+def why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> str | None:
+    """None if the kernels can serve this call."""
+    if x.shape[-1] > _MOST_COLUMNS:
+        return f"a row is held in registers: D must be at most {_MOST_COLUMNS}, got {x.shape[-1]}"
+    return why_not_device(x)
+
+
+def fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Empty results."""
+    return x.new_empty(x.shape), x if residual is None and not dropout else x.new_empty(x.shape)
+
+
+def launches(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> list[Launch]:
+    """The forward launches."""
+    return [Launch("add_rms_norm_forward", _forward_grid(x.numel() // x.shape[-1]))]
+
+
+def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
+    """What to compile for a training step at `shape`: residual, dropout 0.1, all gradients."""
+    size, numbers, dropout, p = dtype.itemsize, shape.rows * shape.D, 0.1, pointer(dtype)
+    widths = _widths(shape.D, dtype)
+    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True, "BLOCK": widths["BLOCK"], "ACC": widths["ACC"]}
+    strides = ("x_row_stride", "residual_row_stride")
+    forward_signature = {**dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "new_residual_ptr"), p),
+                         **dict.fromkeys((*strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}
+    forward_constants = {**constants, "HAS_RESIDUAL": True}
+    backward_strides = ("h_row_stride", "dnormed_row_stride", "dh_in_row_stride")
+    backward_signature = {**dict.fromkeys(("h_ptr", "dnormed_ptr", "dh_in_ptr", "weight_ptr", "dh_ptr", "dx_ptr"), p), "partial_ptr": "*fp32",
+                          **dict.fromkeys((*backward_strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}
+    backward_constants = {**constants, **dict.fromkeys(("HAS_DNORMED", "HAS_DH_IN", "WRITE_DH", "WRITE_DX"), True)}
+    partials = 4 * ADD_RMS_NORM.block[2] * shape.D
+    return [
+        Variant("add_rms_norm forward", add_rms_norm_forward, {**forward_signature, **dict.fromkeys(forward_constants, "constexpr")},
+                forward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages, (*list(forward_signature)[:5], *strides, "n_rows", "n_cols"),
+                (4 * size * numbers + size * shape.D, 6 * numbers), _forward_grid(shape.rows)),
+        Variant("add_rms_norm backward", add_rms_norm_backward, {**backward_signature, **dict.fromkeys(backward_constants, "constexpr")},
+                backward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages,
+                (*list(backward_signature)[:7], *backward_strides, "n_rows", "n_cols", "rows_a_program"),
+                (5 * size * numbers + size * shape.D + partials, 11 * numbers), (min(shape.rows, ADD_RMS_NORM.block[2]),)),
+    ]

@@ -1,0 +1,124 @@
+"""The EMA kernel: every weight of the model in one launch, through a table of addresses."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_fast.ops.dispatch import Launch
+from star_fast.ops.shapes import Shape
+from star_fast.ops.triton.launching import FP_FUSION, Variant, why_not_device
+from star_fast.ops.triton.tiles import EMA_UPDATE
+
+_TABLES_KEPT = 4  # distinct sets of tensors in turn; a training run has one
+
+
+@triton.jit
+def ema_update_all(tensors_ptr, chunks_ptr, weight, STUDENT: tl.constexpr, COPY: tl.constexpr, HAS_COPY: tl.constexpr,
+                   ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk of one tensor: t += weight * (s - t); copy = t. tensors: rows of (teacher, student, copy, numbers); chunks: (tensor, chunk in it)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    entry = tensors_ptr + tl.load(chunks_ptr + 2 * chunk).to(tl.int64) * 4
+    start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * BLOCK
+    teacher_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
+    student_ptr = tl.load(entry + 1).to(tl.pointer_type(STUDENT))
+    copy_ptr = tl.load(entry + 2).to(tl.pointer_type(COPY))
+    numbers = tl.load(entry + 3)
+    if ALIGNED:  # said of the pointers: the compiler forgets what it knew of an integer that becomes one
+        teacher_ptr = tl.multiple_of(teacher_ptr, 16)
+        student_ptr = tl.multiple_of(student_ptr, 16)
+        copy_ptr = tl.multiple_of(copy_ptr, 16)
+    offsets = start + tl.arange(0, BLOCK)
+    teacher_ptr += offsets
+    student_ptr += offsets
+    copy_ptr += offsets
+    if start + BLOCK <= numbers:  # whole chunks go without a mask, whose unknown end would break 16-byte accesses into single numbers
+        t = tl.load(teacher_ptr)
+        t += weight * (tl.load(student_ptr).to(tl.float32) - t)
+        tl.store(teacher_ptr, t)
+        if HAS_COPY:
+            tl.store(copy_ptr, t.to(COPY))
+    else:
+        inside = offsets < numbers
+        t = tl.load(teacher_ptr, mask=inside)
+        t += weight * (tl.load(student_ptr, mask=inside).to(tl.float32) - t)
+        tl.store(teacher_ptr, t, mask=inside)
+        if HAS_COPY:
+            tl.store(copy_ptr, t.to(COPY), mask=inside)
+
+
+class _Table(NamedTuple):
+    tensors: Tensor  # (n, 4) int64: addresses of teacher, student and copy, and how many numbers
+    chunks: Tensor  # (programs, 2) int32: index of the tensor, index of the chunk in it
+    aligned: bool  # every address is a multiple of 16
+
+
+_tables: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _table(teacher: list[Tensor], student: list[Tensor], copy_to: list[Tensor] | None) -> _Table:
+    """The table of these very addresses, built on first sight and kept on the device."""
+    rows = [(t.data_ptr(), s.data_ptr(), c.data_ptr() if copy_to is not None else 0, t.numel())
+            for t, s, c in zip(teacher, student, copy_to or teacher, strict=True) if t.numel()]
+    key = (teacher[0].device.index or 0, *(value for row in rows for value in row))
+    if key in _tables:
+        _tables.move_to_end(key)
+    else:
+        tensors = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        counts = (tensors[:, 3] + EMA_UPDATE.block[0] - 1) // EMA_UPDATE.block[0]
+        which = torch.repeat_interleave(torch.arange(len(rows)), counts)
+        within = torch.arange(len(which)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        chunks = torch.stack([which, within], dim=1).to(torch.int32)
+        _tables[key] = _Table(tensors.to(teacher[0].device), chunks.to(teacher[0].device), not (tensors[:, :3] % 16).any().item())
+        if len(_tables) > _TABLES_KEPT:
+            _tables.popitem(last=False)
+    return _tables[key]
+
+
+@torch.no_grad()
+def run(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> None:
+    """See ops/ema_update.py."""
+    table = _table(teacher, student, copy_to)
+    if len(table.chunks):
+        ema_update_all[(len(table.chunks),)](
+            table.tensors, table.chunks, 1.0 - decay, STUDENT=_TRITON[student[0].dtype], COPY=_TRITON[(copy_to or teacher)[0].dtype],
+            HAS_COPY=copy_to is not None, ALIGNED=table.aligned, BLOCK=EMA_UPDATE.block[0], num_warps=EMA_UPDATE.num_warps,
+            num_stages=EMA_UPDATE.num_stages, enable_fp_fusion=FP_FUSION)
+    for tensor in (*teacher, *(copy_to or ())):
+        torch.autograd.graph.increment_version(tensor)
+
+
+def why_not(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> str | None:
+    """None if the kernel can serve this call."""
+    for tensors in (teacher, student, copy_to or []):
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in _TRITON or not tensor.is_contiguous():
+                return f"tensors must be contiguous float32, bfloat16 or float16, got {tensor.dtype} of strides {tensor.stride()} at {i}"
+    if teacher[0].dtype != torch.float32:
+        return f"the teacher must be float32, got {teacher[0].dtype}"
+    return why_not_device(teacher[0])
+
+
+def fake(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> None:
+    """Nothing: the op works in place."""
+
+
+def launches(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> list[Launch]:
+    """One launch for all tensors."""
+    return [Launch("ema_update_all", (sum(triton.cdiv(t.numel(), EMA_UPDATE.block[0]) for t in teacher),))]
+
+
+def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
+    """What to compile for the update of a whole model from float32 masters, copies in `dtype`."""
+    block = 4 * shape.D * shape.D + 3 * shape.D * shape.F + 2 * shape.D
+    weights = shape.L * block + (2 * shape.V + 1001) * shape.D + shape.D
+    constants = {"STUDENT": tl.float32, "COPY": _TRITON[dtype], "HAS_COPY": True, "ALIGNED": True, "BLOCK": EMA_UPDATE.block[0]}
+    return [Variant("ema_update", ema_update_all, {"tensors_ptr": "*i64", "chunks_ptr": "*i32", "weight": "fp32", **dict.fromkeys(constants, "constexpr")},
+                    constants, EMA_UPDATE.num_warps, EMA_UPDATE.num_stages, ("tensors_ptr", "chunks_ptr"),
+                    ((12 + dtype.itemsize) * weights, 3 * weights), (triton.cdiv(weights, EMA_UPDATE.block[0]),))]

@@ -1,0 +1,131 @@
+"""Feature-distance kernels: forward reads both features once and leaves the gradient up to a factor; backward applies the factor."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_fast.ops.dispatch import Launch
+from star_fast.ops.shapes import Shape
+from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.triton.tiles import FEATURE_DISTANCE, FEATURE_DISTANCE_SCALE
+
+_LARGEST_WIDTH = 16384  # a row is held in registers
+
+
+@triton.jit
+def inverse_norm(squares):
+    """1 / sqrt(squares), and 0 for a norm below 1e-12, so that such a vector has cosine 0 and gradient 0."""
+    norm = tl.sqrt(squares)
+    return tl.where(norm < 1e-12, 0.0, 1.0 / norm)
+
+
+@triton.jit
+def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_ptr, student_row_stride, teacher_row_stride, n_cols,
+                             WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """One row a program: its distance 1 - c, and the gradient of it, -(t / |t| - c s / |s|) / |s|."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < n_cols
+    s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    t = tl.load(teacher_ptr + row * teacher_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    s_inverse, t_inverse = inverse_norm(tl.sum(s * s)), inverse_norm(tl.sum(t * t))
+    cosine = tl.sum(s * t) * (s_inverse * t_inverse)
+    tl.store(distance_ptr + row, 1.0 - cosine)
+    if WITH_GRADIENT:
+        gradient = s * (cosine * s_inverse * s_inverse) - t * (s_inverse * t_inverse)
+        tl.store(gradient_ptr + row * n_cols + cols, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def feature_distance_backward(gradient_ptr, dout_ptr, dstudent_ptr, n_rows, n_numbers, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """dstudent = gradient * dout / n_rows."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < n_numbers
+    factor = tl.load(dout_ptr).to(ACC) / n_rows
+    gradient = tl.load(gradient_ptr + index, mask=inside, other=0.0).to(ACC)
+    tl.store(dstudent_ptr + index, (gradient * factor).to(dstudent_ptr.dtype.element_ty), mask=inside)
+
+
+class _FeatureDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        ctx.save_for_backward(gradient)
+        return _forward(student, teacher, gradient)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        dstudent = torch.empty_like(gradient)
+        feature_distance_backward[_backward_grid(gradient.numel())](
+            gradient, dout, dstudent, gradient.shape[0], gradient.numel(), BLOCK=FEATURE_DISTANCE_SCALE.block[0], ACC=accumulator(gradient.dtype),
+            num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages, enable_fp_fusion=FP_FUSION)
+        return dstudent, None
+
+
+def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
+    """The mean distance; fills `gradient`, if there is one, with N times its gradient. The mean is taken in a fixed order."""
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    n_rows, n_cols = student.shape
+    distances = student.new_empty(n_rows, dtype=torch.promote_types(student.dtype, torch.float32))
+    feature_distance_forward[(n_rows,)](
+        student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_cols,
+        WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, enable_fp_fusion=FP_FUSION,
+        **_widths(n_cols))
+    return distances.mean()
+
+
+def _widths(n_cols: int) -> dict[str, int]:
+    """BLOCK holds a row; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
+    block = triton.next_power_of_2(n_cols)
+    return {"BLOCK": block, "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
+
+
+def _backward_grid(n_numbers: int) -> tuple[int]:
+    return (triton.cdiv(n_numbers, FEATURE_DISTANCE_SCALE.block[0]),)
+
+
+def run(student: Tensor, teacher: Tensor) -> Tensor:
+    """See ops/feature_distance.py."""
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _FeatureDistance.apply(student, teacher)
+    return _forward(student, teacher, None)
+
+
+def why_not(student: Tensor, teacher: Tensor) -> str | None:
+    """None if the kernels can serve this call."""
+    if student.shape[1] > _LARGEST_WIDTH:
+        return f"a row of D = {student.shape[1]} does not fit in registers, at most {_LARGEST_WIDTH}"
+    return why_not_device(student)
+
+
+def fake(student: Tensor, teacher: Tensor) -> Tensor:
+    """An empty result."""
+    return student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
+
+
+def launches(student: Tensor, teacher: Tensor) -> list[Launch]:
+    """The forward launches."""
+    return [Launch("feature_distance_forward", (student.shape[0],))]
+
+
+def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
+    """What to compile for a training step at `shape`."""
+    p, size, numbers, widths = pointer(dtype), dtype.itemsize, shape.rows * shape.D, _widths(shape.D)
+    exact = pointer(torch.promote_types(dtype, torch.float32))
+    return [
+        Variant("feature_distance forward", feature_distance_forward,
+                {"student_ptr": p, "teacher_ptr": p, "distance_ptr": exact, "gradient_ptr": p, "student_row_stride": "i32", "teacher_row_stride": "i32",
+                 "n_cols": "i32", "WITH_GRADIENT": "constexpr", "BLOCK": "constexpr", "ACC": "constexpr"},
+                {"WITH_GRADIENT": True, "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"], FEATURE_DISTANCE.num_stages,
+                ("student_ptr", "teacher_ptr", "distance_ptr", "gradient_ptr", "student_row_stride", "teacher_row_stride", "n_cols"),
+                (3 * numbers * size + 4 * shape.rows, 9 * numbers), (shape.rows,)),
+        Variant("feature_distance backward", feature_distance_backward,
+                {"gradient_ptr": p, "dout_ptr": exact, "dstudent_ptr": p, "n_rows": "i32", "n_numbers": "i32", "BLOCK": "constexpr", "ACC": "constexpr"},
+                {"BLOCK": FEATURE_DISTANCE_SCALE.block[0], "ACC": accumulator(dtype)}, FEATURE_DISTANCE_SCALE.num_warps, FEATURE_DISTANCE_SCALE.num_stages,
+                ("gradient_ptr", "dout_ptr", "dstudent_ptr", "n_rows", "n_numbers"), (2 * numbers * size, numbers), _backward_grid(numbers)),
+    ]

@@ -1,0 +1,115 @@
+"""Linear cross-entropy on CUDA: cuBLAS for the three products of a chunk of rows, one kernel that turns its logits into their gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_fast.ops import error_flag
+from star_fast.ops.dispatch import Launch
+from star_fast.ops.linear_cross_entropy import in_chunks
+from star_fast.ops.shapes import Shape
+from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.triton.tiles import CROSS_ENTROPY_ROWS, LOGITS_CHUNK_BYTES
+
+_TARGET_OUT_OF_RANGE = tl.constexpr(error_flag.TARGET_OUT_OF_RANGE)
+
+
+@triton.jit
+def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_stride, n_cols, WITH_GRADIENT: tl.constexpr, BLOCKS: tl.constexpr,
+                       BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """One row a program: its loss, and softmax - one_hot in place of its logits.
+
+    A row of one block is read once and stays in registers. A longer one is read twice, the second time from the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_row_stride
+    target = tl.load(target_ptr + row)
+    if (target < 0) | (target >= n_cols):
+        tl.atomic_or(flag_ptr, _TARGET_OUT_OF_RANGE)
+    cols = tl.arange(0, BLOCK)
+    if BLOCKS == 1:
+        x = tl.load(logits_ptr + cols, mask=cols < n_cols, other=float("-inf")).to(ACC)
+        top = tl.max(x, 0)
+        weights = tl.exp(x - top)
+        total = tl.sum(weights, 0)
+        at_target = tl.sum(tl.where(cols == target, x, 0.0), 0)
+        if WITH_GRADIENT:
+            gradient = weights * (1.0 / total) - (cols == target).to(ACC)
+            tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), mask=cols < n_cols)
+    else:
+        top = tl.full((), float("-inf"), ACC)
+        total = tl.full((), 0.0, ACC)
+        at_target = tl.full((), 0.0, ACC)
+        for block in range(BLOCKS):
+            c = block * BLOCK + cols
+            x = tl.load(logits_ptr + c, mask=c < n_cols, other=float("-inf")).to(ACC)
+            higher = tl.maximum(top, tl.max(x, 0))
+            # While every logit was -inf there is nothing to rescale, and -inf - -inf would be NaN.
+            total = tl.where(total > 0, total * tl.exp(top - higher), 0.0) + tl.sum(tl.exp(x - higher), 0)
+            top = higher
+            at_target += tl.sum(tl.where(c == target, x, 0.0), 0)
+        if WITH_GRADIENT:
+            tl.debug_barrier()
+            for block in range(BLOCKS):
+                c = block * BLOCK + cols
+                x = tl.load(logits_ptr + c, mask=c < n_cols, other=float("-inf")).to(ACC)
+                gradient = tl.exp(x - top) * (1.0 / total) - (c == target).to(ACC)
+                tl.store(logits_ptr + c, gradient.to(logits_ptr.dtype.element_ty), mask=c < n_cols)
+    tl.store(loss_ptr + row, top + tl.log(total) - at_target)
+
+
+def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
+    """See `Overwrite` in ops/linear_cross_entropy.py. A target out of range sets the error flag."""
+    cross_entropy_rows[(logits.shape[0],)](
+        logits, target, losses, error_flag.flag(logits.device), logits.stride(0), logits.shape[1], WITH_GRADIENT=gradient,
+        ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, enable_fp_fusion=FP_FUSION, **_widths(logits.shape[1]))
+
+
+def _widths(n_cols: int) -> dict[str, int]:
+    """BLOCK and BLOCKS cover a row; the warps follow, so that a thread has CROSS_ENTROPY_ROWS.block[1] columns or, at the most warps, more."""
+    block = min(triton.next_power_of_2(n_cols), CROSS_ENTROPY_ROWS.block[0])
+    return {"BLOCK": block, "BLOCKS": triton.cdiv(n_cols, block),
+            "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * CROSS_ENTROPY_ROWS.block[1])))}
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(16, LOGITS_CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+
+
+def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """See ops/linear_cross_entropy.py."""
+    return in_chunks(hidden, weight, target.contiguous(), _chunk_rows(weight), overwrite)
+
+
+def why_not(hidden: Tensor, weight: Tensor, target: Tensor) -> str | None:
+    """None if the kernel can serve this call."""
+    return why_not_device(hidden)
+
+
+def fake(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """An empty result."""
+    return hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def launches(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Launch]:
+    """The forward launches of this package's kernel, one a chunk; cuBLAS comes on top: one product a chunk, three with both gradients."""
+    n_rows, chunk = hidden.shape[0], _chunk_rows(weight)
+    return [Launch("cross_entropy_rows", (min(chunk, n_rows - start),)) for start in range(0, n_rows, chunk)]
+
+
+def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
+    """What to compile for a training step at `shape`: one chunk."""
+    widths, rows = _widths(shape.V), min(shape.rows, max(16, LOGITS_CHUNK_BYTES // (shape.V * dtype.itemsize)))
+    return [
+        Variant("linear_cross_entropy rows", cross_entropy_rows,
+                {"logits_ptr": pointer(dtype), "target_ptr": pointer(torch.int64), "loss_ptr": pointer(torch.promote_types(dtype, torch.float32)),
+                 "flag_ptr": pointer(torch.int32), "logits_row_stride": "i32", "n_cols": "i32", "WITH_GRADIENT": "constexpr", "BLOCKS": "constexpr",
+                 "BLOCK": "constexpr", "ACC": "constexpr"},
+                {"WITH_GRADIENT": True, "BLOCKS": widths["BLOCKS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)},
+                widths["num_warps"], CROSS_ENTROPY_ROWS.num_stages,
+                ("logits_ptr", "target_ptr", "loss_ptr", "flag_ptr", "logits_row_stride", "n_cols"),
+                (rows * (2 * shape.V * dtype.itemsize + 12), 6 * rows * shape.V), (rows,)),
+    ]

@@ -1,0 +1,63 @@
+"""Named runs, one aligned row each: architecture, method, schedule; command, machine and published figure beside each.
+
+Paper figures: FID on ImageNet 256x256 without guidance, 50 000 samples, with ST-AR (arXiv 2509.15185). They are what the paper reports,
+not what was measured here; rows without a figure are LlamaGen sizes that the paper does not train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from star_fast.config import ConfigError, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
+
+
+class Preset(NamedTuple):
+    """A named run and what to expect of it."""
+
+    config: RunConfig
+    machine: str  # what it is meant for
+    paper: str  # the paper's figure
+    command: str
+
+
+def _imagenet(blocks: int, heads: int, width: int, depth: int, *, epochs: float, stage: int, recompute: bool = False) -> RunConfig:
+    return RunConfig(model=ModelConfig(blocks, heads, width, vocab=16384, positions=256, num_classes=1000), method=MethodConfig(contrast_depth=depth),
+                     train=TrainConfig(epochs=epochs, zero_stage=stage, block_checkpointing=recompute))
+
+
+# The built-in digits, 28x28, on a laptop CPU: sizes chosen so that the whole quickstart takes minutes.
+_TINY = RunConfig(
+    model=ModelConfig(blocks=6, heads=4, width=128),
+    method=MethodConfig(ema_decay=0.99, projector_width=256),
+    optim=OptimConfig(lr_per_256_images=8e-3, warmup_steps=50, schedule="cosine", final_lr_share=0.05),
+    train=TrainConfig(images_per_step=32, epochs=1000.0, max_steps=1000, precision="fp32", zero_stage=0, save_every_steps=250,
+                      validate_every_steps=250),
+    data=DataConfig(codes="data/digits", views="small-affine"),
+    tokenizer=TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), residual_blocks=1, z_channels=64, code_channels=8, codebook=256,
+                              image_channels=1, image_size=28),
+)
+
+_TRAIN = "deepspeed star_fast/train.py --preset {} --data.codes CODES --run runs/{}"
+
+PRESETS = {
+    #                                                   L   H     D  depth                                      machine                   paper
+    "tiny": Preset(_TINY, "a laptop CPU", "not in the paper", _TRAIN.format("tiny", "digits")),
+    "B":    Preset(_imagenet(12, 12, 768, 6, epochs=50, stage=1), "8 GPUs of 40 GB", "FID 26.58 (plain LlamaGen 31.35)", _TRAIN.format("B", "B")),
+    "L":    Preset(_imagenet(24, 16, 1024, 18, epochs=50, stage=1), "8 GPUs of 80 GB", "FID 12.59 (plain 21.81)", _TRAIN.format("L", "L")),
+    "XL":   Preset(_imagenet(36, 20, 1280, 18, epochs=50, stage=1), "8 GPUs of 80 GB", "FID 9.81 (plain 19.42)", _TRAIN.format("XL", "XL")),
+    "XXL":  Preset(_imagenet(48, 24, 1536, 24, epochs=50, stage=2, recompute=True), "16 GPUs of 80 GB", "none", _TRAIN.format("XXL", "XXL")),
+    "3B":   Preset(_imagenet(24, 32, 3200, 12, epochs=50, stage=2, recompute=True), "32 GPUs of 80 GB", "none", _TRAIN.format("3B", "3B")),
+}  # fmt: skip
+
+
+def preset(name: str) -> RunConfig:
+    """The config of a named run. Raises ConfigError listing the names for one that does not exist."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name].config
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The same run without ST-AR: LlamaGen's own training, one view a step."""
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0))

@@ -1,0 +1,103 @@
+"""Train: `deepspeed star_fast/train.py --preset XL --data.codes CODES --run runs/XL`, or the same with plain python for one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    # Run as a file, Python puts this folder first on the path, where a module's name could hide a package's.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from star_fast.config import ConfigError, RunConfig
+from star_fast.config_file import base_config, command_line, parse, write_config
+from star_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a LlamaGen transformer with ST-AR on a code store. Settings start from --preset NAME (default tiny) or --config FILE."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    run: str = "runs/run"  # the run's folder
+    init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
+    resume: bool = False  # go on from the run's newest checkpoint
+
+
+def train(command: TrainCommand) -> Path:
+    """Train as told; returns the folder of the exported model. Every rank calls it.
+
+    Raises:
+        UserError, ConfigError: the job cannot start or go on; one line that says why and what to do.
+    """
+    from star_fast.data.codes import CodeStore
+    from star_fast.model.weights import load_into
+    from star_fast.training import checkpoint
+    from star_fast.training.batches import Batches, resolve
+    from star_fast.training.engine import Engine, build_student, start_ranks
+    from star_fast.training.export import export
+    from star_fast.training.loop import train as run_loop
+
+    run = Path(command.run)
+    if not command.config.data.codes:
+        raise UserError("data.codes: expected the folder of a code store (made by `star-fast prepare`), got nothing; give --data.codes FOLDER")
+    store = CodeStore.open(command.config.data.codes)
+    config = resolve(command.config, store)
+    newest = checkpoint.latest(run)
+    if newest is not None and not command.resume:
+        raise UserError(f"{run}: holds checkpoints up to {newest.name}; add --resume to go on, or choose another --run")
+    if command.resume and newest is None:
+        raise UserError(f"{run}: nothing to resume, there is no complete checkpoint in {run / 'checkpoints'}")
+    rank, ranks, device = start_ranks()
+    batches = Batches(store, config, rank, ranks)
+    student = build_student(config)
+    if command.init and not command.resume:
+        load_into(student.transformer, command.init)
+    engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
+    first_step = checkpoint.load(engine, newest) if command.resume else 0
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(config, run / "config.yaml")
+        _announce(config, batches, student, device, ranks, first_step)
+    done = run_loop(engine, batches, run, first_step)
+    folder = export(engine, store, run, done)
+    if rank == 0:
+        finished = done >= batches.total_steps
+        print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {folder}"
+              + ("" if finished else f"; go on with --resume --run {run}"), flush=True)
+    return folder
+
+
+def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks: int, first_step: int) -> None:
+    parameters = sum(parameter.numel() for parameter in student.transformer.parameters())
+    method = "ST-AR" if config.method.has_teacher else "plain next-token training"
+    print(f"{method}: {parameters / 1e6:.1f} M parameters, {len(batches.images)} training images x {config.method.views} views, "
+          f"steps {first_step} to {batches.total_steps} of {config.train.images_per_step} images ({batches.steps_per_epoch} steps an epoch, "
+          f"{batches.dropped_per_epoch} images of each epoch left over), {ranks} x {device.type}, {config.train.precision}, "
+          f"ZeRO-{config.train.zero_stage}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 the user can mend it (one line on stderr)."""
+    try:
+        base, source, rest = base_config(command_line() if arguments is None else arguments)
+        command = parse(TrainCommand, rest, "train.py", f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
+        train(command)
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        import torch.distributed as dist
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""From the code store to micro-batches: which images, which views, which masks, in one fixed order for any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from star_fast.config import ConfigError, RunConfig
+from star_fast.data.codes import CodeStore
+from star_fast.method import masking
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one rank: B images with M views each; sequence b*M + m is view m of image b."""
+
+    tokens: Tensor  # (B*M, T-1) int64, inputs
+    label: Tensor  # (B*M,) int64, dropped ones are the null class
+    targets: Tensor  # (B*M, T) int64
+    keep: Tensor | None  # (B*M, T) bool, visible keys
+    positions: Tensor  # (K,) int64, the position set of this step
+    images_seen: int  # by all ranks, before this micro-batch
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`."""
+        return MicroBatch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
+
+
+def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
+    """`config` with the sizes that follow from the codes filled in.
+
+    Raises:
+        ConfigError: a size that is given contradicts the code store, or the store holds fewer views or images than a step needs.
+    """
+    found = {"vocab": store.vocab, "positions": store.positions, "num_classes": len(store.class_names)}
+    for name, value in found.items():
+        given = getattr(config.model, name)
+        if given not in (0, value):
+            raise ConfigError(f"model.{name}: expected {value} (the code store {store.path}), got {given}; leave it at 0 to take the store's")
+    if config.method.views > store.views:
+        raise ConfigError(f"method.views: expected at most {store.views}, the views that {store.path} holds of each image, got {config.method.views}")
+    if config.train.images_per_step > len(store.train_indices):
+        raise ConfigError(f"train.images_per_step: expected at most {len(store.train_indices)}, the training images of {store.path}, "
+                          f"got {config.train.images_per_step}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+
+
+class Batches:
+    """The micro-batches of a run, addressed by optimizer step, so that a resumed run continues where it stopped."""
+
+    def __init__(self, store: CodeStore, config: RunConfig, rank: int = 0, ranks: int = 1) -> None:
+        train = config.train
+        if train.images_per_step % ranks:
+            raise ConfigError(f"train.images_per_step: expected a multiple of the {ranks} ranks, got {train.images_per_step}")
+        self.micro_images = train.micro_batch_images or train.images_per_step // ranks
+        if train.images_per_step % (ranks * self.micro_images):
+            raise ConfigError(f"train.micro_batch_images: {ranks} ranks x {self.micro_images} images must divide train.images_per_step = "
+                              f"{train.images_per_step}")
+        self.store, self.config, self.rank, self.ranks = store, config, rank, ranks
+        self.accumulation = train.images_per_step // (ranks * self.micro_images)
+        self.images = np.asarray(store.train_indices, dtype=np.int64)
+        self.steps_per_epoch = len(self.images) // train.images_per_step
+        self.dropped_per_epoch = len(self.images) - self.steps_per_epoch * train.images_per_step
+        self.total_steps = train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimizer step `step` (counted from 0)."""
+        config, seed = self.config, self.config.train.seed
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, masking.epoch_order(seed, epoch, self.images)
+        start = within * config.train.images_per_step
+        global_batch = self._order[1][start : start + config.train.images_per_step].reshape(self.accumulation, self.ranks, self.micro_images)
+        positions = torch.from_numpy(masking.position_set(seed, step, config.model.positions, config.method.contrast_positions))
+        seen = step * config.train.images_per_step
+        return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images)
+                for index, images in enumerate(global_batch)]
+
+    def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:
+        model, method, seed = self.config.model, self.config.method, self.config.train.seed
+        views = masking.choose_views(seed, epoch, images, method.views, self.store.views)
+        targets = torch.as_tensor(self.store.codes(np.repeat(images, method.views), views.ravel()))
+        dropped = masking.label_drop(seed, epoch, images, method.views, model.label_dropout)
+        label = torch.from_numpy(np.where(dropped, model.num_classes, np.asarray(self.store.labels)[images][:, None]).astype(np.int64).ravel())
+        keep = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
+        keep = None if keep is None else torch.from_numpy(keep).flatten(0, 1)
+        return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen)
+
+    def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, micro-batches) for first <= step < end; the next step's are made in the background."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ahead = pool.submit(self.step, first) if first < end else None
+            for step in range(first, end):
+                batches = ahead.result()
+                ahead = pool.submit(self.step, step + 1) if step + 1 < end else None
+                yield step, batches

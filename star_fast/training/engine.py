@@ -1,0 +1,193 @@
+"""A DeepSpeed engine behind four calls: step, evaluate, masters, and the state that checkpoint.py saves.
+
+The ZeRO settings are derived from the run's config; nothing else in the project knows DeepSpeed's JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from star_fast.config import RunConfig
+from star_fast.errors import UserError
+from star_fast.method import objective
+from star_fast.method.masking import dropout_seed
+from star_fast.method.objective import Losses
+from star_fast.method.student import Projector, Student
+from star_fast.method.teacher import Teacher
+from star_fast.model.transformer import Transformer
+from star_fast.training.batches import MicroBatch
+from star_fast.training.masters import Masters
+
+log = logging.getLogger(__name__)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, loaded at use. Raises UserError naming the extra if it is missing."""
+    try:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its accelerator search
+            import deepspeed
+    except ImportError as error:
+        raise UserError(f"Training needs DeepSpeed, which cannot be imported ({error}): install it with "
+                        "pip install --no-build-isolation 'star_fast[train]'") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """Join the process group the launcher describes, or make one of a single rank: (rank, ranks, device)."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        import_deepspeed().init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def build_student(config: RunConfig) -> Student:
+    """A freshly initialised student, the same on every rank."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    transformer = Transformer(config.model)
+    transformer.init_weights(generator)
+    transformer.block_checkpointing = config.train.block_checkpointing
+    projector = None
+    if config.method.contrasts:
+        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
+        projector.init_weights(generator)
+    return Student(transformer, projector, config.method, config.contrast_depth)
+
+
+def clips_outside(config: RunConfig) -> bool:
+    """Whether the gradient norm is taken and clipped here: DeepSpeed clips float32 gradients without ZeRO too, but does not tell the norm."""
+    return config.train.precision == "fp32" and config.train.zero_stage == 0
+
+
+def deepspeed_settings(config: RunConfig, micro_images: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for this run."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_images,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if clips_outside(config) else config.optim.clip_norm,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_optimization": {"stage": config.train.zero_stage, "round_robin_gradients": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+    """Transformer with and without weight decay (rank >= 2 decays), then projector likewise; empty groups are left out."""
+    groups = []
+    for part in (student.transformer, student.projector):
+        parameters = list(part.parameters()) if part is not None else []
+        for decays in (True, False):
+            chosen = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0})
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW: NVIDIA apex's fused one where it is really installed and the device is CUDA, else torch's."""
+    optim = config.optim
+    settings = {"lr": config.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if device.type == "cuda":
+        try:
+            import amp_C  # noqa: F401  apex's compiled module: `apex` on PyPI is something else
+            from apex.optimizers import FusedAdam
+            return FusedAdam(groups, adam_w_mode=True, **settings)
+        except ImportError:
+            return torch.optim.AdamW(groups, fused=True, **settings)
+    return torch.optim.AdamW(groups, foreach=True, **settings)
+
+
+class Engine:
+    """Student and teacher under DeepSpeed: one call an optimizer step."""
+
+    def __init__(self, config: RunConfig, student: Student, device: torch.device, micro_images: int, accumulation: int) -> None:
+        deepspeed = import_deepspeed()
+        self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
+        teacher_source = student.transformer
+        groups = parameter_groups(student, config.optim.weight_decay)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=student.to(device), optimizer=build_optimizer(groups, config, device),
+            config=deepspeed_settings(config, micro_images, accumulation), dist_init_required=False)
+        self.student, self.clips_here = student, clips_outside(config)
+        transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
+        self.masters = Masters(self.deepspeed.optimizer, student.transformer, transformer_groups)
+        self.teacher: Teacher | None = None
+        if config.method.has_teacher:
+            self.teacher = Teacher(teacher_source, config.method, config.contrast_depth)
+            self.masters.attach(self.teacher)
+
+    def losses(self, batch: MicroBatch) -> Losses:
+        """The student's losses on one micro-batch; the teacher runs first and hands over features only."""
+        batch = batch.to(self.device)
+        torch.manual_seed(dropout_seed(self.config.train.seed, self.rank, batch.images_seen))
+        teacher_last = keys = None
+        if self.teacher is not None:
+            teacher_last, keys = self.teacher.features(batch.tokens, batch.label, batch.positions)
+            keys = self._of_all_ranks(keys)
+        images = batch.label.shape[0] // self.config.method.views
+        return self.deepspeed(batch.tokens, batch.label, batch.targets, batch.keep, teacher_last, keys, batch.positions, self.rank * images)
+
+    def step(self, batches: list[MicroBatch], step: int, lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step over its micro-batches.
+
+        Returns:
+            The losses (total, ar, mim, step, view), this rank's means over the micro-batches, (5,) float32 on the device; the gradient
+            norm before clipping, 0-d.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        collected, grad_norm = [], None
+        for index, batch in enumerate(batches):
+            losses = self.losses(batch)
+            self.deepspeed.backward(losses.total)
+            if self.clips_here and index + 1 == len(batches):
+                grad_norm = clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm or float("inf"))
+            self.deepspeed.step()
+            collected.append(torch.stack([term.detach().float() for term in losses]))
+        if self.teacher is not None:
+            self.teacher.update(self.masters.tensors(), step)
+        return torch.stack(collected).mean(0), torch.as_tensor(self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> float:
+        """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches of all ranks."""
+        self.student.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            batch = batch.to(self.device)
+            out = self.student.transformer(batch.tokens, batch.label, logits=False)
+            mean = objective.autoregressive_loss(out.hidden, self.student.transformer.output.weight, batch.targets)
+            total += torch.tensor([mean.item() * batch.targets.numel(), batch.targets.numel()], dtype=torch.float64)
+        self.student.train()
+        total = total.to(self.device)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _of_all_ranks(self, keys: Tensor | None) -> Tensor | None:
+        """(S, B, D) -> (S, B_all, D), rank 0's images first."""
+        if keys is None or self.ranks == 1:
+            return keys
+        gathered = keys.new_empty(self.ranks, *keys.shape)
+        dist.all_gather_into_tensor(gathered, keys)
+        return gathered.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,35 @@
+"""What a run learned, as a folder that sampling, probing and other runs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from star_fast.config import to_dict
+from star_fast.data.codes import CodeStore
+from star_fast.model.transformer import Transformer
+from star_fast.model.weights import save_model
+from star_fast.training.engine import Engine
+
+
+def export(engine: Engine, store: CodeStore, run: Path, step: int) -> Path:
+    """Write run/model: student and teacher from their float32 masters, config, class names, tokenizer. A collective; rank 0 writes."""
+    student = _whole(engine, engine.masters.tensors())
+    teacher = _whole(engine, engine.teacher.masters) if engine.teacher is not None else None
+    folder = run / "model"
+    if engine.rank == 0:
+        record = {"step": step, "images_seen": step * engine.config.train.images_per_step, "contrast_depth": engine.config.contrast_depth,
+                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision}
+        save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=store.tokenizer_folder, record=record)
+    dist.barrier()
+    return folder
+
+
+def _whole(engine: Engine, masters: list) -> Transformer:
+    """A float32 transformer on the CPU from (possibly sharded) masters."""
+    named = dict(engine.masters.gather(masters))
+    transformer = Transformer(engine.config.model)
+    for name, parameter in transformer.named_parameters():
+        parameter.data = named[name].contiguous()
+    return transformer

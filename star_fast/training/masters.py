@@ -1,0 +1,102 @@
+"""Where DeepSpeed keeps the transformer's float32 master weights, and how the teacher mirrors them.
+
+Two layouts exist. "whole": one float32 tensor a parameter (fp32 or bf16 without ZeRO). "flat": one padded flat buffer a parameter
+group, of which this rank holds an equal shard in float32 (ZeRO-1 and 2). The teacher's masters take the student's layout, so that the
+average is updated where the masters are, and only rounded copies travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from star_fast.method.teacher import Teacher
+
+
+@dataclass
+class _Flat:
+    """One parameter group of a ZeRO-1/2 optimizer."""
+
+    working: Tensor  # the whole flat buffer in the working dtype, padded to equal shards
+    parameters: list[tuple[str, nn.Parameter]]  # views into `working`
+
+    def offset(self, parameter: Tensor) -> int:
+        return (parameter.data_ptr() - self.working.data_ptr()) // self.working.element_size()
+
+    def shard(self, flat: Tensor) -> Tensor:
+        return flat.view(dist.get_world_size(), -1)[dist.get_rank()]
+
+
+class Masters:
+    """The student transformer's float32 masters under one DeepSpeed engine.
+
+    Args:
+        optimizer: the engine's optimizer (DeepSpeed's wrapper or a plain torch optimizer).
+        transformer: the trained transformer, after deepspeed.initialize.
+        groups: indices of the optimizer's parameter groups that hold the transformer's parameters.
+    """
+
+    def __init__(self, optimizer: Any, transformer: nn.Module, groups: list[int]) -> None:
+        self._optimizer, self._groups = optimizer, groups
+        self._named = list(transformer.named_parameters())
+        self.sharded = hasattr(optimizer, "single_partition_of_fp32_groups")
+        if self.sharded:
+            names = {id(parameter): name for name, parameter in self._named}
+            self._flats = [_Flat(optimizer.bit16_groups_flat[g], [(names[id(p)], p) for p in optimizer.bit16_groups[g]]) for g in groups]
+
+    def tensors(self) -> list[Tensor]:
+        """The float32 masters this rank holds, in a fixed order. Fresh at each call: loading a checkpoint may replace them."""
+        if self.sharded:
+            return [self._optimizer.single_partition_of_fp32_groups[g].detach() for g in self._groups]
+        if hasattr(self._optimizer, "fp32_groups"):  # bf16 without ZeRO
+            by_working = {id(working): master for groups in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+                          for working, master in zip(*groups, strict=True)}
+            return [by_working[id(parameter)].detach() for _, parameter in self._named]
+        if any(parameter.dtype == torch.bfloat16 for _, parameter in self._named):
+            raise RuntimeError(f"Masters: {type(self._optimizer).__name__} keeps its float32 weights in an unknown place")
+        return [parameter.detach() for _, parameter in self._named]
+
+    def attach(self, teacher: Teacher) -> None:
+        """Give `teacher` masters in this layout, equal to the student's, and a model that receives their rounded copies."""
+        twins = dict(teacher.model.named_parameters())
+        if not self.sharded:
+            whole = [twins[name].data for name, _ in self._named]
+            if all(tensor.dtype != torch.bfloat16 for tensor in whole):
+                teacher.attach(whole, None)
+            else:
+                teacher.attach([master.clone() for master in self.tensors()], whole)
+            teacher.refresh()
+            return
+        flats, shards = [], []
+        for flat in self._flats:
+            twin = flat.working.detach().clone()
+            for name, parameter in flat.parameters:
+                start = flat.offset(parameter)
+                twins[name].data = twin[start : start + parameter.numel()].view_as(parameter)
+            flats.append(twin)
+            shards.append(flat.shard(twin))
+
+        def publish() -> None:
+            if dist.get_world_size() > 1:
+                for twin, shard in zip(flats, shards, strict=True):
+                    dist.all_gather_into_tensor(twin, shard.clone())
+
+        teacher.attach([master.clone() for master in self.tensors()], shards, publish)
+        teacher.refresh()
+
+    def gather(self, masters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 tensor on the CPU) of every transformer parameter, from masters in this layout. A collective under ZeRO."""
+        if not self.sharded:
+            yield from ((name, master.float().cpu()) for (name, _), master in zip(self._named, masters, strict=True))
+            return
+        for flat, shard in zip(self._flats, masters, strict=True):
+            whole = torch.empty(flat.working.numel(), dtype=torch.float32, device=shard.device)
+            dist.all_gather_into_tensor(whole, shard.clone())
+            for name, parameter in flat.parameters:
+                start = flat.offset(parameter)
+                yield name, whole[start : start + parameter.numel()].view_as(parameter).cpu()

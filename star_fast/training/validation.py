@@ -1,0 +1,24 @@
+"""The held-out images as fixed batches: view 0 of each, true labels, nothing hidden, nothing dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from star_fast.config import RunConfig
+from star_fast.data.codes import CodeStore
+from star_fast.training.batches import MicroBatch
+
+MOST_IMAGES = 10_000
+
+
+def held_out_batches(store: CodeStore, config: RunConfig, rank: int, ranks: int) -> list[MicroBatch]:
+    """This rank's share of at most MOST_IMAGES held-out images, every ranks-th one, in batches of at most 64."""
+    images = np.asarray(store.held_out_indices, dtype=np.int64)[:MOST_IMAGES][rank::ranks]
+    batches = []
+    for start in range(0, len(images), 64):
+        chunk = images[start : start + 64]
+        targets = torch.as_tensor(store.codes(chunk, np.zeros_like(chunk)))
+        label = torch.from_numpy(np.asarray(store.labels)[chunk].astype(np.int64))
+        batches.append(MicroBatch(targets[:, :-1].contiguous(), label, targets, None, torch.zeros(0, dtype=torch.int64), 0))
+    return batches

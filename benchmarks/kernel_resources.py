@@ -17,7 +17,6 @@ import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +32,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ("B", "L", "XL")
 CAPABILITIES = (80, 90, 100)
 REGISTER_SLACK = 8  # a new assembler may move registers by one allocation step without a change of ours
+# Narrower accesses that are accepted: (start of the kernel's name, "load" or "store") and why.
+ACCEPTED_NARROW = {
+    ("sample_tokens", "store"): "one code a row of logits",
+    ("sample_tokens <bfloat16", "load"): "a thread's four logits; sampling reads float32 logits, these only when a caller brings them",
+    ("sample_tokens <float16", "load"): "as bfloat16",
+    ("decode_attention", "store"): "one row of k, v and out a head, against a whole cache read: 1 % of the bytes at 256 positions",
+}
 
 
 class Job(NamedTuple):
@@ -49,9 +55,9 @@ def triton_modules() -> list[str]:
     import star_fast.ops
     from star_fast.ops import dispatch
 
-    for found in pkgutil.iter_modules(star_fast.ops.__path__):
-        if not found.ispkg:
-            importlib.import_module(f"star_fast.ops.{found.name}")
+    for file in sorted(Path(star_fast.ops.__path__[0]).glob("*.py")):
+        if "dispatch.register(" in file.read_text() and file.stem != "dispatch":  # backends are modules beside the ops; some need compiled code
+            importlib.import_module(f"star_fast.ops.{file.stem}")
     paths = {path for op in dispatch.op_names() for path in dispatch.module_paths(op).values() if ".triton." in path}
     return sorted(path for path in paths if hasattr(importlib.import_module(path), "variants"))
 
@@ -121,9 +127,10 @@ def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
     if row["shared_bytes"] > limit:
         found.append(f"{name}: takes {row['shared_bytes']} bytes of shared memory, the device has {limit}")
     if memory_bound(row["bytes"], row["flops"]):
-        narrow = [f"{kind} {row[f'widest_{kind}']}" for kind in ("load", "store") if 0 < row[f"widest_{kind}"] < 16]
-        if narrow and not (narrow == [f"store {row['widest_store']}"] and row.get("small_results")):
-            found.append(f"{name}: memory-bound, yet the widest access in bytes is {', '.join(narrow)}; 16 expected")
+        for kind in ("load", "store"):
+            accepted = any(row["kernel"].startswith(start) and kind == which for start, which in ACCEPTED_NARROW)
+            if row[f"widest_{kind}"] < 16 and not accepted:
+                found.append(f"{name}: memory-bound, yet its widest global {kind} is of {row[f'widest_{kind}']} bytes; 16 expected")
     elif row["tensor_cores"] == "-":
         found.append(f"{name}: {row['flops'] / row['bytes']:.0f} FLOPs a byte need tensor cores, no such instruction found")
     if committed is None:
@@ -144,7 +151,8 @@ def compile_all(shapes: tuple[str, ...], capabilities: tuple[int, ...], only: st
             for index, variant in enumerate(variants(module, shape)) if only in variant.name for capability in capabilities]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, jobs))
-    return rows + [row(*found) for found in cuda_sources.compile_all(shapes, capabilities, only)]
+    # A CUDA source is compiled once for all shapes: only V enters, and that is the same.
+    return rows + [row(*found) for found in cuda_sources.compile_all(capabilities, only)]
 
 
 def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:

@@ -114,6 +114,15 @@ __device__ __forceinline__ uint64_t sum_of_lanes(uint64_t x) {
 
 __device__ __forceinline__ float logit_of(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
+// A copy that the compiler cannot see through: what a pass derives from it for each token is computed anew, not kept from the pass before in registers that
+// there are not.
+__device__ __forceinline__ float afresh(float x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+
 // The largest key of the block's row, to every thread; kBadKey if a logit is NaN or +inf.
 template <int THREADS, class ShareT>
 __device__ uint32_t find_largest(const ShareT& share, Shared& s) {
@@ -181,6 +190,7 @@ __device__ void clear_bins(Shared& s) {
 template <int THREADS, bool BY_MASS, class ShareT>
 __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, float scale, uint32_t floor, uint64_t limit) {
   clear_bins<THREADS>(s);
+  largest = afresh(largest);
   share.for_each([&](int, const uint32_t (&key)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -198,6 +208,7 @@ __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, floa
   find_crossing<THREADS>(s, BY_MASS, limit);
   const int bin = s.found;
   if (bin == kBins - 1) return floor;  // the cut falls among tokens that weigh nothing: all the others stay
+  largest = afresh(largest);
   share.for_each([&](int, const uint32_t (&key)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -214,6 +225,7 @@ __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, floa
     int shift = 0;
     while ((width >> shift) >= uint32_t(kBins)) ++shift;
     clear_bins<THREADS>(s);
+    largest = afresh(largest);
     share.for_each([&](int, const uint32_t (&key)[4]) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -233,6 +245,7 @@ __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, floa
 // Step 5. Only the thread that holds the token writes it.
 template <int THREADS, class T, class ShareT>
 __device__ void draw(const Row<T>& row, const ShareT& share, Shared& s, float largest, float scale, uint32_t cut, uint64_t bits, int64_t* out) {
+  largest = afresh(largest);
   const auto kept_weight = [&](uint32_t key) { return key >= cut ? weight(exponent(logit_of(key), largest, scale)) : 0; };
   share.for_each([&](int first, const uint32_t (&key)[4]) {
     const uint64_t sum = sum_of_lanes(kept_weight(key[0]) + kept_weight(key[1]) + kept_weight(key[2]) + kept_weight(key[3]));

@@ -45,18 +45,31 @@ inline bool find_largest(const float* __restrict g, int n, float* largest) {
   return magnitude <= infinity && top < infinity && top > minus_infinity;
 }
 
-// Calls take(i) for each i in 0 ... n-1 with wanted(i), ascending. For conditions that few tokens meet: eight are passed over at a time.
+inline int first_equal(const float* __restrict g, int n, float wanted) {
+  int start = 0;
+  for (; start + kFlagBlock <= n; start += kFlagBlock) {
+    int found = 0;
+    for (int j = 0; j < kFlagBlock; ++j) found |= g[start + j] == wanted;
+    if (found) break;
+  }
+  while (g[start] != wanted) ++start;
+  return start;
+}
+
+// Calls take(i) for each i in 0 ... n-1 with wanted(i), ascending. For conditions that few tokens meet: 64 are compared at once and become the bits of a word.
 template <class Wanted, class Take>
 inline void for_each_wanted(int n, const Wanted& wanted, const Take& take) {
   alignas(64) uint8_t flags[kFlagBlock];
   int start = 0;
   for (; start + kFlagBlock <= n; start += kFlagBlock) {
     for (int j = 0; j < kFlagBlock; ++j) flags[j] = wanted(start + j) ? 1 : 0;
+    uint64_t word = 0;
     for (int j = 0; j < kFlagBlock; j += 8) {
       uint64_t eight;
       std::memcpy(&eight, flags + j, 8);
-      for (; eight; eight &= eight - 1) take(start + j + (__builtin_ctzll(eight) >> 3));
+      word |= (eight * 0x0102040810204080u) >> 56 << j;  // the product's top byte holds the eight flags side by side
     }
+    for (; word; word &= word - 1) take(start + __builtin_ctzll(word));
   }
   for (; start < n; ++start) {
     if (wanted(start)) take(start);
@@ -138,7 +151,7 @@ inline float mass_cut(const float* g, int n, float largest, float scale, uint64_
 
 // Step 5: the first index whose running sum of the weights at or above `cut` exceeds the share `bits` / 2^64 of their whole.
 inline int draw(const float* __restrict g, int n, float largest, float scale, float cut, uint64_t bits) {
-  uint64_t sums[kMaxVocab / kChunk], total = 0;
+  uint64_t sums[kMaxVocab / kChunk] = {}, total = 0;
   const auto kept_weight = [=](float logit) { return weight(logit >= cut ? exponent(logit, largest, scale) : -64.0f); };
   for (int start = 0; start < n; start += kChunk) {
     const int end = start + kChunk < n ? start + kChunk : n;
@@ -164,11 +177,7 @@ int sample_row(const T* cond, const T* uncond, int n, const Settings& settings, 
   const float* const g = load_row(cond, uncond, settings.guidance, n, s.guided.data());
   float largest;
   if (!find_largest(g, n, &largest)) return -1;
-  if (settings.greedy) {
-    int first = 0;
-    while (g[first] != largest) ++first;
-    return first;
-  }
+  if (settings.greedy) return first_equal(g, n, largest);
   const float scale = settings.scale;
   if (!settings.restrict_count) {
     const float cut = settings.restrict_mass ? mass_cut(g, n, largest, scale, settings.top_p, s) : -INFINITY;

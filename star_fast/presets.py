@@ -38,6 +38,10 @@ _TINY = RunConfig(
                               image_channels=1, image_size=28),
 )
 
+# What `star-fast prepare FOLDER` trains when no tokenizer is given: 64x64 colour images as 16x16 codes, for a CPU or one small GPU.
+FOLDER_TOKENIZER = TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), residual_blocks=1, z_channels=64, code_channels=8, codebook=1024,
+                                   image_channels=3, image_size=64)
+
 _TRAIN = "deepspeed star_fast/train.py --preset {} --data.codes CODES --run runs/{}"
 
 PRESETS = {

@@ -29,7 +29,7 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
             free_mib = shutil.disk_usage(there).free / 2**20
-            raise StorageError(f"{path}: the disk is full or over its quota ({free_mib:.0f} MiB free); free some space and run the same command again") from error
+            raise StorageError(f"{path}: the disk is full or the quota used up ({free_mib:.0f} MiB free); free some, then run the same command") from error
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -83,19 +83,26 @@ def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks:
           f"ZeRO-{config.train.zero_stage}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 the user can mend it (one line on stderr)."""
+def run_command(arguments: list[str], prog: str) -> None:
+    """Parse a command line and train; leaves the process group however it ends."""
+    base, source, rest = base_config(arguments)
+    command = parse(TrainCommand, rest, prog, f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
     try:
-        base, source, rest = base_config(command_line() if arguments is None else arguments)
-        command = parse(TrainCommand, rest, "train.py", f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
         train(command)
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     finally:
         import torch.distributed as dist
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main() -> int:
+    """The command line; returns the exit status: 0 done, 2 the user can mend it (one line on stderr)."""
+    try:
+        run_command(command_line(), "train.py")
+    except (UserError, ConfigError) as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     return 0
 
 

@@ -142,7 +142,8 @@ class StoreWriter:
         if known is not None:
             progress = read_json(known, "delete the folder to start afresh")
             if progress.get("job_sha256") != self._job:
-                raise StorageError(f"{self.out}: already holds codes of another source, tokenizer or view setting; choose another folder or delete this one")
+                raise StorageError(f"{self.out}: already holds codes of another source, tokenizer, view setting or split; "
+                                   "choose another folder or delete this one")
             if not self.complete:
                 self.next_index, self.rows, self.skipped, self._bytes = (progress[name] for name in ("next_index", "rows", "skipped", "bytes"))
         if not self.complete:
@@ -177,7 +178,8 @@ class StoreWriter:
                 sizes[name] = file.tell()
         self.next_index, self.rows, self._bytes = next_index, self.rows + len(labels), sizes
         self.skipped = [*self.skipped, *skipped]
-        atomic_write_json(self.out / PROGRESS_FILE, {"job_sha256": self._job, "next_index": next_index, "rows": self.rows, "skipped": self.skipped, "bytes": sizes})
+        record = {"job_sha256": self._job, "next_index": next_index, "rows": self.rows, "skipped": self.skipped, "bytes": sizes}
+        atomic_write_json(self.out / PROGRESS_FILE, record)
 
     def finish(self, source_labels: np.ndarray, held_out_share: float, skipped_before: Sequence[dict[str, Any]] = ()) -> CodeStore:
         """Write the manifest and open the store.
@@ -189,7 +191,8 @@ class StoreWriter:
             gone[[entry["index"] for entry in self.skipped]] = True
             held_out = np.zeros(len(source_labels), dtype=bool)
             held_out[split_indices(source_labels, held_out_share)[1]] = True
-            files = {name: {"bytes": (self.out / name).stat().st_size, "sha256": sha256_of_file(self.out / name)} for name in (CODES_FILE, LABELS_FILE, KEYS_FILE)}
+            paths = [self.out / name for name in (CODES_FILE, LABELS_FILE, KEYS_FILE)]
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
             atomic_write_json(self.out / MANIFEST_FILE, {
                 "format": FORMAT, "format_version": FORMAT_VERSION, "images": self.rows, **self.about,
                 "split": {"held_out_share": held_out_share, "held_out": np.flatnonzero(held_out[~gone]).tolist()},

@@ -56,7 +56,7 @@ def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: 
         "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
         "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
         "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}",
-        "chunk_images": chunk_images, "batch_views": batch_views})
+        "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views})
     if not writer.complete:
         device = next(tokenizer.parameters()).device
         bar = tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True)
@@ -113,8 +113,9 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     return torch.from_numpy(np.stack(views))
 
 
-def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str, *, codebook: int = 16384, image_size: int = 256, image_channels: int = 3,
-                          class_names: tuple[str, ...] | None = None, held_out_share: float = 0.0, chunk_images: int = 1024, progress: bool = True) -> CodeStore:
+def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str, *, codebook: int = 16384, image_size: int = 256,
+                          image_channels: int = 3, class_names: tuple[str, ...] | None = None, held_out_share: float = 0.0,
+                          chunk_images: int = 1024, progress: bool = True) -> CodeStore:
     """Make a code store of the files that LlamaGen's extraction writes: imagenet{S}_codes/{i}.npy (1, A, T) and imagenet{S}_labels/{i}.npy (1,).
 
     Args:
@@ -145,7 +146,7 @@ def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str
         "views": views, "view_settings": {"kind": "as extracted by LlamaGen"}, "positions": shape[2], "grid": (side, side), "image_size": image_size,
         "image_channels": image_channels, "codebook": codebook, "class_names": names, "tokenizer_sha256": tokenizer_hash,
         "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
-        "chunk_images": chunk_images})
+        "held_out_share": held_out_share, "chunk_images": chunk_images})
     starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
     for start in tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True):
         chunk = numbers[start: start + chunk_images]

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from star_fast.errors import UserError
 from star_fast.storage import sha256_of_bytes
 
 BUILT_IN = "digits"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Images, classes or codes are not what the job needs. The message is one line: what was expected, what is there, what to do."""
 
 
@@ -111,8 +112,8 @@ class ImageFolder:
             names.append(class_folder.name)
         if not files:
             loose = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in self.folder.iterdir())
-            instead = f"{loose} images lie beside the place where class folders should be" if loose else f"no {', '.join(sorted(IMAGE_SUFFIXES))} file in any subfolder"
-            raise DataError(f"{self.folder}: no images found ({instead}); expected FOLDER/class name/image files")
+            instead = f"{loose} lie in the folder itself, without a class" if loose else f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+            raise DataError(f"{self.folder}: no images in class subfolders ({instead}); expected FOLDER/class name/image files")
         self.files = files  # relative to folder, with '/'
         self.class_names = tuple(names)
         self.labels = np.asarray(labels, dtype=np.int64)

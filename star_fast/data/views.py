@@ -110,5 +110,5 @@ def small_affine(image: np.ndarray, image_index: int, view: int, seed: int) -> n
 
 def _to_array(image: Image.Image) -> np.ndarray:
     """(C, H, W) uint8."""
-    array = np.asarray(image)
+    array = np.array(image)  # a copy: Pillow hands out read-only memory
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))

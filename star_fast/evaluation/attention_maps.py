@@ -81,13 +81,21 @@ def query_positions(positions: int, count: int) -> list[int]:
     return sorted({max(positions * j // count - 1, 1) for j in range(1, count + 1)})
 
 
-def attention_shares(probs: Tensor) -> AttentionShares:
-    """Averages over (B, H, T, T) probabilities; T >= 2."""
-    positions = probs.shape[-1]
+def mean_attention(model: Transformer, codes: Tensor, label: Tensor, batch_images: int = 8) -> Tensor:
+    """(T, T) float64 on the CPU: `last_block_attention` averaged over images (N, T), (N,) and heads, a few images at a time."""
+    total = torch.zeros(model.config.positions, model.config.positions, dtype=torch.float64)
+    for part, part_label in zip(codes.split(batch_images), label.split(batch_images), strict=True):
+        total += last_block_attention(model, part, part_label).double().sum(dim=(0, 1)).cpu()
+    return total / (len(codes) * model.config.heads)
+
+
+def attention_shares(mean: Tensor) -> AttentionShares:
+    """Where (T, T) attention probabilities, averaged over images and heads, go; T >= 2."""
+    positions = mean.shape[-1]
     side = math.isqrt(positions)
     cell = torch.arange(positions)
     row, column = cell // side, cell % side
-    mean_TT = probs.double().mean(dim=(0, 1)).cpu()[1:]  # queries 1 ... T-1
+    mean_TT = mean.double()[1:]  # queries 1 ... T-1
     on_cells = mean_TT[:, 1:]  # key position s carries cell s - 1
     down, across = row[1:, None] - row[None, :-1], column[1:, None] - column[None, :-1]  # query t predicts cell t
     near = (down.abs() <= 1) & (across.abs() <= 1)

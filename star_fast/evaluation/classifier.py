@@ -85,7 +85,7 @@ class Classifier:
     """A trained SmallCNN with the way images enter it: uint8 (N, C, H, W), as sources give them and as the generator writes them."""
 
     def __init__(self, network: SmallCNN, record: dict[str, Any]) -> None:
-        self.network = network.eval()
+        self.network = network.eval().to(memory_format=torch.contiguous_format)  # as a loaded one is: the same bits
         self.record = record  # image_channels, side, num_classes, channels, config, train_images, and what the caller adds (held-out accuracy)
 
     @torch.inference_mode()

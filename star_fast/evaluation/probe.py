@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
-from star_fast.evaluation.runs import open_run, pick_device, plain_view
+from star_fast.evaluation.runs import codes_of, open_run, pick_device, plain_view, spread
 from star_fast.model.transformer import Transformer
 from star_fast.storage import atomic_write_bytes, atomic_write_json
 
@@ -95,21 +94,21 @@ def first_blocks(model: Transformer, count: int) -> Transformer:
 
 
 @torch.inference_mode()
-def extract_features(model: Transformer, store: CodeStore, images: np.ndarray, view: int, depth: int, positions: Sequence[int], *, batch_images: int = 128,
+def extract_features(model: Transformer, store: CodeStore, rows: Tensor, view: int, depth: int, positions: Sequence[int], *, batch_images: int = 128,
                      device: torch.device | str = "cpu", title: str = "features") -> Tensor:
-    """Output of block `depth` at `positions` under the null class: (N, P, D) float32 on the CPU, for image indices (N,) and one view of each."""
+    """Output of block `depth` at `positions` under the null class: (N, P, D) float32 on the CPU, for the store's rows (N,) and one view of each."""
     short = first_blocks(model.to(device).eval(), depth)
     chosen = torch.as_tensor(list(positions), device=device)
     parts = []
-    for start in tqdm(range(0, len(images), batch_images), desc=title, unit="batch", leave=False):
-        which = images[start : start + batch_images]
-        codes_BT = torch.as_tensor(store.codes(which, np.full_like(which, view))).long().to(device)
-        label = torch.full((len(which),), model.null_class, device=device)
+    for part in tqdm(rows.split(batch_images), desc=title, unit="batch", leave=False):
+        codes_BT = codes_of(store, part, view).to(device)
+        label = torch.full((len(part),), model.null_class, device=device)
         parts.append(short(codes_BT[:, : max(positions)], label, logits=False).last[:, chosen].float().cpu())
     return torch.cat(parts)
 
 
-def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_classes: int, config: ProbeConfig, device: torch.device | str = "cpu") -> Tensor:
+def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_classes: int, config: ProbeConfig,
+                 device: torch.device | str = "cpu") -> Tensor:
     """Train P linear layers side by side, each on its own position's features.
 
     Args:
@@ -121,10 +120,18 @@ def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_
     """
     count, points, width = train[0].shape
     generator = torch.Generator().manual_seed(config.seed)
-    weight = nn.init.trunc_normal_(torch.empty(points, width, num_classes), std=INIT_STD, generator=generator).to(device).requires_grad_()
-    bias = torch.zeros(points, 1, num_classes, device=device, requires_grad=True)
-    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    # The bias is one more row of the matrix, read by a constant feature: a bias with LARS steps of its own swings wildly in small batches.
+    weight = torch.zeros(points, width + 1, num_classes)
+    nn.init.trunc_normal_(weight[:, :width], std=INIT_STD, generator=generator)
+    weight = weight.to(device).requires_grad_()
+    velocity = torch.zeros_like(weight)
     normalise = nn.BatchNorm1d(points * width, affine=False, eps=NORM_EPS).to(device).train()
+
+    def score(features: Tensor) -> Tensor:
+        """(n, P, D) -> logits (P, n, classes)."""
+        x = normalise(features.flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
+        return torch.baddbmm(weight[:, width:], x, weight[:, :width])
+
     batch = min(config.images_per_step, max(count // 16, min(count, 32)))
     steps = count // batch
     views = torch.stack(list(train))
@@ -133,26 +140,18 @@ def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_
         drawn = torch.randint(len(train), (count,), generator=generator)
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
-            x = normalise(views[drawn[chosen], chosen].flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
-            logits = torch.baddbmm(bias, x, weight)  # (P, batch, classes)
+            logits = score(views[drawn[chosen], chosen])
             # Summed over the positions: each layer gets the gradient of its own mean loss.
             loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].to(device).repeat(points)) * points
-            weight_grad, bias_grad = torch.autograd.grad(loss, (weight, bias))
+            (gradient,) = torch.autograd.grad(loss, weight)
             lr = config.lr * _schedule(epoch + step / steps, config.warmup_epochs, config.epochs)
             with torch.no_grad():
-                norm, grad_norm = weight.norm(dim=(1, 2), keepdim=True), weight_grad.norm(dim=(1, 2), keepdim=True)
-                weight_velocity.mul_(MOMENTUM).add_(weight_grad * (TRUST * norm / grad_norm.clamp_min(1e-30)))
-                bias_velocity.mul_(MOMENTUM).add_(bias_grad)
-                weight.sub_(lr * weight_velocity)
-                bias.sub_(lr * bias_velocity)
+                norm, gradient_norm = weight.norm(dim=(1, 2), keepdim=True), gradient.norm(dim=(1, 2), keepdim=True)
+                velocity.mul_(MOMENTUM).add_(gradient * (TRUST * norm / gradient_norm.clamp_min(1e-30)))
+                weight.sub_(lr * velocity)
     normalise.eval()
     with torch.inference_mode():
-        parts = []
-        for features in (held_out, train[0]):
-            for part in features.split(4096):
-                x = normalise(part.flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
-                parts.append(torch.baddbmm(bias, x, weight).argmax(dim=-1).cpu())
-    return torch.cat(parts, dim=1)
+        return torch.cat([score(part).argmax(dim=-1).cpu() for features in (held_out, train[0]) for part in features.split(4096)], dim=1)
 
 
 def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> ProbeResult:
@@ -161,20 +160,18 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
     Raises:
         UserError: nothing is held out, or the model's sizes are not the store's.
     """
-    held, train = np.asarray(store.held_out_indices), np.asarray(store.train_indices)
+    held, train = store.held_out_indices, spread(store.train_indices, config.max_train_images)
     if not len(held):
         raise UserError("probe: the code store holds no images out; prepare it again with a held-out share above 0")
     if not 1 <= depth <= model.config.blocks:
         raise UserError(f"probe.depth: expected a block number 1 ... {model.config.blocks}, got {depth}")
-    if config.max_train_images and config.max_train_images < len(train):
-        train = train[np.linspace(0, len(train) - 1, config.max_train_images).round().astype(np.int64)]
     plain = plain_view(store)
-    views = [plain, *(view for view in range(store.views) if view != plain)][: config.train_views]
+    views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
     positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
     settings = {"batch_images": config.batch_images, "device": device}
     features = [extract_features(model, store, train, view, depth, positions, title=f"train features, view {view}", **settings) for view in views]
     held_features = extract_features(model, store, held, plain, depth, positions, title="held-out features", **settings)
-    labels = torch.as_tensor(np.asarray(store.labels)).long()
+    labels = store.labels
     predicted = train_probes(features, labels[train], held_features, model.config.num_classes, config, device)
     correct_held = (predicted[:, : len(held)] == labels[held]).double().mean(1)
     correct_train = (predicted[:, len(held) :] == labels[train]).double().mean(1)

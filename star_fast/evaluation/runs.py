@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from star_fast.config import RunConfig
 from star_fast.config_file import read_config
@@ -61,12 +61,12 @@ def open_run(folder: str | Path, *, codes: str = "", weights: Literal["student",
     model = load_model(folder / "model", weights=weights)
     store = CodeStore.open(_find_codes(folder, codes or config.data.codes, given=bool(codes)))
     size = model.transformer.config
-    ours, theirs = (size.vocab, size.positions, size.num_classes), (store.vocab, store.positions, len(store.class_names))
+    ours, theirs = (size.vocab, size.positions, size.num_classes), (store.codebook, store.positions, len(store.class_names))
     if ours != theirs:
-        raise UserError(f"{store.path}: codes of another kind: expected (codebook, positions, classes) {ours} as {folder}/model has, got {theirs}; give --codes")
+        raise UserError(f"{store.path}: expected codes of (codebook, positions, classes) {ours}, which the run's model has, got {theirs}; give --codes")
     trained_on = model.record.get("tokenizer_hash")
     if trained_on and trained_on != store.tokenizer_hash:
-        raise UserError(f"{store.path}: made by another tokenizer ({store.tokenizer_hash[:12]}) than the run was trained with ({trained_on[:12]}); give --codes")
+        raise UserError(f"{store.path}: made by tokenizer {store.tokenizer_hash[:12]}, but the run was trained with {trained_on[:12]}; give --codes")
     return Run(folder, config, model, store)
 
 
@@ -93,8 +93,7 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def plain_view(store: CodeStore) -> int:
     """The view that alters an image least: the centre crop of ten-crop codes, else view 0."""
-    names = list(store.view_names)
-    return names.index("centre") if "centre" in names else 0
+    return store.views.index("centre") if "centre" in store.views else 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,10 +106,16 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
 
 
-def codes_of(store: CodeStore, images: np.ndarray, view: int) -> torch.Tensor:
-    """(N, T) int64 codes of one view of the images with these indices."""
-    images = np.asarray(images, dtype=np.int64)
-    return torch.as_tensor(store.codes(images, np.full_like(images, view))).long()
+def codes_of(store: CodeStore, rows: Tensor, view: int) -> Tensor:
+    """(N, T) int64 codes of one view of the store's rows (N,)."""
+    return store.codes(rows, [view])[:, 0]
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of the rows (N,), evenly spaced; 0: all."""
+    if not 0 < most < len(rows):
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, most, dtype=torch.float64).round().long()]
 
 
 def _find_codes(folder: Path, name: str, given: bool) -> Path:

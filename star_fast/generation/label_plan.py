@@ -42,8 +42,8 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
         elif one.isdecimal() and int(one) < len(class_names):
             found.append(int(one))
         else:
-            near = difflib.get_close_matches(one, class_names, n=3)
-            raise UserError(f"classes: no class {one!r}{f' (near: {', '.join(near)})' if near else ''}; there are {_listed(class_names)}, "
+            near = ", ".join(difflib.get_close_matches(one, class_names, n=3))
+            raise UserError(f"classes: no class {one!r}{f' (near: {near})' if near else ''}; there are {_listed(class_names)}, "
                             f"or numbers 0 ... {len(class_names) - 1}")
     twice = sorted({class_names[label] for label in found if found.count(label) > 1})
     if twice:

@@ -64,20 +64,29 @@ def why_not(products: Products, device: torch.device, dtype: torch.dtype) -> str
     return None
 
 
+def resolve(products: Products, device: torch.device, dtype: torch.dtype) -> Products:
+    """The way itself; "auto" becomes "packed" where that works, else "plain": the same numbers either way.
+
+    Raises:
+        ValueError: weights of this device and dtype cannot be multiplied so.
+    """
+    if products == "auto":
+        return "packed" if why_not("packed", device, dtype) is None else "plain"
+    reason = why_not(products, device, dtype)
+    if reason is not None:
+        raise ValueError(f"products {products!r} cannot be had: {reason}")
+    return products
+
+
 def with_products(model: Transformer, products: Products, rows: int) -> Transformer:
     """`model` for decoding: itself for "plain"; else a copy with every nn.Linear replaced, other parameters and buffers shared.
 
-    "auto" is "packed" where that works, else "plain": the same numbers either way. `rows` is a hint for the packed layout.
+    `rows` is a hint for the packed layout.
 
     Raises:
         ValueError: this model cannot be multiplied so.
     """
-    device, dtype = model.output.weight.device, model.output.weight.dtype
-    if products == "auto":
-        products = "packed" if why_not("packed", device, dtype) is None else "plain"
-    reason = why_not(products, device, dtype)
-    if reason is not None:
-        raise ValueError(f"Decoder: products {products!r} cannot be had: {reason}")
+    products = resolve(products, model.output.weight.device, model.output.weight.dtype)
     if products == "plain":
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -1,0 +1,1 @@
+"""What is trained, what tokenizes, and their files."""

@@ -171,7 +171,7 @@ def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = No
                 raise UserError(f"{path}: {first_source} and {source} contradict each other: {name} {first} against {value}")
     if "heads" not in agreed:
         if width not in _HEADS_BY_WIDTH:
-            raise UserError(f"{path}: nothing tells the number of heads of a model of width {width}; give heads")
+            raise UserError(f"{path}: nothing tells the number of heads of a model of width {width}; give heads: load_transformer(path, heads=...)")
         agreed["heads"] = (_HEADS_BY_WIDTH[width], "LlamaGen's table of widths")
     agreed.setdefault("positions", (DEFAULT_POSITIONS, "LlamaGen's default"))
     for name in ("heads", "positions"):

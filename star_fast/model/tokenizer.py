@@ -204,7 +204,7 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Codes (N,) int64 of normalised latents (N, Z); in exact arithmetic LlamaGen's argmin of squared distances. Among equals the lowest code wins."""
         entries_ZV = self.entries().t().contiguous()
-        return torch.cat([(part @ entries_ZV).argmax(dim=1) for part in latents.split(_SEARCH_ROWS)]) if len(latents) else latents.new_empty(0, dtype=torch.int64)
+        return torch.cat([(part @ entries_ZV).argmax(dim=1) for part in latents.split(_SEARCH_ROWS)])
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z (B, Z, h, w)."""
@@ -274,7 +274,8 @@ class VQTokenizer(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         step = self.config.downsampling
         if images.ndim != 4 or images.shape[1] != self.config.image_channels or images.shape[2] % step or images.shape[3] % step:
-            raise ValueError(f"tokenizer: images must be (B, {self.config.image_channels}, H, W) with H and W multiples of {step}, got shape {tuple(images.shape)}")
+            raise ValueError(f"tokenizer: images must be (B, {self.config.image_channels}, H, W) with H and W multiples of {step}, "
+                             f"got shape {tuple(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"tokenizer: images must be floating point in [-1, 1] (see from_uint8), got {images.dtype}")
 
@@ -300,16 +301,16 @@ class VQTokenizer(nn.Module):
             StorageError: a file is missing, damaged, of another version, or the weights are not the ones that tokenizer.json names.
         """
         folder = Path(folder)
-        about = read_json(folder / CONFIG_FILE, "a tokenizer folder holds tokenizer.json and tokenizer.safetensors")
+        hint = f"a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        about = read_json(folder / CONFIG_FILE, hint)
         if about.get("format_version") != FORMAT_VERSION:
-            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {about.get('format_version')!r}; train the tokenizer again")
+            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {about.get('format_version')!r}; "
+                               "train the tokenizer again")
         tokenizer = cls(from_dict(TokenizerConfig, about.get("config"), "tokenizer."))
+        data = read_bytes(folder / WEIGHTS_FILE, hint)
         try:
-            state = safetensors.torch.load(read_bytes(folder / WEIGHTS_FILE, "a tokenizer folder holds tokenizer.json and tokenizer.safetensors"))
-            tokenizer.load_state_dict(state)
+            tokenizer.load_state_dict(safetensors.torch.load(data))
         except (SafetensorError, RuntimeError) as error:
-            if isinstance(error, StorageError):
-                raise
             raise StorageError(f"{folder / WEIGHTS_FILE}: truncated, or not the weights of {CONFIG_FILE}: {' '.join(str(error).split())[:200]}") from error
         if tokenizer.weights_hash() != about.get("weights_sha256"):
             raise StorageError(f"{folder / WEIGHTS_FILE}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")

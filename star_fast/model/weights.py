@@ -117,14 +117,11 @@ def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.d
     folder = _model_folder(path, weights)
     if folder is None:
         return _load_released(Path(path), dtype)
-    about, config = _read_config(folder)
     file = folder / WEIGHTS_FILES[weights]
-    stored = _read_weights(file, weights)
+    about, config = _read_config(folder)
+    stored, sha256 = _read_weights(file, weights, about)
     transformer = empty_transformer(config, dtype or next(iter(stored.values())).dtype)
     load_strictly(transformer, stored, file)
-    sha256 = sha256_of_file(file)
-    if sha256 != about["weights_sha256"].get(weights):
-        raise UserError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy the folder again or resume the run")
     tokenizer_folder = folder / TOKENIZER_FOLDER
     return LoadedModel(transformer, about["class_names"], tokenizer_folder if tokenizer_folder.is_dir() else None, about["record"], sha256)
 
@@ -136,12 +133,18 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = 
         UserError: as load_model; or the weights are of another size (which tensor, expected and found shapes), or of another number of heads or positions.
     """
     config, folder = transformer.config, _model_folder(path, weights)
-    file = Path(path) if folder is None else folder / WEIGHTS_FILES[weights]
-    checkpoint = read_checkpoint(file) if folder is None else None
-    stored = checkpoint.weights if checkpoint else _read_weights(file, weights)
-    require_fit(transformer, stored, file)
-    # Heads and positions leave no trace in the weights' shapes. A LlamaGen file is asked whether it contradicts ours, a folder knows.
-    found = checkpoint_config(file, checkpoint, config.heads, config.positions) if checkpoint else _read_config(folder)[1]
+    if folder is None:
+        file = Path(path)
+        checkpoint = read_checkpoint(file)
+        stored = checkpoint.weights
+        require_fit(transformer, stored, file)
+        found = checkpoint_config(file, checkpoint, config.heads, config.positions)  # raises where the file contradicts ours
+    else:
+        file = folder / WEIGHTS_FILES[weights]
+        about, found = _read_config(folder)
+        stored, _ = _read_weights(file, weights, about)
+        require_fit(transformer, stored, file)
+    # Heads and positions leave no trace in the weights' shapes.
     for name in ("heads", "positions"):
         if getattr(found, name) != getattr(config, name):
             raise UserError(f"{file}: model.{name} is {getattr(found, name)} there and {getattr(config, name)} here; the weights cannot be used")
@@ -186,12 +189,16 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     return about, config
 
 
-def _read_weights(file: Path, weights: str) -> dict[str, Tensor]:
+def _read_weights(file: Path, weights: str, about: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the sha256 of a weights file, which must be the one that config.json names."""
     if not file.exists():
         if weights == "teacher":
             raise UserError(f"{file.parent}: holds no teacher (no {file.name}): trained without one, or not saved; use weights student")
         raise UserError(f"{file}: not found; a model folder holds {file.name} and {CONFIG_FILE}")
-    return read_checkpoint(file).weights
+    stored, sha256 = read_checkpoint(file).weights, sha256_of_file(file)
+    if sha256 != about["weights_sha256"].get(weights):
+        raise UserError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy the folder again or resume the run")
+    return stored, sha256
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -188,4 +188,5 @@ def cost(call: dict[str, Any]) -> dispatch.Cost:
                          4 * rows * heads * size * (position + 1))
 
 
-dispatch.register("decode_attention", reference, modules={"triton": "star_fast.ops.triton.decode_attention"}, order={"cuda": ("triton",)})
+dispatch.register("decode_attention", reference, modules={"triton": "star_fast.ops.triton.decode_attention", "cpp": "star_fast.ops.decode_attention_cpp"},
+                  order={"cuda": ("triton",), "cpu": ("cpp",)})

@@ -1,0 +1,1 @@
+"""Running the method: batches, DeepSpeed engine, loop, checkpoints, telemetry."""

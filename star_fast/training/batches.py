@@ -37,13 +37,13 @@ def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
     Raises:
         ConfigError: a size that is given contradicts the code store, or the store holds fewer views or images than a step needs.
     """
-    found = {"vocab": store.vocab, "positions": store.positions, "num_classes": len(store.class_names)}
+    found = {"vocab": store.codebook, "positions": store.positions, "num_classes": len(store.class_names)}
     for name, value in found.items():
         given = getattr(config.model, name)
         if given not in (0, value):
             raise ConfigError(f"model.{name}: expected {value} (the code store {store.path}), got {given}; leave it at 0 to take the store's")
-    if config.method.views > store.views:
-        raise ConfigError(f"method.views: expected at most {store.views}, the views that {store.path} holds of each image, got {config.method.views}")
+    if config.method.views > len(store.views):
+        raise ConfigError(f"method.views: expected at most {len(store.views)}, the views that {store.path} holds of each image, got {config.method.views}")
     if config.train.images_per_step > len(store.train_indices):
         raise ConfigError(f"train.images_per_step: expected at most {len(store.train_indices)}, the training images of {store.path}, "
                           f"got {config.train.images_per_step}")
@@ -63,7 +63,7 @@ class Batches:
                               f"{train.images_per_step}")
         self.store, self.config, self.rank, self.ranks = store, config, rank, ranks
         self.accumulation = train.images_per_step // (ranks * self.micro_images)
-        self.images = np.asarray(store.train_indices, dtype=np.int64)
+        self.images = store.train_indices.numpy()
         self.steps_per_epoch = len(self.images) // train.images_per_step
         self.dropped_per_epoch = len(self.images) - self.steps_per_epoch * train.images_per_step
         self.total_steps = train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
@@ -84,10 +84,10 @@ class Batches:
 
     def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:
         model, method, seed = self.config.model, self.config.method, self.config.train.seed
-        views = masking.choose_views(seed, epoch, images, method.views, self.store.views)
-        targets = torch.as_tensor(self.store.codes(np.repeat(images, method.views), views.ravel()))
+        views = masking.choose_views(seed, epoch, images, method.views, len(self.store.views))
+        targets = self.store.codes(images, views).flatten(0, 1)
         dropped = masking.label_drop(seed, epoch, images, method.views, model.label_dropout)
-        label = torch.from_numpy(np.where(dropped, model.num_classes, np.asarray(self.store.labels)[images][:, None]).astype(np.int64).ravel())
+        label = torch.from_numpy(np.where(dropped, model.num_classes, self.store.labels.numpy()[images][:, None]).astype(np.int64).ravel())
         keep = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
         keep = None if keep is None else torch.from_numpy(keep).flatten(0, 1)
         return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen)

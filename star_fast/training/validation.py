@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from star_fast.config import RunConfig
@@ -14,11 +13,10 @@ MOST_IMAGES = 10_000
 
 def held_out_batches(store: CodeStore, config: RunConfig, rank: int, ranks: int) -> list[MicroBatch]:
     """This rank's share of at most MOST_IMAGES held-out images, every ranks-th one, in batches of at most 64."""
-    images = np.asarray(store.held_out_indices, dtype=np.int64)[:MOST_IMAGES][rank::ranks]
+    images = store.held_out_indices[:MOST_IMAGES][rank::ranks]
     batches = []
     for start in range(0, len(images), 64):
         chunk = images[start : start + 64]
-        targets = torch.as_tensor(store.codes(chunk, np.zeros_like(chunk)))
-        label = torch.from_numpy(np.asarray(store.labels)[chunk].astype(np.int64))
-        batches.append(MicroBatch(targets[:, :-1].contiguous(), label, targets, None, torch.zeros(0, dtype=torch.int64), 0))
+        targets = store.codes(chunk, [0]).flatten(0, 1)
+        batches.append(MicroBatch(targets[:, :-1].contiguous(), store.labels[chunk], targets, None, torch.zeros(0, dtype=torch.int64), 0))
     return batches

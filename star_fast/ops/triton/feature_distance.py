@@ -19,7 +19,8 @@ _LARGEST_WIDTH = 16384  # a row is held in registers
 def inverse_norm(squares):
     """1 / sqrt(squares), and 0 for a norm below 1e-12, so that such a vector has cosine 0 and gradient 0."""
     norm = tl.sqrt(squares)
-    return tl.where(norm < 1e-12, 0.0, 1.0 / norm)
+    short = norm < 1e-12
+    return tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norm))
 
 
 @triton.jit

@@ -51,7 +51,13 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of tl.dot's factors: the inputs' own; the interpreter multiplies bfloat16 as bit patterns, so there float32 (values rounded before)."""
+    return {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
+            torch.bfloat16: tl.float32 if interpreting() else tl.bfloat16}[dtype]
+
+
 def pointer(dtype: torch.dtype) -> str:
     """Triton's name of a pointer to `dtype`, for Variant.signature."""
     return "*" + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-                  torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}[dtype]
+                  torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv"}[dtype]

@@ -69,10 +69,10 @@ def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) ->
 
 
 def _widths(n_cols: int) -> dict[str, int]:
-    """BLOCK and BLOCKS cover a row; the warps follow, so that a thread has CROSS_ENTROPY_ROWS.block[1] columns or, at the most warps, more."""
-    block = min(triton.next_power_of_2(n_cols), CROSS_ENTROPY_ROWS.block[0])
-    return {"BLOCK": block, "BLOCKS": triton.cdiv(n_cols, block),
-            "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * CROSS_ENTROPY_ROWS.block[1])))}
+    """BLOCK and BLOCKS cover a row, the warps follow: see CROSS_ENTROPY_ROWS in tiles.py."""
+    one_block, long_block, a_thread = CROSS_ENTROPY_ROWS.block
+    block = triton.next_power_of_2(n_cols) if n_cols <= one_block else long_block
+    return {"BLOCK": block, "BLOCKS": triton.cdiv(n_cols, block), "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))}
 
 
 def _chunk_rows(weight: Tensor) -> int:

@@ -24,17 +24,31 @@ from torch import Tensor
 from star_fast.ops.dispatch import Launch
 from star_fast.ops.shapes import Shape
 from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, interpreting, pointer, why_not_device
-from star_fast.ops.triton.tiles import ATTENTION_BACKWARD, ATTENTION_FORWARD, ATTENTION_FULL_PRECISION, Tile
+from star_fast.ops.triton.tiles import (
+    ATTENTION_BACKWARD,
+    ATTENTION_BACKWARD_FULL_PRECISION,
+    ATTENTION_FORWARD,
+    ATTENTION_FORWARD_FULL_PRECISION,
+    Tile,
+)
 
 HIDDEN = tl.constexpr(2**30)  # the position a hidden key is given: beyond every query
+
+
+@triton.jit
+def inside(rows, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Which entries of a (len(rows), BLOCK_E) tile exist."""
+    mask = rows[:, None] < n_rows
+    if E != BLOCK_E:
+        mask = mask & (tl.arange(0, BLOCK_E)[None, :] < E)
+    return mask
 
 
 @triton.jit
 def turn(x, table_ptr, rows, n_rows, SIGN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr):
     """Rotary on a (BLOCK, BLOCK_E) tile: each pair (x0, x1) becomes (x0 cos - x1 sin, x0 sin + x1 cos); SIGN -1 turns back (the transpose)."""
     cols = tl.arange(0, BLOCK_E)
-    inside = (rows[:, None] < n_rows) & (cols[None, :] < E)
-    table = tl.load(table_ptr + rows[:, None] * E + cols[None, :], mask=inside, other=0.0).to(ACC)
+    table = tl.load(table_ptr + rows[:, None] * E + cols[None, :], mask=inside(rows, n_rows, E, BLOCK_E), other=0.0).to(ACC)
     cos, sin = tl.split(tl.reshape(table, (BLOCK, BLOCK_E // 2, 2)))
     even, odd = tl.split(tl.reshape(x.to(ACC), (BLOCK, BLOCK_E // 2, 2)))
     sin = sin * SIGN
@@ -45,7 +59,7 @@ def turn(x, table_ptr, rows, n_rows, SIGN: tl.constexpr, E: tl.constexpr, BLOCK:
 def load_tile(ptr, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Rows of one head as a (len(rows), BLOCK_E) tile, zero outside."""
     cols = tl.arange(0, BLOCK_E)
-    return tl.load(ptr + rows[:, None] * row_stride + cols[None, :], mask=(rows[:, None] < n_rows) & (cols[None, :] < E), other=0.0)
+    return tl.load(ptr + rows[:, None] * row_stride + cols[None, :], mask=inside(rows, n_rows, E, BLOCK_E), other=0.0)
 
 
 @triton.jit
@@ -62,7 +76,7 @@ def load_turned(ptr, table_ptr, rows, row_stride, n_rows, E: tl.constexpr, BLOCK
 def store_tile(ptr, x, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Write a tile back, rounded to the pointer's dtype."""
     cols = tl.arange(0, BLOCK_E)
-    tl.store(ptr + rows[:, None] * row_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=(rows[:, None] < n_rows) & (cols[None, :] < E))
+    tl.store(ptr + rows[:, None] * row_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=inside(rows, n_rows, E, BLOCK_E))
 
 
 @triton.jit
@@ -211,7 +225,10 @@ class _MaskedAttention(torch.autograd.Function):
 
 def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
     """Blocks of (rows that a program owns, rows that it streams): queries and keys, for attention_backward_keys keys and queries."""
-    table = ATTENTION_FULL_PRECISION if dtype.itemsize > 2 else ATTENTION_FORWARD if kernel is attention_forward else ATTENTION_BACKWARD
+    if kernel is attention_forward:
+        table = ATTENTION_FORWARD if dtype.itemsize == 2 else ATTENTION_FORWARD_FULL_PRECISION
+    else:
+        table = ATTENTION_BACKWARD if dtype.itemsize == 2 else ATTENTION_BACKWARD_FULL_PRECISION
     return table[_padded(size)]
 
 

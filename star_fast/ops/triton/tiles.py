@@ -24,12 +24,18 @@ ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=1)
 # One program handles block[0] numbers of one tensor: 8 a thread, so 2 x 16 bytes of teacher and student and 16 of a bf16 copy.
 EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 
-# Attention, by padded head size (next power of two). Blocks are (queries, keys). 16-bit dtypes: 64 rows a warp group is the least wgmma
-# takes; wider heads halve the blocks, since the accumulators (rows x head size, float32) must stay in registers.
-ATTENTION_FORWARD = {16: Tile((128, 64), 4, 2), 32: Tile((128, 64), 4, 2), 64: Tile((128, 64), 4, 2), 128: Tile((128, 64), 8, 2)}
-ATTENTION_BACKWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 64), 8, 1)}
-# float32 multiplies without tensor cores (exact products), float64 only in the interpreter: smaller tiles keep operands in registers.
-ATTENTION_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 32), 8, 1)}
+# Attention, by padded head size (next power of two): (rows a program owns, rows it streams). 16-bit dtypes: 64 rows for 4 warps is the least
+# wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a head at T = 256, of 33 needed). Backward
+# holds two accumulators and three operands, so it streams 32 rows: 64 spill on sm_80. Two stages: the next tile is fetched during this one.
+ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 32), 4, 2)}
+ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 8, 2)}
+# float32 multiplies without tensor cores (full products), float64 in the interpreter only: small tiles keep the operands in registers.
+ATTENTION_FORWARD_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 16), 4, 1)}
+ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16), 4, 1), 64: Tile((32, 16), 4, 1), 128: Tile((32, 16), 8, 1)}
+
+# One program streams the cache of one row and head, block[0] positions at a time: 64 x 64 bf16 is four 16-byte loads of k and four of v a thread,
+# 16 KB in flight a program; a position's running sums stay in one thread group until the end, so the loop has no barrier. By padded head size.
+DECODE_ATTENTION = {16: Tile((64,), 4, 1), 32: Tile((64,), 4, 1), 64: Tile((64,), 4, 1), 128: Tile((32,), 4, 1)}
 
 # One row a program, 8 columns a thread up to 16 warps: one 16-byte access of bf16 a thread and input.
 FEATURE_DISTANCE = Tile((8,), num_warps=16, num_stages=1)
@@ -38,6 +44,13 @@ FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
 # Logits of one chunk of rows: 1024 x 16384 in bf16. They stay in the L2 cache (40 MB A100, 50 MB H100 and H200, 126 MB B200) between the product
 # that makes them, the kernel that overwrites them and the two products that read their gradient; still tall enough for full-speed products.
 LOGITS_CHUNK_BYTES = 2**25
-# Columns of a row held in registers at once, and columns a thread below the most warps. A row of up to block[0] codes is read once, a longer one
-# twice: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
-CROSS_ENTROPY_ROWS = Tile((16384, 16), num_warps=32, num_stages=1)
+# A row of up to block[0] codes is held in registers and read once: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
+# A longer one is read twice, block[1] codes at a time. block[2]: columns a thread below the most warps.
+CROSS_ENTROPY_ROWS = Tile((16384, 8192, 16), num_warps=32, num_stages=1)
+# Anchor rows, keys, columns a step of the first product, columns of the gradient a program owns. 512 x 32 float32 of gradient are 64 registers a
+# thread; 64 keys are what one warp-group product takes.
+SLOT_CONTRAST = Tile((32, 64, 64, 512), num_warps=8, num_stages=3)
+# For 4- and 8-byte inputs, whose products run without tensor cores: small enough for shared memory and registers.
+SLOT_CONTRAST_WIDE = Tile((16, 32, 32, 128), num_warps=4, num_stages=1)
+# Numbers a program of the sum over a slot's pairs: 8 a thread, one 16-byte access of bf16.
+SLOT_CONTRAST_SUM = Tile((1024,), num_warps=4, num_stages=1)

@@ -1,0 +1,143 @@
+// decode_attention on the CPU: rotary, append and attention in one pass, rows and heads over threads. Semantics: star_fast/ops/decode_attention.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace star_fast {
+namespace {
+
+struct CachedBfloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return float(x); }
+inline float to_float(CachedBfloat16 x) {
+  const uint32_t wide = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline void round_to(float x, float* out) { *out = x; }
+inline void round_to(float x, CachedBfloat16* out) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// One decoding step. `angles` is the rotary table's row of this position, or null; 8-bit caches have scales, others null.
+template <class T, class Cached>
+struct Step {
+  const T* qkv;
+  int64_t row_stride, part_stride, head_stride, heads;
+  int size;  // of a head
+  Cached *keys, *values;
+  float *key_scales, *value_scales;
+  int64_t positions, position;
+  const float* angles;
+  T* out;
+};
+
+namespace baseline {
+#include "attend_row.h"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define STAR_FAST_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "attend_row.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace avx512 {
+#include "attend_row.h"
+}
+#pragma GCC pop_options
+#endif
+
+template <class T, class Cached>
+using AttendRows = void (*)(const Step<T, Cached>&, int64_t, int64_t);
+
+// The widest instruction set that PyTorch itself uses here (ATEN_CPU_CAPABILITY lowers it).
+template <class T, class Cached>
+AttendRows<T, Cached> attend_rows_here() {
+#ifdef STAR_FAST_X86
+  static const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return avx512::attend_rows<T, Cached>;
+  if (capability == "AVX2") return avx2::attend_rows<T, Cached>;
+#endif
+  return baseline::attend_rows<T, Cached>;
+}
+
+template <class T, class Cached>
+void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales, float* v_scales, int64_t position, const float* table, at::Tensor& out) {
+  Step<T, Cached> step{};
+  step.qkv = static_cast<const T*>(qkv.const_data_ptr());
+  step.row_stride = qkv.stride(0);
+  step.part_stride = qkv.stride(1);
+  step.head_stride = qkv.stride(2);
+  step.heads = qkv.size(2);
+  step.size = int(qkv.size(3));
+  step.keys = static_cast<Cached*>(k.mutable_data_ptr());
+  step.values = static_cast<Cached*>(v.mutable_data_ptr());
+  step.key_scales = k_scales;
+  step.value_scales = v_scales;
+  step.positions = k.size(2);
+  step.position = position;
+  step.angles = table ? table + position * step.size : nullptr;
+  step.out = static_cast<T*>(out.mutable_data_ptr());
+  const AttendRows<T, Cached> attend_rows = attend_rows_here<T, Cached>();
+  const int64_t worth_a_thread = std::max<int64_t>(1, 32768 / ((position + 1) * step.size));
+  at::parallel_for(0, qkv.size(0) * step.heads, worth_a_thread, [&](int64_t begin, int64_t end) { attend_rows(step, begin, end); });
+}
+
+void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, const std::optional<at::Tensor>& k_scale,
+                          const std::optional<at::Tensor>& v_scale, int64_t position, const std::optional<at::Tensor>& rotary, at::Tensor& out) {
+  // The public function has checked all this and says it in better words; these checks keep the loops inside their memory whoever calls.
+  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.stride(3) == 1 && qkv.size(3) % 2 == 0 && k.dim() == 4 && k.size(0) == qkv.size(0) &&
+                        k.size(1) == qkv.size(2) && k.size(3) == qkv.size(3) && v.sizes() == k.sizes() && v.scalar_type() == k.scalar_type() &&
+                        k.is_contiguous() && v.is_contiguous() && position >= 0 && position < k.size(2),
+                    "decode_attention: qkv ", qkv.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " and position ", position, " do not fit together");
+  TORCH_CHECK_VALUE(out.dim() == 3 && out.size(0) == qkv.size(0) && out.size(1) == qkv.size(2) && out.size(2) == qkv.size(3) && out.is_contiguous() &&
+                        out.scalar_type() == qkv.scalar_type(), "decode_attention: out ", out.sizes(), " does not fit qkv ", qkv.sizes());
+  const bool eight_bit = k.scalar_type() == at::kChar;
+  const auto scales = [&](const std::optional<at::Tensor>& scale) -> float* {
+    if (!eight_bit) return nullptr;
+    TORCH_CHECK_VALUE(scale && scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->numel() * k.size(3) == k.numel(),
+                      "decode_attention: an int8 cache needs float32 scales, one for each row, head and position");
+    return scale->mutable_data_ptr<float>();
+  };
+  float *k_scales = scales(k_scale), *v_scales = scales(v_scale);
+  if (rotary) {
+    TORCH_CHECK_VALUE(rotary->scalar_type() == at::kFloat && rotary->is_contiguous() && rotary->numel() >= (position + 1) * qkv.size(3),
+                      "decode_attention: rotary must be float32 (T, E/2, 2), contiguous");
+  }
+  const float* table = rotary ? rotary->const_data_ptr<float>() : nullptr;
+  TORCH_CHECK_TYPE(eight_bit || k.scalar_type() == qkv.scalar_type(), "decode_attention: a cache of ", k.scalar_type(), " with qkv of ", qkv.scalar_type());
+  if (qkv.scalar_type() == at::kFloat) {
+    return eight_bit ? attend<float, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
+                     : attend<float, float>(qkv, k, v, k_scales, v_scales, position, table, out);
+  }
+  TORCH_CHECK_TYPE(qkv.scalar_type() == at::kBFloat16, "decode_attention: qkv must be float32 or bfloat16, got ", qkv.scalar_type());
+  return eight_bit ? attend<CachedBfloat16, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
+                   : attend<CachedBfloat16, CachedBfloat16>(qkv, k, v, k_scales, v_scales, position, table, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(star_fast, CPU, m) { m.impl("decode_attention", &decode_attention_cpu); }
+
+}  // namespace star_fast

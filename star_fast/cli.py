@@ -1,0 +1,145 @@
+"""`star-fast`: one subcommand a stage. Wiring only; each stage lives in its own module, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from star_fast.config import ConfigError, DataConfig, TokenizerConfig
+from star_fast.config_file import parse
+from star_fast.errors import UserError
+from star_fast.presets import FOLDER_TOKENIZER, PRESETS, preset
+
+
+@dataclass(frozen=True)
+class PrepareCommand:
+    """Turn images into a code store: views, tokenizer (trained on the images when none is given), codes."""
+
+    source: tyro.conf.Positional[str]  # "digits" (built in), or a folder of images in class subfolders
+    out: str = ""  # the code store's folder; empty: data/NAME
+    tokenizer: str = ""  # a tokenizer folder of ours or LlamaGen's vq_ds16_c2i.pt; empty: train one
+    data: DataConfig = field(default_factory=DataConfig)
+    train_tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="new-tokenizer")] = field(default_factory=TokenizerConfig)
+    seed: int = 0  # of views and of the tokenizer's training
+    device: str = "cpu"  # to encode and train on
+
+
+def prepare(arguments: list[str]) -> None:
+    """star-fast prepare SOURCE ..."""
+    from star_fast.data.prepare import prepare as write_store
+    from star_fast.data.prepare import skipped_report
+    from star_fast.data.sources import BUILT_IN, open_source
+    from star_fast.model.llamagen import load_tokenizer
+    from star_fast.training.tokenizer import train_tokenizer_on
+
+    tiny = preset("tiny")
+    built_in = BUILT_IN in arguments
+    defaults = {"data": tiny.data, "train_tokenizer": tiny.tokenizer} if built_in else {"train_tokenizer": FOLDER_TOKENIZER}
+    command = parse(PrepareCommand, arguments, "star-fast prepare", PrepareCommand.__doc__ or "", source=tyro.MISSING, **defaults)
+    source = open_source(command.source)
+    out = Path(command.out or Path("data") / Path(command.source).name)
+    kept = out / "tokenizer"
+    if command.tokenizer:
+        tokenizer = load_tokenizer(command.tokenizer)
+        tokenizer.save(kept)
+    elif (kept / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(kept)
+        print(f"Using the tokenizer in {kept}")
+    else:
+        tokenizer = train_tokenizer_on(source, command.train_tokenizer, command.data, out=kept, seed=command.seed, device=command.device)
+    store = write_store(source, out, tokenizer.to(command.device), command.data, seed=command.seed)
+    if skipped := skipped_report(store):
+        print(skipped, file=sys.stderr)
+    print(f"{out}: codes of {len(store)} images x {len(store.views)} views, {store.positions} a view, {len(store.class_names)} classes, "
+          f"{len(store.held_out_indices)} images held out")
+
+
+def train(arguments: list[str]) -> None:
+    """star-fast train: star_fast/train.py without a launcher."""
+    from star_fast.train import run_command
+
+    run_command(arguments, "star-fast train")
+
+
+def sample(arguments: list[str]) -> None:
+    """star-fast sample ..."""
+    from star_fast.generation.sample import SampleConfig, sample_images
+
+    sample_images(parse(SampleConfig, arguments, "star-fast sample", SampleConfig.__doc__ or ""))
+
+
+def probe(arguments: list[str]) -> None:
+    """star-fast probe ..."""
+    from star_fast.evaluation.probe import ProbeConfig, run_probe
+
+    run_probe(parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or ""))
+
+
+def report(arguments: list[str]) -> None:
+    """star-fast report ..."""
+    from star_fast.evaluation.report import ReportConfig, run_report
+
+    run_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or ""))
+
+
+def doctor(arguments: list[str]) -> None:
+    """star-fast doctor."""
+    from star_fast.doctor import examine
+
+    examine()
+
+
+def presets(arguments: list[str]) -> None:
+    """star-fast presets."""
+    for name, row in PRESETS.items():
+        model, settings = row.config.model, row.config.train
+        print(f"{name:5} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.images_per_step} images a step, "
+              f"ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}\n      {row.command}")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
+    "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
+    "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
+    "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
+    "report": (report, "run folder -> one HTML page with every picture and figure"),
+    "doctor": (doctor, "what this machine has, and what is missing for what"),
+    "presets": (presets, "the named runs: size, machine, command, published figure"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0 done, 2 the user can mend it (one line on stderr), 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: star-fast COMMAND [options]    (star-fast COMMAND --help lists the options)\n")
+        print("\n".join(f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()))
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return guarded(lambda: COMMANDS[arguments[0]][0](arguments[1:]))
+
+
+def guarded(job: Callable[[], None]) -> int:
+    """Run `job`; an error that a user can mend becomes one line on stderr and exit status 2."""
+    try:
+        job()
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

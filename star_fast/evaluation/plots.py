@@ -1,0 +1,116 @@
+"""Pictures as PNG bytes: curves for a light and a dark page, strips of small images, attention maps. Nothing here computes a result."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.patches
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+_COLOURS = {False: ("#2563eb", "#d97706", "#059669", "#9333ea"), True: ("#7aa8ff", "#fbbf5c", "#4ade9f", "#c9a2ff")}
+_INK = {False: "#3f4650", True: "#c8ced8"}
+_RULE = {False: "#e2e6ec", True: "#343b46"}
+_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.family": "sans-serif"}
+_GAP = 2  # pixels between the tiles of a strip
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x_label: str, dark: bool, y_label: str = "", markers: bool = False,
+           level: tuple[float, str] | None = None, percent: bool = False) -> bytes:
+    """One panel of named lines {name: (x, y)}; `level` draws a dotted horizontal line with a name. Transparent ground, inks for a light or a dark page."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 3.0), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        for index, (name, (x, y)) in enumerate(lines.items()):
+            colour = _COLOURS[dark][index % 4]
+            axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if markers or len(x) < 3 else None, markersize=4, label=name, zorder=3)
+        if level is not None:
+            axes.axhline(level[0], color=_INK[dark], linewidth=1, linestyle=":", label=level[1])
+        if percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.set_title(title, color=_INK[dark])
+        axes.set_xlabel(x_label, color=_INK[dark])
+        axes.set_ylabel(y_label, color=_INK[dark])
+        axes.tick_params(colors=_INK[dark], length=0)
+        axes.grid(axis="y", color=_RULE[dark], linewidth=0.8)
+        axes.margins(x=0.02)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(_RULE[dark])
+        if len(lines) > 1 or level is not None:
+            axes.legend(frameon=False, labelcolor=_INK[dark], fontsize=8)
+        return _png(figure)
+
+
+def probe_curves(results: Mapping[str, Mapping[str, Any]], *, dark: bool) -> bytes:
+    """Top-1 accuracy over positions of one or more runs: {name: ProbeResult.to_dict()}."""
+    lines = {name: (result["positions"], result["held_out"]) for name, result in results.items()}
+    chance = max(result["chance"] for result in results.values())
+    return curves(lines, title="Linear probe, held-out top-1", x_label="position in the sequence", dark=dark, markers=True, level=(chance, "chance"),
+                  percent=True)
+
+
+def loss_panels(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]], *, dark: bool) -> dict[str, bytes]:
+    """One picture for each kind of loss that the run had: {what it shows: PNG}."""
+    panels = {"Next-token loss (nats)": {"training": "ar"}, "Masked-feature loss (1 - cosine)": {"L_MIM": "mim"},
+              "Contrastive losses (nats)": {"between positions": "step_contrast", "between views": "view_contrast"}}
+    pictures = {}
+    for title, names in panels.items():
+        lines = {name: ([row["step"] for row in training if key in row], [row[key] for row in training if key in row]) for name, key in names.items()}
+        # A loss that is off is logged as zeros: leave it out.
+        lines = {name: line for name, line in lines.items() if any(line[1])}
+        if "training" in names and validation:
+            lines["held out, nothing masked"] = ([row["step"] for row in validation], [row["val_ar"] for row in validation])
+        if lines:
+            pictures[title] = curves(lines, title=title, x_label="step", dark=dark)
+    return pictures
+
+
+def strip(images: Tensor, columns: int, least_side: int = 56) -> bytes:
+    """uint8 images (N, C, H, W), C 1 or 3, in rows of `columns`, on a transparent ground; small ones enlarged by a whole factor, no smoothing."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 4), dtype=np.uint8)
+    for index, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = index // columns * (height + _GAP), index % columns * (width + _GAP)
+        sheet[top : top + height, left : left + width, :3] = image
+        sheet[top : top + height, left : left + width, 3] = 255
+    factor = max(1, -(-least_side // height))
+    picture = Image.fromarray(sheet, "RGBA").resize((sheet.shape[1] * factor, sheet.shape[0] * factor), Image.Resampling.NEAREST)
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def attention_overlay(image: Tensor, cells: Tensor, query: int) -> bytes:
+    """One map over its image: heat where attention goes, dim where nothing is known yet, an outline around the cell being predicted.
+
+    Args:
+        image: (C, H, W) uint8. cells: (g, g) attention, NaN where unknown. query: the query position, which predicts cell number `query`.
+    """
+    side = cells.shape[-1]
+    grey = image.float().mean(0).cpu().numpy() / 255
+    heat = cells.cpu().numpy()
+    figure = Figure(figsize=(1.6, 1.6), dpi=120)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0), interpolation="nearest")
+    axes.imshow(np.where(np.isnan(heat), 1.0, np.nan), cmap="bone", vmin=0, vmax=2, alpha=0.82, extent=(0, side, side, 0), interpolation="nearest")
+    peak = max(float(np.nanmax(heat)), 1e-12)
+    strength = np.nan_to_num(heat / peak)
+    colours = matplotlib.colormaps["inferno"](0.25 + 0.75 * strength)
+    colours[..., 3] = np.where(np.isnan(heat), 0, 0.85 * np.sqrt(strength))
+    axes.imshow(colours, extent=(0, side, side, 0), interpolation="nearest")
+    axes.add_patch(matplotlib.patches.Rectangle((query % side + 0.06, query // side + 0.06), 0.88, 0.88, fill=False, edgecolor="#4ade80", linewidth=2))
+    axes.set_axis_off()
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", transparent=True, metadata={"Software": None})
+    return stream.getvalue()

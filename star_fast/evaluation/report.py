@@ -1,0 +1,250 @@
+"""`star-fast report RUN`: everything there is to see of a run in one HTML file, and the same figures as JSON beside it.
+
+This file measures; report_sections.py writes the page's sections from what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from star_fast.config import to_dict
+from star_fast.errors import UserError
+from star_fast.evaluation import attention_maps, page, report_sections
+from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
+from star_fast.evaluation.probe import ProbeConfig, probe
+from star_fast.evaluation.real_images import RealImages, open_real_images
+from star_fast.evaluation.runs import Run, codes_of, open_run, pick_device, plain_view, read_metrics, spread
+from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
+from star_fast.generation.label_plan import find_classes
+from star_fast.model.tokenizer import VQTokenizer
+from star_fast.storage import atomic_write_bytes, atomic_write_json, read_json
+
+MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced
+MOST_HELD_OUT = 2000  # held-out images that classifier and tokenizer are judged on
+ATTENTION_AVERAGE_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """`star-fast report`: writes report.html and report.json into the run folder, and trains a small classifier there once."""
+
+    run: Path  # the run folder
+    weights: Literal["student", "teacher"] = "student"
+    codes: str = ""  # the code store; empty: the one that the run was trained on
+    source: str = ""  # the real images, as given to `star-fast prepare`; the built-in digits need not be named
+    against: str = ""  # another run folder with a report of its own, to compare with
+    classes: tuple[str, ...] = ()  # names of the classes sampled; empty: all up to 20, else ten
+    samples_per_class: int = 20
+    guidance: float = 2.0  # classifier-free guidance of the samples; 1: off
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    seed: int = 0
+    batch_images: int = 64  # images drawn or decoded at once
+    attention_images: int = 3  # held-out images with attention maps
+    attention_queries: int = 4  # query positions of each
+    probe_train_views: int = 1  # see ProbeConfig.train_views
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_class", "batch_images", "attention_images", "attention_queries"):
+            if getattr(self, name) < 1:
+                raise UserError(f"report.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.guidance < 1:
+            raise UserError(f"report.guidance: expected 1 (off) or more, got {self.guidance}")
+
+
+@dataclass
+class Material:
+    """What a report is written from: figures for page and JSON, and the images that only the page shows."""
+
+    run: Run
+    config: ReportConfig
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    device: torch.device
+    classes: list[int]
+    rows: Tensor  # held-out rows of the store that real images and reconstructions come from
+    tokenizer: VQTokenizer | None = None
+    real: Tensor | None = None  # (N, C, H, W) uint8 of `rows`; None where the source of the images is not known
+    samples: SampleSet | None = None
+    reconstruction: Reconstruction | None = None
+    attention: list[report_sections.AttentionExample] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    against: dict[str, Any] | None = None  # the other run's report.json
+
+    @property
+    def row_labels(self) -> Tensor:
+        """(N,) int64 classes of `rows`."""
+        return self.run.store.labels[self.rows]
+
+
+def write_report(config: ReportConfig) -> Path:
+    """Measure the run and write report.html and report.json; returns the HTML file.
+
+    Raises:
+        UserError: the run lacks its metrics, weights, tokenizer or held-out images, or the run to compare with has no report.
+    """
+    begun = time.perf_counter()
+    other = _read_other(Path(config.against)) if config.against else None
+    run = open_run(config.run, codes=config.codes, weights=config.weights)
+    training, validation = read_metrics(run.folder)
+    if run.model.tokenizer_folder is None:
+        raise UserError(f"{run.folder}/model: holds no tokenizer, samples cannot become images; train again from a code store with its tokenizer")
+    if not len(run.store.held_out_indices):
+        raise UserError(f"{run.store.path}: holds no images out, nothing can be judged; prepare it again with a held-out share above 0")
+    classes = find_classes(config.classes, run.store.class_names) if config.classes else _default_classes(len(run.store.class_names))
+    rows = spread(run.store.held_out_indices, MOST_HELD_OUT)
+    material = Material(run, config, training, validation, pick_device(config.device), classes, rows, against=other)
+    material.tokenizer = VQTokenizer.load(run.model.tokenizer_folder)
+    source = open_real_images(run.store, config.source, run.config.data)
+    stages: dict[str, Callable[[], Any]] = {
+        "samples": lambda: _sample(material), "tokenizer": lambda: _reconstruct(material, source), "classifier": lambda: _classify(material, source),
+        "linear probe": lambda: _probe(material), "attention": lambda: _attend(material)}
+    with tqdm(stages.items(), desc="report", unit="part") as bar:
+        for name, stage in bar:
+            bar.set_postfix_str(name)
+            stage()
+    figures = {"format_version": 1, "run": run.folder.name, "trained": _trained(material), **material.figures,
+               "report": {"device": _device_name(material.device), "torch": torch.__version__, "python": platform.python_version(),
+                          "seconds": round(time.perf_counter() - begun, 1), "date": time.strftime("%Y-%m-%d")}}
+    material.figures = figures
+    sections = report_sections.all_sections(material)
+    html = page.render(f"star_fast report: {run.folder.name}", report_sections.lead(material), report_sections.tiles(figures), sections,
+                       report_sections.footer(figures))
+    losses = {"training": training, "validation": validation}
+    atomic_write_json(run.folder / "report.json", _finite({**figures, "losses": losses}))
+    atomic_write_bytes(run.folder / "report.html", html.encode())
+    return run.folder / "report.html"
+
+
+def _sample(material: Material) -> None:
+    config, model = material.config, material.run.model.transformer.to(material.device).eval()
+    sampling = {"guidance": config.guidance, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
+    material.samples = draw_samples(model, material.tokenizer.to(material.device), material.classes, config.samples_per_class,
+                                    batch_images=config.batch_images, **sampling)
+    names = material.run.store.class_names
+    distinct = distinct_sequences(material.samples)
+    material.figures["samples"] = {"settings": sampling, "per_class": config.samples_per_class,
+                                   "classes": {names[label]: {"distinct_code_sequences": distinct[label]} for label in material.classes}}
+
+
+def _reconstruct(material: Material, source: RealImages | None) -> None:
+    material.reconstruction = reconstruct_held_out(material.run.store, material.tokenizer, material.rows)
+    figures = {"held_out_images": len(material.rows), "codes_used": material.reconstruction.codes_used, "codebook": material.reconstruction.codebook}
+    if source is not None:
+        material.real = source.read(material.rows, "held-out images")
+        figures["psnr_db"] = psnr_db(material.real, material.reconstruction.images)
+    material.figures["tokenizer"] = figures
+
+
+def _classify(material: Material, source: RealImages | None) -> None:
+    if source is None:
+        material.figures["classifier"] = None
+        return
+    classifier = _classifier(material, source)
+    samples, real, rebuilt = (classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images))
+    agreement = class_agreement(samples, material.samples.labels)
+    names = material.run.store.class_names
+    for label, share in agreement.items():
+        material.figures["samples"]["classes"][names[label]]["agreement"] = share
+    material.figures["samples"]["agreement"] = samples.accuracy(material.samples.labels)
+    sampled = torch.isin(material.row_labels, torch.tensor(material.classes))
+    material.figures["classifier"] = {
+        "held_out_accuracy": real.accuracy(material.row_labels), "reconstruction_accuracy": rebuilt.accuracy(material.row_labels),
+        "held_out_images": len(material.rows), "train_images": classifier.record["train_images"],
+        "classifier_frechet_distance": distances(samples, _only(rebuilt, sampled), _only(real, sampled), material.row_labels[sampled],
+                                                 material.config.samples_per_class)}
+
+
+def _classifier(material: Material, source: RealImages) -> Classifier:
+    """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
+    folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
+    rows = spread(store.train_indices, config.max_images)
+    data = {"source": store.manifest["source"], "split": store.manifest["files"]["labels.bin"]["sha256"], "train_rows": len(rows)}
+    if (folder / "classifier.json").exists():
+        found = Classifier.load(folder)
+        if found.record.get("data") == data and found.record.get("config") == dataclasses.asdict(config):
+            return found
+    photographs = "mirrored centre" in store.views
+    classifier = train_classifier(source.read(rows, "training images"), store.labels[rows], len(store.class_names), config, mirror=photographs,
+                                  device=material.device)
+    classifier.record["data"] = data
+    classifier.save(folder)
+    return classifier
+
+
+def _probe(material: Material) -> None:
+    config, run = material.config, material.run
+    settings = ProbeConfig(run.folder, config.weights, train_views=config.probe_train_views, device=config.device, seed=config.seed)
+    result = probe(run.model.transformer, run.store, run.contrast_depth, settings)
+    material.figures["probe"] = {**result.to_dict(), "epochs": settings.epochs, "train_views": settings.train_views}
+
+
+def _attend(material: Material) -> None:
+    run, config, model = material.run, material.config, material.run.model.transformer.to(material.device).eval()
+    rows = spread(run.store.held_out_indices, ATTENTION_AVERAGE_IMAGES)
+    labels = run.store.labels[rows].to(material.device)
+    mean = attention_maps.mean_attention(model, codes_of(run.store, rows, plain_view(run.store)).to(material.device), labels)
+    material.figures["attention"] = {"images": len(rows), **dataclasses.asdict(attention_maps.attention_shares(mean))}
+    chosen = [int((material.row_labels == label).nonzero()[0]) for label in spread(material.row_labels.unique(), config.attention_images)]
+    queries = attention_maps.query_positions(run.store.positions, config.attention_queries)
+    for index in chosen:
+        row = material.rows[index : index + 1]
+        label = run.store.labels[row]
+        probs = attention_maps.last_block_attention(model, codes_of(run.store, row, plain_view(run.store)).to(material.device), label.to(material.device))
+        name = run.store.class_names[int(label)]
+        material.attention.append(report_sections.AttentionExample(name, material.reconstruction.images[index], probs[0].cpu(), queries))
+
+
+def _trained(material: Material) -> dict[str, Any]:
+    """What is known of the training: sizes, settings, duration."""
+    run, last = material.run, material.training[-1]
+    speeds = [row["images_per_s"] for row in material.training if "images_per_s" in row]
+    return {"step": run.step if run.step is not None else last["step"], "images_seen": run.images_seen if run.images_seen is not None else last.get("images"),
+            "training_time_s": last.get("time_s"), "images_per_s_median": statistics.median(speeds) if speeds else None,
+            "last_losses": {key: last[key] for key in ("loss", "ar", "mim", "step_contrast", "view_contrast") if key in last},
+            "last_val_ar": material.validation[-1]["val_ar"] if material.validation else None,
+            "parameters": sum(parameter.numel() for parameter in run.model.transformer.parameters()), "weights": material.config.weights,
+            "weights_sha256": run.model.weights_sha256, "tokenizer_sha256": run.store.tokenizer_hash, "train_images": len(run.store.train_indices),
+            "held_out_images": len(run.store.held_out_indices), "views": len(run.store.views), "source": run.store.manifest["source"],
+            "environment": run.model.record.get("environment"), "config": to_dict(run.config)}
+
+
+def _read_other(folder: Path) -> dict[str, Any]:
+    if not (folder / "report.json").exists():
+        raise UserError(f"against: {folder} holds no report.json; run `star-fast report {folder}` first")
+    other = read_json(folder / "report.json", f"run `star-fast report {folder}` again")
+    if other.get("format_version") != 1 or "probe" not in other:
+        raise UserError(f"against: {folder}/report.json is not a report of this version; run `star-fast report {folder}` again")
+    return other
+
+
+def _default_classes(count: int) -> list[int]:
+    return spread(torch.arange(count), 10).tolist() if count > MOST_CLASSES else list(range(count))
+
+
+def _only(verdict: Any, chosen: Tensor) -> Any:
+    return dataclasses.replace(verdict, features=verdict.features[chosen], probs=verdict.probs[chosen])
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN as null: JSON knows neither."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)

@@ -1,0 +1,20 @@
+"""Numbers as a reader wants them."""
+
+from __future__ import annotations
+
+
+def percent(share: float) -> str:
+    """0.875 -> "87.5 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: int | None) -> str:
+    """Thousands apart; "unknown" for None."""
+    return "unknown" if value is None else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds up to two minutes, minutes up to two hours, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,101 @@
+"""One batch of images, from their indices to pixels on their way; and the exact mode, whose bytes no batch size can change."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from star_fast.generation.decoder import Decoder
+from star_fast.generation.products import resolve
+from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering
+from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from star_fast.generation.sample import SampleConfig
+
+EXACT_IMAGES = PIECE_IMAGES  # of a fixed block: image i is always computed in slot i mod 8 of block i div 8
+_CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_COST_STEPS = 6
+
+
+class Drawer:
+    """A model and its tokenizer on a device, ready to draw any of the job's images.
+
+    Exact mode: rounding in a matrix product can depend on the product's shape and a row's place in it. So image i always has the same place in a block of
+    the same 8 images, whatever the batch; slots past the job's end hold a fixed label.
+    """
+
+    def __init__(self, config: SampleConfig, transformer: Transformer, tokenizer: VQTokenizer, labels: np.ndarray, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.labels = torch.from_numpy(labels)
+        dtype = _dtype(config, device)
+        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        self.transformer = transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.products = resolve("plain" if config.exact else config.products, device, dtype)
+        self.images_in_batch = min(config.batch_images, config.images)
+        self.images_together = EXACT_IMAGES if config.exact else self.images_in_batch
+        side = config.pixels or math.isqrt(transformer.config.positions) * tokenizer.config.downsampling
+        self.image_shape = (side, side, 3)
+        self._tokenizer = tokenizer
+        self._decoder: Decoder | None = None
+        self._renderer: Renderer | None = None
+
+    def start(self, first: int, end: int) -> Rendering:
+        """Draw images first ... end-1; their pixels may still be on their way."""
+        if self._decoder is None:  # not before it is known that there is something to draw
+            self._decoder = self._new_decoder(self.images_together)
+            self._renderer = Renderer(self._tokenizer, self.device, self.config.pixels)
+        if not self.config.exact:
+            return self._renderer.start(self._codes(torch.arange(first, end)))
+        blocks = []
+        for start in range(first - first % EXACT_IMAGES, end, EXACT_IMAGES):
+            images = self._renderer.start(self._codes(torch.arange(start, start + EXACT_IMAGES))).wait()
+            blocks.append(images[max(first - start, 0) : end - start])
+        return Rendering(torch.cat(blocks), None)
+
+    def _codes(self, index: Tensor) -> Tensor:
+        label = torch.where(index < len(self.labels), self.labels[index.clamp(max=len(self.labels) - 1)], 0)
+        c = self.config
+        return self._decoder.generate(label, guidance=c.guidance, cfg_interval=c.cfg_interval, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                                      seed=c.seed, image_index=index)
+
+    def _new_decoder(self, images: int) -> Decoder:
+        return Decoder(self.transformer, images * (2 if self.config.guidance > 1 else 1), _CACHE_DTYPES[self.config.cache], self.products)
+
+    def exact_cost(self) -> float:
+        """Time of a batch in blocks of 8 over the same batch in one piece: a few decoding steps in the middle of an image, medians."""
+        images = self.images_in_batch
+        whole, block = self._new_decoder(images), self._new_decoder(EXACT_IMAGES)
+        blocks = -(-images // EXACT_IMAGES)
+        times: dict[str, list[float]] = {"whole": [], "blocks": []}
+        for step in range(_COST_STEPS):
+            for name, decoder, rows, repeats in (("whole", whole, whole.rows, 1), ("blocks", block, block.rows, blocks)):
+                seconds = _step_seconds(decoder, rows, repeats)
+                if step:  # the first warms up
+                    times[name].append(seconds)
+        return float(np.median(times["blocks"]) / np.median(times["whole"]))
+
+
+@torch.no_grad()
+def _step_seconds(decoder: Decoder, rows: int, repeats: int) -> float:
+    embedded_RD = decoder.model.tok_embeddings.weight[:1].repeat(rows, 1)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        decoder.logits(embedded_RD, decoder.config.positions // 2)
+    if decoder.device.type == "cuda":
+        torch.cuda.synchronize(decoder.device)
+    return time.perf_counter() - started
+
+
+def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
+    if config.exact or config.precision == "fp32":
+        return torch.float32
+    if config.precision == "bf16" or device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32

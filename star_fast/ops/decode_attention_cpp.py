@@ -1,0 +1,50 @@
+"""Backend "cpp" of decode_attention, on the CPU: rotary, append and attention in one pass over the cache (csrc/decode_attention_cpu.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_fast import _C  # noqa: F401 (registers the operators; importing this module fails where they were not built)
+from star_fast.ops.decode_attention import KVCache
+from star_fast.ops.dispatch import Launch
+
+if not hasattr(torch.ops.star_fast, "decode_attention"):
+    raise ImportError("star_fast._C is an older build without decode_attention: build it again (python setup.py build_ext --inplace)")
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.library.register_fake("star_fast::decode_attention")
+def _(*arguments: Any) -> None:
+    """Writes `out` and the cache and returns nothing: no shape to tell."""
+
+
+def run(qkv: Tensor, cache: KVCache, position: int, *, rotary: Tensor | None) -> Tensor:
+    """See ops/decode_attention.py."""
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    rotary = None if rotary is None else rotary.float().contiguous()
+    torch.ops.star_fast.decode_attention(qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, position, rotary, out)
+    return out
+
+
+def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:
+    """None if the extension can serve this call."""
+    if qkv.device.type != "cpu":
+        return f"it runs on the CPU, qkv is on {qkv.device}"
+    if qkv.dtype not in _DTYPES or cache.k.dtype not in (qkv.dtype, torch.int8):
+        return f"it takes float32 or bfloat16 with a cache of the same dtype or int8, got {qkv.dtype} and {cache.k.dtype}"
+    return "the head size is odd" if qkv.shape[3] % 2 else None
+
+
+def fake(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
+    """An empty result."""
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
+
+
+def launches(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> list[Launch]:
+    """None: it is no kernel."""
+    return []

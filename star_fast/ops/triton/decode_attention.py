@@ -1,0 +1,185 @@
+"""One decoding step of attention in one launch: rotary, append to the cache, attend over what is there.
+
+A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows) to 2560 (XL, 128), several
+programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position p it moves
+4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_fast.ops import error_flag
+from star_fast.ops.decode_attention import LARGEST_CODE, KVCache
+from star_fast.ops.dispatch import Launch
+from star_fast.ops.shapes import Shape
+from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.triton.tiles import DECODE_ATTENTION, Tile
+
+
+@triton.jit
+def load_turned_row(ptr, table_ptr, inside, E: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
+    """One head's vector of E numbers, zero past E, turned by the table's row at `table_ptr`: (x0 cos - x1 sin, x0 sin + x1 cos)."""
+    cols = tl.arange(0, BLOCK_E)
+    x = tl.load(ptr + cols, mask=inside, other=0.0).to(ACC)
+    if ROTARY:
+        cos, sin = tl.split(tl.reshape(tl.load(table_ptr + cols, mask=inside, other=0.0).to(ACC), (BLOCK_E // 2, 2)))
+        even, odd = tl.split(tl.reshape(x, (BLOCK_E // 2, 2)))
+        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_E,))
+    return x
+
+
+@triton.jit
+def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr):
+    """Write one vector to the cache (8-bit: as codes and scale) if `valid`; returns it as stored."""
+    cols = tl.arange(0, x.shape[0])
+    if EIGHT_BIT:
+        x = x.to(tl.float32)
+        scale = tl.max(tl.abs(x), 0) / LARGEST
+        tl.store(scale_ptr, scale, mask=valid)
+        x = x / tl.where(scale == 0.0, 1.0, scale)
+        if ROUND:
+            x = tl.floor(x + 0.5)
+        stored = x.to(ptr.dtype.element_ty)
+        x = stored.to(tl.float32).to(ACC) * scale
+    else:
+        stored = x.to(ptr.dtype.element_ty)
+        x = stored.to(ACC)
+    tl.store(ptr + cols, stored, mask=inside & valid)
+    return x
+
+
+@triton.jit(do_not_specialize=["position"])
+def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, out_ptr, flag_ptr, position, row_stride, part_stride,
+                          head_stride, n_heads, n_positions, ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
+                          BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, EIGHT_BIT: tl.constexpr, ROUND: tl.constexpr,
+                          LARGEST: tl.constexpr, BAD: tl.constexpr, ACC: tl.constexpr):
+    """Each of the BLOCK_T slots runs its own softmax over positions slot, slot + BLOCK_T, ...; they are merged, with the current one, at the end."""
+    stream = tl.program_id(0).to(tl.int64)
+    valid = True
+    if ON_DEVICE:
+        position = tl.load(position)
+        valid = (position >= 0) & (position < n_positions)
+        tl.atomic_or(flag_ptr, BAD, mask=(position < 0) | (position >= n_positions))
+        position = tl.where(valid, position, 0).to(tl.int32)
+    cols = tl.arange(0, BLOCK_E)
+    inside = cols < E
+    first = stream * n_positions
+    here = first + position
+    q_ptr = qkv_ptr + (stream // n_heads) * row_stride + (stream % n_heads) * head_stride
+    row_table_ptr = table_ptr
+    if ROTARY:
+        row_table_ptr = table_ptr + position * E
+    q = load_turned_row(q_ptr, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC).to(qkv_ptr.dtype.element_ty).to(ACC)
+    k_now = load_turned_row(q_ptr + part_stride, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC)
+    v_now = load_turned_row(q_ptr + 2 * part_stride, row_table_ptr, inside, E, BLOCK_E, False, ACC)
+    k_scale_here, v_scale_here = k_scale_ptr, v_scale_ptr
+    if EIGHT_BIT:
+        k_scale_here, v_scale_here = k_scale_ptr + here, v_scale_ptr + here
+    k_now = append(k_ptr + here * E, k_scale_here, k_now, inside, valid, EIGHT_BIT, ROUND, LARGEST, ACC)
+    v_now = append(v_ptr + here * E, v_scale_here, v_now, inside, valid, EIGHT_BIT, ROUND, LARGEST, ACC)
+
+    top = tl.full((BLOCK_T,), -1e30, ACC)  # finite, so that an empty slot's weights are 0 and not NaN
+    total = tl.zeros((BLOCK_T,), ACC)
+    acc = tl.zeros((BLOCK_T, BLOCK_E), ACC)
+    for start in tl.range(0, position, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        past = rows < position
+        offsets = (first + rows)[:, None] * E + cols[None, :]
+        mask = past[:, None]
+        if E != BLOCK_E:
+            mask = mask & inside[None, :]
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32 if EIGHT_BIT else ACC).to(ACC)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32 if EIGHT_BIT else ACC).to(ACC)
+        scores = tl.sum(k * q[None, :], 1) * SCALE
+        if EIGHT_BIT:
+            scores *= tl.load(k_scale_ptr + first + rows, mask=past, other=0.0)
+        new_top = tl.where(past, tl.maximum(top, scores), top)
+        weights = tl.where(past, tl.exp2(scores - new_top), 0.0)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + weights
+        if EIGHT_BIT:
+            weights *= tl.load(v_scale_ptr + first + rows, mask=past, other=0.0)
+        acc = acc * shrink[:, None] + weights[:, None] * v
+        top = new_top
+    score_now = tl.sum(k_now * q, 0) * SCALE
+    highest = tl.maximum(tl.max(top, 0), score_now)
+    share, share_now = tl.exp2(top - highest), tl.exp2(score_now - highest)
+    out = tl.sum(acc * share[:, None], 0) + v_now * share_now
+    out = out / (tl.sum(total * share, 0) + share_now)
+    tl.store(out_ptr + stream * E + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
+    """See ops/decode_attention.py."""
+    rows, _, heads, size = qkv.shape
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    rotary = None if rotary is None else rotary.contiguous()
+    out = torch.empty(rows, heads, size, dtype=qkv.dtype, device=qkv.device)
+    on_device = isinstance(position, Tensor)
+    tile = _tile(size)
+    if rows:
+        decode_attention_step[(rows * heads,)](
+            qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag(qkv.device) if on_device else None, position,
+            *qkv.stride()[:3], heads, cache.k.shape[2], **_constants(size, qkv.dtype, cache.k.dtype, rotary, on_device),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FP_FUSION)
+    return out
+
+
+def _tile(size: int) -> Tile:
+    return DECODE_ATTENTION[max(16, triton.next_power_of_2(size))]
+
+
+def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: object, on_device: bool) -> dict[str, Any]:
+    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": _tile(size).block[0],
+            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary is not None, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
+            "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE,
+            "ACC": accumulator(dtype)}
+
+
+def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:
+    """None if the kernel can serve this call."""
+    if qkv.shape[-1] > 128:
+        return f"the kernel takes head sizes up to 128, got {qkv.shape[-1]}"
+    if cache.k.dtype == torch.float8_e4m3fn and torch.cuda.is_available() and torch.cuda.get_device_capability(qkv.device) < (8, 9):
+        return "a float8_e4m3fn cache needs compute capability 8.9 or more; int8 works everywhere"
+    return why_not_device(qkv)
+
+
+def fake(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
+    """An empty result."""
+    rows, _, heads, size = qkv.shape
+    return qkv.new_empty(rows, heads, size)
+
+
+def launches(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> list[Launch]:
+    """The one launch."""
+    return [Launch("decode_attention_step", (qkv.shape[0] * qkv.shape[2],))]
+
+
+def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
+    """What to compile for decoding at `shape` with its sequences as rows: a cache of `dtype` and one of int8, the position on the device."""
+    return [_variant(shape, dtype, cache_dtype) for cache_dtype in (dtype, torch.int8)]
+
+
+def _variant(shape: Shape, dtype: torch.dtype, cache_dtype: torch.dtype) -> Variant:
+    eight_bit = cache_dtype in LARGEST_CODE
+    constants = _constants(shape.E, dtype, cache_dtype, True, True)
+    p, cache_p = pointer(dtype), pointer(cache_dtype)
+    pointers = {"qkv_ptr": p, "k_ptr": cache_p, "v_ptr": cache_p, "k_scale_ptr": "*fp32" if eight_bit else "constexpr",
+                "v_scale_ptr": "*fp32" if eight_bit else "constexpr", "table_ptr": "*fp32", "out_ptr": p, "flag_ptr": "*i32", "position": "*i64"}
+    absent = {} if eight_bit else {"k_scale_ptr": None, "v_scale_ptr": None}
+    strides = ("row_stride", "part_stride", "head_stride")
+    signature = {**pointers, **dict.fromkeys((*strides, "n_heads", "n_positions"), "i32"), **dict.fromkeys(constants, "constexpr")}
+    rows, streams, tile = shape.sequences, shape.sequences * shape.H, _tile(shape.E)
+    row_bytes = 2 * shape.E * cache_dtype.itemsize + (8 if eight_bit else 0)
+    cost = (streams * (shape.T * row_bytes + 4 * shape.E * dtype.itemsize) + 4 * shape.E, 4 * streams * shape.E * shape.T)
+    aligned = [name for name in pointers if name not in absent and name != "position"]
+    return Variant(f"decode_attention, {str(cache_dtype).removeprefix('torch.')} cache", decode_attention_step, signature, {**absent, **constants},
+                   tile.num_warps, tile.num_stages, (*aligned, *strides, *(("n_positions",) if shape.T % 16 == 0 else ())), cost, (rows * shape.H,))

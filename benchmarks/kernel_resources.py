@@ -145,14 +145,14 @@ def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
     return found
 
 
-def compile_all(shapes: tuple[str, ...], capabilities: tuple[int, ...], only: str, workers: int) -> list[dict[str, Any]]:
-    """All rows, ordered by kernel, shape and architecture."""
+def compile_all(shapes: tuple[str, ...], capabilities: tuple[int, ...], only: str, workers: int, triton_only: bool) -> list[dict[str, Any]]:
+    """All rows, ordered by module, shape, kernel and architecture."""
     jobs = [Job(module, index, shape, capability) for module in triton_modules() for shape in shapes
             for index, variant in enumerate(variants(module, shape)) if only in variant.name for capability in capabilities]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, jobs))
     # A CUDA source is compiled once for all shapes: only V enters, and that is the same.
-    return rows + [row(*found) for found in cuda_sources.compile_all(capabilities, only)]
+    return rows if triton_only else rows + [row(*found) for found in cuda_sources.compile_all(capabilities, only)]
 
 
 def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
@@ -184,12 +184,13 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=CAPABILITIES, choices=CAPABILITIES, help="compute capabilities")
     parser.add_argument("--shape", nargs="+", default=SHAPES, choices=SHAPES, help="presets")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this (with --check)")
+    parser.add_argument("--triton-only", action="store_true", help="leave the sources in csrc/ out, which need nvcc (with --check)")
     parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes that compile at once")
     arguments = parser.parse_args()
-    partial = bool(arguments.kernel) or tuple(arguments.arch) != CAPABILITIES or tuple(arguments.shape) != SHAPES
+    partial = bool(arguments.kernel) or arguments.triton_only or tuple(arguments.arch) != CAPABILITIES or tuple(arguments.shape) != SHAPES
     if partial and not arguments.check:
-        parser.error("the table is written whole: leave out --arch, --shape and --kernel, or add --check")
-    rows = compile_all(tuple(arguments.shape), tuple(arguments.arch), arguments.kernel, arguments.workers)
+        parser.error("the table is written whole: leave out --arch, --shape, --kernel and --triton-only, or add --check")
+    rows = compile_all(tuple(arguments.shape), tuple(arguments.arch), arguments.kernel, arguments.workers, arguments.triton_only)
     table = RESULTS / "kernel_resources.json"
     held = json.loads(table.read_text())["rows"] if table.exists() else []
     committed = {(r["kernel"], r["shape"], r["arch"]): r for r in held}

@@ -53,8 +53,8 @@ STAR_FAST_INLINE float sum_of(const Lanes& lanes) {
 }
 
 // e^x for x <= 0, relative error 1e-7; below -87 about 1e-38. NaN stays NaN.
-STAR_FAST_INLINE Lanes exp_of(Lanes x) {
-  x = x < -87.0f ? x * 0.0f - 87.0f : x;
+STAR_FAST_INLINE Lanes exp_of(const Lanes& exponent) {
+  const Lanes x = exponent < -87.0f ? exponent * 0.0f - 87.0f : exponent;
   const Lanes z = x * 1.44269504f;
   const IntLanes n = __builtin_convertvector(z - 0.5f, IntLanes);  // cut towards 0: the nearest whole number, as z <= 0
   const Lanes f = z - __builtin_convertvector(n, Lanes);

@@ -12,6 +12,9 @@
 #include <string>
 #include <vector>
 
+// Vectors wider than the target's registers are passed between functions that are always inlined: no ABI is involved.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace star_fast {
 namespace {
 

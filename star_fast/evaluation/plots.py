@@ -24,7 +24,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
            level: tuple[float, str] | None = None, percent: bool = False) -> bytes:
     """One panel of named lines {name: (x, y)}; `level` draws a dotted horizontal line with a name. Transparent ground, inks for a light or a dark page."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 3.0), dpi=150, layout="constrained")
+        figure = Figure(figsize=(3.9, 2.7), dpi=170, layout="constrained")
         axes = figure.add_subplot()
         for index, (name, (x, y)) in enumerate(lines.items()):
             colour = _COLOURS[dark][index % 4]

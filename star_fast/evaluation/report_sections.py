@@ -12,7 +12,7 @@ from star_fast.evaluation import page, plots
 from star_fast.evaluation.attention_maps import grid_map
 from star_fast.evaluation.page import Section
 from star_fast.evaluation.report_comparison import comparison
-from star_fast.evaluation.wording import duration, number, percent
+from star_fast.evaluation.wording import duration, number, percent, short
 
 if TYPE_CHECKING:
     from star_fast.evaluation.report import Material
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = 10  # images in a row of a strip
 SHOWN_RECONSTRUCTIONS = 20
 MOST_HEADS = 8
+TRUSTED_ACCURACY = 0.9  # below it the page warns of the classifier
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def lead(material: Material) -> str:
     """The line under the title."""
     trained, config = material.figures["trained"], material.run.config
     method = "ST-AR (self-guided training)" if config.method.has_teacher else "plain next-token training"
-    return (f"A LlamaGen transformer of {trained['parameters'] / 1e6:.1f} M parameters, {method}, {trained['step']:,} steps of "
+    return (f"A LlamaGen transformer of {short(trained['parameters'])} parameters, {method}, {trained['step']:,} steps of "
             f"{config.train.images_per_step} images on {trained['train_images']:,} training images. Shown are the {trained['weights']}'s weights.")
 
 
@@ -54,7 +55,7 @@ def tiles(figures: dict[str, Any]) -> dict[str, str]:
     result["linear probe, last position"] = percent(probe["held_out"][-1])
     result["linear probe, best position"] = percent(max(probe["held_out"]))
     if classifier:
-        result["classifier Fréchet distance (not FID)"] = f"{classifier['classifier_frechet_distance']['samples']:.1f}"
+        result["classifier Fréchet distance (not FID)"] = f"{classifier['classifier_frechet_distance']['samples']:.3g}"
     fewest = min(entry["distinct_code_sequences"] for entry in samples["classes"].values())
     result["fewest distinct code sequences in a class"] = f"{fewest} of {samples['per_class']}"
     if figures["trained"]["last_val_ar"] is not None:
@@ -100,7 +101,7 @@ def _losses(material: Material) -> Section:
     section = Section("losses", "Loss curves")
     light, dark = (plots.loss_panels(material.training, material.validation, dark=dark) for dark in (False, True))
     captions = {"Next-token loss (nats)": "Mean cross-entropy over all positions. In training some keys are hidden and dropout is on; held-out images are "
-                                          "predicted with neither, so the two curves are not of one kind.",
+                                          "predicted with neither, so the two curves cannot be compared point by point.",
                 "Masked-feature loss (1 - cosine)": "1 - cosine between the masked student's last features and the unmasked teacher's.",
                 "Contrastive losses (nats)": "InfoNCE over the batch: the same view at another position, and another view at the same position."}
     first, last = material.training[0], material.training[-1]
@@ -150,6 +151,9 @@ def _classifier(material: Material) -> Section:
                           "carry the classifier Fréchet distance. That is not FID: it depends on this classifier and on the number of images, and "
                           "compares runs on the same data only."),
                 page.table(("", ""), rows))
+    if figures["held_out_accuracy"] < TRUSTED_ACCURACY:
+        section.add(page.text(f"This classifier names only {percent(figures['held_out_accuracy'])} of the real images right: what it says of samples is "
+                              "worth no more than that.", "note"))
     return section
 
 
@@ -178,10 +182,10 @@ def _attention(material: Material) -> Section:
     section.add(page.text("The last block's attention of one query position over the grid of earlier image positions, averaged over heads. Green: the cell "
                           "that the query predicts. Bright: where it looks, each map scaled to its own largest share. Dimmed: not known yet. The rest "
                           "of the attention goes to the class position. Images as the tokenizer gives them back, with their own class."),
-                page.table(("over all queries and heads", ""), [
+                page.table(("", ""), [
                     ("to the class position", percent(figures["to_class"])), ("to cells that touch the predicted one", percent(figures["near"])),
                     ("to all other cells", percent(figures["far"])), ("mean distance of the attention on cells", f"{figures['mean_distance']:.2f} cells")],
-                    f"Averages over {figures['images']} held-out images."))
+                    f"Averages over all query positions and heads of {figures['images']} held-out images."))
     for example in material.attention:
         section.add(page.heading(f"Class {example.class_name}"))
         mean = example.probs.mean(0)

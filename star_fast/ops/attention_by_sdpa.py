@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from star_fast.ops import masked_attention
 from star_fast.ops.dispatch import Launch
+from star_fast.ops.masked_attention import reference
 
 
 def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
     """See ops/masked_attention.py; rotary is applied before, by elementwise torch operations."""
-    return masked_attention.reference(qkv, keep, rotary=rotary)
+    return reference(qkv, keep, rotary=rotary)
 
 
 def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> str | None:

@@ -74,6 +74,8 @@ def decode_attention(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rot
                             f"got {position.dtype} of shape {tuple(position.shape)} on {position.device}")
         if position.device.type == "cpu" and not isinstance(position, FakeTensor):
             position = int(position)
+    elif not isinstance(position, int):
+        raise TypeError(f"decode_attention: position must be an int or a 0-d int64 tensor on {qkv.device}, got {type(position).__name__}")
     if isinstance(position, int) and not 0 <= position < positions:
         raise IndexError(f"decode_attention: position must be in 0 ... {positions - 1} (the cache holds {positions}), got {position}")
     return dispatch.call("decode_attention", qkv.device, (qkv, cache, position), {"rotary": rotary}, backend=backend)

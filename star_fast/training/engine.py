@@ -188,6 +188,6 @@ class Engine:
         """(S, B, D) -> (S, B_all, D), rank 0's images first."""
         if keys is None or self.ranks == 1:
             return keys
-        gathered = keys.new_empty(self.ranks, *keys.shape)
+        gathered = keys.new_empty(self.ranks * keys.shape[0], *keys.shape[1:])
         dist.all_gather_into_tensor(gathered, keys)
-        return gathered.transpose(0, 1).flatten(1, 2)
+        return gathered.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)

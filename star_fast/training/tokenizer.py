@@ -49,7 +49,7 @@ def train_tokenizer(images: Tensor, config: TokenizerConfig, *, seed: int = 0, o
         config: shape of the tokenizer, steps, batch, learning rate (AdamW, cosine to 0).
         seed: of initial weights, batches and re-seeding. Equal seeds give equal weights on the same machine and number of threads.
         out: folder that gets the tokenizer, training.json (PSNR, use of the codebook) and reconstructions.png; None writes nothing.
-        held_out: (N', C, H, W) uint8 to measure on; None measures on `images` (and says so in training.json).
+        held_out: (N', C, H, W) uint8 to measure on; None measures on (up to 1024 of) `images`, and training.json says so.
 
     Raises:
         ConfigError: images of another size or number of channels than `config` says, not uint8, or none.
@@ -91,12 +91,16 @@ def train_tokenizer(images: Tensor, config: TokenizerConfig, *, seed: int = 0, o
             used.zero_()
     tokenizer.eval()
     if out is not None:
-        shown = held_out if held_out is not None and len(held_out) else images
+        shown = held_out if held_out is not None and len(held_out) else images[:1024]
         report = measure_tokenizer(tokenizer, shown)
-        tokenizer.save(out)
         write_reconstructions(tokenizer, shown[:16], Path(out) / PICTURE_FILE)
-        atomic_write_json(Path(out) / REPORT_FILE, {**asdict(report), "measured_on": "held-out images" if shown is held_out else "training images",
-                                                    "training_images": len(images), "steps": config.steps, "seed": seed})
+        measured_on = "held-out images" if shown is held_out else "training images"
+        atomic_write_json(Path(out) / REPORT_FILE, {**asdict(report), "measured_on": measured_on, "training_images": len(images), "steps": config.steps,
+                                                    "seed": seed})
+        tokenizer.save(out)  # last: a folder with a tokenizer in it is complete
+        if progress:
+            tqdm.write(f"tokenizer: PSNR {report.psnr_db:.1f} dB on {measured_on}, {report.codes_used} of {report.codebook} codes in use there; "
+                       f"see {Path(out) / PICTURE_FILE}")
     return tokenizer
 
 

@@ -46,6 +46,9 @@ def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.
         x = x / tl.where(scale == 0.0, 1.0, scale)
         if ROUND:
             x = tl.floor(x + 0.5)
+        else:  # to the 4 significant bits of e4m3, ties to even, so that the conversion is exact: Triton's interpreter loses the carry there
+            bits = x.to(tl.int32, bitcast=True)
+            x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         stored = x.to(ptr.dtype.element_ty)
         x = stored.to(tl.float32).to(ACC) * scale
     else:
@@ -100,7 +103,8 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
         scores = tl.sum(k * q[None, :], 1) * SCALE
         if EIGHT_BIT:
             scores *= tl.load(k_scale_ptr + first + rows, mask=past, other=0.0)
-        new_top = tl.where(past, tl.maximum(top, scores), top)
+        scores = tl.where(past, scores, top)
+        new_top = tl.maximum(top, scores)
         weights = tl.where(past, tl.exp2(scores - new_top), 0.0)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + weights

@@ -1,0 +1,1 @@
+"""Speed, memory and kernel resources; throughput.py is the entry to every measured time."""

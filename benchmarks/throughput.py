@@ -22,29 +22,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
 
 # Each module has measure(device, quick, ceilings) -> rows with at least name, backend, median_ms, spread, ratio, share.
 SUBJECTS = {"ops": "benchmarks.ops"}
 RESULTS = Path(__file__).resolve().parent / "results"
+CAPTION = "ratio: naive time over this one's (above 1 is faster); share: of what the measured ceilings allow (caches can lift it above 100 %)"
 
 
-def table_of(subject: str, rows: list[dict[str, Any]]) -> Table:
-    """The rows of one subject for people."""
-    caption = "ratio: naive time over this one's (above 1 is faster); share: of what the measured ceilings allow (caches can lift it above 100 %)"
-    table = Table(title=subject, caption=caption)
+def show(subject: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one subject as a table for people; plain lines where rich is not installed."""
+    cells = [[row["name"], row["backend"], "" if row["median_ms"] is None else f"{row['median_ms']:.3f}",
+              "" if row["spread"] is None else f"{row['spread']:.0%}",
+              row.get("error") or ("" if row["ratio"] is None else f"{row['ratio']:.2f}"),
+              "" if row["share"] is None else f"{row['share']:.1%}"] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join([subject, *("  ".join(row) for row in cells), CAPTION]))
+        return
+    table = Table(title=subject, caption=CAPTION)
     for heading in ("what", "backend", "median ms", "spread", "ratio", "share"):
         table.add_column(heading, justify="left" if heading in ("what", "backend") else "right", overflow="fold")
-    for row in rows:
-        share = "" if row["share"] is None else f"{row['share']:.1%}"
-        median = "" if row["median_ms"] is None else f"{row['median_ms']:.3f}"
-        spread = "" if row["spread"] is None else f"{row['spread']:.0%}"
-        ratio = row.get("error") or ("" if row["ratio"] is None else f"{row['ratio']:.2f}")
-        table.add_row(row["name"], row["backend"], median, spread, ratio, share)
-    return table
+    for row in cells:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(130, console.width)).print(table)
 
 
 def main() -> int:
@@ -54,15 +59,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: a check that all runs, not a measurement to publish")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(width=max(120, Console().width))
     environment, ceilings = timing.environment(device), timing.ceilings(device, arguments.quick)
-    console.print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, commit {environment['commit']}")
-    console.print(f"ceilings: read {ceilings.read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, "
-                  f"products {ceilings.fp32_gflop_per_s:.0f} GFLOP/s float32, {ceilings.bf16_gflop_per_s:.0f} bfloat16")
+    print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, commit {environment['commit']}")
+    print(f"ceilings: read {ceilings.read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, "
+          f"products {ceilings.fp32_gflop_per_s:.0f} GFLOP/s float32, {ceilings.bf16_gflop_per_s:.0f} bfloat16")
     rows: list[dict[str, Any]] = []
     for subject in arguments.subject:
         found = [row._asdict() for row in importlib.import_module(SUBJECTS[subject]).measure(device, arguments.quick, ceilings)]
-        console.print(table_of(subject, found))
+        show(subject, found)
         rows += found
     report = {"environment": environment, "quick": arguments.quick, "ceilings": ceilings._asdict(), "rows": rows}
     if not arguments.quick:

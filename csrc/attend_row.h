@@ -1,83 +1,20 @@
 // Rows and heads of one decoding step on the CPU: rotary, append, then scores, softmax and weighted sum over cached keys and values, each read once.
 // decode_attention_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no #pragma once and no includes).
-// Knows no torch. Everything is computed in float32.
-
-constexpr int kLanes = 16;     // floats handled together
-constexpr int kTogether = 4;   // groups of lanes whose sums stay in registers: 64 of a head's entries
-
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef float HalfLanes __attribute__((vector_size(2 * kLanes)));
-typedef float QuarterLanes __attribute__((vector_size(kLanes)));
-typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
-
-#define STAR_FAST_INLINE static inline __attribute__((always_inline))
-
-template <class To, class From>
-STAR_FAST_INLINE To same_bits(const From& from) {
-  To to;
-  static_assert(sizeof(to) == sizeof(from));
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-STAR_FAST_INLINE Lanes load(const float* at) {
-  Lanes lanes;
-  std::memcpy(&lanes, at, sizeof(lanes));
-  return lanes;
-}
-
-STAR_FAST_INLINE Lanes load(const CachedBfloat16* at) {
-  typedef uint16_t Raw __attribute__((vector_size(2 * kLanes)));
-  typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
-  Raw raw;
-  std::memcpy(&raw, at, sizeof(raw));
-  return same_bits<Lanes>(__builtin_convertvector(raw, Wide) << 16);
-}
-
-STAR_FAST_INLINE Lanes load(const int8_t* at) {
-  typedef int8_t Raw __attribute__((vector_size(kLanes)));
-  typedef int16_t Wide __attribute__((vector_size(2 * kLanes)));  // in two steps: GCC 12 takes one step of four times the width entry by entry
-  Raw raw;
-  std::memcpy(&raw, at, sizeof(raw));
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(raw, Wide), IntLanes), Lanes);
-}
-
-STAR_FAST_INLINE float sum_of(const Lanes& lanes) {
-  HalfLanes halves[2];
-  std::memcpy(halves, &lanes, sizeof(lanes));
-  const HalfLanes half = halves[0] + halves[1];
-  QuarterLanes quarters[2];
-  std::memcpy(quarters, &half, sizeof(half));
-  const QuarterLanes quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
-}
-
-// e^x for x <= 0, relative error 1e-7; below -87 about 1e-38. NaN stays NaN.
-STAR_FAST_INLINE Lanes exp_of(const Lanes& exponent) {
-  const Lanes x = exponent < -87.0f ? exponent * 0.0f - 87.0f : exponent;
-  const Lanes z = x * 1.44269504f;
-  const IntLanes n = __builtin_convertvector(z - 0.5f, IntLanes);  // cut towards 0: the nearest whole number, as z <= 0
-  const Lanes f = z - __builtin_convertvector(n, Lanes);
-  Lanes power = f * 1.52527338e-5f + 1.54035304e-4f;  // Taylor series of 2^f on [-1/2, 1/2]
-  power = power * f + 1.33335581e-3f;
-  power = power * f + 9.61812911e-3f;
-  power = power * f + 5.55041087e-2f;
-  power = power * f + 2.40226507e-1f;
-  power = power * f + 6.93147181e-1f;
-  power = power * f + 1.0f;
-  return power * same_bits<Lanes>((n + 127) << 23);
-}
+// Knows no torch. Everything is computed in float32. Needs lanes.h in the same namespace.
 
 // out[e] = sum over s < n of softmax_s(query . key[s]) value[s][e]. `query` carries the scale 1 / sqrt(size). 8-bit caches have one scale a position,
 // others none. `scores` has room for n rounded up to kLanes.
+//
+// Memory is what this waits for: values come in while scores are computed, the next row's keys while values are summed.
 template <class Cached>
-static void attend_row(const float* query, const Cached* keys, const Cached* values, const float* key_scales, const float* value_scales, int n, int size,
-                       float* scores, float* out) {
+static void attend_row(const float* query, const Cached* keys, const Cached* values, const float* key_scales, const float* value_scales, const Cached* next_keys,
+                       int n, int size, float* scores, float* out) {
   const int whole = size - size % kLanes;
   float largest = -INFINITY;
   bool is_nan = false;
   for (int s = 0; s < n; ++s) {
     const Cached* key = keys + int64_t(s) * size;
+    prefetch(values + int64_t(s) * size, size);
     Lanes sums = {};
     for (int e = 0; e < whole; e += kLanes) sums += load(query + e) * load(key + e);
     float score = sum_of(sums);
@@ -104,6 +41,7 @@ static void attend_row(const float* query, const Cached* keys, const Cached* val
     Lanes sums[kTogether] = {};
     for (int s = 0; s < n; ++s) {
       const Cached* value = values + int64_t(s) * size + e;
+      prefetch(next_keys + int64_t(s) * size + e, kTogether * kLanes);
       for (int i = 0; i < kTogether; ++i) sums[i] += load(value + i * kLanes) * scores[s];
     }
     for (int i = 0; i < kTogether; ++i) sums[i] *= share;
@@ -164,12 +102,11 @@ static void attend_rows(const Step<T, Cached>& step, int64_t begin, int64_t end)
     rotated(head + 2 * step.part_stride, static_cast<const float*>(nullptr), size, value);
     for (int e = 0; e < size; ++e) query[e] *= softmax_scale;
     const int64_t first = one * step.positions, now = first + position;
+    const int64_t next = one + 1 < end ? first + step.positions : first;
     append(key, size, step.keys + now * size, step.key_scales ? step.key_scales + now : nullptr);
     append(value, size, step.values + now * size, step.value_scales ? step.value_scales + now : nullptr);
     attend_row(query, step.keys + first * size, step.values + first * size, step.key_scales ? step.key_scales + first : nullptr,
-               step.value_scales ? step.value_scales + first : nullptr, position + 1, size, scores, sum);
+               step.value_scales ? step.value_scales + first : nullptr, step.keys + next * size, position + 1, size, scores, sum);
     for (int e = 0; e < size; ++e) round_to(sum[e], step.out + one * size + e);
   }
 }
-
-#undef STAR_FAST_INLINE

@@ -1,7 +1,6 @@
 // decode_attention on the CPU: rotary, append and attention in one pass, rows and heads over threads. Semantics: star_fast/ops/decode_attention.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,34 +8,16 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <vector>
+
+#include "instruction_sets.h"
+#include "scalars.h"
 
 // Vectors wider than the target's registers are passed between functions that are always inlined: no ABI is involved.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace star_fast {
 namespace {
-
-struct CachedBfloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(int8_t x) { return float(x); }
-inline float to_float(CachedBfloat16 x) {
-  const uint32_t wide = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline void round_to(float x, float* out) { *out = x; }
-inline void round_to(float x, CachedBfloat16* out) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  out->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // One decoding step. `angles` is the rotary table's row of this position, or null; 8-bit caches have scales, others null.
 template <class T, class Cached>
@@ -52,20 +33,22 @@ struct Step {
 };
 
 namespace baseline {
+#include "lanes.h"
 #include "attend_row.h"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define STAR_FAST_X86 1
+#ifdef STAR_FAST_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#include "lanes.h"
 #include "attend_row.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace avx512 {
+#include "lanes.h"
 #include "attend_row.h"
 }
 #pragma GCC pop_options
@@ -74,13 +57,11 @@ namespace avx512 {
 template <class T, class Cached>
 using AttendRows = void (*)(const Step<T, Cached>&, int64_t, int64_t);
 
-// The widest instruction set that PyTorch itself uses here (ATEN_CPU_CAPABILITY lowers it).
 template <class T, class Cached>
 AttendRows<T, Cached> attend_rows_here() {
 #ifdef STAR_FAST_X86
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return avx512::attend_rows<T, Cached>;
-  if (capability == "AVX2") return avx2::attend_rows<T, Cached>;
+  if (widest_set() == WidestSet::avx512) return avx512::attend_rows<T, Cached>;
+  if (widest_set() == WidestSet::avx2) return avx2::attend_rows<T, Cached>;
 #endif
   return baseline::attend_rows<T, Cached>;
 }
@@ -135,8 +116,8 @@ void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, c
                      : attend<float, float>(qkv, k, v, k_scales, v_scales, position, table, out);
   }
   TORCH_CHECK_TYPE(qkv.scalar_type() == at::kBFloat16, "decode_attention: qkv must be float32 or bfloat16, got ", qkv.scalar_type());
-  return eight_bit ? attend<CachedBfloat16, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
-                   : attend<CachedBfloat16, CachedBfloat16>(qkv, k, v, k_scales, v_scales, position, table, out);
+  return eight_bit ? attend<Bfloat16Bits, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
+                   : attend<Bfloat16Bits, Bfloat16Bits>(qkv, k, v, k_scales, v_scales, position, table, out);
 }
 
 }  // namespace

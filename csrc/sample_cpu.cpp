@@ -11,32 +11,42 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "binding.h"
 #include "token_choice.h"
 
 namespace star_fast {
+namespace {
 
+// The macro, since g++ sets its own (__AVX2__ ...) for a target pragma only when all preprocessing is over.
+#define STAR_FAST_VECTOR_BITS 0
 namespace baseline {
 #include "sample_row.h"
 }
+#undef STAR_FAST_VECTOR_BITS
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define STAR_FAST_X86 1
+#define STAR_FAST_VECTOR_BITS 256
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt")
 namespace avx2 {
 #include "sample_row.h"
 }
 #pragma GCC pop_options
+#undef STAR_FAST_VECTOR_BITS
+#define STAR_FAST_VECTOR_BITS 512
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace avx512 {
 #include "sample_row.h"
 }
 #pragma GCC pop_options
+#undef STAR_FAST_VECTOR_BITS
 #endif
-
-namespace {
 
 enum class InstructionSet { baseline, avx2, avx512 };
 

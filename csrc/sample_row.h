@@ -56,23 +56,33 @@ inline int first_equal(const float* __restrict g, int n, float wanted) {
   return start;
 }
 
-// Calls take(i) for each i in 0 ... n-1 with wanted(i), ascending. For conditions that few tokens meet: 64 are compared at once and become the bits of a word.
-template <class Wanted, class Take>
-inline void for_each_wanted(int n, const Wanted& wanted, const Take& take) {
+// The top bits of 64 bytes, byte 0's lowest.
+inline uint64_t top_bits(const uint8_t* bytes) {
+#if STAR_FAST_VECTOR_BITS == 512
+  return _mm512_movepi8_mask(_mm512_loadu_si512(bytes));
+#elif STAR_FAST_VECTOR_BITS == 256
+  const int low = _mm256_movemask_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  const int high = _mm256_movemask_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32)));
+  return uint64_t{uint32_t(high)} << 32 | uint32_t(low);
+#else
+  uint64_t word = 0;
+  for (int j = 0; j < kFlagBlock; ++j) word |= uint64_t{bytes[j]} >> 7 << j;
+  return word;
+#endif
+}
+
+// Calls take(i) for each i in 0 ... n-1 with wanted(values[i]), ascending. For conditions that few tokens meet: 64 are compared at once and become the bits
+// of a word. (`wanted` by value, and holding values only: what it read through a reference could, to the compiler, be what `flags` writes.)
+template <class Value, class Wanted, class Take>
+inline void for_each_wanted(const Value* __restrict values, int n, const Wanted wanted, const Take& take) {
   alignas(64) uint8_t flags[kFlagBlock];
   int start = 0;
   for (; start + kFlagBlock <= n; start += kFlagBlock) {
-    for (int j = 0; j < kFlagBlock; ++j) flags[j] = wanted(start + j) ? 1 : 0;
-    uint64_t word = 0;
-    for (int j = 0; j < kFlagBlock; j += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, flags + j, 8);
-      word |= (eight * 0x0102040810204080u) >> 56 << j;  // the product's top byte holds the eight flags side by side
-    }
-    for (; word; word &= word - 1) take(start + __builtin_ctzll(word));
+    for (int j = 0; j < kFlagBlock; ++j) flags[j] = wanted(values[start + j]) ? 0xff : 0;
+    for (uint64_t word = top_bits(flags); word; word &= word - 1) take(start + __builtin_ctzll(word));
   }
   for (; start < n; ++start) {
-    if (wanted(start)) take(start);
+    if (wanted(values[start])) take(start);
   }
 }
 
@@ -94,10 +104,10 @@ inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float la
 // The smallest logit of a bin that stays, given that the tokens of lighter-numbered bins amount to `before`: a token stays if what is strictly greater
 // amounts to at most `limit`.
 template <class Amount>
-inline float smallest_kept(const float* g, const uint16_t* bin, int n, int wanted_bin, uint64_t before, uint64_t limit, const Amount& amount, int32_t* rivals) {
+inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before, uint64_t limit, const Amount& amount, int32_t* rivals) {
   int count = 0;
   bool all_equal = true;
-  for_each_wanted(n, [&](int i) { return bin[i] == uint16_t(wanted_bin); }, [&](int i) {
+  for_each_wanted(bin, n, [=](uint16_t b) { return b == wanted_bin; }, [&](int i) {
     rivals[count++] = i;
     all_equal = all_equal && g[i] == g[rivals[0]];
   });
@@ -113,7 +123,7 @@ inline float smallest_kept(const float* g, const uint16_t* bin, int n, int wante
   return smallest;
 }
 
-// Top-k: the k-th largest logit (-inf where it weighs nothing, so that dropping below it would change nothing).
+// Step 3: the k-th largest logit (-inf where it weighs nothing, so that dropping below it would change nothing).
 inline float count_cut(const float* g, int n, float largest, float scale, uint32_t k, Scratch& s) {
   find_bins(g, n, largest, scale, s.bin.data());
   std::fill(s.counts.begin(), s.counts.end(), uint16_t{0});
@@ -130,13 +140,13 @@ inline float count_cut(const float* g, int n, float largest, float scale, uint32
   uint64_t before = 0;
   for (int b = 0; b < kBins - 1; ++b) {
     const uint64_t here = uint64_t{counts[4 * b]} + counts[4 * b + 1] + counts[4 * b + 2] + counts[4 * b + 3];
-    if (before + here >= k) return smallest_kept(g, bin, n, b, before, k - 1, [](int32_t) { return uint64_t{1}; }, s.rivals.data());
+    if (before + here >= k) return smallest_kept(g, bin, n, uint16_t(b), before, k - 1, [](int32_t) { return uint64_t{1}; }, s.rivals.data());
     before += here;
   }
   return -INFINITY;
 }
 
-// Top-p: the smallest logit for which all that is strictly greater weighs at most the share p of the whole.
+// Step 4: the smallest logit for which all that is strictly greater weighs at most the share p of the whole.
 inline float mass_cut(const float* g, int n, float largest, float scale, uint64_t p, Scratch& s) {
   uint16_t* const bin = s.bin.data();
   const uint64_t* const w = s.weight.data();
@@ -146,17 +156,30 @@ inline float mass_cut(const float* g, int n, float largest, float scale, uint64_
   uint64_t before = 0;
   int b = 0;
   while (before + s.masses[b] <= limit) before += s.masses[b++];  // ends: limit is less than the sum of all
-  return smallest_kept(g, bin, n, b, before, limit, [&](int32_t i) { return w[i]; }, s.rivals.data());
+  return smallest_kept(g, bin, n, uint16_t(b), before, limit, [&](int32_t i) { return w[i]; }, s.rivals.data());
 }
 
-// Step 5: the first index whose running sum of the weights at or above `cut` exceeds the share `bits` / 2^64 of their whole.
-inline int draw(const float* __restrict g, int n, float largest, float scale, float cut, uint64_t bits) {
+// Step 3: the tokens that top-k leaves, into s.kept and s.kept_logit, ascending by index. Returns how many.
+inline int keep_top_k(const float* g, int n, float largest, float scale, uint32_t k, Scratch& s) {
+  const float kth = count_cut(g, n, largest, scale, k, s);
+  int count = 0;
+  int32_t* const kept = s.kept.data();
+  float* const logit = s.kept_logit.data();
+  for_each_wanted(g, n, [=](float x) { return x >= kth; }, [&](int i) {
+    kept[count] = i;
+    logit[count++] = g[i];
+  });
+  return count;
+}
+
+// Step 5: the first index whose running sum of weight_of(index) exceeds the share `bits` / 2^64 of their whole.
+template <class WeightOf>
+inline int draw(int n, uint64_t bits, const WeightOf& weight_of) {
   uint64_t sums[kMaxVocab / kChunk] = {}, total = 0;
-  const auto kept_weight = [=](float logit) { return weight(logit >= cut ? exponent(logit, largest, scale) : -64.0f); };
   for (int start = 0; start < n; start += kChunk) {
     const int end = start + kChunk < n ? start + kChunk : n;
     uint64_t sum = 0;
-    for (int i = start; i < end; ++i) sum += kept_weight(g[i]);
+    for (int i = start; i < end; ++i) sum += weight_of(i);
     sums[start / kChunk] = sum;
     total += sum;
   }
@@ -165,10 +188,19 @@ inline int draw(const float* __restrict g, int n, float largest, float scale, fl
   while (left >= sums[chunk]) left -= sums[chunk++];
   uint64_t w[kChunk];
   const int start = chunk * kChunk, count = start + kChunk < n ? kChunk : n - start;
-  for (int j = 0; j < count; ++j) w[j] = kept_weight(g[start + j]);
+  for (int j = 0; j < count; ++j) w[j] = weight_of(start + j);
   int j = 0;
   while (left >= w[j]) left -= w[j++];
   return start + j;
+}
+
+// Steps 4 and 5 on `n` logits: the index of the one drawn.
+inline int draw_from(const float* __restrict g, int n, float largest, const Settings& settings, uint64_t bits, Scratch& s) {
+  const float scale = settings.scale;
+  if (!settings.restrict_mass) return draw(n, bits, [=](int i) { return weight(exponent(g[i], largest, scale)); });
+  const float cut = mass_cut(g, n, largest, scale, settings.top_p, s);
+  const uint64_t* const w = s.weight.data();
+  return draw(n, bits, [=](int i) { return w[i] & -uint64_t{g[i] >= cut}; });  // a choice would be a branch here
 }
 
 // The token of one row, or -1 if it cannot be drawn from.
@@ -178,19 +210,7 @@ int sample_row(const T* cond, const T* uncond, int n, const Settings& settings, 
   float largest;
   if (!find_largest(g, n, &largest)) return -1;
   if (settings.greedy) return first_equal(g, n, largest);
-  const float scale = settings.scale;
-  if (!settings.restrict_count) {
-    const float cut = settings.restrict_mass ? mass_cut(g, n, largest, scale, settings.top_p, s) : -INFINITY;
-    return draw(g, n, largest, scale, cut, bits);
-  }
-  const float kth = count_cut(g, n, largest, scale, settings.top_k, s);
-  int count = 0;
-  int32_t* const kept = s.kept.data();
-  float* const logit = s.kept_logit.data();
-  for_each_wanted(n, [&](int i) { return g[i] >= kth; }, [&](int i) {
-    kept[count] = i;
-    logit[count++] = g[i];
-  });
-  const float cut = settings.restrict_mass ? mass_cut(logit, count, largest, scale, settings.top_p, s) : -INFINITY;
-  return kept[draw(logit, count, largest, scale, cut, bits)];
+  if (!settings.restrict_count) return draw_from(g, n, largest, settings, bits, s);
+  const int count = keep_top_k(g, n, largest, settings.scale, settings.top_k, s);
+  return s.kept[draw_from(s.kept_logit.data(), count, largest, settings, bits, s)];
 }

@@ -16,6 +16,10 @@ TORCH_LIBRARY(star_fast, m) {
   m.def(
       "decode_attention(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int position, Tensor? rotary, "
       "Tensor(e!) out) -> ()");
+  // CPU only, without gradients. x, residual, normed, sum (..., D) contiguous; weight (D). Without a residual there is no sum.
+  m.def("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!)? sum) -> ()");
+  // CPU only, without gradients. w1w3 (..., 2F), out (..., F), contiguous.
+  m.def("swiglu(Tensor w1w3, Tensor(a!) out) -> ()");
 }
 
 }  // namespace

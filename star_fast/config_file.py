@@ -64,7 +64,7 @@ def parse(command: Any, arguments: list[str], prog: str, description: str, **def
     import tyro
 
     default = command(**defaults) if defaults else tyro.MISSING_NONPROP
-    return tyro.cli(command, args=arguments, prog=prog, description=description, default=default, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(command, args=arguments, prog=prog, description=description, default=default)
 
 
 def command_line() -> list[str]:

@@ -34,8 +34,8 @@ _TINY = RunConfig(
     train=TrainConfig(images_per_step=32, epochs=1000.0, max_steps=1000, precision="fp32", zero_stage=0, save_every_steps=250,
                       validate_every_steps=250),
     data=DataConfig(codes="data/digits", views="small-affine"),
-    tokenizer=TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), residual_blocks=1, z_channels=64, code_channels=8, codebook=256,
-                              image_channels=1, image_size=28),
+    tokenizer=TokenizerConfig(base_channels=8, multipliers=(1, 3, 4), residual_blocks=1, z_channels=32, code_channels=8, codebook=256,
+                              image_channels=1, image_size=28, steps=300),
 )
 
 # What `star-fast prepare FOLDER` trains when no tokenizer is given: 64x64 colour images as 16x16 codes, for a CPU or one small GPU.

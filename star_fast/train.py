@@ -24,7 +24,7 @@ from star_fast.errors import UserError
 class TrainCommand:
     """Train a LlamaGen transformer with ST-AR on a code store. Settings start from --preset NAME (default tiny) or --config FILE."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
     resume: bool = False  # go on from the run's newest checkpoint

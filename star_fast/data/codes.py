@@ -198,7 +198,8 @@ class StoreWriter:
                 "split": {"held_out_share": held_out_share, "held_out": np.flatnonzero(held_out[~gone]).tolist()},
                 "skipped": [{"key": entry["key"], "reason": entry["reason"]} for entry in [*skipped_before, *self.skipped]],
                 "files": files, "job_sha256": self._job})
-        (self.out / PROGRESS_FILE).unlink(missing_ok=True)
+        for left_over in (self.out / PROGRESS_FILE, *self.out.glob(f".{PROGRESS_FILE}.*.tmp"), *self.out.glob(f".{MANIFEST_FILE}.*.tmp")):
+            left_over.unlink(missing_ok=True)  # a kill amid an atomic write leaves its temporary file
         return CodeStore.open(self.out)
 
 

@@ -31,11 +31,12 @@ a:hover { text-decoration: underline; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; height: auto; }
 figure img.pixels { image-rendering: pixelated; width: 100%; }
+figure img.wide { width: 100%; }
 figcaption { color: var(--soft); font-size: .86rem; line-height: 1.45; margin-top: .35rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1.4rem; margin: 1rem 0; }
 .plots img { width: 100%; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .6rem 1.6rem; margin-bottom: .6rem; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .9rem; margin: .8rem 0 1.2rem; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .9rem; margin: .8rem 0 1.2rem; }
 .maps img { width: 100%; border-radius: .3rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }

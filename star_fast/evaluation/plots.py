@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib
 import matplotlib.patches
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -71,9 +73,13 @@ def loss_panels(training: Sequence[Mapping[str, float]], validation: Sequence[Ma
     return pictures
 
 
-def strip(images: Tensor, columns: int, least_side: int = 56) -> bytes:
-    """uint8 images (N, C, H, W), C 1 or 3, in rows of `columns`, on a transparent ground; small ones enlarged by a whole factor, no smoothing."""
-    count, channels, height, width = images.shape
+def strip(images: Tensor, columns: int, least_side: int = 56, most_side: int = 128) -> bytes:
+    """uint8 images (N, C, H, W), C 1 or 3, in rows of `columns`, on a transparent ground; small ones enlarged by a whole factor, large ones reduced."""
+    if max(images.shape[-2:]) > most_side:
+        share = most_side / max(images.shape[-2:])
+        size = [max(1, round(side * share)) for side in images.shape[-2:]]
+        images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.zeros((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 4), dtype=np.uint8)
     for index, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()):

@@ -29,7 +29,7 @@ from star_fast.evaluation.runs import Run, codes_of, open_run, pick_device, plai
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
 from star_fast.generation.label_plan import find_classes
 from star_fast.model.tokenizer import VQTokenizer
-from star_fast.storage import atomic_write_bytes, atomic_write_json, read_json
+from star_fast.storage import atomic_write_bytes, atomic_write_json, read_json, sha256_of_bytes
 
 MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced
 MOST_HELD_OUT = 2000  # held-out images that classifier and tokenizer are judged on
@@ -56,6 +56,7 @@ class ReportConfig:
     attention_images: int = 3  # held-out images with attention maps
     attention_queries: int = 4  # query positions of each
     probe_train_views: int = 1  # see ProbeConfig.train_views
+    probe_max_train_images: int = 0  # see ProbeConfig.max_train_images
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
 
@@ -174,7 +175,7 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
     """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
     folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
     rows = spread(store.train_indices, config.max_images)
-    data = {"source": store.manifest["source"], "split": store.manifest["files"]["labels.bin"]["sha256"], "train_rows": len(rows)}
+    data = {"source": store.manifest["source"], "image_size": store.image_size, "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
     if (folder / "classifier.json").exists():
         found = Classifier.load(folder)
         if found.record.get("data") == data and found.record.get("config") == dataclasses.asdict(config):
@@ -189,7 +190,8 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
 
 def _probe(material: Material) -> None:
     config, run = material.config, material.run
-    settings = ProbeConfig(run.folder, config.weights, train_views=config.probe_train_views, device=config.device, seed=config.seed)
+    settings = ProbeConfig(run.folder, config.weights, train_views=config.probe_train_views, max_train_images=config.probe_max_train_images,
+                           device=config.device, seed=config.seed)
     result = probe(run.model.transformer, run.store, run.contrast_depth, settings)
     material.figures["probe"] = {**result.to_dict(), "epochs": settings.epochs, "train_views": settings.train_views}
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = 10  # images in a row of a strip
 SHOWN_RECONSTRUCTIONS = 20
 MOST_HEADS = 8
+SHARP_SIDE = 64  # pixels
 TRUSTED_ACCURACY = 0.9  # below it the page warns of the classifier
 
 
@@ -124,9 +125,9 @@ def _samples(material: Material) -> Section:
         entry = figures["classes"][names[label]]
         agreement = f"{percent(entry['agreement'])} recognised, " if "agreement" in entry else ""
         real = beside[material.row_labels == label][: figures["per_class"]]
-        parts = [page.figure(plots.strip(samples.of_class(label), COLUMNS), f"{figures['per_class']} samples of class {names[label]}.", css_class="pixels")]
+        parts = [_strip(samples.of_class(label), f"{figures['per_class']} samples of class {names[label]}.")]
         if len(real):
-            parts.append(page.figure(plots.strip(real, COLUMNS), f"{len(real)} real images of class {names[label]}.", css_class="pixels"))
+            parts.append(_strip(real, f"{len(real)} real images of class {names[label]}."))
         distinct = f"{entry['distinct_code_sequences']} of {figures['per_class']} distinct"
         section.add(page.heading(f"{names[label]}: {agreement}{distinct}"), page.group("pairs", parts))
     return section
@@ -214,9 +215,14 @@ def _tokenizer(material: Material) -> Section:
     parts = [("back from their codes", reconstruction.images)]
     if material.real is not None:
         parts.insert(0, ("held-out real images", material.real))
-    section.add(page.group("pairs", [page.figure(plots.strip(images[:SHOWN_RECONSTRUCTIONS], COLUMNS), f"{len(images[:SHOWN_RECONSTRUCTIONS])} {name}.",
-                                                 name.capitalize() + ".", css_class="pixels") for name, images in parts]))
+    section.add(page.group("pairs", [_strip(images[:SHOWN_RECONSTRUCTIONS], f"{len(images[:SHOWN_RECONSTRUCTIONS])} {name}.", name.capitalize() + ".")
+                                     for name, images in parts]))
     return section
+
+
+def _strip(images: Tensor, alt: str, caption: str = "") -> str:
+    """Images in rows; the pixels of small ones stay sharp on the page."""
+    return page.figure(plots.strip(images, COLUMNS), alt, caption, css_class="pixels" if images.shape[-1] <= SHARP_SIDE else "wide")
 
 
 def _source(source: dict[str, Any]) -> str:

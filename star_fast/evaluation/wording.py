@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def percent(share: float) -> str:
-    """0.875 -> "87.5 %"."""
-    return f"{100 * share:.1f} %"
+    """0.875 -> "87.5 %", with a space that does not break."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: int | None) -> str:

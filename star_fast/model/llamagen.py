@@ -212,7 +212,8 @@ def empty_transformer(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 def safetensors_bytes(weights: Mapping[str, Tensor], config: ModelConfig) -> bytes:
     """A safetensors file of transformer weights, with what their shapes don't tell in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt", "args": json.dumps(_args(config))})
+    # One entry: safetensors writes several in random order, and the same weights should make the same file.
+    return safetensors.torch.save(tensors, metadata={"args": json.dumps(_args(config))})
 
 
 def _read_torch(path: Path) -> Any:

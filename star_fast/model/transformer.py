@@ -35,13 +35,15 @@ class TransformerOutput(NamedTuple):
     features: dict[int, Tensor]  # {block number counted from 1: its output (B, n+1, D)}
 
 
-def rotary_table(grid: int, head_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2-D rotary angles as (T, E/2, 2), T = grid * grid: (cos, sin) of each frequency pair at each position, computed in float64.
+def rotary_table(positions: int, head_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """2-D rotary angles as (T, E/2, 2): (cos, sin) of each frequency pair at each position, computed in float64.
+
+    Codes fill a square grid row by row; where T is no square number, the last rows in part.
 
     Pairs 0 ... E/4-1 turn with the row, the others with the column, base 10000. The class position's entries are all zero
     (cos = 0 too), as in the released LlamaGen code: its query and key vanish.
     """
-    quarter = head_size // 4
+    quarter, grid = head_size // 4, math.isqrt(positions - 1) + 1
     freqs = 10000.0 ** (-2.0 * torch.arange(quarter, dtype=torch.float64, device=device) / (head_size // 2))
     angles_GQ = torch.arange(grid, dtype=torch.float64, device=device)[:, None] * freqs
     rows = angles_GQ[:, None, :].expand(grid, grid, quarter)
@@ -49,7 +51,7 @@ def rotary_table(grid: int, head_size: int, device: torch.device | str | None = 
     angles = torch.cat([rows, columns], dim=-1).reshape(grid * grid, 2 * quarter)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     # The class position comes first and the last code is predicted, never fed: T entries in all.
-    return torch.cat([table.new_zeros(1, 2 * quarter, 2), table])[: grid * grid].to(dtype)
+    return torch.cat([table.new_zeros(1, 2 * quarter, 2), table])[:positions].to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -137,14 +139,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaGen's class-conditional decoder. Sizes left at 0 in `config` must be filled in before (config.resolved)."""
+    """LlamaGen's class-conditional decoder. Sizes left at 0 in `config` must be filled in before (training.batches.resolve)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        grid = math.isqrt(config.positions)
-        if min(config.vocab, config.positions, config.num_classes) < 1 or grid * grid != config.positions:
-            raise ValueError(f"Transformer: vocab, positions and num_classes must be set and positions a square, got {config.vocab}, "
-                             f"{config.positions}, {config.num_classes}")
+        if min(config.vocab, config.positions, config.num_classes) < 1:
+            raise ValueError(f"Transformer: vocab, positions and num_classes must be set, got {config.vocab}, {config.positions}, {config.num_classes}")
         self.config = config
         self.block_checkpointing = False
         self.cls_embedding = LabelEmbedding(config.num_classes, config.width)
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.vocab, bias=False)
-        self.register_buffer("rotary", rotary_table(grid, config.head_size), persistent=False)
+        self.register_buffer("rotary", rotary_table(config.positions, config.head_size), persistent=False)
 
     @property
     def null_class(self) -> int:
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         if self.rotary.dtype != before.dtype or before.is_meta:
             dtype = torch.float64 if self.rotary.dtype == torch.float64 else torch.float32
-            self.rotary = rotary_table(math.isqrt(self.config.positions), self.config.head_size, self.rotary.device, dtype)
+            self.rotary = rotary_table(self.config.positions, self.config.head_size, self.rotary.device, dtype)
         return self
 
     def embed(self, tokens: Tensor, label: Tensor) -> Tensor:

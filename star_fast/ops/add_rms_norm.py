@@ -10,6 +10,7 @@ from star_fast.ops.shapes import SHAPES
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+_BLOCK_NUMBERS = 2**16  # of a mask made at once: its 256 KiB stay in a core's cache
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5, *, dropout: float = 0.0, seed: int = 0,
@@ -82,8 +83,14 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dropout: float, seed: int) -> Tensor:
         ctx.dropout, ctx.seed = dropout, seed
-        mask = kept(x.numel() // x.shape[-1], x.shape[-1], dropout, seed, x.device)
-        return x.mul(mask.to(x.dtype).view(x.shape)).mul_(1 / (1 - dropout))
+        rows = x.reshape(-1, x.shape[-1])
+        out, limit = torch.empty(rows.shape, dtype=x.dtype, device=x.device), threshold(dropout)
+        row_hashes, column_hashes = _hashes(*rows.shape, seed, x.device)
+        step = max(1, _BLOCK_NUMBERS // rows.shape[1])
+        for block in range(0, rows.shape[0], step):
+            mask = _survivors(row_hashes[block:block + step], column_hashes, limit).to(x.dtype)
+            torch.mul(rows[block:block + step], mask, out=out[block:block + step]).mul_(1 / (1 - dropout))
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
@@ -96,12 +103,19 @@ def kept(rows: int, width: int, dropout: float, seed: int, device: torch.device 
     Row and column are hashed with two keys of the seed and their sum is hashed again, so an element costs one hash, and masks of
     different seeds are unrelated. int32 throughout and in place: wrapping products and logical shifts, at a few passes' cost.
     """
+    return _survivors(*_hashes(rows, width, seed, device), threshold(dropout))
+
+
+def _hashes(rows: int, width: int, seed: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Hashes of the row numbers (rows, 1) and of the column numbers (width,), each under its key."""
     row_key, column_key = keys(seed)
-    rows_hashed = _hash(torch.arange(rows, dtype=torch.int32, device=device).bitwise_xor_(row_key))
-    columns_hashed = _hash(torch.arange(width, dtype=torch.int32, device=device).bitwise_xor_(column_key))
-    bits = _hash(rows_hashed[:, None] + columns_hashed)
-    limit = threshold(dropout)
-    return bits.clamp_(limit - 1, limit).sub_(limit).neg_()  # bits < limit, without the slow comparison
+    return (_hash(torch.arange(rows, dtype=torch.int32, device=device).bitwise_xor_(row_key))[:, None],
+            _hash(torch.arange(width, dtype=torch.int32, device=device).bitwise_xor_(column_key)))
+
+
+def _survivors(row_hashes: Tensor, column_hashes: Tensor, limit: int) -> Tensor:
+    """1 where the hash of the sum is below `limit`, else 0; written without a comparison, which is slow on the CPU."""
+    return _hash(row_hashes + column_hashes).clamp_(limit - 1, limit).sub_(limit).neg_()
 
 
 def keys(seed: int) -> tuple[int, int]:
@@ -120,11 +134,12 @@ def threshold(dropout: float) -> int:
 
 def _hash(x: Tensor) -> Tensor:
     """lowbias32 (github.com/skeeto/hash-prospector) in place; an arithmetic shift and a mask make the logical shift that int32 lacks."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= 0x7FEB352D
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= _signed(0x846CA68B)
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x ^= shifted.bitwise_and_(_MASK32 >> shift)
+        if factor != 1:
+            x *= factor
     return x
 
 
@@ -152,4 +167,5 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
     return dispatch.Cost((1 + (residual is not None) + 1 + separate) * size * numbers + size * width, 6 * numbers)
 
 
-dispatch.register("add_rms_norm", reference, modules={"triton": "star_fast.ops.triton.add_rms_norm"}, order={"cuda": ("triton",)})
+dispatch.register("add_rms_norm", reference, modules={"triton": "star_fast.ops.triton.add_rms_norm", "cpp": "star_fast.ops.add_rms_norm_cpp"},
+                  order={"cuda": ("triton",), "cpu": ("cpp",)})

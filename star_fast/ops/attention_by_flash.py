@@ -23,11 +23,16 @@ def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None
     return flash_attn_func(q, k, v, causal=True, deterministic=True)
 
 
+def installed() -> bool:
+    """Whether flash-attn is there with its compiled module; the Python part alone can do nothing."""
+    return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_2_cuda"))
+
+
 def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> str | None:
     """None if flash-attn's compiled module is there and takes this call."""
     if keep is not None:
         return "a key mask is given, which flash-attn has no argument for"
-    if importlib.util.find_spec("flash_attn_2_cuda") is None or importlib.util.find_spec("flash_attn") is None:
+    if not installed():
         return "flash-attn is not installed (its compiled module flash_attn_2_cuda is missing)"
     if qkv.device.type != "cuda" or qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 or bfloat16 on CUDA, got {qkv.dtype} on {qkv.device}"

@@ -71,7 +71,7 @@ class _Op:
 
 
 _OPS: dict[str, _Op] = {}
-_override: str | None = None  # a plain global: torch.compile traces it, a ContextVar it does not
+_override: tuple[str, dict[str, str]] | None = None  # a plain global: torch.compile traces it, a ContextVar it does not
 _gave_way: set[tuple[str, str, str]] = set()
 _recorder: list[Recorded] | None = None
 
@@ -98,10 +98,13 @@ def module_paths(name: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Within the block every op runs on `backend`; an op that has no backend of that name raises."""
+def use_backend(backend: str, **of_op: str) -> Iterator[None]:
+    """Within the block every op runs on `backend`, an op named in `of_op` on its own; an op without a backend of that name raises.
+
+    Example: use_backend("triton", sample_tokens="cpp").
+    """
     global _override
-    before, _override = _override, backend
+    before, _override = _override, (backend, of_op)
     try:
         yield
     finally:
@@ -126,7 +129,8 @@ def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | 
         BackendUnavailable: `backend`, `use_backend` or STAR_FAST_BACKEND names one that does not exist or cannot serve the call.
     """
     op, kwargs = _OPS[name], kwargs or {}
-    asked = backend or _override or os.environ.get("STAR_FAST_BACKEND")
+    overridden = _override[1].get(name, _override[0]) if _override is not None else None
+    asked = backend or overridden or os.environ.get("STAR_FAST_BACKEND")
     if asked is not None:
         return _run(op, asked, *_usable(op, asked, args, kwargs), args, kwargs)
     for candidate in op.order.get(device.type, ()):

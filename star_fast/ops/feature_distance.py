@@ -45,7 +45,7 @@ def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = 
     if teacher.shape != student.shape or teacher.dtype != student.dtype or teacher.device != student.device:
         raise ValueError(f"feature_distance: teacher must be {tuple(student.shape)} {student.dtype} on {student.device} like student, "
                          f"got {tuple(teacher.shape)} {teacher.dtype} on {teacher.device}")
-    return dispatch.call("feature_distance", student.device, (student, teacher), backend=backend)
+    return dispatch.call("feature_distance", student.device, (student, teacher.detach()), backend=backend)
 
 
 def reference(student: Tensor, teacher: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def slot_contrast(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float
     """
     _check(anchor, key, pairs)
     _check_numbers(anchor, key, temperature, row_offset, reduction)
-    return dispatch.call("slot_contrast", anchor.device, (anchor, key, pairs, float(temperature), row_offset), {"reduction": reduction}, backend=backend)
+    return dispatch.call("slot_contrast", anchor.device, (anchor, key.detach(), pairs, float(temperature), row_offset), {"reduction": reduction},
+                         backend=backend)
 
 
 def _check(anchor: Tensor, key: Tensor, pairs: Tensor) -> None:

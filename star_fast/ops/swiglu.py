@@ -63,4 +63,5 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
     return dispatch.Cost(rows * width * 3 * size, rows * width * 5)
 
 
-dispatch.register("swiglu", reference, modules={"triton": "star_fast.ops.triton.swiglu"}, order={"cuda": ("triton",)})
+dispatch.register("swiglu", reference, modules={"triton": "star_fast.ops.triton.swiglu", "cpp": "star_fast.ops.swiglu_cpp"},
+                  order={"cuda": ("triton",), "cpu": ("cpp",)})

@@ -21,7 +21,8 @@ def export(engine: Engine, store: CodeStore, run: Path, step: int) -> Path:
     if engine.rank == 0:
         record = {"step": step, "images_seen": step * engine.config.train.images_per_step, "contrast_depth": engine.config.contrast_depth,
                   "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision}
-        save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=store.path / "tokenizer", record=record)
+        tokenizer = store.path / "tokenizer"  # absent where codes were imported: then sampling asks for one
+        save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer if tokenizer.exists() else None, record=record)
     dist.barrier()
     return folder
 

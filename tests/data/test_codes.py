@@ -83,6 +83,7 @@ def test_an_interrupted_store_goes_on_to_the_same_bytes(tmp_path: Path, store: C
     for name in ("codes.bin", "labels.bin", "keys.jsonl"):  # killed in the middle of the next chunk
         with open(out / name, "ab") as file:
             file.write(b"half a chunk")
+    (out / ".progress.json.123.tmp").write_bytes(b"half a record")
     writer = StoreWriter(out, ABOUT)
     assert writer.next_index == stop and not writer.complete
     write(out).finish(LABELS, 0.2)

@@ -10,17 +10,19 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
-from star_fast.evaluation import page
+from star_fast.evaluation import page, plots
 from star_fast.evaluation.classifier import ClassifierConfig, Verdict
-from star_fast.evaluation.probe import ProbeConfig, run_probe
+from star_fast.evaluation.probe import ProbeConfig, probe, run_probe
+from star_fast.evaluation.real_images import RealImages
 from star_fast.evaluation.report import ReportConfig, write_report
-from star_fast.evaluation.runs import read_metrics, spread
+from star_fast.evaluation.runs import open_run, read_metrics, spread
 from star_fast.evaluation.samples import SampleSet, class_agreement, distinct_sequences, psnr_db
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 
@@ -77,7 +79,7 @@ def test_json_holds_the_pages_figures(reported: Path) -> None:
     figures = json.loads((reported / "run" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     html = (reported / "run" / "report.html").read_text()
     assert len(figures["probe"]["positions"]) == len(figures["probe"]["held_out"]) == 8
-    assert f"{100 * figures['probe']['held_out'][-1]:.1f} %" in html
+    assert f"{100 * figures['probe']['held_out'][-1]:.1f}\N{NO-BREAK SPACE}%" in html
     assert figures["probe"]["held_out_images"] == 12 and figures["probe"]["train_images"] == 30  # 4 of 14 of each class held out
     assert set(figures["samples"]["classes"]) == {"cat <b>", "dog", "fox"}
     shares = [entry["agreement"] for entry in figures["samples"]["classes"].values()]
@@ -106,6 +108,29 @@ def test_report_repeats_and_compares(reported: Path, tmp_path: Path) -> None:
     html = (run / "report.html").read_text()
     Page(html)
     assert "<h2>Against run</h2>" in html and "Not measured alike" not in html
+
+
+def test_nothing_held_out_trains_anything(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier reads training rows only; other codes of the held-out images leave the probe's weights (so its training predictions) as they were."""
+    shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "classifier"))
+    read, reads = RealImages.read, {}
+    monkeypatch.setattr(RealImages, "read", lambda self, rows, title: reads.update({title: rows}) or read(self, rows, title))
+    write_report(ReportConfig(tmp_path / "run", source=str(finished_run / "images"), **QUICK))
+    run = open_run(tmp_path / "run")
+    assert reads["training images"].tolist() == run.store.train_indices.tolist()
+    assert reads["held-out images"].tolist() == run.store.held_out_indices.tolist()
+    config = ProbeConfig(tmp_path / "run", epochs=10, warmup_epochs=2, device="cpu")
+    before = probe(run.model.transformer, run.store, 1, config)
+    codes = np.array(run.store._codes)
+    codes[run.store.held_out_indices] = (codes[run.store.held_out_indices] + 5) % 16
+    run.store._codes = codes
+    after = probe(run.model.transformer, run.store, 1, config)
+    assert after.train == before.train and after.held_out != before.held_out
+
+
+def test_large_images_are_reduced() -> None:
+    picture = Image.open(io.BytesIO(plots.strip(torch.zeros(5, 3, 256, 256, dtype=torch.uint8), 4)))
+    assert picture.size == (4 * 130 - 2, 2 * 130 - 2)
 
 
 def test_without_the_images_it_says_so(finished_run: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_without_residual_or_dropout(residual: bool, dropout: float) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_gradcheck(backend: str) -> None:
-    contract.check_gradcheck(op, backend, arguments((2, 4)), ("x", "residual", "weight"))
+    contract.check_gradcheck(op, backend, arguments((2, 3)), ("x", "residual", "weight"))
 
 
 def test_many_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,9 @@ def test_strided_rows_and_same_bits() -> None:
     wide = torch.randn(6, 100, generator=torch.Generator().manual_seed(2))
     call = {**arguments((6, 30)), "x": wide[:, 10:40], "residual": wide[:, 60:90]}
     contract.check_op(op, "triton", call, wanted(call), torch.float32)
-    call = {**arguments((100, 6)), "x": wide.t(), "residual": wide.t()}
+    call = {**arguments((9, 6)), "x": wide[:, :9].t(), "residual": wide[:, 9:18].t()}
     contract.check_op(op, "triton", call, wanted(call), torch.float32)
-    contract.check_same_bits(op, "triton", arguments((9, 33)), ("x", "residual", "weight"))
+    contract.check_same_bits(op, "triton", arguments((5, 33)), ("x", "residual", "weight"))
 
 
 def test_zero_rows_stay_zero_with_finite_gradients() -> None:

@@ -59,9 +59,9 @@ def test_add_rms_norm(residual: bool, dropout: float, monkeypatch: pytest.Monkey
     from star_fast.ops.triton import add_rms_norm as kernels
 
     # As many rows a program as in training, where 16384 rows meet 2048 programs forward and 512 backward.
-    monkeypatch.setattr(kernels, "ADD_RMS_NORM", kernels.ADD_RMS_NORM._replace(block=(8, 12, 3)))
+    monkeypatch.setattr(kernels, "ADD_RMS_NORM", kernels.ADD_RMS_NORM._replace(block=(8, 3, 1)))
     call = {**add_rms_norm.inputs("unit", torch.bfloat16), "dropout": dropout}
-    call["residual"] = call["residual"] if residual else None
+    call["x"], call["residual"] = call["x"][:24], call["residual"][:24] if residual else None
     forward, backward = forward_and_backward(add_rms_norm, call, ("x", "residual", "weight") if residual else ("x", "weight"))
     assert (forward.kernel, backward.kernel) == ("add_rms_norm_forward", "add_rms_norm_backward")
     assert_least([forward], add_rms_norm.cost(call))

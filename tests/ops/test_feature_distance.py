@@ -60,8 +60,9 @@ def test_against_plain_sums(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 21), (1, 1), (3, 130), (600, 2)])
-def test_error_rule(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(7, 21), (1, 1), (3, 130), (33, 2)])
+def test_error_rule(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_ROWS", 16)
     contract.check_op(op, "triton", call(*shape), ("student",), dtype)
 
 
@@ -142,3 +143,11 @@ def test_fake_path_names_the_launch() -> None:
 def test_bad_input_says_what_came(change: dict[str, Tensor], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="feature_distance: .*" + match):
         op.feature_distance(**{"student": torch.zeros(2, 4), "teacher": torch.zeros(2, 4), **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["unit", "XL"])
+def test_on_a_gpu(preset: str, dtype: torch.dtype) -> None:
+    contract.check_op(op, "triton", op.inputs(preset, dtype, "cuda"), ("student",), dtype)
+    contract.check_same_bits(op, "triton", op.inputs(preset, dtype, "cuda"), ("student",))

@@ -158,10 +158,20 @@ def test_without_gradient_the_kernel_leaves_the_logits() -> None:
     torch.testing.assert_close(losses, F.cross_entropy(before, target, reduction="none"))
 
 
+@pytest.mark.parametrize("longest", [64, 16])
+@pytest.mark.parametrize("position", [0, 20, 36])
+def test_nan_is_not_hidden(longest: int, position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_ROWS", Tile((longest, 8, 1), num_warps=4, num_stages=1))
+    logits, losses = torch.randn(2, 37), torch.empty(2)
+    logits[0, position] = float("nan")
+    kernels.overwrite(logits, torch.tensor([5, 5]), losses, True)
+    assert losses.isnan().tolist() == [True, False] and logits.isnan().any(1).tolist() == [True, False]
+
+
 def test_strided_inputs() -> None:
     arguments = call(10, 16, 24)
-    contract.check_op(op, "triton", {"hidden": arguments["hidden"][:, ::2], "weight": arguments["weight"].t()[:24, :8], "target": arguments["target"]}
-                      | {"weight": torch.randn(8, 24).t()}, BOTH, torch.float32)
+    contract.check_op(op, "triton", {"hidden": arguments["hidden"][:, ::2], "weight": arguments["weight"].t().contiguous().t()[:, ::2],
+                                     "target": arguments["target"].repeat(2)[::2]}, BOTH, torch.float32)
 
 
 def test_triton_launches_one_kernel_a_chunk(small_chunks: None) -> None:
@@ -206,3 +216,26 @@ def test_fake_path_names_the_launches() -> None:
 def test_bad_input_says_what_came(change: dict[str, Tensor], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="linear_cross_entropy: .*" + match):
         op.linear_cross_entropy(**{"hidden": torch.zeros(3, 4), "weight": torch.zeros(9, 4), "target": torch.zeros(3, dtype=torch.int64), **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["tiny", "XL"])
+def test_on_a_gpu(preset: str) -> None:
+    contract.check_op(op, "triton", op.inputs(preset, torch.bfloat16, "cuda"), BOTH, torch.bfloat16)
+    contract.check_same_bits(op, "triton", op.inputs(preset, torch.bfloat16, "cuda"), BOTH)
+    error_flag.raise_if_set(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", [16384, 65536])
+def test_memory_on_a_gpu(codes: int) -> None:
+    """Beyond the returned gradients and one float32 weight gradient: at most 134 MB."""
+    hidden, weight = (torch.randn(n, 1280, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (32768, codes))
+    target = torch.randint(codes, (32768,), device="cuda")
+    op.linear_cross_entropy(hidden[:64], weight, target[:64]).backward()  # cuBLAS takes its workspace
+    hidden.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    op.linear_cross_entropy(hidden, weight, target).backward()
+    beyond = torch.cuda.max_memory_allocated() - before - 2 * (hidden.numel() + weight.numel()) - 4 * weight.numel()
+    assert beyond <= 134e6, f"{beyond / 1e6:.0f} MB"

@@ -77,7 +77,7 @@ def test_loops_in_float64(backend: str, hidden: float | None, rotary: bool) -> N
 
 
 SHAPES = [  # B, T, H, E; odd T, several tiles of queries and keys, T = 1, every head size, padded ones included
-    ((2, 65, 2, 64), 0.3, True), ((1, 150, 1, 32), 0.25, True), ((2, 17, 2, 80), 0.3, True), ((1, 33, 1, 96), 0.3, False), ((1, 37, 2, 100), None, True),
+    ((2, 65, 2, 64), 0.3, True), ((1, 131, 1, 32), 0.25, True), ((2, 17, 2, 80), 0.3, True), ((1, 33, 1, 96), 0.3, False), ((1, 37, 2, 100), None, True),
     ((2, 19, 1, 128), 0.3, True), ((1, 1, 2, 64), 0.0, True), ((1, 1, 1, 32), None, False), ((1, 70, 1, 64), None, False), ((0, 5, 2, 32), 0.3, True),
 ]
 
@@ -102,7 +102,7 @@ def test_one_visible_key() -> None:
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 @pytest.mark.parametrize(("hidden", "rotary"), [(0.4, True), (None, False)])
 def test_gradcheck(backend: str, hidden: float | None, rotary: bool) -> None:
-    arguments = call((1, 5, 1, 4), hidden, rotary)
+    arguments = call((1, 4, 1, 2), hidden, rotary, seed=1)
     contract.check_gradcheck(only_qkv(arguments), backend, {"qkv": arguments["qkv"]}, ("qkv",))
 
 
@@ -185,7 +185,7 @@ def test_backends_without_a_mask() -> None:
 @pytest.mark.parametrize(("masked", "backend"), [(True, "triton"), (False, "sdpa")])
 def test_fake_cuda(masked: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver: the backend that CUDA tensors take, its launches, and the result's shape, dtype and device."""
-    monkeypatch.setattr(import_module("star_fast.ops.attention_by_flash").importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("star_fast.ops.attention_by_flash"), "installed", lambda: False)
     with FakeTensorMode(), dispatch.record() as recorded:
         qkv = torch.empty(2, 65, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
         keep = torch.ones(2, 65, dtype=torch.bool, device="cuda") if masked else None

@@ -40,7 +40,7 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 
 def settings(precision: str, stage: int) -> RunConfig:
-    return RunConfig(ModelConfig(2, 2, 32, dropout=0.1), MethodConfig(contrast_positions=3, projector_width=24), OptimConfig(warmup_steps=3, schedule="cosine"),
+    return RunConfig(ModelConfig(2, 2, 32, dropout=0.1), MethodConfig(contrast_positions=3, projector_width=24), OptimConfig(0.03, warmup_steps=3, schedule="cosine"),
                      TrainConfig(images_per_step=8, micro_batch_images=4, max_steps=40, precision=precision, zero_stage=stage, save_every_steps=5,
                                  log_every_steps=1, validate_every_steps=8, tensorboard=False))
 

@@ -179,11 +179,11 @@ def _variant(shape: Shape, dtype: torch.dtype, cache_dtype: torch.dtype) -> Vari
     pointers = {"qkv_ptr": p, "k_ptr": cache_p, "v_ptr": cache_p, "k_scale_ptr": "*fp32" if eight_bit else "constexpr",
                 "v_scale_ptr": "*fp32" if eight_bit else "constexpr", "table_ptr": "*fp32", "out_ptr": p, "flag_ptr": "*i32", "position": "*i64"}
     absent = {} if eight_bit else {"k_scale_ptr": None, "v_scale_ptr": None}
-    strides = ("row_stride", "part_stride", "head_stride")
-    signature = {**pointers, **dict.fromkeys((*strides, "n_heads", "n_positions"), "i32"), **dict.fromkeys(constants, "constexpr")}
+    integers = {"row_stride": 3 * shape.H * shape.E, "part_stride": shape.H * shape.E, "head_stride": shape.E, "n_heads": shape.H, "n_positions": shape.T}
+    signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
     rows, streams, tile = shape.sequences, shape.sequences * shape.H, _tile(shape.E)
     row_bytes = 2 * shape.E * cache_dtype.itemsize + (8 if eight_bit else 0)
     cost = (streams * (shape.T * row_bytes + 4 * shape.E * dtype.itemsize) + 4 * shape.E, 4 * streams * shape.E * shape.T)
     aligned = [name for name in pointers if name not in absent and name != "position"]
     return Variant(f"decode_attention, {str(cache_dtype).removeprefix('torch.')} cache", decode_attention_step, signature, {**absent, **constants},
-                   tile.num_warps, tile.num_stages, (*aligned, *strides, *(("n_positions",) if shape.T % 16 == 0 else ())), cost, (rows * shape.H,))
+                   tile.num_warps, tile.num_stages, (*aligned, *(name for name, value in integers.items() if value % 16 == 0)), cost, (rows * shape.H,))

@@ -47,8 +47,8 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
             c = block * BLOCK + cols
             x = tl.load(logits_ptr + c, mask=c < n_cols, other=float("-inf")).to(ACC)
             higher = tl.maximum(top, tl.max(x, 0))
-            # While every logit was -inf there is nothing to rescale, and -inf - -inf would be NaN.
-            total = tl.where(total > 0, total * tl.exp(top - higher), 0.0) + tl.sum(tl.exp(x - higher), 0)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # so far every logit was -inf, and -inf - -inf would be NaN
+            total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
             top = higher
             at_target += tl.sum(tl.where(c == target, x, 0.0), 0)
         if WITH_GRADIENT:

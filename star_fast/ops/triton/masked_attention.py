@@ -1,13 +1,14 @@
 """Masked causal attention: one forward kernel, two backward kernels (queries, then keys), rotary inside, no atomics.
 
 How keys are hidden, decided by counting. A hidden key gets position HIDDEN, beyond every query, so the comparison that causality needs
-anyway (query >= key position) hides it too: no instruction more per score, and one byte read per key beside the 4 E bytes of its k and v in
-bfloat16 (0.4 % at E = 64). The other way, gathering the visible keys so that a quarter of the rows is never touched, would save at T = 256:
-one of 6 key tiles of 64 forward (queries in blocks of 128 see 2 + 4 tiles; with 192 visible keys 2 + 3), and a quarter of k and v, which is
-2/4 of the forward's bytes and 2/8 of the backward's: 12.5 % and 6 %. But at B (64 sequences, 12 heads) the forward moves 101 MB, 30 us at
-3.35 TB/s, and needs 16 us of products: compute is not the limit, so only the bytes count, at most 4 us. Finding the visible positions takes a
-launch of its own a call (2-3 us, forward and backward), or T x 64 comparisons a key tile inside the kernel (16384 integer operations beside
-8192 exponentials), and gathered rows rule out block loads. The gain is a few per cent of a tenth of the step; the bit row has no cost to win back.
+anyway (query >= key position) hides it too: nothing is added per score. Per key it is one byte read beside the 4 E bytes of k and v in bfloat16
+(0.4 % at E = 64), and in PTX for sm_90 85 of the 669 instructions of the forward's loop, 45 of 350 and 1 of 354 of the backward's.
+The other way, gathering the visible keys so that a quarter of the rows is never touched, would save at T = 256 one
+of ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys visible 1 + 2 + 3 + 3), and a quarter of k and v, which is 2/4
+of the forward's bytes and 2/8 of the backward's: 12.5 % and 6 %. At B (64 sequences, 12 heads) the forward moves 101 MB, 30 us at 3.35 TB/s, so
+that is at most 4 us. But finding the visible positions takes a launch of its own a call (2-3 us), or T comparisons per key of a tile inside
+the kernel (16384 integer operations beside the tile's 4096 exponentials), gathered rows rule out block loads, and dk and dv of hidden keys
+must be zeroed separately. What is left to win is below one per cent of a training step.
 
 Bytes: backward reads q, k, v and dout twice (once a kernel): 13 tensors of (B, T, H, E) where 8 are the least, if no cache helps.
 """
@@ -89,14 +90,14 @@ def key_positions(keep_ptr, offset, cols, n_positions, MASK: tl.constexpr):
 
 
 @triton.jit
-def attention_forward(qkv_ptr, keep_ptr, table_ptr, out_ptr, lse_ptr, batch_stride, position_stride, part_stride, head_stride, n_positions,
-                      n_heads, n_tiles, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                      MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def attention_forward(qkv_ptr, keep_ptr, table_ptr, out_ptr, lse_ptr, batch_stride, position_stride, part_stride, n_positions, n_heads,
+                      n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
     """One block of queries of one head: streams the keys up to the last query; lse is in base 2, of the scaled scores."""
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles  # long rows first
     head = (tl.program_id(0) // n_tiles) % n_heads
     batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
+    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
     k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_turned(q_ptr, table_ptr, rows, position_stride, n_positions, E, BLOCK_M, BLOCK_E, ROTARY, DOT, ACC)
@@ -123,14 +124,14 @@ def attention_forward(qkv_ptr, keep_ptr, table_ptr, out_ptr, lse_ptr, batch_stri
 
 @triton.jit
 def attention_backward_queries(qkv_ptr, keep_ptr, table_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride,
-                               part_stride, head_stride, n_positions, n_heads, n_tiles, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
+                               part_stride, n_positions, n_heads, n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
                                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr,
                                DOT: tl.constexpr, ACC: tl.constexpr):
     """dq of one block of queries, and delta = rowsum(dout * out) for the keys' kernel."""
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles
     head = (tl.program_id(0) // n_tiles) % n_heads
     batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
+    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
     k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
     offset = (batch * n_positions * n_heads + head) * E
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -149,7 +150,7 @@ def attention_backward_queries(qkv_ptr, keep_ptr, table_ptr, out_ptr, dout_ptr, 
         k = load_turned(k_ptr, table_ptr, cols, position_stride, n_positions, E, BLOCK_N, BLOCK_E, ROTARY, DOT, ACC)
         v = load_tile(v_ptr, cols, position_stride, n_positions, E, BLOCK_E).to(DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-        weights = tl.where(rows[:, None] >= positions[None, :], tl.exp2(scores * SCALE - lse[:, None]), 0.0)
+        weights = tl.exp2(tl.where(rows[:, None] >= positions[None, :], scores * SCALE - lse[:, None], float("-inf")))
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
         dscores = weights * (dweights - delta[:, None])
         acc = tl.dot(dscores.to(k_ptr.dtype.element_ty).to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
@@ -162,14 +163,14 @@ def attention_backward_queries(qkv_ptr, keep_ptr, table_ptr, out_ptr, dout_ptr, 
 
 @triton.jit
 def attention_backward_keys(qkv_ptr, keep_ptr, table_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride, part_stride,
-                            head_stride, n_positions, n_heads, n_tiles, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
+                            n_positions, n_heads, n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr,
                             DOT: tl.constexpr, ACC: tl.constexpr):
     """dk and dv of one block of keys: streams the queries from the first key on; the tiles are (keys, queries)."""
     tile = tl.program_id(0) % n_tiles  # the first keys have the most queries
     head = (tl.program_id(0) // n_tiles) % n_heads
     batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * head_stride
+    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
     k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
     dout_ptr += (batch * n_positions * n_heads + head) * E
     row_stats = (batch * n_heads + head) * n_positions
@@ -186,7 +187,7 @@ def attention_backward_keys(qkv_ptr, keep_ptr, table_ptr, dout_ptr, lse_ptr, del
         lse = tl.load(lse_ptr + row_stats + rows, mask=rows < n_positions, other=0.0)
         delta = tl.load(delta_ptr + row_stats + rows, mask=rows < n_positions, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
-        weights = tl.where(rows[None, :] >= positions[:, None], tl.exp2(scores * SCALE - lse[None, :]), 0.0)
+        weights = tl.exp2(tl.where(rows[None, :] >= positions[:, None], scores * SCALE - lse[None, :], float("-inf")))
         dv = tl.dot(weights.to(dout.dtype).to(DOT), dout.to(DOT), dv, input_precision="ieee", out_dtype=ACC)
         dweights = tl.dot(v, tl.trans(dout.to(DOT)), input_precision="ieee", out_dtype=ACC)
         dscores = weights * (dweights - delta[None, :])
@@ -239,7 +240,7 @@ def _launch(kernel: object, qkv: Tensor, keep: Tensor | None, table: Tensor | No
     n_tiles = triton.cdiv(positions, tile.block[0])
     if batch:
         kernel[(batch * heads * n_tiles,)](
-            qkv, keep, table, *more, *qkv.stride()[:4], positions, heads, n_tiles, **_constants(kernel, size, qkv.dtype, keep, table),
+            qkv, keep, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, **_constants(kernel, size, qkv.stride(3), qkv.dtype, keep, table),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FP_FUSION)
 
 
@@ -247,13 +248,14 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _constants(kernel: object, size: int, dtype: torch.dtype, keep: object, table: object) -> dict[str, object]:
+def _constants(kernel: object, size: int, head_stride: int, dtype: torch.dtype, keep: object, table: object) -> dict[str, object]:
     """The constexpr arguments of a kernel, in its order."""
     block = kernel_tile(kernel, size, dtype).block
     queries, keys = block[::-1] if kernel is attention_backward_keys else block
     root = size**-0.5
-    return {"SCALE": root * math.log2(math.e), **({} if kernel is attention_forward else {"ROOT": root}), "E": size, "BLOCK_M": queries, "BLOCK_N": keys,
-            "BLOCK_E": _padded(size), "MASK": keep is not None, "ROTARY": table is not None, "DOT": _operand(dtype), "ACC": accumulator(dtype)}
+    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is attention_forward else {"ROOT": root}), "E": size,
+            "BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": keep is not None, "ROTARY": table is not None,
+            "DOT": _operand(dtype), "ACC": accumulator(dtype)}
 
 
 def _operand(dtype: torch.dtype) -> tl.dtype:
@@ -292,8 +294,9 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     """What to compile for the student's training step at `shape`: key mask and rotary on."""
     size, heads, batch = dtype.itemsize, shape.H, shape.sequences
     p = pointer(dtype)
-    integers = ("batch_stride", "position_stride", "part_stride", "head_stride", "n_positions", "n_heads", "n_tiles")
-    divisible = ("batch_stride", "position_stride", "part_stride", "head_stride") + (("n_positions",) if shape.T % 16 == 0 else ())
+    integers = {"batch_stride": 3 * shape.T * heads * shape.E, "position_stride": 3 * heads * shape.E, "part_stride": heads * shape.E,
+                "n_positions": shape.T, "n_heads": heads, "n_tiles": 1}
+    divisible = [name for name, value in integers.items() if value % 16 == 0]
     passes = shape.rows * heads * shape.E * size  # bytes of one (B, T, H, E) tensor
     statistic = 4 * shape.rows * heads  # lse or delta
     side = shape.rows + 4 * shape.T * shape.E + statistic  # keep, rotary table, lse
@@ -306,7 +309,7 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
             ("masked_attention backward, keys", attention_backward_keys,
              {"dout_ptr": p, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dqkv_ptr": p}, 6 * passes + side + statistic, 4 * product)):
         tile = kernel_tile(kernel, shape.E, dtype)
-        constants = {**_constants(kernel, shape.E, dtype, True, True), **({"DOT": tl.bfloat16} if dtype == torch.bfloat16 else {})}
+        constants = {**_constants(kernel, shape.E, shape.E, dtype, True, True), **({"DOT": tl.bfloat16} if dtype == torch.bfloat16 else {})}
         pointers = {"qkv_ptr": p, "keep_ptr": "*i1", "table_ptr": "*fp32", **pointers}
         signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
         found.append(Variant(name, kernel, signature, constants, tile.num_warps, tile.num_stages, (*pointers, *divisible), (bytes_moved, flops),

@@ -1,9 +1,14 @@
 """Slot-contrast kernels: forward makes losses and gradients of all pairs without storing a similarity; backward adds up each slot's pairs.
 
 One program takes a pair, a tile of anchor rows and a part of the columns of the gradient. It walks over the keys with an online
-softmax, as attention does with the keys as their own values: sum over b' of softmax[b'] k[b'] is the whole gradient but its positive.
+softmax, as attention does with the keys as their own values: with z, k unit vectors, p the softmax and + the positive, the gradient
+by z is sum over b' != + of p[b'] (k[b'] - k[+]) / temperature. It is made beside the loss, so backward is a sum over pairs.
+
 Products take the inputs as they are; norms, which divide rows and columns of a product, come in afterwards in float32. The product is
 held transposed, (keys, rows), so that the long side of each product is the one that tensor cores want long.
+
+A (32, D) gradient does not fit one program's registers, hence the parts, each of which repeats the first product. A key is loaded
+once from memory if a slot's keys stay in the L2 cache, and (parts + 1) times from there by every pair and tile of rows that meets it.
 """
 
 from __future__ import annotations
@@ -50,9 +55,11 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
     total = tl.zeros((ROWS,), ACC)
     positive = tl.zeros((ROWS,), ACC)  # cosine with the positive
     if WITH_GRADIENT:
-        expected = tl.zeros((ROWS,), ACC)  # cosine's mean under the softmax, times total
+        # Sums over the negatives alone: where the positive has nearly all the weight, 1 - softmax[positive] would lose its digits.
+        others = tl.zeros((ROWS,), ACC)  # weights
+        expected = tl.zeros((ROWS,), ACC)  # weights * cosines
+        pulled = tl.zeros((PART, ROWS), ACC)  # weights * unit keys, transposed
         positive_inverse = tl.zeros((ROWS,), ACC)
-        pulled = tl.zeros((PART, ROWS), ACC)  # the keys' mean under the softmax, times total, transposed
         part = tl.program_id(2) * PART + tl.arange(0, PART)
         part_inside = part < n_cols
     for start in range(0, n_keys, KEYS):
@@ -78,6 +85,8 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
         is_positive = keys[:, None] == (row_offset + rows)[None, :]
         positive += tl.sum(tl.where(is_positive, cosines, 0.0), 0)
         if WITH_GRADIENT:
+            weights = tl.where(is_positive, 0.0, weights)
+            others = others * rescale + tl.sum(weights, 0)
             expected = expected * rescale + tl.sum(weights * cosines, 0)
             positive_inverse += tl.sum(tl.where(is_positive, k_inverse[:, None], 0.0), 0)
             k = tl.load(key_rows + part[None, :], mask=key_inside[:, None] & part_inside[None, :], other=0.0)
@@ -90,9 +99,9 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
         inside = row_inside[:, None] & part_inside[None, :]
         k = tl.load(key_ptr + (row_offset + rows)[:, None].to(tl.int64) * key_row_stride + part[None, :], mask=inside, other=0.0).to(ACC)
         a = tl.load(anchor_rows + part[None, :], mask=inside, other=0.0).to(ACC)
-        along = a_inverse * (expected / total - positive)  # dz . z, removed by the division by the norm
-        gradient = tl.trans(pulled) * (1.0 / total)[:, None] - k * positive_inverse[:, None] - a * along[:, None]
-        gradient *= (a_inverse * SHARPNESS)[:, None]
+        along = a_inverse * (expected - others * positive)  # dz . z, which the division by the norm removes
+        gradient = tl.trans(pulled) - k * (others * positive_inverse)[:, None] - a * along[:, None]
+        gradient *= (a_inverse * SHARPNESS / total)[:, None]
         where = gradient_ptr + (pair * n_rows + rows[:, None]) * n_cols + part[None, :]
         tl.store(where, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 

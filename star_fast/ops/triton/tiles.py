@@ -30,8 +30,8 @@ EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 32), 4, 2)}
 ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 8, 2)}
 # float32 multiplies without tensor cores (full products), float64 in the interpreter only: small tiles keep the operands in registers.
-ATTENTION_FORWARD_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 16), 4, 1)}
-ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16), 4, 1), 64: Tile((32, 16), 4, 1), 128: Tile((32, 16), 8, 1)}
+ATTENTION_FORWARD_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 16), 8, 1)}
+ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16), 4, 1), 64: Tile((32, 16), 4, 1), 128: Tile((16, 16), 8, 1)}
 
 # One program streams the cache of one row and head, block[0] positions at a time: 64 x 64 bf16 is four 16-byte loads of k and four of v a thread,
 # 16 KB in flight a program; a position's running sums stay in one thread group until the end, so the loop has no barrier. By padded head size.
@@ -47,9 +47,10 @@ LOGITS_CHUNK_BYTES = 2**25
 # A row of up to block[0] codes is held in registers and read once: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
 # A longer one is read twice, block[1] codes at a time. block[2]: columns a thread below the most warps.
 CROSS_ENTROPY_ROWS = Tile((16384, 8192, 16), num_warps=32, num_stages=1)
-# Anchor rows, keys, columns a step of the first product, columns of the gradient a program owns. 512 x 32 float32 of gradient are 64 registers a
-# thread; 64 keys are what one warp-group product takes.
-SLOT_CONTRAST = Tile((32, 64, 64, 512), num_warps=8, num_stages=3)
+# Anchor rows, keys, columns a step of the first product, columns of the gradient a program owns. 32 rows: the images of one GPU at the presets;
+# 64 keys: what one warp-group product takes; 256 columns divide every preset's width and give 96 to 160 programs where 512 would spill on sm_100.
+# Each part of the columns repeats the first product: 4 (B) to 6 (XL) times the least loads of a row tile, all but the first from the cache.
+SLOT_CONTRAST = Tile((32, 64, 64, 256), num_warps=8, num_stages=3)
 # For 4- and 8-byte inputs, whose products run without tensor cores: small enough for shared memory and registers.
 SLOT_CONTRAST_WIDE = Tile((16, 32, 32, 128), num_warps=4, num_stages=1)
 # Numbers a program of the sum over a slot's pairs: 8 a thread, one 16-byte access of bf16.

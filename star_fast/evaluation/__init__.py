@@ -1,0 +1,1 @@
+"""Images and features to numbers, figures and a report."""

@@ -1,5 +1,6 @@
 // One row on the CPU: plain loops that vectorise. sample_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no
 // #pragma once and no includes); all copies give the same tokens, since token_choice.h leaves nothing to the instruction set. Knows no torch.
+// Indices are 64 bits wide: setuptools compiles with -fwrapv, under which a loop over int indices does not vectorise.
 //
 // No sort: a histogram over bins of log-weight finds the bin in which a cut (top-k or top-p) falls, and only that bin's few tokens are compared by value.
 
@@ -24,9 +25,9 @@ const float* load_row(const T* __restrict cond, const T* __restrict uncond, floa
     if (!uncond) return cond;
   }
   if (uncond) {
-    for (int i = 0; i < n; ++i) out[i] = guide(to_float(cond[i]), to_float(uncond[i]), guidance);
+    for (int64_t i = 0; i < n; ++i) out[i] = guide(to_float(cond[i]), to_float(uncond[i]), guidance);
   } else {
-    for (int i = 0; i < n; ++i) out[i] = to_float(cond[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(cond[i]);
   }
   return out;
 }
@@ -34,7 +35,7 @@ const float* load_row(const T* __restrict cond, const T* __restrict uncond, floa
 // The largest logit; false if the row holds NaN or +inf, or nothing but -inf. Compared as integers, which vectorises without any licence to reorder floats.
 inline bool find_largest(const float* __restrict g, int n, float* largest) {
   int32_t top = INT32_MIN, magnitude = 0;
-  for (int i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const int32_t bits = int32_t(bits_of(g[i]));
     const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff), absolute = bits & 0x7fffffff;
     top = top > ordered ? top : ordered;
@@ -46,14 +47,14 @@ inline bool find_largest(const float* __restrict g, int n, float* largest) {
 }
 
 inline int first_equal(const float* __restrict g, int n, float wanted) {
-  int start = 0;
+  int64_t start = 0;
   for (; start + kFlagBlock <= n; start += kFlagBlock) {
     int found = 0;
-    for (int j = 0; j < kFlagBlock; ++j) found |= g[start + j] == wanted;
+    for (int64_t j = 0; j < kFlagBlock; ++j) found |= g[start + j] == wanted;
     if (found) break;
   }
   while (g[start] != wanted) ++start;
-  return start;
+  return int(start);
 }
 
 // The top bits of 64 bytes, byte 0's lowest.
@@ -66,7 +67,7 @@ inline uint64_t top_bits(const uint8_t* bytes) {
   return uint64_t{uint32_t(high)} << 32 | uint32_t(low);
 #else
   uint64_t word = 0;
-  for (int j = 0; j < kFlagBlock; ++j) word |= uint64_t{bytes[j]} >> 7 << j;
+  for (int64_t j = 0; j < kFlagBlock; ++j) word |= uint64_t{bytes[j]} >> 7 << j;
   return word;
 #endif
 }
@@ -76,9 +77,9 @@ inline uint64_t top_bits(const uint8_t* bytes) {
 template <class Value, class Wanted, class Take>
 inline void for_each_wanted(const Value* __restrict values, int n, const Wanted wanted, const Take& take) {
   alignas(64) uint8_t flags[kFlagBlock];
-  int start = 0;
+  int64_t start = 0;
   for (; start + kFlagBlock <= n; start += kFlagBlock) {
-    for (int j = 0; j < kFlagBlock; ++j) flags[j] = wanted(values[start + j]) ? 0xff : 0;
+    for (int64_t j = 0; j < kFlagBlock; ++j) flags[j] = wanted(values[start + j]) ? 0xff : 0;
     for (uint64_t word = top_bits(flags); word; word &= word - 1) take(start + __builtin_ctzll(word));
   }
   for (; start < n; ++start) {
@@ -87,12 +88,12 @@ inline void for_each_wanted(const Value* __restrict values, int n, const Wanted 
 }
 
 inline void find_bins(const float* __restrict g, int n, float largest, float scale, uint16_t* __restrict bin) {
-  for (int i = 0; i < n; ++i) bin[i] = uint16_t(bin_of(exponent(g[i], largest, scale)));
+  for (int64_t i = 0; i < n; ++i) bin[i] = uint16_t(bin_of(exponent(g[i], largest, scale)));
 }
 
 inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float largest, float scale, uint16_t* __restrict bin, uint64_t* __restrict w) {
   uint64_t total = 0;
-  for (int i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const float z = exponent(g[i], largest, scale);
     bin[i] = uint16_t(bin_of(z));
     w[i] = weight(z);
@@ -107,13 +108,13 @@ template <class Amount>
 inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before, uint64_t limit, const Amount& amount, int32_t* rivals) {
   int count = 0;
   bool all_equal = true;
-  for_each_wanted(bin, n, [=](uint16_t b) { return b == wanted_bin; }, [&](int i) {
-    rivals[count++] = i;
+  for_each_wanted(bin, n, [=](uint16_t b) { return b == wanted_bin; }, [&](int64_t i) {
+    rivals[count++] = int32_t(i);
     all_equal = all_equal && g[i] == g[rivals[0]];
   });
   if (!all_equal) std::sort(rivals, rivals + count, [&](int32_t a, int32_t b) { return g[a] > g[b]; });
   float smallest = g[rivals[0]];
-  for (int j = 0; j < count && !all_equal; ++j) {
+  for (int64_t j = 0; j < count && !all_equal; ++j) {
     if (g[rivals[j]] < smallest) {
       if (before > limit) break;
       smallest = g[rivals[j]];
@@ -129,7 +130,7 @@ inline float count_cut(const float* g, int n, float largest, float scale, uint32
   std::fill(s.counts.begin(), s.counts.end(), uint16_t{0});
   uint16_t* const counts = s.counts.data();  // four interleaved histograms: a token rarely waits for the one before it
   const uint16_t* const bin = s.bin.data();
-  int i = 0;
+  int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     ++counts[4 * bin[i]];
     ++counts[4 * bin[i + 1] + 1];
@@ -152,7 +153,7 @@ inline float mass_cut(const float* g, int n, float largest, float scale, uint64_
   const uint64_t* const w = s.weight.data();
   const uint64_t limit = multiply_high(p, find_bins_and_weights(g, n, largest, scale, bin, s.weight.data()));
   std::fill(s.masses.begin(), s.masses.end(), uint64_t{0});
-  for (int i = 0; i < n; ++i) s.masses[bin[i]] += w[i];
+  for (int64_t i = 0; i < n; ++i) s.masses[bin[i]] += w[i];
   uint64_t before = 0;
   int b = 0;
   while (before + s.masses[b] <= limit) before += s.masses[b++];  // ends: limit is less than the sum of all
@@ -165,8 +166,8 @@ inline int keep_top_k(const float* g, int n, float largest, float scale, uint32_
   int count = 0;
   int32_t* const kept = s.kept.data();
   float* const logit = s.kept_logit.data();
-  for_each_wanted(g, n, [=](float x) { return x >= kth; }, [&](int i) {
-    kept[count] = i;
+  for_each_wanted(g, n, [=](float x) { return x >= kth; }, [&](int64_t i) {
+    kept[count] = int32_t(i);
     logit[count++] = g[i];
   });
   return count;
@@ -176,10 +177,10 @@ inline int keep_top_k(const float* g, int n, float largest, float scale, uint32_
 template <class WeightOf>
 inline int draw(int n, uint64_t bits, const WeightOf& weight_of) {
   uint64_t sums[kMaxVocab / kChunk] = {}, total = 0;
-  for (int start = 0; start < n; start += kChunk) {
-    const int end = start + kChunk < n ? start + kChunk : n;
+  for (int64_t start = 0; start < n; start += kChunk) {
+    const int64_t end = start + kChunk < n ? start + kChunk : n;
     uint64_t sum = 0;
-    for (int i = start; i < end; ++i) sum += weight_of(i);
+    for (int64_t i = start; i < end; ++i) sum += weight_of(i);
     sums[start / kChunk] = sum;
     total += sum;
   }
@@ -187,20 +188,20 @@ inline int draw(int n, uint64_t bits, const WeightOf& weight_of) {
   int chunk = 0;
   while (left >= sums[chunk]) left -= sums[chunk++];
   uint64_t w[kChunk];
-  const int start = chunk * kChunk, count = start + kChunk < n ? kChunk : n - start;
-  for (int j = 0; j < count; ++j) w[j] = weight_of(start + j);
-  int j = 0;
+  const int64_t start = int64_t{chunk} * kChunk, count = start + kChunk < n ? kChunk : n - start;
+  for (int64_t j = 0; j < count; ++j) w[j] = weight_of(start + j);
+  int64_t j = 0;
   while (left >= w[j]) left -= w[j++];
-  return start + j;
+  return int(start + j);
 }
 
 // Steps 4 and 5 on `n` logits: the index of the one drawn.
 inline int draw_from(const float* __restrict g, int n, float largest, const Settings& settings, uint64_t bits, Scratch& s) {
   const float scale = settings.scale;
-  if (!settings.restrict_mass) return draw(n, bits, [=](int i) { return weight(exponent(g[i], largest, scale)); });
+  if (!settings.restrict_mass) return draw(n, bits, [=](int64_t i) { return weight(exponent(g[i], largest, scale)); });
   const float cut = mass_cut(g, n, largest, scale, settings.top_p, s);
   const uint64_t* const w = s.weight.data();
-  return draw(n, bits, [=](int i) { return w[i] & -uint64_t{g[i] >= cut}; });  // a choice would be a branch here
+  return draw(n, bits, [=](int64_t i) { return w[i] & -uint64_t{g[i] >= cut}; });  // a choice would be a branch here
 }
 
 // The token of one row, or -1 if it cannot be drawn from.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """A setting contradicts another or cannot be read; the message names the field."""
 
 

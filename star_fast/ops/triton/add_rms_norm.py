@@ -14,6 +14,7 @@ from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, poin
 from star_fast.ops.triton.tiles import ADD_RMS_NORM
 
 _COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
+_LEAST_TILE = 512  # elements: two 16-byte accesses of bfloat16 for each thread of one warp
 _MOST_COLUMNS = 16384  # 32 elements a thread at 16 warps; a row is held in registers
 
 
@@ -36,15 +37,16 @@ def _survives(row, column_hash, row_key, LIMIT: tl.constexpr):
 @triton.jit(do_not_specialize=["row_key", "column_key"])
 def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residual_ptr, x_row_stride, residual_row_stride, n_rows, n_cols,
                          rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
-                         HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """A run of rows a program, so that the weight is loaded and the columns are hashed once for all of them."""
-    cols = tl.arange(0, BLOCK)
-    inside = cols < n_cols
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+                         HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                         ACC: tl.constexpr):
+    """A run of rows a program, ROWS at once, so that the weight is loaded and the columns are hashed once for all of them."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)
     column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
     first = tl.program_id(0) * rows_a_program
-    for i in range(0, tl.minimum(rows_a_program, n_rows - first)):
-        row = (first + i).to(tl.int64)
+    for i in range(0, tl.minimum(rows_a_program, n_rows - first), ROWS):
+        row = (first + i + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
         h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
         if HAS_DROPOUT:
             h = tl.where(_survives(row, column_hash, row_key, LIMIT), h * SCALE, 0.0)
@@ -54,7 +56,7 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
             rounded = h.to(new_residual_ptr.dtype.element_ty)
             tl.store(new_residual_ptr + row * n_cols + cols, rounded, mask=inside)
             h = rounded.to(ACC)
-        normed = (h * tl.rsqrt(tl.sum(h * h) / n_cols + EPS)).to(normed_ptr.dtype.element_ty).to(ACC)
+        normed = (h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / n_cols + EPS)).to(normed_ptr.dtype.element_ty).to(ACC)
         tl.store(normed_ptr + row * n_cols + cols, (normed * weight).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
@@ -62,25 +64,25 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
 def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_ptr, partial_ptr, h_row_stride, dnormed_row_stride,
                           dh_in_row_stride, n_rows, n_cols, rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr,
                           SCALE: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_DH_IN: tl.constexpr, WRITE_DH: tl.constexpr,
-                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """A run of rows a program; each program leaves its own row of dweight sums, added in a fixed order afterwards."""
-    cols = tl.arange(0, BLOCK)
-    inside = cols < n_cols
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, added in a fixed order afterwards."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)
     column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
-    dweight = tl.zeros((BLOCK,), dtype=ACC)
+    dweight = tl.zeros((ROWS, BLOCK), dtype=ACC)
     first = tl.program_id(0) * rows_a_program
-    for i in range(0, tl.minimum(rows_a_program, n_rows - first)):
-        row = (first + i).to(tl.int64)
-        dh = tl.zeros((BLOCK,), dtype=ACC)
+    for i in range(0, tl.minimum(rows_a_program, n_rows - first), ROWS):
+        row = (first + i + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
+        dh = tl.zeros((ROWS, BLOCK), dtype=ACC)
         if HAS_DNORMED:
             h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)
             dnormed = tl.load(dnormed_ptr + row * dnormed_row_stride + cols, mask=inside, other=0.0).to(ACC)
-            inverse = tl.rsqrt(tl.sum(h * h) / n_cols + EPS)
+            inverse = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / n_cols + EPS)
             n = h * inverse
             dweight += dnormed * n.to(h_ptr.dtype.element_ty).to(ACC)
             dn = dnormed * weight
-            dh = inverse * (dn - n * (tl.sum(dn * n) / n_cols))
+            dh = inverse * (dn - n * (tl.sum(dn * n, 1, keep_dims=True) / n_cols))
         if HAS_DH_IN:
             dh += tl.load(dh_in_ptr + row * dh_in_row_stride + cols, mask=inside, other=0.0).to(ACC)
         if WRITE_DH:
@@ -90,7 +92,8 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
                 dh = tl.where(_survives(row, column_hash, row_key, LIMIT), dh * SCALE, 0.0)
             tl.store(dx_ptr + row * n_cols + cols, dh.to(dx_ptr.dtype.element_ty), mask=inside)
     if HAS_DNORMED:
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, dweight, mask=inside)
+        total = tl.sum(dweight, 0, keep_dims=True)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, total, mask=cols < n_cols)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -102,9 +105,9 @@ class _AddRMSNorm(torch.autograd.Function):
         row_key, column_key = keys(seed)
         if rows.numel():
             shortcut = rows if residual is None else _rows(residual)
-            add_rms_norm_forward[_forward_grid(rows.shape[0])](
+            add_rms_norm_forward[_forward_grid(*rows.shape)](
                 rows, shortcut, weight, normed, normed if new_residual is None else new_residual, rows.stride(0), shortcut.stride(0),
-                rows.shape[0], rows.shape[1], _forward_rows(rows.shape[0]), row_key, column_key, EPS=eps, LIMIT=threshold(dropout),
+                rows.shape[0], rows.shape[1], _forward_rows(*rows.shape), row_key, column_key, EPS=eps, LIMIT=threshold(dropout),
                 SCALE=1 / (1 - dropout), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout > 0, **_widths(rows.shape[1], x.dtype))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows if new_residual is None else new_residual, weight)
@@ -122,7 +125,7 @@ class _AddRMSNorm(torch.autograd.Function):
         write_dh = want_residual or (want_x and not write_dx)
         dh, dx = (torch.empty(h.shape, dtype=h.dtype, device=h.device) if wanted else None for wanted in (write_dh, write_dx))
         programs = min(n_rows, ADD_RMS_NORM.block[2])
-        rows_a_program = triton.cdiv(n_rows, max(programs, 1))
+        rows_a_program = max(triton.cdiv(n_rows, max(programs, 1)), _rows_at_once(n_cols))
         partial = torch.zeros(programs, n_cols, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device)
         if n_rows:
             from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
@@ -142,19 +145,24 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _forward_rows(n_rows: int) -> int:
-    """Rows of one program forward: one when rows are few, as in decoding."""
-    return max(1, min(ADD_RMS_NORM.block[0], n_rows // ADD_RMS_NORM.block[1]))
+def _rows_at_once(n_cols: int) -> int:
+    """Rows of one tile: several where a row alone would leave a warp idle."""
+    return max(1, _LEAST_TILE // triton.next_power_of_2(n_cols))
 
 
-def _forward_grid(n_rows: int) -> tuple[int]:
-    return (triton.cdiv(n_rows, _forward_rows(n_rows)),)
+def _forward_rows(n_rows: int, n_cols: int) -> int:
+    """Rows of one program forward: one tile when rows are few, as in decoding."""
+    return max(_rows_at_once(n_cols), min(ADD_RMS_NORM.block[0], n_rows // ADD_RMS_NORM.block[1]))
+
+
+def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
+    return (triton.cdiv(n_rows, _forward_rows(n_rows, n_cols)),)
 
 
 def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """The launch settings that follow from the width of a row."""
     block = triton.next_power_of_2(n_cols)
-    return {"BLOCK": block, "ACC": accumulator(dtype), "num_warps": max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP)),
+    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP)),
             "num_stages": ADD_RMS_NORM.num_stages, "enable_fp_fusion": FP_FUSION}
 
 
@@ -178,14 +186,14 @@ def fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout
 
 def launches(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> list[Launch]:
     """The forward launches."""
-    return [Launch("add_rms_norm_forward", _forward_grid(x.numel() // x.shape[-1]))]
+    return [Launch("add_rms_norm_forward", _forward_grid(x.numel() // x.shape[-1], x.shape[-1]))]
 
 
 def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     """What to compile for a training step at `shape`: residual, dropout 0.1, all gradients."""
     size, numbers, dropout, p = dtype.itemsize, shape.rows * shape.D, 0.1, pointer(dtype)
     widths = _widths(shape.D, dtype)
-    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True, "BLOCK": widths["BLOCK"], "ACC": widths["ACC"]}
+    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": widths["ACC"]}
     strides = ("x_row_stride", "residual_row_stride")
     forward_signature = {**dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "new_residual_ptr"), p),
                          **dict.fromkeys((*strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}
@@ -198,7 +206,7 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     return [
         Variant("add_rms_norm forward", add_rms_norm_forward, {**forward_signature, **dict.fromkeys(forward_constants, "constexpr")},
                 forward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages, (*list(forward_signature)[:5], *strides, "n_rows", "n_cols"),
-                (4 * size * numbers + size * shape.D, 6 * numbers), _forward_grid(shape.rows)),
+                (4 * size * numbers + size * shape.D, 6 * numbers), _forward_grid(shape.rows, shape.D)),
         Variant("add_rms_norm backward", add_rms_norm_backward, {**backward_signature, **dict.fromkeys(backward_constants, "constexpr")},
                 backward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages,
                 (*list(backward_signature)[:7], *backward_strides, "n_rows", "n_cols", "rows_a_program"),

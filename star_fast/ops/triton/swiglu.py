@@ -14,11 +14,11 @@ from star_fast.ops.triton.tiles import SWIGLU
 
 
 @triton.jit
-def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """out[row, c] = silu(x[row, c]) * x[row, n_cols + c]."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < n_cols
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (cols < n_cols)
     a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
     b = tl.load(x_ptr + row * x_row_stride + n_cols + cols, mask=inside, other=0.0).to(ACC)
     sigmoid = 1.0 / (1.0 + tl.exp(-a))
@@ -27,11 +27,12 @@ def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr, AC
 
 
 @triton.jit
-def swiglu_backward(x_ptr, dout_ptr, dx_ptr, x_row_stride, dout_row_stride, n_cols, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def swiglu_backward(x_ptr, dout_ptr, dx_ptr, x_row_stride, dout_row_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    ACC: tl.constexpr):
     """da = dout * b * s * (1 + a * (1 - s)); db = dout * a * s; s = sigmoid(a)."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < n_cols
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (cols < n_cols)
     a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
     b = tl.load(x_ptr + row * x_row_stride + n_cols + cols, mask=inside, other=0.0).to(ACC)
     dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=inside, other=0.0).to(ACC)
@@ -49,8 +50,8 @@ class _SwiGLU(torch.autograd.Function):
         n_cols = x.shape[1] // 2
         out = torch.empty(x.shape[0], n_cols, dtype=x.dtype, device=x.device)
         if out.numel():
-            swiglu_forward[_grid(x)](x, out, x.stride(0), n_cols, BLOCK=SWIGLU.block[0], ACC=accumulator(x.dtype),
-                                     num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages, enable_fp_fusion=FP_FUSION)
+            swiglu_forward[_grid(*out.shape)](x, out, x.stride(0), *out.shape, **_tile(n_cols), ACC=accumulator(x.dtype),
+                                              num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages, enable_fp_fusion=FP_FUSION)
         ctx.save_for_backward(w1w3)
         return out.view(*w1w3.shape[:-1], n_cols)
 
@@ -61,9 +62,9 @@ class _SwiGLU(torch.autograd.Function):
         x, dout = _rows(w1w3), _rows(dout)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if dx.numel():
-            swiglu_backward[_grid(x)](x, dout, dx, x.stride(0), dout.stride(0), x.shape[1] // 2, BLOCK=SWIGLU.block[0],
-                                      ACC=accumulator(x.dtype), num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages,
-                                      enable_fp_fusion=FP_FUSION)
+            swiglu_backward[_grid(*dout.shape)](x, dout, dx, x.stride(0), dout.stride(0), *dout.shape, **_tile(dout.shape[1]),
+                                                ACC=accumulator(x.dtype), num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages,
+                                                enable_fp_fusion=FP_FUSION)
         return dx.view(w1w3.shape)
 
 
@@ -73,8 +74,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], triton.cdiv(x.shape[1] // 2, SWIGLU.block[0])
+def _tile(n_cols: int) -> dict[str, int]:
+    """Narrow rows share a tile: (rows, columns) with a product of SWIGLU.block[0]."""
+    block = min(SWIGLU.block[0], triton.next_power_of_2(n_cols))
+    return {"ROWS": SWIGLU.block[0] // block, "BLOCK": block}
+
+
+def _grid(n_rows: int, n_cols: int) -> tuple[int, int]:
+    tile = _tile(n_cols)
+    return triton.cdiv(n_rows, tile["ROWS"]), triton.cdiv(n_cols, tile["BLOCK"])
 
 
 def run(w1w3: Tensor) -> Tensor:
@@ -94,23 +102,20 @@ def fake(w1w3: Tensor) -> Tensor:
 
 def launches(w1w3: Tensor) -> list[Launch]:
     """The forward launches."""
-    return [Launch("swiglu_forward", (w1w3.numel() // w1w3.shape[-1], triton.cdiv(w1w3.shape[-1] // 2, SWIGLU.block[0])))]
+    n_cols = w1w3.shape[-1] // 2
+    return [Launch("swiglu_forward", _grid(w1w3.numel() // (2 * n_cols), n_cols))]
 
 
 def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     """What to compile for a training step at `shape`."""
-    size, numbers = dtype.itemsize, shape.rows * shape.F
-    constants = {"BLOCK": SWIGLU.block[0], "ACC": accumulator(dtype)}
-    grid = (shape.rows, triton.cdiv(shape.F, SWIGLU.block[0]))
-    p = pointer(dtype)
+    size, numbers, p, grid = dtype.itemsize, shape.rows * shape.F, pointer(dtype), _grid(shape.rows, shape.F)
+    constants = {**_tile(shape.F), "ACC": accumulator(dtype)}
+    forward = {"x_ptr": p, "out_ptr": p, "x_row_stride": "i32", "n_rows": "i32", "n_cols": "i32"}
+    backward = {"x_ptr": p, "dout_ptr": p, "dx_ptr": p, "x_row_stride": "i32", "dout_row_stride": "i32", "n_rows": "i32", "n_cols": "i32"}
+    static = dict.fromkeys(constants, "constexpr")
     return [
-        Variant("swiglu forward", swiglu_forward,
-                {"x_ptr": p, "out_ptr": p, "x_row_stride": "i32", "n_cols": "i32", "BLOCK": "constexpr", "ACC": "constexpr"},
-                constants, SWIGLU.num_warps, SWIGLU.num_stages, ("x_ptr", "out_ptr", "x_row_stride", "n_cols"),
+        Variant("swiglu forward", swiglu_forward, {**forward, **static}, constants, SWIGLU.num_warps, SWIGLU.num_stages, tuple(forward),
                 (3 * size * numbers, 5 * numbers), grid),
-        Variant("swiglu backward", swiglu_backward,
-                {"x_ptr": p, "dout_ptr": p, "dx_ptr": p, "x_row_stride": "i32", "dout_row_stride": "i32", "n_cols": "i32",
-                 "BLOCK": "constexpr", "ACC": "constexpr"},
-                constants, SWIGLU.num_warps, SWIGLU.num_stages, ("x_ptr", "dout_ptr", "dx_ptr", "x_row_stride", "dout_row_stride", "n_cols"),
+        Variant("swiglu backward", swiglu_backward, {**backward, **static}, constants, SWIGLU.num_warps, SWIGLU.num_stages, tuple(backward),
                 (5 * size * numbers, 11 * numbers), grid),
     ]

@@ -13,7 +13,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# One program handles `block[0]` columns of one row. 1024 bf16 columns = 2 x 16 bytes a thread and input at 4 warps.
+# One program handles a tile of `block[0]` numbers: that many columns of one row, or several narrower rows. 1024 bf16 numbers = 2 x 16 bytes a thread and input at 4 warps.
 SWIGLU = Tile((1024,), num_warps=4, num_stages=1)
 
 # Forward, a program takes block[0] rows, which share the weight and the hashes of the columns, as long as that leaves block[1] programs (few rows,

@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -187,7 +186,7 @@ def ceilings(size: str) -> list[tuple[int, float, float]]:
 
 
 def streaming_memory(quick: bool) -> dict[str, float]:
-    """Peak resident MiB of a process that samples one batch of 64 images of 256 pixels, and of one that samples 2000."""
+    """Peak resident MiB (Linux) of a process that samples one batch of 64 images of 256 pixels, and of one that samples 2000."""
     many = 256 if quick else 2000
     with tempfile.TemporaryDirectory() as folder:
         model = Transformer(ModelConfig(blocks=2, heads=2, width=32, vocab=32, positions=16, num_classes=10))
@@ -208,7 +207,8 @@ def streaming_memory(quick: bool) -> dict[str, float]:
 def _peak_mib(config: SampleConfig) -> float:
     os.environ["TQDM_DISABLE"] = "1"
     sample_images(config)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent from before the process was its own
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
@@ -244,7 +244,8 @@ def text(found: dict[str, Any]) -> str:
               f"{step['its products']:.1f} ms (output matrix on {2 * IMAGES}). Images/s of {'whole batches' if rate else 'single steps over positions'}.",
               "Errors: relative, against the float32 model; bf16 rounding itself is the row \"plain\".", "", "Where our step's time goes:", ""]
     lines += [f"- {share:.1%} {key}" for key, share in found["breakdown"]]
-    lines += ["", "Batches of 1 against batches of 64: " + "; ".join(f"{dtype}: {what} differ" for dtype, what in found["batch_1_against_64"].items()) + ".", ""]
+    dependence = "; ".join(f"{dtype}: {what} differ" for dtype, what in found["batch_1_against_64"].items())
+    lines += ["", f"Batches of 1 against batches of 64: {dependence}.", ""]
     lines += ["Streaming: " + ", ".join(f"{key} {value:.1f}" for key, value in found["streaming_memory"].items()) + ".", ""]
     launches = found["launches_xl"]
     lines += [f"CUDA launches of one step, XL, traced on fake tensors: {launches['per_block']} a block, {launches['outside']} outside the blocks, "

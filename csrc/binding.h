@@ -20,8 +20,9 @@ inline Problem make_problem(const at::Tensor& logits, const std::optional<at::Te
                       " must be contiguous ", type, " with ", numel, " entries on ", logits.device(), ", got ", t.scalar_type(), " of shape ", t.sizes(),
                       " on ", t.device());
   };
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= kMaxVocab && logits.stride(1) == 1, "sample_tokens: logits must be (B, V), 1 <= V <= ",
-                    kMaxVocab, ", with unit stride inside a row, got shape ", logits.sizes(), " with strides ", logits.strides());
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= kMaxVocab && logits.stride(1) == 1,
+                    "sample_tokens: logits must be (B, V), 1 <= V <= ", kMaxVocab, ", with unit stride inside a row, got shape ", logits.sizes(),
+                    " with strides ", logits.strides());
   Problem p{};
   switch (logits.scalar_type()) {
     case at::kFloat: p.type = LogitType::float32; break;

@@ -1,13 +1,11 @@
 // sample_tokens on the CPU: rows over threads, each row by the widest instruction set that PyTorch itself uses here (ATEN_CPU_CAPABILITY lowers it).
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -16,6 +14,7 @@
 #endif
 
 #include "binding.h"
+#include "instruction_sets.h"
 #include "token_choice.h"
 
 namespace star_fast {
@@ -28,8 +27,7 @@ namespace baseline {
 }
 #undef STAR_FAST_VECTOR_BITS
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define STAR_FAST_X86 1
+#ifdef STAR_FAST_X86
 #define STAR_FAST_VECTOR_BITS 256
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,lzcnt")
@@ -47,20 +45,6 @@ namespace avx512 {
 #pragma GCC pop_options
 #undef STAR_FAST_VECTOR_BITS
 #endif
-
-enum class InstructionSet { baseline, avx2, avx512 };
-
-InstructionSet instruction_set() {
-#ifdef STAR_FAST_X86
-  static const InstructionSet chosen = [] {
-    const std::string name = at::get_cpu_capability();
-    return name == "AVX512" ? InstructionSet::avx512 : name == "AVX2" ? InstructionSet::avx2 : InstructionSet::baseline;
-  }();
-  return chosen;
-#else
-  return InstructionSet::baseline;
-#endif
-}
 
 // Rows begin ... end-1. Leaves the lowest row that cannot be drawn from in `bad`, if it is lower than what is there.
 template <class T, class Scratch, class SampleRow>
@@ -83,10 +67,10 @@ void sample_rows(const Problem& p, int64_t begin, int64_t end, std::atomic<int64
 
 template <class T>
 void sample_rows_here(const Problem& p, int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
-  switch (instruction_set()) {
+  switch (widest_set()) {
 #ifdef STAR_FAST_X86
-    case InstructionSet::avx512: return sample_rows<T, avx512::Scratch>(p, begin, end, bad, avx512::sample_row<T>);
-    case InstructionSet::avx2: return sample_rows<T, avx2::Scratch>(p, begin, end, bad, avx2::sample_row<T>);
+    case WidestSet::avx512: return sample_rows<T, avx512::Scratch>(p, begin, end, bad, avx512::sample_row<T>);
+    case WidestSet::avx2: return sample_rows<T, avx2::Scratch>(p, begin, end, bad, avx2::sample_row<T>);
 #endif
     default: return sample_rows<T, baseline::Scratch>(p, begin, end, bad, baseline::sample_row<T>);
   }

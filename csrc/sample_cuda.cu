@@ -1,5 +1,5 @@
-// sample_tokens on CUDA: one block a row, no sort, no host sync, no scratch memory; one launch, which a CUDA graph can hold (seed and position may lie in device
-// memory). Knows no torch. tests/csrc runs this same file on the host, with real threads, under ThreadSanitizer and AddressSanitizer.
+// sample_tokens on CUDA: one block a row, no sort, no host sync, no scratch memory; one launch, which a CUDA graph can hold (seed and position may
+// lie in device memory). Knows no torch. tests/csrc runs this same file on the host, with real threads, under ThreadSanitizer and AddressSanitizer.
 //
 // Rows of up to 16384 tokens are read once and stay in registers; longer ones (up to 65536) are read again from the L2 cache in each pass.
 #include <cuda_runtime.h>
@@ -137,8 +137,8 @@ __device__ uint32_t find_largest(const ShareT& share, Shared& s) {
   return __reduce_max_sync(kAllLanes, lane() < THREADS / 32 ? s.warp_top[lane()] : 0u);
 }
 
-// Which of the histogram's sums carries the running sum beyond the limit (found), and what stands before it (before). With `share_of_total` the limit is first set to
-// that share of the whole, in units of 2^-64.
+// Which of the histogram's sums carries the running sum beyond the limit (found), and what stands before it (before). With `share_of_total` the limit
+// is first set to that share of the whole, in units of 2^-64.
 template <int THREADS>
 __device__ void find_crossing(Shared& s, bool share_of_total, uint64_t share) {
   constexpr int kOwn = kBins / THREADS;
@@ -184,9 +184,9 @@ __device__ void clear_bins(Shared& s) {
   __syncthreads();
 }
 
-// The cut: the smallest key that stays when a token of key >= floor stays if the tokens of strictly greater key amount to at most a limit. BY_MASS: tokens amount to their
-// weight and the limit is a share of the whole; else each amounts to one and the limit is `limit`. First a histogram over bins of log-weight, then, within
-// the bin of the cut, over 11 bits of the key at a time.
+// The cut: the smallest key that stays when a token of key >= floor stays if the tokens of strictly greater key amount to at most a limit.
+// BY_MASS: tokens amount to their weight and the limit is a share of the whole; else each amounts to one and the limit is `limit`.
+// First a histogram over bins of log-weight, then, within the bin of the cut, over 11 bits of the key at a time.
 template <int THREADS, bool BY_MASS, class ShareT>
 __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, float scale, uint32_t floor, uint64_t limit) {
   clear_bins<THREADS>(s);

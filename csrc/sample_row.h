@@ -102,10 +102,11 @@ inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float la
   return total;
 }
 
-// The smallest logit of a bin that stays, given that the tokens of lighter-numbered bins amount to `before`: a token stays if what is strictly greater
-// amounts to at most `limit`.
+// The smallest logit of a bin that stays, given that the tokens of the heavier bins (lower numbers) amount to `before`: a token stays if what is
+// strictly greater amounts to at most `limit`.
 template <class Amount>
-inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before, uint64_t limit, const Amount& amount, int32_t* rivals) {
+inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before, uint64_t limit, const Amount& amount,
+                           int32_t* rivals) {
   int count = 0;
   bool all_equal = true;
   for_each_wanted(bin, n, [=](uint16_t b) { return b == wanted_bin; }, [&](int64_t i) {

@@ -88,3 +88,22 @@ def weighted_sum(ar: Tensor, mim: Tensor, step: Tensor, view: Tensor, method: Me
     if method.contrasts:
         total = total + method.contrast_weight * (step + view) / 2
     return Losses(total, ar, mim, step, view)
+
+
+def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anchor: Tensor | None, teacher_last: Tensor | None,
+              key: Tensor | None, method: MethodConfig, row_offset: int = 0) -> Losses:
+    """All of ST-AR in one call, from features to the four terms and their sum; on CUDA each term is one fused op.
+
+    Args:
+        hidden, weight, targets: see autoregressive_loss.
+        last, teacher_last: (B*M, T, D) outputs of the last block of student and teacher; the teacher's None where L_MIM is off.
+        anchor: (S, B, D) projected student features at the sampled positions; key: (S, B_all, D) the teacher's. None where no contrast is on.
+        row_offset: key row of this rank's first image.
+    """
+    ar = autoregressive_loss(hidden, weight, targets)
+    mim = step = view = ar.new_zeros(())
+    if method.mim_weight:
+        mim = masked_feature_loss(last, teacher_last)
+    if method.contrasts:
+        step, view = contrastive_losses(anchor, key, method.views, method.temperature, row_offset, step=method.step_contrast, view=method.view_contrast)
+    return weighted_sum(ar, mim, step, view, method)

@@ -60,16 +60,11 @@ class Student(nn.Module):
             positions: (K,) int64 the position set I, with `keys`.
             row_offset: key row of this rank's first image.
         """
-        method = self.method
-        blocks = (self.contrast_depth,) if method.contrasts else ()
+        blocks = (self.contrast_depth,) if self.method.contrasts else ()
         out = self.transformer(tokens, label, keep, blocks=blocks, logits=False)
-        ar = objective.autoregressive_loss(out.hidden, self.transformer.output.weight, targets)
-        mim = step = view = ar.new_zeros(())
-        if method.mim_weight:
-            mim = objective.masked_feature_loss(out.last, teacher_last)
-        if method.contrasts:
+        anchor = None
+        if self.method.contrasts:
             # The projector acts on each position alone: project the K sampled ones only.
-            slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, method.views)
-            step, view = objective.contrastive_losses(objective.slots_first(self.projector(slots_BMKD)), keys, method.views, method.temperature,
-                                                      row_offset, step=method.step_contrast, view=method.view_contrast)
-        return objective.weighted_sum(ar, mim, step, view, method)
+            slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)
+            anchor = objective.slots_first(self.projector(slots_BMKD))
+        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset)

@@ -243,4 +243,4 @@ class Transformer(nn.Module):
 
 def _dropout_seeds(count: int) -> list[int]:
     """One seed a dropout site, from torch's host generator, which the training loop reseeds each step."""
-    return torch.randint(0, 2**62, (count,), dtype=torch.int64).tolist()
+    return torch.randint(0, 2**62, (count,), dtype=torch.int64, device="cpu").tolist()

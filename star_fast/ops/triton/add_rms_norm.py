@@ -162,8 +162,9 @@ def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
 def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """The launch settings that follow from the width of a row."""
     block = triton.next_power_of_2(n_cols)
-    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP)),
-            "num_stages": ADD_RMS_NORM.num_stages, "enable_fp_fusion": FP_FUSION}
+    warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
+    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages,
+            "enable_fp_fusion": FP_FUSION}
 
 
 def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,8 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     """What to compile for a training step at `shape`: residual, dropout 0.1, all gradients."""
     size, numbers, dropout, p = dtype.itemsize, shape.rows * shape.D, 0.1, pointer(dtype)
     widths = _widths(shape.D, dtype)
-    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": widths["ACC"]}
+    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True,
+                 **{name: widths[name] for name in ("ROWS", "BLOCK", "ACC")}}
     strides = ("x_row_stride", "residual_row_stride")
     forward_signature = {**dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "new_residual_ptr"), p),
                          **dict.fromkeys((*strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}

@@ -83,9 +83,9 @@ def probe(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """star-fast report ..."""
-    from star_fast.evaluation.report import ReportConfig, run_report
+    from star_fast.evaluation.report import ReportConfig, write_report
 
-    run_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or ""))
+    print(write_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or "")))
 
 
 def doctor(arguments: list[str]) -> None:

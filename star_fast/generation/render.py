@@ -68,10 +68,12 @@ class Renderer:
     @torch.no_grad()
     def _images(self, codes_BT: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 on the device; one grey channel is repeated."""
-        pieces = []
-        for part in codes_BT.split(PIECE_IMAGES):
-            images_BCHW = self.tokenizer.decode(part)
-            if self.pixels and self.pixels != images_BCHW.shape[-1]:
-                images_BCHW = F.interpolate(images_BCHW.float(), size=(self.pixels, self.pixels), mode="bicubic")
-            pieces.append(to_uint8(images_BCHW).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous())
-        return torch.cat(pieces)
+        images_BHWC = None
+        for start in range(0, len(codes_BT), PIECE_IMAGES):
+            piece_BCHW = self.tokenizer.decode(codes_BT[start : start + PIECE_IMAGES])
+            if self.pixels and self.pixels != piece_BCHW.shape[-1]:
+                piece_BCHW = F.interpolate(piece_BCHW.float(), size=(self.pixels, self.pixels), mode="bicubic")
+            if images_BHWC is None:
+                images_BHWC = torch.empty(len(codes_BT), *piece_BCHW.shape[2:], 3, dtype=torch.uint8, device=self.device)
+            images_BHWC[start : start + PIECE_IMAGES] = to_uint8(piece_BCHW).permute(0, 2, 3, 1)
+        return images_BHWC

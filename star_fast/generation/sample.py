@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from star_fast.generation.grid import draw_grid, save_png
 from star_fast.generation.label_plan import Plan, find_classes, plan_labels
 from star_fast.generation.npz_stream import NpzStream, images_on_disk, map_images
 from star_fast.generation.products import Products
+from star_fast.generation.render import Rendering
 from star_fast.generation.sampling import Sampling
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import VQTokenizer
@@ -153,15 +155,15 @@ class _Job:
             exact_cost = round(self.drawer.exact_cost(), 2)
             print(f"exact mode: {self.drawer.images_in_batch} images in fixed blocks of {EXACT_IMAGES} takes {exact_cost} times as long as in one piece")
         progress = tqdm(total=self.config.images, initial=stream.written if stream else 0, desc="sampling", unit=" images", disable=rank != 0)
-        in_flight = None  # the batch whose pixels are still being computed while the next one's codes are drawn
+        # On CUDA a batch's pixels are still being computed while the next one's codes are drawn; on the CPU a batch is done when it returns.
+        in_flight: deque[tuple[int, Rendering]] = deque()
         for number in [number for number in range(rank, self.batches, ranks) if not self._drawn(number)]:
-            rendering = self.drawer.start(*self._span(number))
-            if in_flight is not None:
-                drawn += self._deliver(*in_flight)
+            in_flight.append((number, self.drawer.start(*self._span(number))))
+            if len(in_flight) > 1 or in_flight[0][1].done is None:
+                drawn += self._deliver(*in_flight.popleft())
                 self._collect(stream, progress)
-            in_flight = number, rendering
-        if in_flight is not None:
-            drawn += self._deliver(*in_flight)
+        while in_flight:
+            drawn += self._deliver(*in_flight.popleft())
         if stream is not None:
             self._collect_all(stream, progress)
             progress.close()
@@ -196,7 +198,7 @@ class _Job:
         return (self._part(number).exists() or images_on_disk(self.unfinished, self.config.images, self.drawer.image_shape) >= self._span(number)[1]
                 or self.out.exists())
 
-    def _deliver(self, number: int, rendering: Any) -> int:
+    def _deliver(self, number: int, rendering: Rendering) -> int:
         """Wait for a batch's pixels and put them on the disk; the part file comes last and says that all is there."""
         images = rendering.wait().numpy()
         if self.config.png_folder:
@@ -210,7 +212,7 @@ class _Job:
         """Move the parts that come next into the file; whether there were any."""
         moved = False
         while stream is not None and stream.written < self.config.images and (part := self._part(stream.written // self.config.batch_images)).exists():
-            images = np.load(part)
+            images = np.load(part, mmap_mode="r")
             stream.append(images)
             part.unlink()
             progress.update(len(images))

@@ -14,7 +14,7 @@ from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, poin
 from star_fast.ops.triton.tiles import ADD_RMS_NORM
 
 _COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
-_LEAST_TILE = 512  # elements: two 16-byte accesses of bfloat16 for each thread of one warp
+_LEAST_TILE = 1024  # elements: four 16-byte accesses of bfloat16 for each thread of one warp
 _MOST_COLUMNS = 16384  # 32 elements a thread at 16 warps; a row is held in registers
 
 

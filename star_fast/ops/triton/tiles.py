@@ -13,8 +13,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# One program handles a tile of `block[0]` numbers: that many columns of one row, or several narrower rows. 1024 bf16 numbers = 2 x 16 bytes a thread and input at 4 warps.
-SWIGLU = Tile((1024,), num_warps=4, num_stages=1)
+# One program handles a tile of `block[0]` numbers: that many columns of one row, or several narrower rows. 2048 bf16 numbers are
+# two 16-byte loads in flight for each thread and input at 4 warps.
+SWIGLU = Tile((2048,), num_warps=4, num_stages=1)
 
 # Forward, a program takes block[0] rows, which share the weight and the hashes of the columns, as long as that leaves block[1] programs (few rows,
 # as in decoding: one row a program). Backward, block[2] programs each leave one float32 row of dweight sums: 1 % of the bytes at 16384 rows,

@@ -28,10 +28,10 @@ def _imagenet(blocks: int, heads: int, width: int, depth: int, *, epochs: float,
 
 # The built-in digits, 28x28, on a laptop CPU: sizes chosen so that the whole quickstart takes minutes.
 _TINY = RunConfig(
-    model=ModelConfig(blocks=6, heads=4, width=128),
+    model=ModelConfig(blocks=6, heads=4, width=96, dropout=0.0),
     method=MethodConfig(ema_decay=0.99, projector_width=256),
-    optim=OptimConfig(lr_per_256_images=8e-3, warmup_steps=50, schedule="cosine", final_lr_share=0.05),
-    train=TrainConfig(images_per_step=32, epochs=1000.0, max_steps=1000, precision="fp32", zero_stage=0, save_every_steps=250,
+    optim=OptimConfig(lr_per_256_images=0.02, warmup_steps=50, schedule="cosine", final_lr_share=0.02),
+    train=TrainConfig(images_per_step=32, epochs=1000.0, max_steps=1300, precision="fp32", zero_stage=0, save_every_steps=250,
                       validate_every_steps=250),
     data=DataConfig(codes="data/digits", views="small-affine"),
     tokenizer=TokenizerConfig(base_channels=8, multipliers=(1, 3, 4), residual_blocks=1, z_channels=32, code_channels=8, codebook=256,

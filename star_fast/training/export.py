@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from star_fast.config import to_dict
@@ -20,11 +23,19 @@ def export(engine: Engine, store: CodeStore, run: Path, step: int) -> Path:
     folder = run / "model"
     if engine.rank == 0:
         record = {"step": step, "images_seen": step * engine.config.train.images_per_step, "contrast_depth": engine.config.contrast_depth,
-                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision}
+                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision, "environment": environment(engine)}
         tokenizer = store.path / "tokenizer"  # absent where codes were imported: then sampling asks for one
         save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer if tokenizer.exists() else None, record=record)
     dist.barrier()
     return folder
+
+
+def environment(engine: Engine) -> dict[str, str]:
+    """What the run trained on, for the report."""
+    cuda = engine.device.type == "cuda"
+    device = torch.cuda.get_device_name(engine.device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"device": f"{engine.ranks} x {device}", "torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed"),
+            "python": platform.python_version(), "ZeRO": str(engine.config.train.zero_stage), "precision": engine.config.train.precision}
 
 
 def _whole(engine: Engine, masters: list) -> Transformer:

@@ -58,9 +58,9 @@ def train(command: TrainCommand) -> Path:
     batches = Batches(store, config, rank, ranks)
     student = build_student(config)
     if command.init and not command.resume:
-        load_into(student.transformer, command.init)
+        load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
     engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
-    first_step = checkpoint.load(engine, newest) if command.resume else 0
+    first_step = checkpoint.load(engine, store, newest) if command.resume else 0
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")

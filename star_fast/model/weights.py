@@ -126,11 +126,14 @@ def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.d
     return LoadedModel(transformer, about["class_names"], tokenizer_folder if tokenizer_folder.is_dir() else None, about["record"], sha256)
 
 
-def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = "student") -> None:
+def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = "student", tokenizer_hash: str = "") -> None:
     """Copy the weights at `path` (as for load_model) into `transformer`, casting to its dtype: how a run starts from given weights.
 
+    `tokenizer_hash` names the tokenizer whose codes will be trained on; a model folder that names another one is refused.
+
     Raises:
-        UserError: as load_model; or the weights are of another size (which tensor, expected and found shapes), or of another number of heads or positions.
+        UserError: as load_model; or the weights know the codes of another tokenizer, are of another size (which tensor, expected and found
+            shapes), or of another number of heads or positions.
     """
     config, folder = transformer.config, _model_folder(path, weights)
     if folder is None:
@@ -142,6 +145,10 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = 
     else:
         file = folder / WEIGHTS_FILES[weights]
         about, found = _read_config(folder)
+        trained_on = about["record"].get("tokenizer_hash", "")
+        if tokenizer_hash and trained_on and trained_on != tokenizer_hash:
+            raise UserError(f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer {tokenizer_hash[:12]}: the same "
+                            f"code means another image patch; prepare the codes with star-fast prepare --tokenizer {folder / TOKENIZER_FOLDER}")
         stored, _ = _read_weights(file, weights, about)
         require_fit(transformer, stored, file)
     # Heads and positions leave no trace in the weights' shapes.

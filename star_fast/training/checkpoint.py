@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from star_fast.config import to_dict
+from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.storage import atomic_write_json, explain_write_errors, sync_folder
 from star_fast.training.engine import Engine
@@ -34,7 +35,12 @@ def latest(run: Path) -> Path | None:
     return max((folder for folder in (run / "checkpoints").glob("step-*") if folder.suffix != ".tmp" and folder.is_dir()), default=None)
 
 
-def save(engine: Engine, run: Path, step: int, keep: int) -> Path:
+def codes_identity(store: CodeStore) -> dict[str, Any]:
+    """Which codes a run trains on: a resume must find the same."""
+    return {"tokenizer": store.tokenizer_hash, "images": len(store), "codes": store.manifest["files"]["codes.bin"]["sha256"]}
+
+
+def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int) -> Path:
     """Save everything a resume needs, as of `step` finished steps; older checkpoints beyond `keep` are removed. A collective."""
     final = step_folder(run, step)
     if final.exists():
@@ -53,7 +59,8 @@ def save(engine: Engine, run: Path, step: int, keep: int) -> Path:
         if engine.rank == 0:
             files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
             atomic_write_json(temporary / "complete.json", {"format": FORMAT, "step": step, "ranks": engine.ranks, "zero_stage":
-                              engine.config.train.zero_stage, "torch": torch.__version__, "config": to_dict(engine.config), "files": files})
+                              engine.config.train.zero_stage, "torch": torch.__version__, "config": to_dict(engine.config),
+                              "codes": codes_identity(store), "files": files})
             _sync_tree(temporary)
             os.replace(temporary, final)
             for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
@@ -85,11 +92,11 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
                                 "resume with the same settings, or start another run with --init")
 
 
-def check(folder: Path, engine: Engine) -> int:
+def check(folder: Path, engine: Engine, store: CodeStore) -> int:
     """The step of a complete, fitting checkpoint.
 
     Raises:
-        UserError: a file is missing or cut short, or the checkpoint belongs to another model, ZeRO stage or number of ranks.
+        UserError: a file is missing or cut short, or the checkpoint belongs to another model, code store, ZeRO stage or number of ranks.
     """
     try:
         record = json.loads((folder / "complete.json").read_text())
@@ -107,12 +114,17 @@ def check(folder: Path, engine: Engine) -> int:
         raise UserError(f"{folder}: saved by {record['ranks']} ranks with ZeRO stage {record['zero_stage']}, this run has {engine.ranks} ranks with "
                         f"stage {engine.config.train.zero_stage}; resume with the same, or start from its weights with --init {folder.parent.parent / 'model'}")
     _same_run(record["config"], to_dict(engine.config), folder)
+    found = codes_identity(store)
+    if record["codes"] != found:
+        what = "tokenizer" if record["codes"]["tokenizer"] != found["tokenizer"] else "codes"
+        raise UserError(f"{folder}: trained on a code store of {what} {record['codes'][what][:12]}, {store.path} has {found[what][:12]}; "
+                        "give the code store that the run began with")
     return record["step"]
 
 
-def load(engine: Engine, folder: Path) -> int:
+def load(engine: Engine, store: CodeStore, folder: Path) -> int:
     """Put a checkpoint back; returns the number of finished steps. Weights, optimizer state and teacher are bit-identical after."""
-    step = check(folder, engine)
+    step = check(folder, engine, store)
     loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
     if loaded is None:
         raise UserError(f"{folder}: DeepSpeed could not load it")

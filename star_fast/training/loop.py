@@ -51,9 +51,9 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int) -> int:
             if _any_rank(stop, engine, at_log=done % config.train.log_every_steps == 0):
                 break
             if done % config.train.save_every_steps == 0:
-                checkpoint.save(engine, run, done, config.train.keep_checkpoints)
+                checkpoint.save(engine, batches.store, run, done, config.train.keep_checkpoints)
         if done > first_step:
-            checkpoint.save(engine, run, done, config.train.keep_checkpoints)
+            checkpoint.save(engine, batches.store, run, done, config.train.keep_checkpoints)
     telemetry.close()
     return done
 

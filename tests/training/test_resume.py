@@ -40,7 +40,8 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 
 def settings(precision: str, stage: int) -> RunConfig:
-    return RunConfig(ModelConfig(2, 2, 32, dropout=0.1), MethodConfig(contrast_positions=3, projector_width=24), OptimConfig(0.03, warmup_steps=3, schedule="cosine"),
+    return RunConfig(ModelConfig(2, 2, 32, dropout=0.1), MethodConfig(contrast_positions=3, projector_width=24),
+                     OptimConfig(0.03, warmup_steps=3, schedule="cosine"),
                      TrainConfig(images_per_step=8, micro_batch_images=4, max_steps=40, precision=precision, zero_stage=stage, save_every_steps=5,
                                  log_every_steps=1, validate_every_steps=8, tensorboard=False))
 
@@ -65,9 +66,19 @@ def test_resume_is_bit_exact(tmp_path: Path, precision: str, stage: int, number:
     finish(start(tmp_path, "broken", config, "--resume"))
     for name in ("model.safetensors", "teacher.safetensors"):
         assert (tmp_path / "broken/model" / name).read_bytes() == (tmp_path / "unbroken/model" / name).read_bytes(), name
-    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("unbroken", "broken")]
-    timing = ("images_per_s", "time_s")
-    assert [{k: v for k, v in line.items() if k not in timing} for line in lines[0]] == [{k: v for k, v in line.items() if k not in timing} for line in lines[1]]
+    unbroken, resumed = ([{name: value for name, value in json.loads(line).items() if name not in ("images_per_s", "time_s")}
+                          for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("unbroken", "broken"))
+    assert resumed == unbroken
+
+
+class Codes(SimpleNamespace):
+    """As much of a code store as a checkpoint remembers."""
+
+    def __len__(self) -> int:
+        return self.images
+
+
+STORE = Codes(images=90, tokenizer_hash="a" * 64, path="codes", manifest={"files": {"codes.bin": {"sha256": "b" * 64}}})
 
 
 @pytest.fixture
@@ -77,37 +88,44 @@ def saved(tmp_path: Path) -> tuple[Path, SimpleNamespace]:
     folder = tmp_path / "run/checkpoints/step-0000005"
     folder.mkdir(parents=True)
     (folder / "weights.pt").write_bytes(b"x" * 100)
-    (folder / "complete.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 5, "ranks": 1, "zero_stage": 0, "config": {
-        section: dataclasses.asdict(getattr(config, section)) for section in ("model", "method", "optim", "train", "data")}, "files": {"weights.pt": 100}}))
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "method", "optim", "train", "data")}
+    (folder / "complete.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 5, "ranks": 1, "zero_stage": 0, "config": sections,
+                                                      "codes": checkpoint.codes_identity(STORE), "files": {"weights.pt": 100}}))
     return folder, SimpleNamespace(config=config, ranks=1, rank=0)
 
 
 def test_a_complete_checkpoint_is_accepted(saved) -> None:
-    assert checkpoint.check(*saved) == 5
+    assert checkpoint.check(*saved, STORE) == 5
 
 
 def test_a_truncated_or_missing_file_is_named(saved) -> None:
     folder, engine = saved
     (folder / "weights.pt").write_bytes(b"x" * 60)
     with pytest.raises(UserError, match=r"weights\.pt should have 100 bytes, it has 60; the checkpoint is damaged"):
-        checkpoint.check(folder, engine)
+        checkpoint.check(folder, engine, STORE)
     (folder / "weights.pt").unlink()
     with pytest.raises(UserError, match="it is missing"):
-        checkpoint.check(folder, engine)
+        checkpoint.check(folder, engine, STORE)
     (folder / "complete.json").write_text("{")
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.check(folder, engine)
+        checkpoint.check(folder, engine, STORE)
 
 
 def test_another_model_stage_or_number_of_ranks_is_refused(saved) -> None:
     folder, engine = saved
     wider = SimpleNamespace(config=dataclasses.replace(engine.config, model=ModelConfig(2, 2, 64)), ranks=1, rank=0)
     with pytest.raises(UserError, match=r"saved with model\.width = 32, this run has 64"):
-        checkpoint.check(folder, wider)
+        checkpoint.check(folder, wider, STORE)
     with pytest.raises(UserError, match="saved by 1 ranks with ZeRO stage 0, this run has 2 ranks"):
-        checkpoint.check(folder, SimpleNamespace(config=engine.config, ranks=2, rank=0))
+        checkpoint.check(folder, SimpleNamespace(config=engine.config, ranks=2, rank=0), STORE)
     longer = dataclasses.replace(engine.config, train=dataclasses.replace(engine.config.train, max_steps=99))
-    assert checkpoint.check(folder, SimpleNamespace(config=longer, ranks=1, rank=0)) == 5
+    assert checkpoint.check(folder, SimpleNamespace(config=longer, ranks=1, rank=0), STORE) == 5
+
+
+def test_codes_of_another_tokenizer_are_refused(saved) -> None:
+    other = Codes(**{**vars(STORE), "tokenizer_hash": "c" * 64})
+    with pytest.raises(UserError, match=r"code store of tokenizer aaaaaaaaaaaa, codes has cccccccccccc; give the code store"):
+        checkpoint.check(*saved, other)
 
 
 def test_an_unfinished_checkpoint_does_not_count(saved) -> None:
@@ -145,6 +163,10 @@ def test_resume_without_a_checkpoint_and_init_of_another_size(tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", [*common, "--init", str(tmp_path / "other")])
     assert train_main() == 2
     error = capfd.readouterr().err
-    assert "128" in error
+    assert "96" in error
     assert "32" in error
     assert "Traceback" not in error
+    save_model(tmp_path / "other", Transformer(ModelConfig(2, 2, 32, vocab=16, positions=16, num_classes=3)), class_names=["a", "b", "c"],
+               record={"tokenizer_hash": "f" * 64})
+    assert train_main() == 2
+    assert "trained on codes of tokenizer ffffffffffff, the code store here is of tokenizer 000000000000" in capfd.readouterr().err

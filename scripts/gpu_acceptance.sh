@@ -83,6 +83,7 @@ subjects=$("$python" -c 'from benchmarks.throughput import SUBJECTS; print(*SUBJ
 for subject in $subjects; do
   stage "benchmark $subject" "$python" benchmarks/throughput.py --subject "$subject"
 done
+stage "benchmark sampling" "$python" benchmarks/sampling.py
 
 {
   echo "# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"

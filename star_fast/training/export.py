@@ -23,7 +23,8 @@ def export(engine: Engine, store: CodeStore, run: Path, step: int) -> Path:
     folder = run / "model"
     if engine.rank == 0:
         record = {"step": step, "images_seen": step * engine.config.train.images_per_step, "contrast_depth": engine.config.contrast_depth,
-                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision, "environment": environment(engine)}
+                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision,
+                  "environment": environment(engine)}
         tokenizer = store.path / "tokenizer"  # absent where codes were imported: then sampling asks for one
         save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer if tokenizer.exists() else None, record=record)
     dist.barrier()
@@ -35,7 +36,7 @@ def environment(engine: Engine) -> dict[str, str]:
     cuda = engine.device.type == "cuda"
     device = torch.cuda.get_device_name(engine.device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"device": f"{engine.ranks} x {device}", "torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed"),
-            "python": platform.python_version(), "ZeRO": str(engine.config.train.zero_stage), "precision": engine.config.train.precision}
+            "python": platform.python_version()}
 
 
 def _whole(engine: Engine, masters: list) -> Transformer:

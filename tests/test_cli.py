@@ -60,7 +60,7 @@ def test_train_sample_and_report_own_images(prepared: Path, images: Path, tmp_pa
         assert samples["arr_0"].shape == (6, 16, 16, 3)
         assert samples["arr_0"].dtype == np.uint8
     assert Image.open(out.with_suffix(".png")).size[0] > 16
-    assert json.loads(out.with_suffix(".json").read_text())["seed"] == 0
+    assert json.loads(out.with_suffix(".json").read_text())["plan"]["seed"] == 0
     assert cli.main(["sample", "--model", str(run / "model"), "--out", str(tmp_path / "x.npz"), "--classes", "medium"]) == 2
     assert "no class 'medium'" in one_line(capfd)
     assert cli.main(["probe", "--run", str(run)]) == 0

@@ -26,7 +26,7 @@ LOSS_BOUND, WEIGHT_BOUND = 2e-5, 2e-4
 def train(backend: str) -> tuple[Tensor, Student, Teacher]:
     """50 steps of 4 images x 2 views on one backend, everything seeded: losses (50, 5), student, teacher."""
     method = MethodConfig(contrast_positions=2, projector_width=32, ema_decay=0.9)
-    config = RunConfig(ModelConfig(2, 2, 64, vocab=V, positions=T, num_classes=3, dropout=0.1), method, OptimConfig(lr_per_256_images=0.05))
+    config = RunConfig(ModelConfig(2, 2, 64, vocab=V, positions=T, num_classes=3, dropout=0.1), method, OptimConfig(lr_per_256_images=3e-3))
     generator = torch.Generator().manual_seed(0)
     transformer, projector = Transformer(config.model), Projector(64, 32, 3)
     transformer.init_weights(generator)

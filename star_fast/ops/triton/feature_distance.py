@@ -24,17 +24,17 @@ def inverse_norm(squares):
 
 
 @triton.jit
-def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_ptr, student_row_stride, teacher_row_stride, n_cols,
-                             WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """One row a program: its distance 1 - c, and the gradient of it, -(t / |t| - c s / |s|) / |s|."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < n_cols
+def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_ptr, student_row_stride, teacher_row_stride, n_rows, n_cols,
+                             WITH_GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """ROWS rows a program: their distances 1 - c, and the gradients of them, -(t / |t| - c s / |s|) / |s|."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (cols < n_cols)
     s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)
     t = tl.load(teacher_ptr + row * teacher_row_stride + cols, mask=inside, other=0.0).to(ACC)
-    s_inverse, t_inverse = inverse_norm(tl.sum(s * s)), inverse_norm(tl.sum(t * t))
-    cosine = tl.sum(s * t) * (s_inverse * t_inverse)
-    tl.store(distance_ptr + row, 1.0 - cosine)
+    s_inverse, t_inverse = inverse_norm(tl.sum(s * s, 1, keep_dims=True)), inverse_norm(tl.sum(t * t, 1, keep_dims=True))
+    cosine = tl.sum(s * t, 1, keep_dims=True) * (s_inverse * t_inverse)
+    tl.store(distance_ptr + row, 1.0 - cosine, mask=row < n_rows)
     if WITH_GRADIENT:
         gradient = s * (cosine * s_inverse * s_inverse) - t * (s_inverse * t_inverse)
         tl.store(gradient_ptr + row * n_cols + cols, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
@@ -73,17 +73,21 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     n_rows, n_cols = student.shape
     distances = student.new_empty(n_rows, dtype=torch.promote_types(student.dtype, torch.float32))
-    feature_distance_forward[(n_rows,)](
-        student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_cols,
+    feature_distance_forward[_forward_grid(n_rows, n_cols)](
+        student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_rows, n_cols,
         WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, enable_fp_fusion=FP_FUSION,
         **_widths(n_cols))
     return distances.mean()
 
 
 def _widths(n_cols: int) -> dict[str, int]:
-    """BLOCK holds a row; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
+    """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)
-    return {"BLOCK": block, "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
+    return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block, "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
+
+
+def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
+    return (triton.cdiv(n_rows, _widths(n_cols)["ROWS"]),)
 
 
 def _backward_grid(n_numbers: int) -> tuple[int]:
@@ -111,7 +115,7 @@ def fake(student: Tensor, teacher: Tensor) -> Tensor:
 
 def launches(student: Tensor, teacher: Tensor) -> list[Launch]:
     """The forward launches."""
-    return [Launch("feature_distance_forward", (student.shape[0],))]
+    return [Launch("feature_distance_forward", _forward_grid(*student.shape))]
 
 
 def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
@@ -121,10 +125,10 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     return [
         Variant("feature_distance forward", feature_distance_forward,
                 {"student_ptr": p, "teacher_ptr": p, "distance_ptr": exact, "gradient_ptr": p, "student_row_stride": "i32", "teacher_row_stride": "i32",
-                 "n_cols": "i32", "WITH_GRADIENT": "constexpr", "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"WITH_GRADIENT": True, "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"], FEATURE_DISTANCE.num_stages,
-                ("student_ptr", "teacher_ptr", "distance_ptr", "gradient_ptr", "student_row_stride", "teacher_row_stride", "n_cols"),
-                (3 * numbers * size + 4 * shape.rows, 9 * numbers), (shape.rows,)),
+                 "n_rows": "i32", "n_cols": "i32", "WITH_GRADIENT": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr", "ACC": "constexpr"},
+                {"WITH_GRADIENT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"], FEATURE_DISTANCE.num_stages,
+                ("student_ptr", "teacher_ptr", "distance_ptr", "gradient_ptr", "student_row_stride", "teacher_row_stride", "n_rows", "n_cols"),
+                (3 * numbers * size + 4 * shape.rows, 9 * numbers), _forward_grid(shape.rows, shape.D)),
         Variant("feature_distance backward", feature_distance_backward,
                 {"gradient_ptr": p, "dout_ptr": exact, "dstudent_ptr": p, "n_rows": "i32", "n_numbers": "i32", "BLOCK": "constexpr", "ACC": "constexpr"},
                 {"BLOCK": FEATURE_DISTANCE_SCALE.block[0], "ACC": accumulator(dtype)}, FEATURE_DISTANCE_SCALE.num_warps, FEATURE_DISTANCE_SCALE.num_stages,

@@ -38,8 +38,8 @@ ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16)
 # 16 KB in flight a program; a position's running sums stay in one thread group until the end, so the loop has no barrier. By padded head size.
 DECODE_ATTENTION = {16: Tile((64,), 4, 1), 32: Tile((64,), 4, 1), 64: Tile((64,), 4, 1), 128: Tile((32,), 4, 1)}
 
-# One row a program, 8 columns a thread up to 16 warps: one 16-byte access of bf16 a thread and input.
-FEATURE_DISTANCE = Tile((8,), num_warps=16, num_stages=1)
+# A row a program, 8 columns a thread up to 16 warps: one 16-byte access of bf16 a thread and input. Narrow rows share a program of 1024 numbers.
+FEATURE_DISTANCE = Tile((8, 1024), num_warps=16, num_stages=1)
 # Numbers a program: 16 a thread, two 16-byte accesses of bf16.
 FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
 # Logits of one chunk of rows: 1024 x 16384 in bf16. They stay in the L2 cache (40 MB A100, 50 MB H100 and H200, 126 MB B200) between the product

@@ -153,8 +153,14 @@ def _reconstruct(material: Material, source: RealImages | None) -> None:
 
 
 def _classify(material: Material, source: RealImages | None) -> None:
+    sampled = torch.isin(material.row_labels, torch.tensor(material.classes))
+    reason = None
     if source is None:
-        material.figures["classifier"] = None
+        reason = "the real images behind the codes are not known. Give the folder that the codes were made of: --source."
+    elif sampled.sum() < 2:
+        reason = "fewer than two held-out images of the sampled classes. Prepare the codes with a larger --data.held-out-share."
+    if reason is not None:
+        material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
     classifier = _classifier(material, source)
     samples, real, rebuilt = (classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images))
@@ -163,7 +169,6 @@ def _classify(material: Material, source: RealImages | None) -> None:
     for label, share in agreement.items():
         material.figures["samples"]["classes"][names[label]]["agreement"] = share
     material.figures["samples"]["agreement"] = samples.accuracy(material.samples.labels)
-    sampled = torch.isin(material.row_labels, torch.tensor(material.classes))
     material.figures["classifier"] = {
         "held_out_accuracy": real.accuracy(material.row_labels), "reconstruction_accuracy": rebuilt.accuracy(material.row_labels),
         "held_out_images": len(material.rows), "train_images": classifier.record["train_images"],

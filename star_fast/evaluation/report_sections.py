@@ -137,7 +137,7 @@ def _classifier(material: Material) -> Section:
     section = Section("classifier", "What a small classifier says")
     figures = material.figures["classifier"]
     if figures is None:
-        section.add(page.text("Not computed: the real images behind the codes are not known. Give the folder that the codes were made of: --source.", "note"))
+        section.add(page.text(f"Not computed: {material.figures['classifier_not_computed']}", "note"))
         return section
     distance = figures["classifier_frechet_distance"]
     rows = [("Held-out real images, named right", percent(figures["held_out_accuracy"])),

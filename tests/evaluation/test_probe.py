@@ -92,7 +92,7 @@ def test_features_are_the_full_models_under_the_null_class() -> None:
     with torch.no_grad():
         null = model(codes[rows, 1, :8], torch.full((3,), 4), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
         other = model(codes[rows, 1, :8], torch.full((3,), 0), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
-    torch.testing.assert_close(got, null, rtol=0, atol=0)
+    torch.testing.assert_close(got, null, rtol=1e-4, atol=1e-5)  # batches of 2 and of 3: with several threads a product may round otherwise
     assert (got - other).abs().max() > 1e-3
 
 

@@ -18,6 +18,7 @@ import tyro
 from star_fast.config import ConfigError, RunConfig
 from star_fast.config_file import base_config, command_line, parse, write_config
 from star_fast.errors import UserError
+from star_fast.presets import plain
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TrainCommand:
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
     resume: bool = False  # go on from the run's newest checkpoint
+    plain: bool = False  # LlamaGen's own training, the baseline: no teacher, mask or contrast, one view a step
 
 
 def train(command: TrainCommand) -> Path:
@@ -48,7 +50,7 @@ def train(command: TrainCommand) -> Path:
     if not command.config.data.codes:
         raise UserError("data.codes: expected the folder of a code store (made by `star-fast prepare`), got nothing; give --data.codes FOLDER")
     store = CodeStore.open(command.config.data.codes)
-    config = resolve(command.config, store)
+    config = resolve(plain(command.config) if command.plain else command.config, store)
     newest = checkpoint.latest(run)
     if newest is not None and not command.resume:
         raise UserError(f"{run}: holds checkpoints up to {newest.name}; add --resume to go on, or choose another --run")

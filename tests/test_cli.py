@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from star_fast import cli, train
 from star_fast.data.codes import CodeStore
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ["--new-tokenizer.image-size", "16", "--new-tokenizer.base-channels", "8", "--new-tokenizer.multipliers", "1", "1", "--new-tokenizer.z-channels",
              "8", "--new-tokenizer.codebook", "16", "--new-tokenizer.steps", "3", "--new-tokenizer.images-per-step", "8"]
 
@@ -67,6 +70,20 @@ def test_train_sample_and_report_own_images(prepared: Path, images: Path, tmp_pa
     assert (run / "probe.png").exists()
     assert cli.main(["report", "--run", str(run), "--source", str(images)]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == str(run / "report.html")
+
+
+def test_plain_training_by_the_launcher_on_two_ranks(prepared: Path, tmp_path: Path) -> None:
+    """`deepspeed --num_accelerators 2 star_fast/train.py --plain`: the launcher's environment and arguments are understood; no teacher exists."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = subprocess.run([launcher, "--num_accelerators", "2", str(ROOT / "star_fast/train.py"), "--preset", "tiny", "--plain", "--data.codes", str(prepared),
+                           "--run", "run", "--model.width", "32", "--model.blocks", "2", "--train.images-per-step", "4", "--train.max-steps", "3",
+                           "--train.tensorboard", "False", "--train.zero-stage", "1", "--train.precision", "bf16"],
+                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "plain next-token training" in done.stdout
+    assert "2 x cpu" in done.stdout
+    assert {path.name for path in (tmp_path / "run/model").iterdir()} == {"model.safetensors", "config.json", "tokenizer"}
 
 
 def one_line(capfd: pytest.CaptureFixture) -> str:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def import_deepspeed() -> Any:
     """DeepSpeed, loaded at use. Raises UserError naming the extra if it is missing."""
     try:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its accelerator search
             import deepspeed
     except ImportError as error:
@@ -55,7 +55,9 @@ def start_ranks() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        import_deepspeed().init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed = import_deepspeed()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how its shared-memory op was built
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from star_fast.config import RunConfig
+from star_fast.ops import error_flag
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
 from star_fast.training.engine import Engine
@@ -46,9 +47,12 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int) -> int:
             losses, grad_norm = engine.step(micro_batches, step, lr)
             telemetry.step(step, losses, grad_norm, lr)
             done = step + 1
+            at_log = done % config.train.log_every_steps == 0  # where numbers are read back from the device anyway
+            if at_log and engine.device.type == "cuda":
+                error_flag.raise_if_set(engine.device)
             if validation and (done % config.train.validate_every_steps == 0 or done == total):
                 telemetry.validation(done, engine.evaluate(validation))
-            if _any_rank(stop, engine, at_log=done % config.train.log_every_steps == 0):
+            if _any_rank(stop, engine, at_log):
                 break
             if done % config.train.save_every_steps == 0:
                 checkpoint.save(engine, batches.store, run, done, config.train.keep_checkpoints)
@@ -77,7 +81,7 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _any_rank(stop: list[int], engine: Engine, *, at_log: bool) -> bool:
+def _any_rank(stop: list[int], engine: Engine, at_log: bool) -> bool:
     """Whether any rank was told to stop; on GPUs asked only where the loop reads numbers back anyway."""
     if engine.ranks == 1:
         return bool(stop)

@@ -83,7 +83,8 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
 def _widths(n_cols: int) -> dict[str, int]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)
-    return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block, "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
+    return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block,
+            "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
 
 
 def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
@@ -126,7 +127,8 @@ def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
         Variant("feature_distance forward", feature_distance_forward,
                 {"student_ptr": p, "teacher_ptr": p, "distance_ptr": exact, "gradient_ptr": p, "student_row_stride": "i32", "teacher_row_stride": "i32",
                  "n_rows": "i32", "n_cols": "i32", "WITH_GRADIENT": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"WITH_GRADIENT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"], FEATURE_DISTANCE.num_stages,
+                {"WITH_GRADIENT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"],
+                FEATURE_DISTANCE.num_stages,
                 ("student_ptr", "teacher_ptr", "distance_ptr", "gradient_ptr", "student_row_stride", "teacher_row_stride", "n_rows", "n_cols"),
                 (3 * numbers * size + 4 * shape.rows, 9 * numbers), _forward_grid(shape.rows, shape.D)),
         Variant("feature_distance backward", feature_distance_backward,

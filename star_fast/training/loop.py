@@ -39,7 +39,9 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int) -> int:
     config, total = engine.config, batches.total_steps
     telemetry = Telemetry(run, first_step, total, config.train.images_per_step, log_every=config.train.log_every_steps,
                           main=engine.rank == 0, tensorboard=config.train.tensorboard)
-    validation = held_out_batches(batches.store, config, engine.rank, engine.ranks) if config.train.validate_every_steps else []
+    # Whether to validate must not depend on the rank: with few held-out images a rank may have none and still joins the sum.
+    validates = bool(config.train.validate_every_steps and len(batches.store.held_out_indices))
+    validation = held_out_batches(batches.store, config, engine.rank, engine.ranks) if validates else []
     done = first_step
     with interrupts() as stop:
         for step, micro_batches in batches.steps(first_step, total):
@@ -50,7 +52,7 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int) -> int:
             at_log = done % config.train.log_every_steps == 0  # where numbers are read back from the device anyway
             if at_log and engine.device.type == "cuda":
                 error_flag.raise_if_set(engine.device)
-            if validation and (done % config.train.validate_every_steps == 0 or done == total):
+            if validates and (done % config.train.validate_every_steps == 0 or done == total):
                 telemetry.validation(done, engine.evaluate(validation))
             if _any_rank(stop, engine, at_log):
                 break

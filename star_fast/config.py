@@ -1,25 +1,16 @@
 """Every setting of a run, as typed dataclasses: meaning, unit and the paper's value at each field. Standard library only.
 
 Values that the paper gives are marked (paper), values of LlamaGen (LlamaGen), choices made here because neither says (choice).
-Contradictions and unknown keys raise ConfigError with the field's name.
+Contradictions and unknown keys raise ConfigError with the field's name. From and to plain dicts: records.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
 
-
-class ConfigError(Exception):
-    """A setting contradicts another or cannot be read; the message names the field."""
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+from star_fast.errors import ConfigError as ConfigError  # what every check here raises
+from star_fast.records import require, require_finite
 
 
 @dataclass(frozen=True)
@@ -36,15 +27,15 @@ class ModelConfig:
     label_dropout: float = 0.1  # share of labels replaced by the null class (LlamaGen)
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "heads", "width"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        for name in ("vocab", "positions", "num_classes"):
-            _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 (from the code store) or more")
-        _require(self.vocab <= 65536, "model.vocab", self.vocab, "at most 65536 (codes are stored as uint16)")
-        _require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads = {self.heads}")
-        _require(self.width // self.heads % 4 == 0, "model.width", self.width, "a head size (width / heads) that is a multiple of 4, for 2-D rotary")
+        require_finite(self, "model")
+        for name, most in (("blocks", 2**10), ("heads", 2**10), ("width", 2**16)):
+            require(1 <= getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"1 ... {most}")
+        for name, most in (("vocab", 2**16), ("positions", 2**20), ("num_classes", 2**24)):
+            require(0 <= getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"0 (from the code store) ... {most}")
+        require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads = {self.heads}")
+        require(self.width // self.heads % 4 == 0, "model.width", self.width, "a head size (width / heads) that is a multiple of 4, for 2-D rotary")
         for name in ("dropout", "label_dropout"):
-            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "a share in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "a share in [0, 1)")
 
     @property
     def head_size(self) -> int:
@@ -76,20 +67,21 @@ class MethodConfig:
     projector_layers: int = 3  # linear layers of the projector (choice)
 
     def __post_init__(self) -> None:
-        _require(self.views >= 1, "method.views", self.views, "at least 1")
-        _require(0 <= self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "a share in [0, 1)")
-        _require(self.mim_weight >= 0, "method.mim_weight", self.mim_weight, "0 or more")
-        _require(self.contrast_weight >= 0, "method.contrast_weight", self.contrast_weight, "0 or more")
-        _require(self.contrast_positions >= 1, "method.contrast_positions", self.contrast_positions, "at least 1")
-        _require(self.contrast_depth >= 0, "method.contrast_depth", self.contrast_depth, "0 (half the blocks) or a block number")
-        _require(self.temperature > 0, "method.temperature", self.temperature, "more than 0")
-        _require(0 <= self.ema_decay < 1, "method.ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.projector_width >= 1, "method.projector_width", self.projector_width, "at least 1")
-        _require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "at least 1")
+        require_finite(self, "method")
+        require(self.views >= 1, "method.views", self.views, "at least 1")
+        require(0 <= self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "a share in [0, 1)")
+        require(self.mim_weight >= 0, "method.mim_weight", self.mim_weight, "0 or more")
+        require(self.contrast_weight >= 0, "method.contrast_weight", self.contrast_weight, "0 or more")
+        require(self.contrast_positions >= 1, "method.contrast_positions", self.contrast_positions, "at least 1")
+        require(self.contrast_depth >= 0, "method.contrast_depth", self.contrast_depth, "0 (half the blocks) or a block number")
+        require(self.temperature > 0, "method.temperature", self.temperature, "more than 0")
+        require(0 <= self.ema_decay < 1, "method.ema_decay", self.ema_decay, "in [0, 1)")
+        require(self.projector_width >= 1, "method.projector_width", self.projector_width, "at least 1")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "at least 1")
         if self.contrast_weight > 0 and self.view_contrast:
-            _require(self.views >= 2, "method.views", self.views, "at least 2 for method.view_contrast (or switch that off)")
+            require(self.views >= 2, "method.views", self.views, "at least 2 for method.view_contrast (or switch that off)")
         if self.contrast_weight > 0 and self.step_contrast:
-            _require(self.contrast_positions >= 2, "method.contrast_positions", self.contrast_positions,
+            require(self.contrast_positions >= 2, "method.contrast_positions", self.contrast_positions,
                      "at least 2 for method.step_contrast (or switch that off)")
 
     @property
@@ -118,14 +110,15 @@ class OptimConfig:
     final_lr_share: float = 0.0  # cosine ends at this share of the peak
 
     def __post_init__(self) -> None:
-        _require(self.lr_per_256_images > 0, "optim.lr_per_256_images", self.lr_per_256_images, "more than 0")
+        require_finite(self, "optim")
+        require(self.lr_per_256_images > 0, "optim.lr_per_256_images", self.lr_per_256_images, "more than 0")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
         for name in ("weight_decay", "clip_norm", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
-        _require(self.eps > 0, "optim.eps", self.eps, "more than 0")
-        _require(self.schedule in ("constant", "cosine"), "optim.schedule", self.schedule, "'constant' or 'cosine'")
-        _require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", self.final_lr_share, "a share in [0, 1]")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        require(self.eps > 0, "optim.eps", self.eps, "more than 0")
+        require(self.schedule in ("constant", "cosine"), "optim.schedule", self.schedule, "'constant' or 'cosine'")
+        require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", self.final_lr_share, "a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -147,18 +140,19 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.images_per_step >= 1, "train.images_per_step", self.images_per_step, "at least 1")
-        _require(self.micro_batch_images >= 0, "train.micro_batch_images", self.micro_batch_images, "0 (all at once) or more")
+        require_finite(self, "train")
+        require(self.images_per_step >= 1, "train.images_per_step", self.images_per_step, "at least 1")
+        require(self.micro_batch_images >= 0, "train.micro_batch_images", self.micro_batch_images, "0 (all at once) or more")
         if self.micro_batch_images:
-            _require(self.images_per_step % self.micro_batch_images == 0, "train.micro_batch_images", self.micro_batch_images,
+            require(self.images_per_step % self.micro_batch_images == 0, "train.micro_batch_images", self.micro_batch_images,
                      f"a divisor of train.images_per_step = {self.images_per_step}")
-        _require(self.epochs > 0, "train.epochs", self.epochs, "more than 0")
-        _require(self.max_steps >= 0, "train.max_steps", self.max_steps, "0 (from train.epochs) or more")
-        _require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
-        _require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2")
+        require(self.epochs > 0, "train.epochs", self.epochs, "more than 0")
+        require(self.max_steps >= 0, "train.max_steps", self.max_steps, "0 (from train.epochs) or more")
+        require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
+        require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2")
         for name in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(self.validate_every_steps >= 0, "train.validate_every_steps", self.validate_every_steps, "0 (never) or more")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.validate_every_steps >= 0, "train.validate_every_steps", self.validate_every_steps, "0 (never) or more")
 
 
 @dataclass(frozen=True)
@@ -180,13 +174,14 @@ class TokenizerConfig:
     reseed_every_steps: int = 50  # codes unused for so long are moved onto current encoder outputs
 
     def __post_init__(self) -> None:
-        for name in ("base_channels", "residual_blocks", "z_channels", "code_channels", "codebook", "image_channels", "image_size",
-                     "steps", "images_per_step", "reseed_every_steps"):
-            _require(getattr(self, name) >= 1, f"tokenizer.{name}", getattr(self, name), "at least 1")
-        _require(len(self.multipliers) >= 1 and min(self.multipliers) >= 1, "tokenizer.multipliers", self.multipliers, "one factor >= 1 per level")
-        _require(self.codebook <= 65536, "tokenizer.codebook", self.codebook, "at most 65536 (codes are stored as uint16)")
-        _require(self.image_size % self.downsampling == 0, "tokenizer.image_size", self.image_size, f"a multiple of the downsampling {self.downsampling}")
-        _require(self.lr > 0, "tokenizer.lr", self.lr, "more than 0")
+        require_finite(self, "tokenizer")
+        for name, most in (("base_channels", 2**12), ("residual_blocks", 2**6), ("z_channels", 2**14), ("code_channels", 2**14), ("codebook", 2**16),
+                           ("image_channels", 2**4), ("image_size", 2**14), ("steps", 2**40), ("images_per_step", 2**20), ("reseed_every_steps", 2**40)):
+            require(1 <= getattr(self, name) <= most, f"tokenizer.{name}", getattr(self, name), f"1 ... {most}")
+        require(1 <= len(self.multipliers) <= 12 and min(self.multipliers) >= 1 and max(self.multipliers) <= 2**6, "tokenizer.multipliers",
+                self.multipliers, "one factor in 1 ... 64 per level, at most 12 levels")
+        require(self.image_size % self.downsampling == 0, "tokenizer.image_size", self.image_size, f"a multiple of the downsampling {self.downsampling}")
+        require(self.lr > 0, "tokenizer.lr", self.lr, "more than 0")
 
     @property
     def downsampling(self) -> int:
@@ -211,10 +206,11 @@ class DataConfig:
     held_out_share: float = 0.1  # share of each class held out from all training (choice)
 
     def __post_init__(self) -> None:
-        _require(self.views in ("ten-crop", "small-affine"), "data.views", self.views, "'ten-crop' or 'small-affine'")
-        _require(self.crop_range >= 1, "data.crop_range", self.crop_range, "at least 1")
-        _require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
-        _require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
+        require_finite(self, "data")
+        require(self.views in ("ten-crop", "small-affine"), "data.views", self.views, "'ten-crop' or 'small-affine'")
+        require(self.crop_range >= 1, "data.crop_range", self.crop_range, "at least 1")
+        require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
+        require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -229,10 +225,10 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        _require(self.method.contrast_depth <= self.model.blocks, "method.contrast_depth", self.method.contrast_depth,
+        require(self.method.contrast_depth <= self.model.blocks, "method.contrast_depth", self.method.contrast_depth,
                  f"at most model.blocks = {self.model.blocks}")
         if self.model.positions and self.method.contrasts:
-            _require(self.method.contrast_positions <= self.model.positions, "method.contrast_positions", self.method.contrast_positions,
+            require(self.method.contrast_positions <= self.model.positions, "method.contrast_positions", self.method.contrast_positions,
                      f"at most model.positions = {self.model.positions}")
 
     @property
@@ -244,48 +240,3 @@ class RunConfig:
     def lr(self) -> float:
         """Peak learning rate at this number of images a step."""
         return self.optim.lr_per_256_images * self.train.images_per_step / 256
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain nested dicts, lists and numbers, ready for YAML or JSON."""
-    return {f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else list(v) if isinstance(v, tuple) else v
-            for f in dataclasses.fields(config)}
-
-
-def from_dict(cls: type, values: Any, where: str = "") -> Any:
-    """The config of class `cls` from nested dicts; missing keys keep their defaults.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type or a contradiction; the message names the field.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or cls.__name__}: expected a mapping of settings, got {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}{key}: unknown setting; known here: {', '.join(sorted(known))}")
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, name + ".")
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        _require(value in typing.get_args(hint), name, value, " or ".join(map(repr, typing.get_args(hint))))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return value if value is None else _convert(next(a for a in typing.get_args(hint) if a is not type(None)), value, name)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), name, value, "a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), name, value, f"a value of type {hint.__name__}")
-    return value

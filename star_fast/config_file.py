@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from star_fast.config import ConfigError, RunConfig, from_dict, to_dict
+from star_fast.config import RunConfig
+from star_fast.errors import ConfigError
 from star_fast.presets import PRESETS, preset
+from star_fast.records import from_dict, to_dict
 from star_fast.storage import atomic_write_bytes
 
 Command = TypeVar("Command")

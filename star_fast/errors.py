@@ -1,6 +1,15 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see: one line each, whatever the names in it hold."""
 
 from __future__ import annotations
+
+
+def printable(text: object) -> str:
+    """`text` on one line that no terminal can misread: control characters, line breaks and bytes that are no text (names of files may hold all of them)
+    appear as backslash escapes."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text)
 
 
 class UserError(Exception):
@@ -8,3 +17,10 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
+class ConfigError(UserError):
+    """A setting or a field of a record contradicts another or cannot be read; the message names the field."""

@@ -7,12 +7,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from star_fast.errors import UserError
+from star_fast.errors import ConfigError, UserError
+from star_fast.records import from_dict
+
+Record = TypeVar("Record")
+_MOST_JSON_BYTES = 2**28  # of a file that is read whole and parsed
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp", re.DOTALL)  # as atomic_writer and save_model name what they have not finished
 
 
 class StorageError(UserError):
@@ -33,18 +40,24 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def temporary_beside(path: str | Path) -> Path:
+    """The name under which this process writes what will become `path`: hidden, beside it, with the process's id."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to. On leaving without an error it is synced and takes the name `path`; else it is removed and `path` stays as it was.
 
-    Missing parent folders are made. The temporary file lies beside `path` (same file system, so that the rename is atomic) and bears the process's id.
+    Missing parent folders are made. The temporary file lies beside `path` (same file system, so that the rename is atomic).
 
     Raises:
         StorageError: the disk is full or the place cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explain_write_errors(path):
+        temporary = temporary_beside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -53,7 +66,8 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
@@ -64,9 +78,17 @@ def atomic_write_bytes(path: str | Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def json_bytes(value: Any, indent: int | None = 1) -> bytes:
+    """`value` as JSON in UTF-8 that every reader accepts, with a line break at its end. Raises ValueError on NaN and infinity, which JSON does not know."""
+    try:
+        return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:  # a name of a file that is no UTF-8
+        return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """Write `value` as readable JSON to `path`, whole or not at all (see atomic_writer)."""
-    atomic_write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    atomic_write_bytes(path, json_bytes(value))
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -78,26 +100,86 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
-def read_bytes(path: str | Path, hint: str) -> bytes:
-    """The file's content. Raises StorageError with `hint` (what should be there, or what to do) when it is missing or cannot be read."""
+def remove_leftovers(folder: str | Path, names: Iterable[str] | None = None) -> None:
+    """Remove the temporary files and folders that dead processes left in `folder`; only those of the files `names`, where given.
+
+    To be called by the holder of the folder's lock (locks.py): then nobody else is writing.
+    """
+    wanted = None if names is None else set(names)
+    for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found and (wanted is None or found["name"] in wanted):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def require_regular(path: str | Path, hint: str) -> int:
+    """The size in bytes of the file at `path`. Raises StorageError with `hint` when it is missing or no ordinary file: a pipe or a device may never end."""
     try:
-        return Path(path).read_bytes()
+        status = os.stat(path)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: not found; {hint}") from error
+    except (OSError, ValueError) as error:  # a null byte or an over-long name
+        raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}; {hint}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(f"{path}: expected an ordinary file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe, socket or device'}; {hint}")
+    return status.st_size
+
+
+def read_bytes(path: str | Path, hint: str, most_bytes: int | None = None) -> bytes:
+    """The file's content.
+
+    Raises:
+        StorageError: with `hint` (what should be there, or what to do): it is missing, no ordinary file, larger than `most_bytes`, or cannot be read.
+    """
+    size = require_regular(path, hint)
+    if most_bytes is not None and size > most_bytes:
+        raise StorageError(f"{path}: expected at most {most_bytes:,} bytes, it has {size:,}; {hint}")
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}; {hint}") from error
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, NaN and infinity and nesting beyond Python's depth included."""
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 def read_json(path: str | Path, hint: str) -> dict[str, Any]:
     """The JSON object in a file. Raises StorageError with `hint` when it is missing, cannot be read, or is not a JSON object."""
-    data = read_bytes(path, hint)
+    data = read_bytes(path, hint, _MOST_JSON_BYTES)
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise StorageError(f"{path}: truncated or not JSON ({error}); {hint}") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: expected a JSON object, got {type(value).__name__}; {hint}")
     return value
+
+
+def read_record(path: str | Path, cls: type[Record], hint: str, *, ignore_unknown: bool = False) -> Record:
+    """The JSON file at `path` as the dataclass `cls`, which is its schema (records.py).
+
+    Raises:
+        StorageError: with `hint`: as read_json, or a field is missing, unknown or of another type; the line names it.
+    """
+    return to_record(read_json(path, hint), path, cls, hint, ignore_unknown=ignore_unknown)
+
+
+def to_record(value: Any, path: str | Path, cls: type[Record], hint: str, *, ignore_unknown: bool = False) -> Record:
+    """`value`, as read from `path`, as the dataclass `cls`. Raises StorageError as read_record does."""
+    try:
+        return from_dict(cls, value, ignore_unknown=ignore_unknown)
+    except ConfigError as error:
+        raise StorageError(f"{path}: {error}; {hint}") from error
 
 
 def sha256_of_bytes(data: bytes | memoryview) -> str:
@@ -107,6 +189,7 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
 
 def sha256_of_file(path: str | Path) -> str:
     """Hexadecimal sha256 of a file, read in pieces. Raises StorageError when it cannot be read."""
+    require_regular(path, "expected a file to take the sha256 of")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

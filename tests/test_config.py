@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from star_fast.config import ConfigError, MethodConfig, ModelConfig, RunConfig, from_dict, to_dict
+from star_fast.config import ConfigError, MethodConfig, ModelConfig, RunConfig
 from star_fast.config_file import base_config, parse, read_config, write_config
 from star_fast.presets import PRESETS, plain, preset
+from star_fast.records import from_dict, to_dict
 from star_fast.train import TrainCommand
 
 
@@ -71,7 +72,7 @@ def test_preset_and_config_are_taken_out_of_the_command_line(tmp_path: Path) -> 
     ("model: {width: wide}", "model.width: expected a value of type int, got 'wide'"),
     ("model: {width: 100, heads: 3}", "model.width: expected a multiple of model.heads"),
     ("train: {precision: fp16}", "train.precision: expected 'bf16' or 'fp32', got 'fp16'"),
-    ("train: 3", "train.: expected a mapping"),
+    ("train: 3", "train: expected a mapping"),
     ("method: {contrast_depth: 13}", "method.contrast_depth: expected at most model.blocks = 12, got 13"),
     ("method: {views: 1}", "method.views: expected at least 2 for method.view_contrast"),
     ("{", "not a readable YAML file"),

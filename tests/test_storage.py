@@ -55,5 +55,5 @@ def test_unreadable_and_unwritable_places(tmp_path: Path) -> None:
         storage.read_json(tmp_path / "file", "the hint")
     with pytest.raises(StorageError, match="not found; the hint"):
         storage.read_bytes(tmp_path / "absent", "the hint")
-    with pytest.raises(StorageError, match="cannot be read"):
+    with pytest.raises(StorageError, match="expected an ordinary file, found a folder"):
         storage.sha256_of_file(tmp_path)

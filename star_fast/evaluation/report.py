@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from star_fast.config import to_dict
 from star_fast.errors import UserError
 from star_fast.evaluation import attention_maps, page, report_sections
 from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
@@ -29,6 +28,7 @@ from star_fast.evaluation.runs import Run, codes_of, open_run, pick_device, plai
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
 from star_fast.generation.label_plan import find_classes
 from star_fast.model.tokenizer import VQTokenizer
+from star_fast.records import to_dict
 from star_fast.storage import atomic_write_bytes, atomic_write_json, read_json, sha256_of_bytes
 
 MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from star_fast.config import TokenizerConfig, from_dict, to_dict
+from star_fast.config import TokenizerConfig
+from star_fast.records import from_dict, to_dict
 from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_bytes, read_json
 
 WEIGHTS_FILE = "tokenizer.safetensors"

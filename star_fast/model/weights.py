@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from star_fast.config import ConfigError, ModelConfig, from_dict, to_dict
+from star_fast.config import ConfigError, ModelConfig
 from star_fast.errors import UserError
 from star_fast.model.llamagen import checkpoint_config, empty_transformer, load_strictly, load_transformer, read_checkpoint, require_fit, safetensors_bytes
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
+from star_fast.records import from_dict, to_dict
 from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, explain_write_errors, read_json, sha256_of_bytes, sha256_of_file, sync_folder
 
 FORMAT_VERSION = 1

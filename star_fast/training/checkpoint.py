@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from star_fast.config import to_dict
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
+from star_fast.records import to_dict
 from star_fast.storage import atomic_write_json, explain_write_errors, sync_folder
 from star_fast.training.engine import Engine
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from star_fast.config import to_dict
 from star_fast.data.codes import CodeStore
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import save_model
+from star_fast.records import to_dict
 from star_fast.training.engine import Engine
 
 

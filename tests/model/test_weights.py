@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from star_fast.config import ModelConfig, TokenizerConfig, to_dict
+from star_fast.config import ModelConfig, TokenizerConfig
 from star_fast.errors import UserError
 from star_fast.model import weights as weights_module
 from star_fast.model.llamagen import save_transformer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import load_into, load_model, save_model
+from star_fast.records import to_dict
 from star_fast.storage import StorageError, sha256_of_file
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, vocab=37, positions=16, num_classes=3, dropout=0.2)

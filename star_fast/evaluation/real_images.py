@@ -1,6 +1,13 @@
-"""The real images behind a code store: what a classifier learns from and what samples are held against."""
+"""The real images behind a code store: what a classifier learns from and what samples are held against.
+
+How an image was cut before it became codes is the store's affair, not the run's: a run may have been trained with any settings of its own on a store
+that was made with others. So everything about views comes from the store's manifest.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,14 +19,43 @@ from star_fast.data.codes import CodeStore
 from star_fast.data.sources import BUILT_IN, ImageSource, UnreadableImage, open_source
 from star_fast.data.views import make_views
 from star_fast.errors import UserError
+from star_fast.evaluation.limits import require_memory
 from star_fast.evaluation.runs import plain_view
+from star_fast.records import require
+from star_fast.storage import to_record
+
+LLAMAGEN_CODES = "LlamaGen codes"  # the source's kind in the manifest of an imported store
+_MOST_SIDE = 2**14  # pixels of an image before it is cropped
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """How a store's views were made: the manifest's view_settings."""
+
+    kind: Literal["ten-crop", "small-affine"]
+    crop_range: float = 1.0  # ten-crop
+    seed: int = 0  # small-affine
+
+    def __post_init__(self) -> None:
+        require(1 <= self.crop_range <= _MOST_SIDE, "crop_range", self.crop_range, f"1 ... {_MOST_SIDE}")
+        require(0 <= self.seed, "seed", self.seed, "0 or more")
+
+
+def stored_views(store: CodeStore) -> StoredViews:
+    """How the store's views were made. Raises UserError where the manifest does not tell in a way that is known here."""
+    return to_record(store.manifest.get("view_settings"), f"{store.path}/manifest.json, view_settings", StoredViews,
+                     "leave --source out, or prepare the codes again with this version", ignore_unknown=True)
 
 
 class RealImages:
-    """Reads the plain view (see runs.plain_view) of the images that a store's rows stand for."""
+    """Reads the plain view (see runs.plain_view) of the images that a store's rows stand for, cut as the store's own settings say."""
 
-    def __init__(self, store: CodeStore, source: ImageSource, data: DataConfig) -> None:
-        self.store, self.source, self.data, self.view = store, source, data, plain_view(store)
+    def __init__(self, store: CodeStore, source: ImageSource) -> None:
+        views = stored_views(store)
+        self.store, self.source, self.view, self.seed = store, source, plain_view(store), views.seed
+        self.data = DataConfig(views=views.kind, crop_range=views.crop_range, affine_views=len(store.views))
+        require(store.image_size * views.crop_range <= _MOST_SIDE, f"{store.path}/manifest.json: crop_range", views.crop_range,
+                f"images of at most {_MOST_SIDE} pixels before they are cropped to {store.image_size}")
         self.channels: int = store.manifest.get("image_channels", 3)
         found, expected = source.description(), store.manifest["source"]
         if found != expected:
@@ -30,26 +66,41 @@ class RealImages:
 
     def read(self, rows: Tensor, title: str = "real images") -> Tensor:
         """(N, C, H, W) uint8 of the store's rows (N,)."""
-        images = []
-        for row in tqdm(rows.tolist(), desc=title, unit="image", leave=False):
+        shape = (len(rows), self.channels, self.store.image_size, self.store.image_size)
+        require_memory(int(np.prod(shape, dtype=object)), f"{len(rows):,} real images of {shape[-1]} x {shape[-1]} pixels",
+                       "use fewer: --classifier.max-images")
+        images = np.empty(shape, dtype=np.uint8)
+        for place, row in enumerate(tqdm(rows.tolist(), desc=title, unit="image", leave=False)):
             index = self._indices[row]
             try:
-                image = self.source[index].image
+                images[place] = make_views(self.source[index].image, index, self.data, self.store.image_size, self.channels, self.seed, only=self.view)
             except UnreadableImage as error:
                 raise UserError(f"source: {error}; it could be read when the codes were made") from error
-            images.append(make_views(image, index, self.data, self.store.image_size, self.channels, only=self.view))
-        return torch.from_numpy(np.stack(images))
+        return torch.from_numpy(images)
 
 
-def open_real_images(store: CodeStore, source: str, data: DataConfig) -> RealImages | None:
+def open_real_images(store: CodeStore, source: str) -> RealImages | None:
     """The images behind `store`, from `source` (a name as `star-fast prepare` takes it; empty: the built-in set if the store is made of it).
 
-    Returns None where the store was not made of built-in images and no source is given. Raises UserError for other images than the store's.
+    Returns None where no source is given and the store was not made of built-in images.
+
+    Raises:
+        UserError: other images than the store's; or the store was imported from LlamaGen's codes, of which no images are known.
     """
-    built_in = store.manifest["source"].get("kind") == "built-in digits"
-    if not source and not built_in:
+    kind = store.manifest["source"].get("kind")
+    if kind == LLAMAGEN_CODES and source:
+        raise UserError(f"source: {store.path} was imported from codes as extracted by LlamaGen; which images they were made of, and how these were cut, "
+                        "is not recorded, so nothing can be compared with real images: leave --source out")
+    if not source and kind != "built-in digits":
         return None
-    return RealImages(store, open_source(source or BUILT_IN), data)
+    return RealImages(store, open_source(source or BUILT_IN))
+
+
+def why_unknown(store: CodeStore) -> str:
+    """Why there are no real images to look at, when open_real_images found none; for the page."""
+    if store.manifest["source"].get("kind") == LLAMAGEN_CODES:
+        return "the codes were imported as extracted by LlamaGen; the images behind them are not recorded."
+    return "the real images behind the codes are not known. Give the folder that the codes were made of: --source."
 
 
 def _source_indices(store: CodeStore, source: ImageSource) -> list[int]:

@@ -23,7 +23,7 @@ from star_fast.errors import UserError
 from star_fast.evaluation import attention_maps, page, report_sections
 from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
 from star_fast.evaluation.probe import ProbeConfig, probe
-from star_fast.evaluation.real_images import RealImages, open_real_images
+from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
 from star_fast.evaluation.runs import Run, codes_of, open_run, pick_device, plain_view, read_metrics, spread
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
 from star_fast.generation.label_plan import find_classes
@@ -111,7 +111,7 @@ def write_report(config: ReportConfig) -> Path:
     rows = spread(run.store.held_out_indices, MOST_HELD_OUT)
     material = Material(run, config, training, validation, pick_device(config.device), classes, rows, against=other)
     material.tokenizer = VQTokenizer.load(run.model.tokenizer_folder)
-    source = open_real_images(run.store, config.source, run.config.data)
+    source = open_real_images(run.store, config.source)
     stages: dict[str, Callable[[], Any]] = {
         "samples": lambda: _sample(material), "tokenizer": lambda: _reconstruct(material, source), "classifier": lambda: _classify(material, source),
         "linear probe": lambda: _probe(material), "attention": lambda: _attend(material)}
@@ -156,7 +156,7 @@ def _classify(material: Material, source: RealImages | None) -> None:
     sampled = torch.isin(material.row_labels, torch.tensor(material.classes))
     reason = None
     if source is None:
-        reason = "the real images behind the codes are not known. Give the folder that the codes were made of: --source."
+        reason = why_unknown(material.run.store)
     elif sampled.sum() < 2:
         reason = "fewer than two held-out images of the sampled classes. Prepare the codes with a larger --data.held-out-share."
     if reason is not None:
@@ -180,7 +180,7 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
     """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
     folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
     rows = spread(store.train_indices, config.max_images)
-    data = {"source": store.manifest["source"], "image_size": store.image_size, "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
+    data = {"source": store.manifest["source"], "views": store.manifest["view_settings"], "image_size": store.image_size, "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
     if (folder / "classifier.json").exists():
         found = Classifier.load(folder)
         if found.record.get("data") == data and found.record.get("config") == dataclasses.asdict(config):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from star_fast.data.decoding import read_image
 from star_fast.errors import UserError
 from star_fast.storage import sha256_of_bytes
 
@@ -37,7 +38,7 @@ class UnreadableImage(Exception):
 class Sample(NamedTuple):
     """One image of a source."""
 
-    image: Image.Image  # decoded, in the file's own size and mode
+    image: Image.Image  # decoded, upright, in the file's own size; 8 bits a channel
     label: int  # index into class_names
     key: str  # names the image within its source
 
@@ -91,30 +92,43 @@ class BuiltinDigits:
 
 
 class ImageFolder:
-    """Images in class subfolders: FOLDER/class name/anything/image.jpg. Classes and files in sorted order; hidden entries and other files are ignored.
+    """Images in class subfolders: FOLDER/class name/anything/image.jpg. Classes and files in sorted order; how a file becomes pixels: decoding.py.
+
+    Hidden entries, and files of other kinds beside the images, are ignored. Every other image that is left out is in `skipped`: one beside the class
+    folders, one below a link to a folder (links are not followed, a class folder itself may be one), a link to nothing, a pipe under an image's name.
 
     Raises:
-        DataError: the folder does not exist, or no class subfolder holds an image.
+        DataError: the folder does not exist or cannot be read, or no class subfolder holds an image.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise DataError(f"{self.folder}: not a folder; expected FOLDER/class name/image files, or '{BUILT_IN}' for the built-in images")
-        files, labels, names, self.skipped = [], [], [], []
-        for class_folder in sorted(entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-            found = sorted(_images_below(class_folder))
-            if not found:
-                self.skipped.append({"key": class_folder.name + "/", "reason": "a class folder without images"})
+        try:
+            entries = _entries(self.folder)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
+        self.files: list[str] = []  # relative to folder, with '/'
+        self.skipped, self._sizes, labels, names = [], [], [], []
+        loose = [entry.name for entry in entries if not entry.is_dir() and _is_image(entry.name)]
+        for entry in (entry for entry in entries if entry.is_dir()):
+            if entry.is_symlink() and _leads_back(entry.path, self.folder):
+                self.skipped.append({"key": entry.name + "/", "reason": "a link to a folder that it lies in"})
                 continue
-            files += found
+            found, left_out = _images_below(entry.path, entry.name)
+            self.skipped += left_out
+            if not found:
+                self.skipped.append({"key": entry.name + "/", "reason": "a class folder without images"})
+                continue
+            self.files += sorted(found)
+            self._sizes += [found[key] for key in sorted(found)]
             labels += [len(names)] * len(found)
-            names.append(class_folder.name)
-        if not files:
-            loose = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in self.folder.iterdir())
-            instead = f"{loose} lie in the folder itself, without a class" if loose else f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+            names.append(entry.name)
+        if not self.files:
+            instead = f"{len(loose)} lie in the folder itself, without a class" if loose else f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
             raise DataError(f"{self.folder}: no images in class subfolders ({instead}); expected FOLDER/class name/image files")
-        self.files = files  # relative to folder, with '/'
+        self.skipped += [{"key": name, "reason": "lies beside the class folders, so it has no class"} for name in loose]
         self.class_names = tuple(names)
         self.labels = np.asarray(labels, dtype=np.int64)
 
@@ -124,21 +138,17 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Sample:
         key = self.files[index]
         try:
-            with Image.open(self.folder / key) as image:
-                image.load()
-        except MemoryError:
-            raise
+            image = read_image(self.folder / key)
+        except MemoryError as error:
+            raise DataError(f"{self.folder / key}: the memory that is free does not hold its pixels; free some, then run the same command") from error
         except Exception as error:  # Pillow's decoders fail with a dozen exception types on damaged files
-            raise UnreadableImage(key, f"{type(error).__name__}: {' '.join(str(error).replace(str(self.folder) + os.sep, '').split())}") from error
+            raise UnreadableImage(key, _reason(error, self.folder)) from error
         return Sample(image, int(self.labels[index]), key)
-
-    @cached_property
-    def _listing(self) -> bytes:
-        return "".join(f"{key}\t{(self.folder / key).stat().st_size}\n" for key in self.files).encode()
 
     def description(self) -> dict[str, Any]:
         """The hash covers every file's path and size, not its content: reading a whole ImageNet for a hash would take an hour."""
-        return {"kind": "folder", "folder": self.folder.resolve().name, "images": len(self), "sha256_of_paths_and_sizes": sha256_of_bytes(self._listing)}
+        listing = "".join(f"{key}\t{size}\n" for key, size in zip(self.files, self._sizes, strict=True)).encode(errors="surrogateescape")
+        return {"kind": "folder", "folder": self.folder.resolve().name, "images": len(self), "sha256_of_paths_and_sizes": sha256_of_bytes(listing)}
 
 
 def open_source(name: str | Path) -> ImageSource:
@@ -179,7 +189,54 @@ def class_sizes(labels: np.ndarray, class_names: tuple[str, ...]) -> dict[str, i
     return {name: count[index] for index, name in enumerate(class_names)}
 
 
-def _images_below(class_folder: Path) -> list[str]:
-    """Paths of the images below, relative to the class folder's parent, with '/'."""
-    return [path.relative_to(class_folder.parent).as_posix() for path in class_folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.relative_to(class_folder).parts) and path.is_file()]
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name, without what is hidden."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _leads_back(link: str, folder: Path) -> bool:
+    """Whether a link in `folder` leads to the folder itself or one above it: every image would be found again, under another class."""
+    target, here = Path(link).resolve(), folder.resolve()
+    return target == here or target in here.parents
+
+
+def _images_below(folder: str, key: str) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """The size in bytes of each image below a class folder, by its path with '/' from the class's name on; and what was left out, with reasons."""
+    sizes: dict[str, int] = {}
+    skipped: list[dict[str, str]] = []
+    waiting = [(folder, key)]
+    while waiting:  # a list, not recursion: folders may lie a thousand deep
+        here, prefix = waiting.pop()
+        try:
+            entries = _entries(here)
+        except OSError as error:
+            skipped.append({"key": prefix + "/", "reason": f"cannot be read: {error.strerror}"})
+            continue
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((entry.path, name))
+            elif entry.is_symlink() and entry.is_dir():
+                skipped.append({"key": name + "/", "reason": "a link to a folder, which is not followed"})
+            elif _is_image(entry.name):
+                try:
+                    status = entry.stat()
+                except OSError as error:
+                    skipped.append({"key": name, "reason": f"cannot be read: {error.strerror}"})
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    sizes[name] = status.st_size
+                else:
+                    skipped.append({"key": name, "reason": "a pipe, socket or device, not a file"})
+    return sizes, sorted(skipped, key=lambda entry: entry["key"])
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What is wrong with an image, in one line without the folder's path."""
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return name + " ".join(str(error).replace(str(folder) + os.sep, "").split())

@@ -7,20 +7,43 @@ image (LlamaGen's extraction). 'small-affine': small rotations, shifts and scali
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from star_fast.config import DataConfig
-from star_fast.data.sources import DataError, random_bits
+from star_fast.config import ConfigError, DataConfig
+from star_fast.data.decoding import RefusedImage, eight_bit
+from star_fast.data.sources import DataError, ImageSource, UnreadableImage, random_bits
 
 TEN_CROP_VIEWS = tuple(mirror + place for mirror in ("", "mirrored ") for place in ("top left", "top right", "bottom left", "bottom right", "centre"))
 MAX_ROTATION_DEGREES = 10.0
 MAX_SHIFT_SHARE = 0.07  # of the image's side
 MAX_SCALING = 1.1  # scalings lie between 1 / 1.1 and 1.1, evenly in the logarithm
+MOST_RESIZED_PIXELS, MOST_RESIZED_SQUARES = 2**24, 8  # of an image brought to the size that views are cut from: the larger of the two
+MOST_VIEWS, MOST_SIDE = 2**12, 2**14  # of one image; pixels of the crop that views are cut from
 _MODES = {1: "L", 3: "RGB"}
+
+
+class ImageViews(NamedTuple):
+    """The views of one image of a source."""
+
+    views: np.ndarray  # (A, C, H, W) uint8
+    label: int
+    key: str
+
+
+def check_view_settings(data: DataConfig, image_size: int, channels: int) -> None:
+    """Raise ConfigError for settings that no image could be cut into views with: then not one image is at fault."""
+    if channels not in _MODES:
+        raise ConfigError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
+    if data.views == "small-affine" and data.affine_views > MOST_VIEWS:
+        raise ConfigError(f"data.affine_views: expected at most {MOST_VIEWS}, got {data.affine_views}")
+    if data.views == "ten-crop" and image_size * data.crop_range > MOST_SIDE:
+        raise ConfigError(f"data.crop_range: expected images resized to at most {MOST_SIDE} pixels, got {data.crop_range!r} times {image_size}")
 
 
 def view_names(data: DataConfig) -> tuple[str, ...]:
@@ -37,31 +60,64 @@ def view_settings(data: DataConfig, seed: int) -> dict[str, object]:
     return {"kind": data.views, "seed": seed, "max_rotation_degrees": MAX_ROTATION_DEGREES, "max_shift_share": MAX_SHIFT_SHARE, "max_scaling": MAX_SCALING}
 
 
-def make_views(image: Image.Image, image_index: int, data: DataConfig, image_size: int, channels: int, seed: int = 0, only: int | None = None) -> np.ndarray:
-    """All views of one image, or view number `only`.
+def read_views(source: ImageSource, index: int, data: DataConfig, image_size: int, channels: int, seed: int = 0,
+               only: Sequence[int] | None = None) -> ImageViews:
+    """The views (see make_views) of image `index` of a source.
+
+    Raises:
+        UnreadableImage: the image cannot be decoded or cut into views. DataError: the machine's memory does not hold it.
+    """
+    sample = source[index]
+    try:
+        return ImageViews(make_views(sample.image, index, data, image_size, channels, seed, only), sample.label, sample.key)
+    except MemoryError as error:
+        raise DataError(f"{sample.key}: the memory that is free does not hold its views; free some, then run the same command") from error
+    except Exception as error:  # what one odd image does must not end the job
+        kind = "" if isinstance(error, RefusedImage) else f"{type(error).__name__}: "
+        raise UnreadableImage(sample.key, kind + " ".join(str(error).split())) from error
+
+
+def make_views(image: Image.Image, image_index: int, data: DataConfig, image_size: int, channels: int, seed: int = 0,
+               only: int | Sequence[int] | None = None) -> np.ndarray:
+    """All views of one image, or view number `only`, or those numbers.
 
     Args:
-        image: as decoded; converted to gray (channels 1) or RGB (channels 3) first, as LlamaGen does: transparency is dropped.
+        image: as decoded; made gray (channels 1) or RGB (channels 3) first, as LlamaGen does: transparency is dropped; 16-bit gray is scaled to 8 bits.
         image_index: the image's number in its source: with `seed` and the view it determines a small-affine view.
         image_size: pixels of a view's side.
 
     Returns:
-        (A, C, H, W) uint8; A = 10 for ten-crop, data.affine_views for small-affine; (C, H, W) with `only`.
+        (A, C, H, W) uint8; A = 10 for ten-crop, data.affine_views for small-affine, the number of those asked for; (C, H, W) with a single `only`.
 
     Raises:
-        DataError: channels other than 1 or 3.
+        DataError: channels other than 1 or 3. RefusedImage: a strip so long and thin that resizing it would take gigabytes, or no known white level.
     """
     if channels not in _MODES:
         raise DataError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
-    image = image.convert(_MODES[channels])
-    wanted = range(len(view_names(data))) if only is None else (only,)
+    _require_shape(image, int(image_size * data.crop_range) if data.views == "ten-crop" else image_size)
+    image = _in_mode(eight_bit(image), _MODES[channels])
+    wanted = range(len(view_names(data))) if only is None else (only,) if isinstance(only, int) else only
     if data.views == "ten-crop":
         crops = ten_crop(centre_crop(image, int(image_size * data.crop_range)), image_size)
         views = [_to_array(crops[view]) for view in wanted]
     else:
         base = _to_array(centre_crop(image, image_size))
         views = [base if view == 0 else small_affine(base, image_index, view, seed) for view in wanted]
-    return np.stack(views) if only is None else views[0]
+    return views[0] if isinstance(only, int) else np.stack(views)
+
+
+def _require_shape(image: Image.Image, size: int) -> None:
+    """Refuse what the resize to a shorter side of `size` would blow up: of a 100000 x 1 strip it makes a hundred thousand squares."""
+    longer, shorter = max(image.size), max(1, min(image.size))
+    if size * size * longer > max(MOST_RESIZED_PIXELS, MOST_RESIZED_SQUARES * size * size) * shorter:
+        raise RefusedImage(f"{image.width} x {image.height} pixels: too long and thin to be cut into squares of {size} pixels")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in mode L or RGB."""
+    if image.mode == "LAB":  # Pillow knows the way to RGB alone
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

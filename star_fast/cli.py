@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from star_fast.config import ConfigError, DataConfig, TokenizerConfig
+from star_fast.config import DataConfig, TokenizerConfig
 from star_fast.config_file import parse
-from star_fast.errors import UserError
+from star_fast.guard import guarded
 from star_fast.presets import FOLDER_TOKENIZER, PRESETS, preset
 
 
@@ -115,7 +115,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 0 done, 2 the user can mend it (one line on stderr), 130 interrupted."""
+    """Run one subcommand; returns the exit status (see guard.guarded)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -126,19 +126,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return guarded(lambda: COMMANDS[arguments[0]][0](arguments[1:]))
-
-
-def guarded(job: Callable[[], None]) -> int:
-    """Run `job`; an error that a user can mend becomes one line on stderr and exit status 2."""
-    try:
-        job()
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -138,9 +138,12 @@ class TrainConfig:
     log_every_steps: int = 10  # steps between lines of metrics.jsonl and TensorBoard
     validate_every_steps: int = 500  # steps between losses on the held-out split; 0: never
     tensorboard: bool = True
+    spike_deviations: float = 6.0  # a loss so many standard deviations above the mean of the last 200 steps is reported; 0: never (choice)
+    stop_on_spike: bool = False  # stop then, without saving, instead of going on
 
     def __post_init__(self) -> None:
         require_finite(self, "train")
+        require(self.spike_deviations >= 0, "train.spike_deviations", self.spike_deviations, "0 (never) or more")
         require(self.images_per_step >= 1, "train.images_per_step", self.images_per_step, "at least 1")
         require(self.micro_batch_images >= 0, "train.micro_batch_images", self.micro_batch_images, "0 (all at once) or more")
         if self.micro_batch_images:

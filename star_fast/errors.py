@@ -16,7 +16,11 @@ class UserError(Exception):
     """Bad input or a job that cannot go on: one line that says what was expected, what came and what to do.
 
     The command line prints it without a traceback and exits with status 2.
+
+    Attributes: of_one_rank (whether, of a job of several ranks, any rank that meets it says so; else rank 0 says it for all).
     """
+
+    of_one_rank = True
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
@@ -24,3 +28,9 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A setting or a field of a record contradicts another or cannot be read; the message names the field."""
+
+
+class AgreedError(UserError):
+    """An error that every rank of a job raises: rank 0 alone says it."""
+
+    of_one_rank = False

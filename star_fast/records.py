@@ -20,8 +20,15 @@ _MOST = 2**53  # whole numbers up to here are exact in JSON readers of every lan
 
 def to_dict(record: Any) -> dict[str, Any]:
     """A dataclass as plain nested dicts, lists and numbers, ready for YAML or JSON."""
-    return {f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(record, f.name)) else list(v) if isinstance(v, tuple) else v
-            for f in dataclasses.fields(record)}
+    return {f.name: _plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def from_dict(cls: type, values: Any, where: str = "", *, ignore_unknown: bool = False) -> Any:

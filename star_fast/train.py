@@ -15,10 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from star_fast.config import ConfigError, RunConfig
+from star_fast.config import RunConfig
 from star_fast.config_file import base_config, command_line, parse, write_config
-from star_fast.errors import UserError
+from star_fast.errors import UserError, printable
+from star_fast.guard import guarded
+from star_fast.locks import only_writer
 from star_fast.presets import plain
+from star_fast.storage import remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -42,38 +45,56 @@ def train(command: TrainCommand) -> Path:
     from star_fast.model.weights import load_into
     from star_fast.training import checkpoint
     from star_fast.training.batches import Batches, resolve
-    from star_fast.training.engine import Engine, build_student, start_ranks
+    from star_fast.training.engine import Engine, build_student
     from star_fast.training.export import export
+    from star_fast.training.loop import interrupts
     from star_fast.training.loop import train as run_loop
+    from star_fast.training.ranks import start_ranks
 
     run = Path(command.run)
     if not command.config.data.codes:
         raise UserError("data.codes: expected the folder of a code store (made by `star-fast prepare`), got nothing; give --data.codes FOLDER")
     store = CodeStore.open(command.config.data.codes)
     config = resolve(plain(command.config) if command.plain else command.config, store)
-    newest = checkpoint.latest(run)
-    if newest is not None and not command.resume:
-        raise UserError(f"{run}: holds checkpoints up to {newest.name}; add --resume to go on, or choose another --run")
-    if command.resume and newest is None:
-        raise UserError(f"{run}: nothing to resume, there is no complete checkpoint in {run / 'checkpoints'}")
-    rank, ranks, device = start_ranks()
-    batches = Batches(store, config, rank, ranks)
-    student = build_student(config)
-    if command.init and not command.resume:
-        load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
-    engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
-    first_step = checkpoint.load(engine, store, newest) if command.resume else 0
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_config(config, run / "config.yaml")
-        _announce(config, batches, student, device, ranks, first_step)
-    done = run_loop(engine, batches, run, first_step)
-    folder = export(engine, store, run, done)
+    _find_checkpoint(run, command.resume)  # before anything is made
+    with only_writer(run, "training"):
+        newest = _find_checkpoint(run, command.resume)
+        rank, ranks, device = start_ranks()
+        if rank == 0:
+            remove_leftovers(run)
+            checkpoint.clear_leftovers(run)
+        batches = Batches(store, config, rank, ranks)
+        student = build_student(config)
+        if command.init and not command.resume:
+            load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
+        engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
+        earlier = checkpoint.load(engine, store, newest) if newest is not None else None
+        first_step = earlier.step if earlier is not None else 0
+        if rank == 0:
+            write_config(config, run / "config.yaml")
+            _announce(config, batches, student, device, ranks, first_step)
+            if earlier is not None and (changed := checkpoint.changed_settings(earlier, config)):
+                print(f"Resuming with other settings than before: {', '.join(changed)}", flush=True)
+        with interrupts() as stop:
+            done = run_loop(engine, batches, run, first_step, stop=stop, earlier=earlier.telemetry if earlier is not None else None)
+            folder = export(engine, store, run, done)
     if rank == 0:
         finished = done >= batches.total_steps
-        print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {folder}"
-              + ("" if finished else f"; go on with --resume --run {run}"), flush=True)
+        print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {printable(folder)}"
+              + ("" if finished else f"; go on with --resume --run {printable(run)}"), flush=True)
     return folder
+
+
+def _find_checkpoint(run: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Raises UserError: there is one and nobody said --resume, or the other way round."""
+    from star_fast.training import checkpoint
+
+    newest = checkpoint.latest(run)
+    if newest is not None and not resume:
+        raise UserError(f"{run}: holds checkpoints up to {newest.name}; add --resume to go on, or choose another --run")
+    if resume and newest is None:
+        raise UserError(f"{run}: nothing to resume, there is no complete checkpoint in {run / 'checkpoints'}")
+    return newest
 
 
 def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks: int, first_step: int) -> None:
@@ -89,23 +110,22 @@ def run_command(arguments: list[str], prog: str) -> None:
     """Parse a command line and train; leaves the process group however it ends."""
     base, source, rest = base_config(arguments)
     command = parse(TrainCommand, rest, prog, f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
+    import torch.distributed as dist
+
     try:
         train(command)
+    except UserError as error:
+        if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
+            error.of_one_rank = False  # before the ranks have met all of a machine see the same
+        raise
     finally:
-        import torch.distributed as dist
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def main() -> int:
-    """The command line; returns the exit status: 0 done, 2 the user can mend it (one line on stderr)."""
-    try:
-        run_command(command_line(), "train.py")
-    except (UserError, ConfigError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    """The command line; returns the exit status (see guard.guarded)."""
+    return guarded(lambda: run_command(command_line(), "train.py"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "records": {"errors"},
     "config": {"errors", "records"},
     "storage": {"errors", "records"},
+    "guard": {"errors"},
     "locks": {"errors", "storage"},
     "presets": {"config"},
     "config_file": {"config", "presets", "records", "storage", "errors"},

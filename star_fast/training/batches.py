@@ -69,14 +69,19 @@ class Batches:
         self.total_steps = train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
         self._order: tuple[int, np.ndarray] | None = None
 
+    def images_of(self, step: int) -> np.ndarray:
+        """Rows of the store that optimizer step `step` (counted from 0) trains on: (micro-batches, ranks, images) int64."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = self._order
+        if order is None or order[0] != epoch:
+            self._order = order = epoch, masking.epoch_order(self.config.train.seed, epoch, self.images)
+        start = within * self.config.train.images_per_step
+        return order[1][start : start + self.config.train.images_per_step].reshape(self.accumulation, self.ranks, self.micro_images)
+
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step `step` (counted from 0)."""
         config, seed = self.config, self.config.train.seed
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, masking.epoch_order(seed, epoch, self.images)
-        start = within * config.train.images_per_step
-        global_batch = self._order[1][start : start + config.train.images_per_step].reshape(self.accumulation, self.ranks, self.micro_images)
+        epoch, global_batch = step // self.steps_per_epoch, self.images_of(step)
         positions = torch.from_numpy(masking.position_set(seed, step, config.model.positions, config.method.contrast_positions))
         seen = step * config.train.images_per_step
         return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images)

@@ -1,28 +1,85 @@
-"""Saving and resuming a run exactly, and exporting what it learned.
+"""Saving and resuming a run exactly.
 
-A checkpoint is a folder checkpoints/step-XXXXXXX, complete or absent: it is written under a temporary name, flushed to disk, listed with
-the size of each file in complete.json, and renamed last.
+A checkpoint is a folder checkpoints/step-XXXXXXX, complete or absent: it is written under a temporary name, flushed to disk, listed with the size and
+sha256 of each file in complete.json, and renamed last. Before anything of it is loaded all that is checked, and nothing in it is ever executed.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import re
 import shutil
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from star_fast.config import RunConfig
 from star_fast.data.codes import CodeStore
-from star_fast.errors import UserError
-from star_fast.records import to_dict
-from star_fast.storage import atomic_write_json, explain_write_errors, sync_folder
+from star_fast.errors import ConfigError, UserError
+from star_fast.records import require, to_dict
+from star_fast.storage import atomic_write_json, explain_write_errors, read_record, require_regular, sha256_of_file, sync_folder
 from star_fast.training.engine import Engine
+from star_fast.training.ranks import agree, together
 
-FORMAT = 1
+FORMAT = 2
+RECORD_FILE = "complete.json"
+_NAME = re.compile(r"step-(\d{7,15})")
+_REMOVE = "the checkpoint is damaged: remove this folder to resume from the one before"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CodesRecord:
+    """Which codes a run trains on: a resume must find the same."""
+
+    tokenizer: str  # sha256 of its weights
+    images: int
+    codes: str  # sha256 of codes.bin
+
+
+@dataclass(frozen=True)
+class TelemetryRecord:
+    """What the losses were, so that a resumed run judges and logs the next ones as an unbroken run does."""
+
+    rows: list[list[float]] = field(default_factory=list)  # of the steps since the last log line, in the order of telemetry.TERMS
+    window: list[float] = field(default_factory=list)  # see watch.LossWatch
+    episode: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """complete.json."""
+
+    format: int
+    step: int  # finished optimizer steps
+    ranks: int
+    zero_stage: int
+    torch: str
+    config: dict[str, dict[str, Any]]
+    codes: CodesRecord
+    files: dict[str, FileRecord]  # by path within the folder
+    telemetry: TelemetryRecord = field(default_factory=TelemetryRecord)
+
+    def __post_init__(self) -> None:
+        require(self.step >= 0, "step", self.step, "0 or more")
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\0" in name or not name:
+                raise ConfigError(f"files: expected paths within the folder, got {name!r}")
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -30,60 +87,199 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
+def finished(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. What has another name (a `.tmp` that a full disk or a kill left) is none."""
+    found = [(int(match[1]), folder) for folder in (run / "checkpoints").glob("step-*") if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()]
+    return [folder for _, folder in sorted(found)]
+
+
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    return max((folder for folder in (run / "checkpoints").glob("step-*") if folder.suffix != ".tmp" and folder.is_dir()), default=None)
+    return max(finished(run), key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
 
 
-def codes_identity(store: CodeStore) -> dict[str, Any]:
-    """Which codes a run trains on: a resume must find the same."""
-    return {"tokenizer": store.tokenizer_hash, "images": len(store), "codes": store.manifest["files"]["codes.bin"]["sha256"]}
+def clear_leftovers(run: Path) -> None:
+    """Remove what killed saves left behind. Only for the holder of the run's lock."""
+    for folder in (run / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int) -> Path:
-    """Save everything a resume needs, as of `step` finished steps; older checkpoints beyond `keep` are removed. A collective."""
+def codes_identity(store: CodeStore) -> CodesRecord:
+    """Which codes a run trains on."""
+    return CodesRecord(store.tokenizer_hash, len(store), store.manifest["files"]["codes.bin"]["sha256"])
+
+
+def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int, telemetry: TelemetryRecord | None = None, spare: Path | None = None) -> Path:
+    """Save everything a resume needs, as of `step` finished steps. A collective.
+
+    Older complete checkpoints beyond the newest `keep` are removed once this one is safe; `spare`, the last one known to be good, is not.
+
+    Raises:
+        Diverged: the weights are not finite: nothing is written. AgreedError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
     final = step_folder(run, step)
     if final.exists():
         return final
+    engine.require_finite(step)
     temporary = final.with_suffix(".tmp")
-    with explain_write_errors(final):
-        if engine.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+    main = engine.rank == 0
+    try:
+        together(lambda: _empty(temporary) if main else None)
+        engine.files.begin()
         engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-        if engine.teacher is not None and (engine.masters.sharded or engine.rank == 0):
-            save_file({str(index): tensor.contiguous() for index, tensor in enumerate(engine.teacher.masters)},
-                      temporary / f"teacher-{engine.rank:05d}.safetensors")
-        dist.barrier()
-        if engine.rank == 0:
-            files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
-            atomic_write_json(temporary / "complete.json", {"format": FORMAT, "step": step, "ranks": engine.ranks, "zero_stage":
-                              engine.config.train.zero_stage, "torch": torch.__version__, "config": to_dict(engine.config),
-                              "codes": codes_identity(store), "files": files})
-            _sync_tree(temporary)
-            os.replace(temporary, final)
-            for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        agree(engine.files.problem)
+        together(lambda: _save_teacher(engine, temporary))
+        files = _gather(together(lambda: _describe(temporary, _listing(temporary)[engine.rank::engine.ranks])))
+        record = CheckpointRecord(FORMAT, step, engine.ranks, engine.config.train.zero_stage, torch.__version__, to_dict(engine.config),
+                                  codes_identity(store), files, telemetry or TelemetryRecord())
+        together(lambda: _complete(temporary, final, record) if main else None)
+    except UserError:
+        if main:  # a full disk gets its room back
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if main:
+        for old in finished(run)[:-keep]:
+            if old != spare:
                 shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+    dist.barrier()
     return final
 
 
-def _sync_tree(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders' entries, to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_folder(path)
-    sync_folder(folder)
+def check(folder: Path, engine: Engine, store: CodeStore) -> CheckpointRecord:
+    """The record of a complete, fitting checkpoint. Every rank calls it; each reads only its share of the files whole.
+
+    Raises:
+        UserError: a file is missing, foreign or not the one that was saved, or the checkpoint belongs to another model, code store, ZeRO stage or number
+            of ranks.
+    """
+    record = read_record(folder / RECORD_FILE, CheckpointRecord, "not a complete checkpoint: remove this folder to resume from the one before")
+    if record.format != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}")
+    _check_files(folder, record, engine.rank, engine.ranks)
+    if (record.ranks, record.zero_stage) != (engine.ranks, engine.config.train.zero_stage):
+        raise UserError(f"{folder}: saved by {record.ranks} ranks with ZeRO stage {record.zero_stage}, this run has {engine.ranks} ranks with "
+                        f"stage {engine.config.train.zero_stage}; resume with the same, or start from its weights with --init {folder.parent.parent / 'model'}")
+    _same_run(record.config, to_dict(engine.config), folder)
+    found = codes_identity(store)
+    if record.codes != found:
+        what = "tokenizer" if record.codes.tokenizer != found.tokenizer else "codes"
+        raise UserError(f"{folder}: trained on a code store of {what} {getattr(record.codes, what)[:12]}, {store.path} has {getattr(found, what)[:12]}; "
+                        "give the code store that the run began with")
+    return record
+
+
+def load(engine: Engine, store: CodeStore, folder: Path) -> CheckpointRecord:
+    """Put a checkpoint back; returns its record. Weights, optimizer state and teacher are bit-identical after. A collective.
+
+    Raises:
+        AgreedError: see check; or its weights are not finite.
+    """
+
+    def read() -> tuple[CheckpointRecord, list[Tensor]]:
+        record = check(folder, engine, store)
+        engine.files.open(folder / "deepspeed", engine.rank)
+        return record, _read_teacher(engine, folder)
+
+    record, teacher = together(read)
+    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
+    agree(f"{folder}: DeepSpeed could not load it; {_REMOVE}" if loaded is None else None)
+    if engine.teacher is not None:
+        for master, saved in zip(engine.teacher.masters, teacher, strict=True):
+            master.copy_(saved)
+        engine.teacher.refresh()
+    engine.require_finite(record.step, f"{folder}: as saved")
+    return record
+
+
+def _empty(folder: Path) -> None:
+    with explain_write_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
+def _teacher_file(engine: Engine, folder: Path) -> Path:
+    return folder / f"teacher-{engine.rank if engine.masters.sharded else 0:05d}.safetensors"
+
+
+def _save_teacher(engine: Engine, folder: Path) -> None:
+    """This rank's shard of the teacher's masters; whole masters are rank 0's to save."""
+    if engine.teacher is None or not (engine.masters.sharded or engine.rank == 0):
+        return
+    path = _teacher_file(engine, folder)
+    with explain_write_errors(path):
+        try:
+            save_file({str(index): tensor.contiguous() for index, tensor in enumerate(engine.teacher.masters)}, path)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _read_teacher(engine: Engine, folder: Path) -> list[Tensor]:
+    """The saved masters, in order. Raises UserError unless they are float32 of this run's shapes: nothing is broadcast."""
+    if engine.teacher is None:
+        return []
+    path = _teacher_file(engine, folder)
+    require_regular(path, _REMOVE)
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file; {_REMOVE}") from error
+    masters = engine.teacher.masters
+    names = [str(index) for index in range(len(masters))]
+    if sorted(saved) != sorted(names):
+        raise UserError(f"{path}: expected {len(masters)} tensors, it holds {len(saved)}; {_REMOVE}")
+    for name, master in zip(names, masters, strict=True):
+        if saved[name].shape != master.shape or saved[name].dtype != master.dtype:
+            raise UserError(f"{path}: tensor {name} should be {master.dtype} {tuple(master.shape)}, it is {saved[name].dtype} "
+                            f"{tuple(saved[name].shape)}; {_REMOVE}")
+    return [saved[name] for name in names]
+
+
+def _listing(folder: Path) -> list[str]:
+    """The files below `folder`, by path within it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+
+
+def _describe(folder: Path, names: list[str]) -> dict[str, FileRecord]:
+    return {name: FileRecord((folder / name).stat().st_size, sha256_of_file(folder / name)) for name in names}
+
+
+def _gather(mine: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """The shares of all ranks, by name."""
+    shares = [mine] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return dict(sorted((name, file) for share in shares for name, file in share.items()))
+
+
+def _complete(temporary: Path, final: Path, record: CheckpointRecord) -> None:
+    """List what is there, flush the names to disk, and give the folder its final name."""
+    with explain_write_errors(final):
+        atomic_write_json(temporary / RECORD_FILE, to_dict(record))
+        for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+            sync_folder(folder)
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+
+
+def _check_files(folder: Path, record: CheckpointRecord, rank: int, ranks: int) -> None:
+    """Names and sizes of all files, and the content of every ranks-th: together the ranks read all of it."""
+    there = set(_listing(folder)) - {RECORD_FILE}
+    for name in sorted(there - set(record.files)):
+        raise UserError(f"{folder}: {name} is not part of the checkpoint; remove that file, or this folder to resume from the one before")
+    for index, (name, file) in enumerate(record.files.items()):
+        size = require_regular(folder / name, _REMOVE)
+        if size != file.bytes:
+            raise UserError(f"{folder}: {name} should have {file.bytes} bytes, it has {size}; {_REMOVE}")
+        if index % ranks == rank and sha256_of_file(folder / name) != file.sha256:
+            raise UserError(f"{folder}: {name} is not the file that was saved (its sha256 differs); {_REMOVE}")
 
 
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Settings that would make a resume something else than the same run must agree; how long and how often to log may change."""
-    free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "tensorboard"},
-            "data": {"codes"}, "tokenizer": None}
+    """Settings that would make a resume something else than the same run must agree. How long it lasts, what is logged and the optimizer's settings may
+    change: the latter is how a run goes on that has diverged, and it is said."""
+    free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "tensorboard",
+                      "spike_deviations", "stop_on_spike"}, "data": {"codes"}, "tokenizer": None, "optim": None}
     for section, values in wanted.items():
         ignored = free.get(section, set())
         for name, value in values.items() if ignored is not None else ():
@@ -92,45 +288,7 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
                                 "resume with the same settings, or start another run with --init")
 
 
-def check(folder: Path, engine: Engine, store: CodeStore) -> int:
-    """The step of a complete, fitting checkpoint.
-
-    Raises:
-        UserError: a file is missing or cut short, or the checkpoint belongs to another model, code store, ZeRO stage or number of ranks.
-    """
-    try:
-        record = json.loads((folder / "complete.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}: not a complete checkpoint (complete.json cannot be read: {error}); remove this folder to resume from the "
-                        "one before") from error
-    if record.get("format") != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {record.get('format')}, this version reads {FORMAT}")
-    for name, size in record["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            raise UserError(f"{folder}: {name} should have {size} bytes, {'it is missing' if found is None else f'it has {found}'}; "
-                            "the checkpoint is damaged: remove this folder to resume from the one before")
-    if (record["ranks"], record["zero_stage"]) != (engine.ranks, engine.config.train.zero_stage):
-        raise UserError(f"{folder}: saved by {record['ranks']} ranks with ZeRO stage {record['zero_stage']}, this run has {engine.ranks} ranks with "
-                        f"stage {engine.config.train.zero_stage}; resume with the same, or start from its weights with --init {folder.parent.parent / 'model'}")
-    _same_run(record["config"], to_dict(engine.config), folder)
-    found = codes_identity(store)
-    if record["codes"] != found:
-        what = "tokenizer" if record["codes"]["tokenizer"] != found["tokenizer"] else "codes"
-        raise UserError(f"{folder}: trained on a code store of {what} {record['codes'][what][:12]}, {store.path} has {found[what][:12]}; "
-                        "give the code store that the run began with")
-    return record["step"]
-
-
-def load(engine: Engine, store: CodeStore, folder: Path) -> int:
-    """Put a checkpoint back; returns the number of finished steps. Weights, optimizer state and teacher are bit-identical after."""
-    step = check(folder, engine, store)
-    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
-    if loaded is None:
-        raise UserError(f"{folder}: DeepSpeed could not load it")
-    if engine.teacher is not None:
-        saved = load_file(folder / f"teacher-{engine.rank if engine.masters.sharded else 0:05d}.safetensors")
-        for index, master in enumerate(engine.teacher.masters):
-            master.copy_(saved[str(index)])
-        engine.teacher.refresh()
-    return step
+def changed_settings(record: CheckpointRecord, config: RunConfig) -> list[str]:
+    """The optimizer's settings that this resume changes, in words."""
+    before, now = record.config.get("optim", {}), to_dict(config.optim)
+    return [f"optim.{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value]

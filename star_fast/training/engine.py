@@ -5,11 +5,6 @@ The ZeRO settings are derived from the run's config; nothing else in the project
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import socket
 from typing import Any
 
 import torch
@@ -18,47 +13,18 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from star_fast.config import RunConfig
-from star_fast.errors import UserError
 from star_fast.method import objective
 from star_fast.method.masking import dropout_seed
 from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
 from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
+from star_fast.training import deepspeed_files
 from star_fast.training.batches import MicroBatch
 from star_fast.training.masters import Masters
-
-log = logging.getLogger(__name__)
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, loaded at use. Raises UserError naming the extra if it is missing."""
-    try:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its accelerator search
-            import deepspeed
-    except ImportError as error:
-        raise UserError(f"Training needs DeepSpeed, which cannot be imported ({error}): install it with "
-                        "pip install --no-build-isolation 'star_fast[train]'") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
-
-
-def start_ranks() -> tuple[int, int, torch.device]:
-    """Join the process group the launcher describes, or make one of a single rank: (rank, ranks, device)."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        deepspeed = import_deepspeed()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how its shared-memory op was built
-            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-    return dist.get_rank(), dist.get_world_size(), device
+from star_fast.training.ranks import import_deepspeed
+from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
+from star_fast.training.watch import Diverged
 
 
 def build_student(config: RunConfig) -> Student:
@@ -130,6 +96,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=student.to(device), optimizer=build_optimizer(groups, config, device),
             config=deepspeed_settings(config, micro_images, accumulation), dist_init_required=False)
+        self.files = deepspeed_files.take_over(self.deepspeed)
         self.student, self.clips_here = student, clips_outside(config)
         transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
         self.masters = Masters(self.deepspeed.optimizer, student.transformer, transformer_groups)
@@ -185,6 +152,24 @@ class Engine:
         total = total.to(self.device)
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
+
+    @torch.no_grad()
+    def require_finite(self, step: int, what: str = "") -> None:
+        """A collective, before anything is saved or exported: raises Diverged if a master weight of student or teacher is not finite.
+
+        `what` stands before the message in place of the step.
+        """
+        problem = torch.zeros(2, device=self.device)
+        for index, masters in enumerate((self.masters.tensors(), self.teacher.masters if self.teacher is not None else [])):
+            # Smallest and largest value: NaN passes through both, and no temporary of the weights' size is made.
+            ends = [end for master in masters if master.numel() for end in torch.aminmax(master)]
+            if ends:
+                problem[index] = (~torch.isfinite(torch.stack(ends))).any()
+        if self.ranks > 1:
+            dist.all_reduce(problem)
+        named = [name for name, bad in zip(("the student's", "the teacher's"), problem.tolist(), strict=True) if bad]
+        if named:
+            raise Diverged(f"{what or f'step {step}'}: {' and '.join(named)} weights are not finite", step)
 
     def _of_all_ranks(self, keys: Tensor | None) -> Tensor | None:
         """(S, B, D) -> (S, B_all, D), rank 0's images first."""

@@ -1,8 +1,9 @@
-"""What a run says while it trains: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run says while it trains: a progress bar, metrics.jsonl, TensorBoard; and where it reads the losses it sees whether they are sound."""
 
 from __future__ import annotations
 
-import json
+import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from star_fast.storage import atomic_write_bytes, explain_write_errors, json_bytes, parse_json
+from star_fast.training.watch import Diverged, LossWatch
+
 TERMS = ("loss", "ar", "mim", "step_contrast", "view_contrast")
 
 
@@ -19,13 +23,21 @@ class Telemetry:
     """Collects losses without reading them back each step; every `log_every` steps averages them over steps and ranks and writes.
 
     metrics.jsonl is cut back to the resumed step first, so that a resumed run's file reads like an unbroken one's.
+
+    Args:
+        folder: the run's. first_step, total_steps: where the run begins and ends. main: whether this rank writes.
+        watch: judges every loss that is read. rows: losses of the steps since the last log line, of a checkpoint that is resumed.
+        stop_on_spike: whether a jump of the loss ends the run.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, images_per_step: int, *, log_every: int, main: bool, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, first_step: int, total_steps: int, images_per_step: int, *, log_every: int, main: bool, tensorboard: bool,
+                 watch: LossWatch, rows: list[list[float]] | None = None, stop_on_spike: bool = False) -> None:
         self.folder, self.images_per_step, self.log_every, self.main = folder, images_per_step, log_every, main
-        self.pending: list[Tensor] = []
+        self.watch, self.stop_on_spike, self.spike = watch, stop_on_spike, 0.0
+        self.rows, self.pending, self.done = list(rows or []), [], first_step
         self.grad_norm: Tensor | float = 0.0
         self.since = self.begun = time.perf_counter()
+        self.timed = 0  # steps since `since`
         self.earlier_s = 0.0
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not main, dynamic_ncols=True)
         self.board = None
@@ -41,39 +53,70 @@ class Telemetry:
                 tqdm.write("TensorBoard is not installed: metrics go to metrics.jsonl only (pip install 'star_fast[train]')")
 
     def step(self, step: int, losses: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Note one step: `losses` (5,) in the order of TERMS, this rank's; `step` counts from 0."""
+        """Note one step: `losses` (5,) in the order of TERMS, this rank's; `step` counts from 0.
+
+        Raises:
+            Diverged: at a log line, of any step since the last: a loss was not finite, or it has jumped and the run is set to stop.
+        """
         self.pending.append(losses)
-        self.grad_norm = grad_norm
-        if (step + 1) % self.log_every and step + 1 < self.bar.total:
+        self.grad_norm, self.done = grad_norm, step + 1
+        self.timed += 1
+        if self.done % self.log_every and self.done < self.bar.total:
             self.bar.update(1)
             return
-        mean = torch.stack(self.pending).mean(0)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        now, steps = time.perf_counter(), len(self.pending)
-        self.pending.clear()
-        values = dict(zip(TERMS, mean.tolist(), strict=True))  # the one host sync of the interval
-        images_per_s = steps * self.images_per_step / (now - self.since)
-        self.since = now
+        self.read()
+        values = {name: statistics.fmean(column) for name, column in zip(TERMS, zip(*self.rows, strict=True), strict=True)}
+        self.rows.clear()
+        now = time.perf_counter()
+        images_per_s = self.timed * self.images_per_step / (now - self.since)
+        self.since, self.timed = now, 0
         self.bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in values.items()) + f" | {images_per_s:.0f} images/s", refresh=False)
         self.bar.update(1)
-        self._write({"step": step + 1, "images": (step + 1) * self.images_per_step, **values, "lr": lr, "grad_norm": float(self.grad_norm),
+        spike = {"spike_deviations": self.spike} if self.spike else {}
+        self.spike = 0.0
+        self._write({"step": self.done, "images": self.done * self.images_per_step, **values, "lr": lr, "grad_norm": float(self.grad_norm), **spike,
                      "images_per_s": images_per_s, "time_s": self.earlier_s + now - self.begun})
 
+    def read(self) -> None:
+        """Read the losses noted since the last time, averaged over ranks: a collective, and the one host sync of an interval. Raises Diverged."""
+        if not self.pending:
+            return
+        means = torch.stack(self.pending)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        first = self.done - len(self.pending) + 1
+        self.pending.clear()
+        for step, row in enumerate(means.tolist(), first):
+            above = self.watch.see(step, dict(zip(TERMS, row, strict=True)))
+            self.rows.append(row)
+            if above is not None:
+                self._report_spike(step, row[0], above)
+
     def validation(self, step: int, loss: float) -> None:
-        """Note the held-out next-token loss (nats) after `step` steps."""
+        """Note the held-out next-token loss (nats) after `step` steps. Raises Diverged if it is not finite."""
+        if not math.isfinite(loss):
+            raise Diverged(f"step {step}: the loss on held-out images is not finite ({loss:.4g})", step)
         self._write({"step": step, "images": step * self.images_per_step, "val_ar": loss})
-        self.since = time.perf_counter()  # validation is not training time
+        self.since, self.timed = time.perf_counter(), 0  # validation is not training time
+
+    def _report_spike(self, step: int, loss: float, above: float) -> None:
+        self.spike = above
+        told = f"step {step}: loss {loss:.4g} lies {above:.1f} standard deviations above the mean of the last {len(self.watch.window)} steps"
+        if self.stop_on_spike:
+            raise Diverged(f"{told}, and train.stop_on_spike is set", step)
+        if self.main:
+            tqdm.write(told)
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
             return
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON knows no NaN
+        with explain_write_errors(self.file), self.file.open("ab") as file:
+            file.write(json_bytes(line, indent=None))
         if self.board is not None:
             for name, value in line.items():
-                if name not in ("step", "images"):
+                if name not in ("step", "images") and value is not None:
                     self.board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
@@ -85,14 +128,15 @@ class Telemetry:
 
 def _cut_back(file: Path, step: int) -> float:
     """Keep the lines up to `step`; returns the training time they record, in seconds."""
-    lines = []
-    if file.exists() and step:
-        for text in file.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # a line cut off by a kill
+    kept, time_s = [], 0.0
+    for text in file.read_bytes().splitlines() if file.is_file() and step else ():
+        try:
+            line = parse_json(text)
+            if line["step"] > step:
                 continue
-            if line["step"] <= step:
-                lines.append(line)
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return max((line.get("time_s", 0.0) for line in lines), default=0.0)
+            time_s = max(time_s, float(line.get("time_s", 0.0)))
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut off by a kill, or damaged
+            continue
+        kept.append(text + b"\n")
+    atomic_write_bytes(file, b"".join(kept))
+    return time_s

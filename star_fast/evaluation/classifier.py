@@ -4,7 +4,8 @@ asked for, and its penultimate features carry the classifier Fréchet distance. 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from star_fast.errors import UserError
-from star_fast.storage import atomic_write_bytes, atomic_write_json, read_bytes, read_json
+from star_fast.evaluation.limits import MOST_COUNT, require_memory, require_ranges
+from star_fast.records import require, to_dict
+from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_bytes, read_record, sha256_of_bytes
 
 FEATURES = 64
 RETRAIN = "remove the folder to train the classifier again"
+RECORD_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
+_MOST_HEADER_BYTES = 2**16  # of the weights' file
+_REDUCED_AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,36 @@ class ClassifierConfig:
     """How the small classifier is trained."""
 
     epochs: int = 8  # passes over the training images, each time shifted, turned and scaled a little
-    images_per_step: int = 64
+    images_per_step: int = 64  # images of an optimizer step
     lr: float = 4e-3  # AdamW, peak of a one-cycle schedule
-    weight_decay: float = 0.02
+    weight_decay: float = 0.02  # of AdamW
     channels: int = 16  # at half the resolution; doubles at each further halving, up to four times
     largest_side: int = 64  # pixels; images with a longer side than 32 are reduced to this one
-    max_images: int = 50_000  # training images used, evenly spaced over the split
-    seed: int = 0
+    max_images: int = 50_000  # training images used, evenly spaced over the split; 0: all
+    seed: int = 0  # of its initial weights and of the order and shifts of its images
+
+    def __post_init__(self) -> None:
+        require_ranges(self, {"epochs": (1, MOST_COUNT), "images_per_step": (2, 2**20), "lr": (1e-12, 1e3), "weight_decay": (0, 1e3), "channels": (1, 2**8),
+                              "largest_side": (1, 2**10), "max_images": (0, MOST_COUNT), "seed": (0, 2**53)}, "classifier")
+
+
+@dataclass(frozen=True)
+class ClassifierRecord:
+    """What classifier.json holds: the network's sizes, how it was trained, on what, and which weights belong to it."""
+
+    image_channels: int
+    side: int  # pixels of the square that it sees
+    num_classes: int
+    channels: int
+    train_images: int
+    mirror: bool
+    config: ClassifierConfig
+    data: dict[str, Any] = field(default_factory=dict)  # of the caller: what identifies the training images
+    weights_sha256: str = ""  # of classifier.safetensors
+
+    def __post_init__(self) -> None:
+        for name, most in (("image_channels", 16), ("side", 2**10), ("num_classes", 2**24), ("channels", 2**8), ("train_images", MOST_COUNT)):
+            require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"1 ... {most}")
 
 
 class SmallCNN(nn.Module):
@@ -84,39 +113,58 @@ class Verdict:
 class Classifier:
     """A trained SmallCNN with the way images enter it: uint8 (N, C, H, W), as sources give them and as the generator writes them."""
 
-    def __init__(self, network: SmallCNN, record: dict[str, Any]) -> None:
+    def __init__(self, network: SmallCNN, record: ClassifierRecord) -> None:
         self.network = network.eval().to(memory_format=torch.contiguous_format)  # as a loaded one is: the same bits
-        self.record = record  # image_channels, side, num_classes, channels, config, train_images, and what the caller adds (held-out accuracy)
+        self.record = record
 
     @torch.inference_mode()
     def judge(self, images: Tensor, images_per_step: int = 256) -> Verdict:
         """Features and class probabilities of uint8 images (N, C, H, W), any H and W."""
-        if images.shape[1] != self.record["image_channels"]:
-            raise UserError(f"classifier: expected images of {self.record['image_channels']} channels, as it was trained on, got {images.shape[1]}")
+        if images.shape[1] != self.record.image_channels:
+            raise UserError(f"classifier: expected images of {self.record.image_channels} channels, as it was trained on, got {images.shape[1]}")
         device = next(self.network.parameters()).device
         features, probs = [], []
         for start in range(0, len(images), images_per_step):
-            part = self.network.features(to_input(images[start : start + images_per_step], self.record["side"]).to(device))
+            part = self.network.features(to_input(images[start : start + images_per_step], self.record.side).to(device))
             features.append(part.float().cpu())
             probs.append(self.network.to_classes(part).float().softmax(dim=1).cpu())
         return Verdict(torch.cat(features), torch.cat(probs))
 
     def save(self, folder: Path) -> None:
-        """Write classifier.safetensors and classifier.json into `folder`, the record last: it names a whole file."""
-        atomic_write_bytes(folder / "classifier.safetensors", to_safetensors(self.network.state_dict()))
-        atomic_write_json(folder / "classifier.json", self.record)
+        """Write the two files. The record comes last and holds the sha256 of the weights: killed in between, no old record fits the new weights."""
+        weights = to_safetensors(self.network.state_dict())
+        self.record = replace(self.record, weights_sha256=sha256_of_bytes(weights))
+        atomic_write_bytes(folder / WEIGHTS_FILE, weights)
+        atomic_write_json(folder / RECORD_FILE, to_dict(self.record))
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
-        """The classifier that `save` wrote. Raises StorageError or UserError when a file is missing or damaged."""
-        record = read_json(folder / "classifier.json", RETRAIN)
-        data = read_bytes(folder / "classifier.safetensors", RETRAIN)
+        """The classifier that `save` wrote. Raises StorageError when a file is missing or damaged, or the two do not belong together."""
+        record = read_record(folder / RECORD_FILE, ClassifierRecord, RETRAIN)
+        with torch.device("meta"):  # shapes alone: nothing is allocated for what the record asks for before the weights have it
+            network = SmallCNN(record.image_channels, record.side, record.num_classes, record.channels)
+        expected = network.state_dict()
+        file = folder / WEIGHTS_FILE
+        data = read_bytes(file, RETRAIN, sum(tensor.nbytes for tensor in expected.values()) + _MOST_HEADER_BYTES)
+        if sha256_of_bytes(data) != record.weights_sha256:
+            raise StorageError(f"{file}: its sha256 is not the one in {RECORD_FILE}: damaged, or files of two classifiers mixed; {RETRAIN}")
         try:
-            network = SmallCNN(record["image_channels"], record["side"], record["num_classes"], record["channels"])
-            network.load_state_dict(parse_safetensors(data))
-        except (KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: the classifier cannot be read ({str(error).splitlines()[0]}); {RETRAIN}") from error
+            weights = parse_safetensors(data)
+        except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise StorageError(f"{file}: the classifier cannot be read ({str(error).splitlines()[0]}); {RETRAIN}") from error
+        shapes, found = ({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()} for state in (expected, weights))
+        differing = next((name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)), None)
+        if differing is not None:
+            raise StorageError(f"{file}: expected {differing} as {shapes.get(differing)}, got {found.get(differing)}; {RETRAIN}")
+        if (bad := _not_finite(weights)) is not None:
+            raise StorageError(f"{file}: {bad} holds numbers that are not finite; {RETRAIN}")
+        network.load_state_dict(weights, assign=True)
         return cls(network, record)
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with an infinity or NaN."""
+    return next((name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
 
 
 def input_side(height: int, width: int, largest_side: int) -> int:
@@ -129,6 +177,11 @@ def to_input(images: Tensor, side: int) -> Tensor:
     """uint8 (N, C, H, W) -> float32 (N, C, side, side) in [-1, 1], reduced with antialiasing where the size differs."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"classifier: images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if len(images) > _REDUCED_AT_ONCE:  # in parts: as floats in full size all of them could take many times the memory
+        result = torch.empty(len(images), images.shape[1], side, side)
+        for start in range(0, len(images), _REDUCED_AT_ONCE):
+            result[start : start + _REDUCED_AT_ONCE] = to_input(images[start : start + _REDUCED_AT_ONCE], side)
+        return result
     x = images.float() / 127.5 - 1
     return x if x.shape[-2:] == (side, side) else F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
@@ -158,11 +211,13 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int, config: C
         mirror: whether a mirrored image is of the same class (true of photographs, not of digits).
 
     Raises:
-        UserError: fewer than two images, or labels that do not fit.
+        UserError: fewer than two images, labels that do not fit, or a training that ended in numbers that are not finite.
     """
     if len(images) < 2 or labels.shape != (len(images),):
         raise UserError(f"classifier: expected at least 2 training images with one label each, got {len(images)} images and labels {tuple(labels.shape)}")
     side = input_side(images.shape[2], images.shape[3], config.largest_side)
+    require_memory(4 * len(images) * images.shape[1] * side**2, f"classifier: {len(images):,} training images of {side} x {side} pixels",
+                   "use fewer or smaller ones: --classifier.max-images, --classifier.largest-side")
     x_all = to_input(images, side)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -183,6 +238,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int, config: C
             loss.backward()
             optimizer.step()
             schedule.step()
-    record = {"image_channels": images.shape[1], "side": side, "num_classes": num_classes, "channels": config.channels,
-              "train_images": len(images), "mirror": mirror, "config": asdict(config)}
+    if (bad := _not_finite(network.state_dict())) is not None:
+        raise UserError(f"classifier: its training ended in numbers that are not finite ({bad}); give a smaller --classifier.lr than {config.lr:g}")
+    record = ClassifierRecord(images.shape[1], side, num_classes, config.channels, train_images=len(images), mirror=mirror, config=config)
     return Classifier(network, record)

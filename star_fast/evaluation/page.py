@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_html
+
+from star_fast.errors import printable
+
+# What no page should hold: control characters, marks that turn the reading direction, halves of characters (bytes of a file name that are no text).
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5b6470; --rule: #e2e6ec; --ground: #fbfbfa; --card: #fff; --accent: #2563eb; }
@@ -64,6 +70,16 @@ class Section:
         self.body += html
 
 
+def escape(content: str) -> str:
+    """Text for the page, in an element or an attribute: nothing in it is taken for markup, and what cannot be seen is written as a backslash escape."""
+    return escape_html(_CONTROLS.sub(lambda found: printable(found[0]), content), quote=True)
+
+
+def to_bytes(html: str) -> bytes:
+    """The page as it is stored."""
+    return html.encode(errors="backslashreplace")
+
+
 def text(content: str, css_class: str = "") -> str:
     """A paragraph of plain text."""
     return f"<p{_class(css_class)}>{escape(content)}</p>"
@@ -78,7 +94,7 @@ def figure(png: bytes, alt: str, caption: str = "", *, dark: bytes | None = None
     """A picture with its description for those who cannot see it and a caption that says how it was made; `dark` is shown on dark pages."""
     if not alt:
         raise ValueError("figure: every picture needs an alt text")
-    image = f'<img{_class(css_class)} src="{_data_url(png)}" alt="{escape(alt, quote=True)}">'
+    image = f'<img{_class(css_class)} src="{_data_url(png)}" alt="{escape(alt)}">'
     if dark is not None:
         image = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_url(dark)}">{image}</picture>'
     return f"<figure>{image}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"

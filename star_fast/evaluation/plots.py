@@ -12,25 +12,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 from torch import Tensor
+
+from star_fast.errors import printable
 
 _COLOURS = {False: ("#2563eb", "#d97706", "#059669", "#9333ea"), True: ("#7aa8ff", "#fbbf5c", "#4ade9f", "#c9a2ff")}
 _INK = {False: "#3f4650", True: "#c8ced8"}
 _RULE = {False: "#e2e6ec", True: "#343b46"}
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.family": "sans-serif"}
+_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.family": "sans-serif",
+          "text.parse_math": False}  # a name with dollar signs is a name
 _GAP = 2  # pixels between the tiles of a strip
+_MOST_LABEL = 40  # characters of a name in a legend
+_MOST_VALUE = 1e30  # beyond it matplotlib's own arithmetic overflows
 
 
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x_label: str, dark: bool, y_label: str = "", markers: bool = False,
-           level: tuple[float, str] | None = None, percent: bool = False) -> bytes:
-    """One panel of named lines {name: (x, y)}; `level` draws a dotted horizontal line with a name. Transparent ground, inks for a light or a dark page."""
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], *, title: str, x_label: str, dark: bool, y_label: str = "",
+           markers: bool = False, level: tuple[float, str] | None = None, percent: bool = False) -> bytes:
+    """One panel of named lines {name: (x, y)}, broken where y is None or not finite; `level` draws a dotted horizontal line with a name.
+
+    Transparent ground, inks for a light or a dark page.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.9, 2.7), dpi=170, layout="constrained")
         axes = figure.add_subplot()
         for index, (name, (x, y)) in enumerate(lines.items()):
             colour = _COLOURS[dark][index % 4]
-            axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if markers or len(x) < 3 else None, markersize=4, label=name, zorder=3)
+            values = np.array([value if plottable(value) else np.nan for value in y])
+            alone = markers or np.isfinite(values).sum() < 3
+            axes.plot(x, values, color=colour, linewidth=1.6, marker="o" if alone else None, markersize=4, label=_label(name), zorder=3)
         if level is not None:
             axes.axhline(level[0], color=_INK[dark], linewidth=1, linestyle=":", label=level[1])
         if percent:
@@ -49,6 +60,11 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
         return _png(figure)
 
 
+def plottable(value: float | None) -> bool:
+    """Whether a value has a place on an axis."""
+    return value is not None and abs(value) <= _MOST_VALUE
+
+
 def probe_curves(results: Mapping[str, Mapping[str, Any]], *, dark: bool) -> bytes:
     """Top-1 accuracy over positions of one or more runs: {name: ProbeResult.to_dict()}."""
     lines = {name: (result["positions"], result["held_out"]) for name, result in results.items()}
@@ -57,16 +73,16 @@ def probe_curves(results: Mapping[str, Mapping[str, Any]], *, dark: bool) -> byt
                   percent=True)
 
 
-def loss_panels(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]], *, dark: bool) -> dict[str, bytes]:
-    """One picture for each kind of loss that the run had: {what it shows: PNG}."""
+def loss_panels(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], *, dark: bool) -> dict[str, bytes]:
+    """One picture for each kind of loss that the run had: {what it shows: PNG}. A loss of None, one that was not finite, is a gap."""
     panels = {"Next-token loss (nats)": {"training": "ar"}, "Masked-feature loss (1 - cosine)": {"L_MIM": "mim"},
               "Contrastive losses (nats)": {"between positions": "step_contrast", "between views": "view_contrast"}}
     pictures = {}
     for title, names in panels.items():
         lines = {name: ([row["step"] for row in training if key in row], [row[key] for row in training if key in row]) for name, key in names.items()}
         # A loss that is off is logged as zeros: leave it out.
-        lines = {name: line for name, line in lines.items() if any(line[1])}
-        if "training" in names and validation:
+        lines = {name: line for name, line in lines.items() if any(plottable(value) and value for value in line[1])}
+        if "training" in names and any(plottable(row["val_ar"]) for row in validation):
             lines["held out, nothing masked"] = ([row["step"] for row in validation], [row["val_ar"] for row in validation])
         if lines:
             pictures[title] = curves(lines, title=title, x_label="step", dark=dark)
@@ -114,6 +130,14 @@ def attention_overlay(image: Tensor, cells: Tensor, query: int) -> bytes:
     axes.add_patch(matplotlib.patches.Rectangle((query % side + 0.06, query // side + 0.06), 0.88, 0.88, fill=False, edgecolor="#4ade80", linewidth=2))
     axes.set_axis_off()
     return _png(figure)
+
+
+def _label(name: str) -> str:
+    """A name for a legend: what the font lacks as escapes; an underscore in front would hide the whole entry from matplotlib."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    name = "".join(char if ord(char) in known else char.encode("unicode_escape", "surrogatepass").decode() for char in printable(name))
+    name = name if len(name) <= _MOST_LABEL else name[: _MOST_LABEL - 1] + "…"
+    return f" {name}" if name.startswith("_") else name
 
 
 def _png(figure: Figure) -> bytes:

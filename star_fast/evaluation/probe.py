@@ -24,8 +24,10 @@ from tqdm import tqdm
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
-from star_fast.evaluation.runs import codes_of, open_run, pick_device, plain_view, spread
+from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_memory, require_ranges
+from star_fast.evaluation.runs import codes_of, only_report, open_run, pick_device, plain_view, spread
 from star_fast.model.transformer import Transformer
+from star_fast.records import require
 from star_fast.storage import atomic_write_bytes, atomic_write_json
 
 TRUST = 0.001  # LARS: a step moves a weight matrix by at most this share of its norm times the learning rate
@@ -36,31 +38,28 @@ INIT_STD = 0.01
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """`star-fast probe`: writes probe.json and probe.png into the run folder."""
+    """Write probe.json and probe.png into a run's folder: how much of the class the model knows at each of eight positions."""
 
     run: Path  # the run folder
-    weights: Literal["student", "teacher"] = "student"
+    weights: Literal["student", "teacher"] = "student"  # which weights of the model
     codes: str = ""  # the code store; empty: the one that the run was trained on
     points: int = 8  # positions probed, evenly spaced, the last one included (paper)
-    depth: int = 0  # block whose output is probed, counted from 1; 0: the run's contrast_depth (paper)
+    depth: int = 0  # block whose output is probed, counted from 1; 0: the one whose output the run contrasts (paper)
     train_views: int = 1  # views of each training image; with more, every epoch draws one of them per image
     max_train_images: int = 0  # training images used, evenly spaced; 0: all
-    epochs: int = 90  # (MAE)
-    warmup_epochs: int = 10  # (MAE)
+    epochs: int = 90  # passes over the training images (MAE)
+    warmup_epochs: int = 10  # in which the learning rate rises (MAE)
     images_per_step: int = 16384  # (MAE); small sets are cut to a sixteenth, so that an epoch has at least 16 steps
     lr: float = 6.4  # peak of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384)
     batch_images: int = 128  # images of one forward pass
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
-    seed: int = 0
+    seed: int = 0  # of the probes' initial weights and the order of the images
 
     def __post_init__(self) -> None:
-        for name in ("points", "train_views", "epochs", "images_per_step", "batch_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"probe.{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise UserError(f"probe.warmup_epochs: expected 0 ... epochs - 1 = {self.epochs - 1}, got {self.warmup_epochs}")
-        if self.lr <= 0 or self.depth < 0 or self.max_train_images < 0:
-            raise UserError(f"probe: expected lr > 0, depth >= 0, max_train_images >= 0, got {self.lr}, {self.depth}, {self.max_train_images}")
+        require_ranges(self, {"points": (1, 2**12), "depth": (0, 2**10), "train_views": (1, 2**16), "max_train_images": (0, MOST_COUNT),
+                              "epochs": (1, MOST_COUNT), "images_per_step": (1, MOST_COUNT), "lr": (1e-12, 1e6), "batch_images": (1, 2**16),
+                              "seed": (0, MOST_SEED)})
+        require(0 <= self.warmup_epochs < self.epochs, option("warmup_epochs"), self.warmup_epochs, f"0 ... epochs - 1 = {self.epochs - 1}")
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,8 @@ def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_
                 norm, gradient_norm = weight.norm(dim=(1, 2), keepdim=True), gradient.norm(dim=(1, 2), keepdim=True)
                 velocity.mul_(MOMENTUM).add_(gradient * (TRUST * norm / gradient_norm.clamp_min(1e-30)))
                 weight.sub_(lr * velocity)
+    if not weight.isfinite().all():
+        raise UserError(f"probe: its training ended in numbers that are not finite; give a smaller --lr than {config.lr:g}")
     normalise.eval()
     with torch.inference_mode():
         return torch.cat([score(part).argmax(dim=-1).cpu() for features in (held_out, train[0]) for part in features.split(4096)], dim=1)
@@ -169,10 +170,13 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
     if not len(held):
         raise UserError("probe: the code store holds no images out; prepare it again with a held-out share above 0")
     if not 1 <= depth <= model.config.blocks:
-        raise UserError(f"probe.depth: expected a block number 1 ... {model.config.blocks}, got {depth}")
+        raise UserError(f"{option('depth')}: expected a block number 1 ... {model.config.blocks}, got {depth}")
     plain = plain_view(store)
     views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
     positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
+    images = len(train) * len(views) + len(held)
+    require_memory(2 * 4 * images * len(positions) * model.config.width, f"probe: the features of {images:,} images at {len(positions)} positions",
+                   "use fewer training images: --max-train-images (of a report --probe-max-train-images)")
     settings = {"batch_images": config.batch_images, "device": device}
     features = [extract_features(model, store, train, view, depth, positions, title=f"train features, view {view}", **settings) for view in views]
     held_features = extract_features(model, store, held, plain, depth, positions, title="held-out features", **settings)
@@ -186,12 +190,15 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
 
 def run_probe(config: ProbeConfig) -> ProbeResult:
     """Probe a run and write probe.json and probe.png into its folder."""
+    pick_device(config.device)  # before anything is read
     run = open_run(config.run, codes=config.codes, weights=config.weights)
-    result = probe(run.model.transformer, run.store, config.depth or run.contrast_depth, config)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
-    record = {"weights": config.weights, "weights_sha256": run.model.weights_sha256, "step": run.step, "images_seen": run.images_seen, "settings": settings}
-    atomic_write_json(run.folder / "probe.json", {**result.to_dict(), **record})
-    atomic_write_bytes(run.folder / "probe.png", plots.probe_curves({run.folder.name: result.to_dict()}, dark=False))
+    with only_report(run.folder, "writing a probe", ("probe.json", "probe.png")), explain_out_of_memory("give a smaller --batch-images or --max-train-images"):
+        result = probe(run.model.transformer, run.store, config.depth or run.contrast_depth, config)
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+        record = {"weights": config.weights, "weights_sha256": run.model.weights_sha256, "step": run.record.step, "images_seen": run.record.images_seen,
+                  "settings": settings}
+        atomic_write_json(run.folder / "probe.json", {**result.to_dict(), **record})
+        atomic_write_bytes(run.folder / "probe.png", plots.probe_curves({run.name: result.to_dict()}, dark=False))
     return result
 
 

@@ -38,7 +38,7 @@ class StoredViews:
 
     def __post_init__(self) -> None:
         require(1 <= self.crop_range <= _MOST_SIDE, "crop_range", self.crop_range, f"1 ... {_MOST_SIDE}")
-        require(0 <= self.seed, "seed", self.seed, "0 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 def stored_views(store: CodeStore) -> StoredViews:

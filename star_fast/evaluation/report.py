@@ -1,4 +1,4 @@
-"""`star-fast report RUN`: everything there is to see of a run in one HTML file, and the same figures as JSON beside it.
+"""`star-fast report --run FOLDER`: everything there is to see of a run in one HTML file, and the same figures as JSON beside it.
 
 This file measures; report_sections.py writes the page's sections from what was measured.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import platform
 import statistics
 import time
@@ -19,53 +20,60 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from star_fast.errors import UserError
+from star_fast.errors import UserError, printable
 from star_fast.evaluation import attention_maps, page, report_sections
-from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
+from star_fast.evaluation.classifier import RECORD_FILE, WEIGHTS_FILE, Classifier, ClassifierConfig, train_classifier
+from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_ranges
 from star_fast.evaluation.probe import ProbeConfig, probe
 from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
-from star_fast.evaluation.runs import Run, codes_of, open_run, pick_device, plain_view, read_metrics, spread
+from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
+from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, pick_device, plain_view, read_metrics, spread
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
 from star_fast.generation.label_plan import find_classes
+from star_fast.generation.sampling import Sampling
 from star_fast.model.tokenizer import VQTokenizer
-from star_fast.records import to_dict
-from star_fast.storage import atomic_write_bytes, atomic_write_json, read_json, sha256_of_bytes
+from star_fast.records import require, to_dict
+from star_fast.storage import atomic_write_bytes, atomic_write_json, remove_leftovers, sha256_of_bytes
 
 MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced
 MOST_HELD_OUT = 2000  # held-out images that classifier and tokenizer are judged on
+MOST_SAMPLE_BYTES = 2**33  # of the samples' pixels, which are held in memory
 ATTENTION_AVERAGE_IMAGES = 32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """`star-fast report`: writes report.html and report.json into the run folder, and trains a small classifier there once."""
+    """Write report.html and report.json into a run's folder; a small classifier is trained there once."""
 
     run: Path  # the run folder
-    weights: Literal["student", "teacher"] = "student"
+    weights: Literal["student", "teacher"] = "student"  # which weights of the model
     codes: str = ""  # the code store; empty: the one that the run was trained on
     source: str = ""  # the real images, as given to `star-fast prepare`; the built-in digits need not be named
     against: str = ""  # another run folder with a report of its own, to compare with
     classes: tuple[str, ...] = ()  # names of the classes sampled; empty: all up to 20, else ten
-    samples_per_class: int = 20
+    samples_per_class: int = 20  # images drawn of each class
     guidance: float = 2.0  # classifier-free guidance of the samples; 1: off
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    seed: int = 0
+    temperature: float = 1.0  # of the samples; 0: the likeliest token
+    top_k: int = 0  # tokens kept; 0: all
+    top_p: float = 1.0  # share of the probability kept; 1: all
+    seed: int = 0  # of samples and probe
     batch_images: int = 64  # images drawn or decoded at once
     attention_images: int = 3  # held-out images with attention maps
     attention_queries: int = 4  # query positions of each
-    probe_train_views: int = 1  # see ProbeConfig.train_views
-    probe_max_train_images: int = 0  # see ProbeConfig.max_train_images
+    probe_train_views: int = 1  # views of each training image that the probe learns from; with more, every epoch draws one of them per image
+    probe_max_train_images: int = 0  # training images that the probe learns from, evenly spaced; 0: all
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_class", "batch_images", "attention_images", "attention_queries"):
-            if getattr(self, name) < 1:
-                raise UserError(f"report.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.guidance < 1:
-            raise UserError(f"report.guidance: expected 1 (off) or more, got {self.guidance}")
+        require_ranges(self, {"samples_per_class": (1, 2**20), "batch_images": (1, 2**16), "attention_images": (1, 100), "attention_queries": (1, 256),
+                              "probe_train_views": (1, 2**16), "probe_max_train_images": (0, MOST_COUNT), "top_k": (0, MOST_COUNT), "seed": (0, MOST_SEED)})
+        try:
+            Sampling(guidance=self.guidance, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        except ValueError as error:
+            raise UserError(str(error).replace("generate: ", "--")) from error
 
 
 @dataclass
@@ -79,13 +87,14 @@ class Material:
     device: torch.device
     classes: list[int]
     rows: Tensor  # held-out rows of the store that real images and reconstructions come from
-    tokenizer: VQTokenizer | None = None
+    tokenizer: VQTokenizer
+    source: RealImages | None  # None where it is not known
     real: Tensor | None = None  # (N, C, H, W) uint8 of `rows`; None where the source of the images is not known
     samples: SampleSet | None = None
     reconstruction: Reconstruction | None = None
     attention: list[report_sections.AttentionExample] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
-    against: dict[str, Any] | None = None  # the other run's report.json
+    against: Figures | None = None  # of the other run's report
 
     @property
     def row_labels(self) -> Tensor:
@@ -100,35 +109,59 @@ def write_report(config: ReportConfig) -> Path:
         UserError: the run lacks its metrics, weights, tokenizer or held-out images, or the run to compare with has no report.
     """
     begun = time.perf_counter()
-    other = _read_other(Path(config.against)) if config.against else None
+    device = pick_device(config.device)
+    other = read_other(Path(config.against)) if config.against else None
     run = open_run(config.run, codes=config.codes, weights=config.weights)
+    with only_report(run.folder, "writing a report", ("report.json", "report.html")), \
+            explain_out_of_memory("draw fewer images at once (--batch-images) or altogether (--samples-per-class, --classes)"):
+        return _write(_gather(config, run, device, other), begun)
+
+
+def _gather(config: ReportConfig, run: Run, device: torch.device, other: Figures | None) -> Material:
+    """Everything that can be missing, before anything is computed."""
     training, validation = read_metrics(run.folder)
+    store = run.store
     if run.model.tokenizer_folder is None:
         raise UserError(f"{run.folder}/model: holds no tokenizer, samples cannot become images; train again from a code store with its tokenizer")
-    if not len(run.store.held_out_indices):
-        raise UserError(f"{run.store.path}: holds no images out, nothing can be judged; prepare it again with a held-out share above 0")
-    classes = find_classes(config.classes, run.store.class_names) if config.classes else _default_classes(len(run.store.class_names))
-    rows = spread(run.store.held_out_indices, MOST_HELD_OUT)
-    material = Material(run, config, training, validation, pick_device(config.device), classes, rows, against=other)
-    material.tokenizer = VQTokenizer.load(run.model.tokenizer_folder)
-    source = open_real_images(run.store, config.source)
-    stages: dict[str, Callable[[], Any]] = {
-        "samples": lambda: _sample(material), "tokenizer": lambda: _reconstruct(material, source), "classifier": lambda: _classify(material, source),
-        "linear probe": lambda: _probe(material), "attention": lambda: _attend(material)}
+    if not len(store.held_out_indices):
+        raise UserError(f"{store.path}: holds no images out, nothing can be judged; prepare it again with a held-out share above 0")
+    if store.positions < 4:
+        raise UserError(f"{store.path}: expected images of at least 4 codes, got {store.positions}; there is no attention to show between fewer")
+    classes = find_classes(config.classes, store.class_names) if config.classes else _default_classes(len(store.class_names))
+    tokenizer = VQTokenizer.load(run.model.tokenizer_folder)
+    store.require_tokenizer(tokenizer.weights_hash())
+    made = tokenizer.config
+    ours, theirs = (made.image_size, made.positions, made.codebook), (store.image_size, store.positions, store.codebook)
+    if ours != theirs:
+        raise UserError(f"{run.model.tokenizer_folder}: makes images of (pixels a side, codes, codebook) {ours}, {store.path} has {theirs}; "
+                        "files of two runs are mixed")
+    images = len(classes) * config.samples_per_class
+    most = MOST_SAMPLE_BYTES // (made.image_channels * made.image_size**2)
+    require(images <= most, option("samples_per_class"), config.samples_per_class,
+            f"at most {max(most // len(classes), 1):,} images of {made.image_size} x {made.image_size} pixels of each of {len(classes)} classes")
+    return Material(run, config, training, validation, device, classes, spread(store.held_out_indices, MOST_HELD_OUT), tokenizer,
+                    open_real_images(store, config.source), against=other)
+
+
+def _write(material: Material, begun: float) -> Path:
+    """Measure, then write both files."""
+    run = material.run
+    stages: dict[str, Callable[[Material], Any]] = {"samples": _sample, "tokenizer": _reconstruct, "classifier": _classify, "linear probe": _probe,
+                                                    "attention": _attend}
     with tqdm(stages.items(), desc="report", unit="part") as bar:
         for name, stage in bar:
             bar.set_postfix_str(name)
-            stage()
-    figures = {"format_version": 1, "run": run.folder.name, "trained": _trained(material), **material.figures,
+            stage(material)
+    figures = {"format_version": FORMAT_VERSION, "run": run.name, "trained": _trained(material), **material.figures,
                "report": {"device": _device_name(material.device), "torch": torch.__version__, "python": platform.python_version(),
                           "seconds": round(time.perf_counter() - begun, 1), "date": time.strftime("%Y-%m-%d")}}
     material.figures = figures
     sections = report_sections.all_sections(material)
-    html = page.render(f"star_fast report: {run.folder.name}", report_sections.lead(material), report_sections.tiles(figures), sections,
+    html = page.render(f"star_fast report: {run.name}", report_sections.lead(material), report_sections.tiles(figures), sections,
                        report_sections.footer(figures))
-    losses = {"training": training, "validation": validation}
+    losses = {"training": material.training, "validation": material.validation}
     atomic_write_json(run.folder / "report.json", _finite({**figures, "losses": losses}))
-    atomic_write_bytes(run.folder / "report.html", html.encode())
+    atomic_write_bytes(run.folder / "report.html", page.to_bytes(html))
     return run.folder / "report.html"
 
 
@@ -140,38 +173,37 @@ def _sample(material: Material) -> None:
     names = material.run.store.class_names
     distinct = distinct_sequences(material.samples)
     material.figures["samples"] = {"settings": sampling, "per_class": config.samples_per_class,
-                                   "classes": {names[label]: {"distinct_code_sequences": distinct[label]} for label in material.classes}}
+                                   "classes": {key: {"distinct_code_sequences": distinct[label]} for label, key in _keys(material.classes, names).items()}}
 
 
-def _reconstruct(material: Material, source: RealImages | None) -> None:
+def _reconstruct(material: Material) -> None:
     material.reconstruction = reconstruct_held_out(material.run.store, material.tokenizer, material.rows)
     figures = {"held_out_images": len(material.rows), "codes_used": material.reconstruction.codes_used, "codebook": material.reconstruction.codebook}
-    if source is not None:
-        material.real = source.read(material.rows, "held-out images")
+    if material.source is not None:
+        material.real = material.source.read(material.rows, "held-out images")
         figures["psnr_db"] = psnr_db(material.real, material.reconstruction.images)
     material.figures["tokenizer"] = figures
 
 
-def _classify(material: Material, source: RealImages | None) -> None:
+def _classify(material: Material) -> None:
     sampled = torch.isin(material.row_labels, torch.tensor(material.classes))
     reason = None
-    if source is None:
+    if material.source is None:
         reason = why_unknown(material.run.store)
     elif sampled.sum() < 2:
         reason = "fewer than two held-out images of the sampled classes. Prepare the codes with a larger --data.held-out-share."
     if reason is not None:
         material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
-    classifier = _classifier(material, source)
+    classifier = _classifier(material, material.source)
     samples, real, rebuilt = (classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images))
     agreement = class_agreement(samples, material.samples.labels)
-    names = material.run.store.class_names
-    for label, share in agreement.items():
-        material.figures["samples"]["classes"][names[label]]["agreement"] = share
+    for label, key in _keys(material.classes, material.run.store.class_names).items():
+        material.figures["samples"]["classes"][key]["agreement"] = agreement[label]
     material.figures["samples"]["agreement"] = samples.accuracy(material.samples.labels)
     material.figures["classifier"] = {
         "held_out_accuracy": real.accuracy(material.row_labels), "reconstruction_accuracy": rebuilt.accuracy(material.row_labels),
-        "held_out_images": len(material.rows), "train_images": classifier.record["train_images"],
+        "held_out_images": len(material.rows), "train_images": classifier.record.train_images,
         "classifier_frechet_distance": distances(samples, _only(rebuilt, sampled), _only(real, sampled), material.row_labels[sampled],
                                                  material.config.samples_per_class)}
 
@@ -180,15 +212,22 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
     """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
     folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
     rows = spread(store.train_indices, config.max_images)
-    data = {"source": store.manifest["source"], "views": store.manifest["view_settings"], "image_size": store.image_size, "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
-    if (folder / "classifier.json").exists():
-        found = Classifier.load(folder)
-        if found.record.get("data") == data and found.record.get("config") == dataclasses.asdict(config):
-            return found
+    data = {"source": store.manifest["source"], "views": store.manifest["view_settings"], "image_size": store.image_size,
+            "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
+    if (folder / RECORD_FILE).exists():
+        try:
+            found = Classifier.load(folder)
+        except UserError as error:  # it holds nothing that training it again does not give
+            log.warning("%s: trained again", printable(error))
+        else:
+            fits = (found.record.num_classes, found.record.image_channels) == (len(store.class_names), source.channels)
+            if fits and found.record.data == data and found.record.config == config:
+                return found
     photographs = "mirrored centre" in store.views
     classifier = train_classifier(source.read(rows, "training images"), store.labels[rows], len(store.class_names), config, mirror=photographs,
                                   device=material.device)
-    classifier.record["data"] = data
+    classifier.record = dataclasses.replace(classifier.record, data=data)
+    remove_leftovers(folder, (RECORD_FILE, WEIGHTS_FILE))
     classifier.save(folder)
     return classifier
 
@@ -219,29 +258,27 @@ def _attend(material: Material) -> None:
 
 def _trained(material: Material) -> dict[str, Any]:
     """What is known of the training: sizes, settings, duration."""
-    run, last = material.run, material.training[-1]
-    speeds = [row["images_per_s"] for row in material.training if "images_per_s" in row]
-    return {"step": run.step if run.step is not None else last["step"], "images_seen": run.images_seen if run.images_seen is not None else last.get("images"),
+    run, record, last = material.run, material.run.record, material.training[-1]
+    speeds = [row["images_per_s"] for row in material.training if row.get("images_per_s") is not None]
+    return {"step": record.step if record.step is not None else last["step"],
+            "images_seen": record.images_seen if record.images_seen is not None else last.get("images"),
             "training_time_s": last.get("time_s"), "images_per_s_median": statistics.median(speeds) if speeds else None,
             "last_losses": {key: last[key] for key in ("loss", "ar", "mim", "step_contrast", "view_contrast") if key in last},
             "last_val_ar": material.validation[-1]["val_ar"] if material.validation else None,
             "parameters": sum(parameter.numel() for parameter in run.model.transformer.parameters()), "weights": material.config.weights,
             "weights_sha256": run.model.weights_sha256, "tokenizer_sha256": run.store.tokenizer_hash, "train_images": len(run.store.train_indices),
             "held_out_images": len(run.store.held_out_indices), "views": len(run.store.views), "source": run.store.manifest["source"],
-            "environment": run.model.record.get("environment"), "config": to_dict(run.config)}
-
-
-def _read_other(folder: Path) -> dict[str, Any]:
-    if not (folder / "report.json").exists():
-        raise UserError(f"against: {folder} holds no report.json; run `star-fast report {folder}` first")
-    other = read_json(folder / "report.json", f"run `star-fast report {folder}` again")
-    if other.get("format_version") != 1 or "probe" not in other:
-        raise UserError(f"against: {folder}/report.json is not a report of this version; run `star-fast report {folder}` again")
-    return other
+            "environment": record.environment, "config": to_dict(run.config)}
 
 
 def _default_classes(count: int) -> list[int]:
     return spread(torch.arange(count), 10).tolist() if count > MOST_CLASSES else list(range(count))
+
+
+def _keys(classes: list[int], names: tuple[str, ...]) -> dict[int, str]:
+    """What each class is called in report.json: its name; its number and name where two of the classes have one name."""
+    unique = len({names[label] for label in classes}) == len(classes)
+    return {label: names[label] if unique else f"{label}: {names[label]}" for label in classes}
 
 
 def _only(verdict: Any, chosen: Tensor) -> Any:

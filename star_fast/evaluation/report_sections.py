@@ -12,7 +12,7 @@ from star_fast.evaluation import page, plots
 from star_fast.evaluation.attention_maps import grid_map
 from star_fast.evaluation.page import Section
 from star_fast.evaluation.report_comparison import comparison
-from star_fast.evaluation.wording import duration, number, percent, short
+from star_fast.evaluation.wording import duration, nats, number, percent, short
 
 if TYPE_CHECKING:
     from star_fast.evaluation.report import Material
@@ -60,7 +60,7 @@ def tiles(figures: dict[str, Any]) -> dict[str, str]:
     fewest = min(entry["distinct_code_sequences"] for entry in samples["classes"].values())
     result["fewest distinct code sequences in a class"] = f"{fewest} of {samples['per_class']}"
     if figures["trained"]["last_val_ar"] is not None:
-        result["held-out next-token loss, nats"] = f"{figures['trained']['last_val_ar']:.3f}"
+        result["held-out next-token loss, nats"] = nats(figures["trained"]["last_val_ar"])
     return result
 
 
@@ -107,7 +107,7 @@ def _losses(material: Material) -> Section:
                 "Contrastive losses (nats)": "InfoNCE over the batch: the same view at another position, and another view at the same position."}
     first, last = material.training[0], material.training[-1]
     section.add(page.group("plots", [page.figure(png, f"{title} from step {first['step']} to {last['step']}.", captions[title], dark=dark[title])
-                                     for title, png in light.items()]))
+                                     for title, png in light.items()]) if light else page.text("No loss that was logged is a finite number.", "note"))
     return section
 
 
@@ -121,8 +121,7 @@ def _samples(material: Material) -> Section:
                           f"{'held-out real images' if material.real is not None else 'held-out images as the tokenizer gives them back'} of the class. "
                           "Percent: samples that the small classifier takes for the class asked for. Distinct: different code sequences among them."))
     beside = material.real if material.real is not None else material.reconstruction.images
-    for label in material.classes:
-        entry = figures["classes"][names[label]]
+    for label, entry in zip(material.classes, figures["classes"].values(), strict=True):
         agreement = f"{percent(entry['agreement'])} recognised, " if "agreement" in entry else ""
         real = beside[material.row_labels == label][: figures["per_class"]]
         parts = [_strip(samples.of_class(label), f"{figures['per_class']} samples of class {names[label]}.")]
@@ -161,7 +160,7 @@ def _classifier(material: Material) -> Section:
 def _probe(material: Material) -> Section:
     figures = material.figures["probe"]
     section = Section("probe", "Linear probe")
-    curves = {material.run.folder.name: figures}
+    curves = {material.run.name: figures}
     light, dark = (plots.probe_curves(curves, dark=dark) for dark in (False, True))
     caption = (f"The model reads the codes with the null class; the output of block {figures['depth']} at each position, normalised, feeds one linear "
                f"layer, trained for {figures['epochs']} epochs on {figures['train_images']:,} training images and judged on "

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_fast.data.codes import CodeStore
+from star_fast.errors import UserError
 from star_fast.evaluation.classifier import Verdict
 from star_fast.evaluation.frechet import frechet_distance_of_features
 from star_fast.evaluation.runs import codes_of, plain_view
@@ -89,7 +90,12 @@ def distances(samples: Verdict, reconstructions: Verdict, held_out: Verdict, hel
     Returns:
         samples: samples to all those real images. reconstructions: the same real images after the tokenizer, to all of them: what the tokenizer alone costs.
         real_halves: `per_class` real images of each class (at most half) to the remaining ones: what so few images alone cost, where at least two are left.
+
+    Raises:
+        UserError: the classifier's features are not finite.
     """
+    if not all(verdict.features.isfinite().all() for verdict in (samples, reconstructions, held_out)):
+        raise UserError("classifier: its features are not finite numbers; give a smaller --classifier.lr")
     result: dict[str, float | int] = {"samples": frechet_distance_of_features(samples.features, held_out.features),
                                       "reconstructions": frechet_distance_of_features(reconstructions.features, held_out.features)}
     first = torch.zeros(len(held_out_labels), dtype=torch.bool)

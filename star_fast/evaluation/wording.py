@@ -23,3 +23,8 @@ def duration(seconds: float) -> str:
 def short(count: int) -> str:
     """1_600_000 -> "1.6 million"; numbers below a million are written out."""
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+
+
+def nats(loss: float) -> str:
+    """A loss with three decimals; one that has run away in powers of ten."""
+    return f"{loss:.3f}" if abs(loss) < 1e6 else f"{loss:.3g}"

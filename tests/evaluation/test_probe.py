@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,17 @@ def test_first_blocks_share_weights_and_leave_the_model_alone() -> None:
     assert short.layers[0].attention.wqkv.weight is model.layers[0].attention.wqkv.weight
 
 
-@pytest.mark.parametrize(("field", "value"), [("points", 0), ("epochs", 0), ("warmup_epochs", 90), ("lr", 0.0)])
+@pytest.mark.parametrize(("field", "value"), [
+    ("points", 0), ("points", 10**15), ("epochs", 0), ("warmup_epochs", 90), ("warmup_epochs", -1), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf),
+    ("lr", 1e30), ("depth", -1), ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1),
+    ("seed", 10**30)])
 def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"probe.*{field}"):
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected .* got "):
         ProbeConfig(tmp_path, **{field: value})
+
+
+def test_a_probe_that_diverges_says_so(tmp_path: Path) -> None:
+    features = 1e30 * torch.randn(64, 1, 4, generator=torch.Generator().manual_seed(0))
+    features[0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        train_probes([features], torch.arange(64) % 2, features, 2, ProbeConfig(tmp_path, epochs=1, warmup_epochs=0))

@@ -60,7 +60,7 @@ def test_imported_codes_have_no_images(tmp_path: Path) -> None:
     store = import_llamagen_codes(tmp_path, tmp_path / "codes", "0" * 64, progress=False)
     assert open_real_images(store, "") is None
     assert "imported as extracted by LlamaGen" in why_unknown(store)
-    with pytest.raises(UserError, match="imported from codes as extracted by LlamaGen.*leave --source out"):
+    with pytest.raises(UserError, match=r"imported from codes as extracted by LlamaGen.*leave --source out"):
         open_real_images(store, str(tmp_path))
 
 

@@ -4,10 +4,12 @@
     labels.bin     int32 little-endian, (images,)
     keys.jsonl     one JSON string per image: its name within the source
     manifest.json  everything else; written last, so a folder without it is unfinished
+    progress.json  while it is unfinished: how much of each file counts, and its sha256
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,15 +20,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from star_fast.data.manifest import (
+    CODES_FILE,
+    DAMAGED,
+    FILES,
+    FORMAT,
+    FORMAT_VERSION,
+    HINT,
+    KEYS_FILE,
+    LABELS_FILE,
+    MANIFEST_FILE,
+    PROGRESS_FILE,
+    differences,
+    is_finished,
+    read_manifest,
+    read_progress,
+)
 from star_fast.data.sources import DataError, split_indices
-from star_fast.storage import StorageError, atomic_write_json, explain_write_errors, read_bytes, read_json, sha256_of_bytes, sha256_of_file
+from star_fast.storage import (
+    StorageError,
+    atomic_write_json,
+    explain_write_errors,
+    parse_json,
+    read_bytes,
+    remove_leftovers,
+    require_regular,
+    sha256_of_bytes,
+    sha256_of_file,
+)
 
-FORMAT = "star_fast code store"
-FORMAT_VERSION = 1
-MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "progress.json"
-CODES_FILE, LABELS_FILE, KEYS_FILE = "codes.bin", "labels.bin", "keys.jsonl"
-_HINT = "a code store is a folder written by `star-fast prepare`"
-_NEEDED = ("images", "views", "positions", "grid", "image_size", "codebook", "class_names", "tokenizer_sha256", "source", "split", "skipped", "files")
+_VERIFIED_BYTES = 2**24  # of codes.bin, looked at at once
 
 
 class CodeStore:
@@ -37,6 +60,7 @@ class CodeStore:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], codes: np.ndarray, labels: np.ndarray) -> None:
+        """Use `open`, which checks what is given here."""
         self.path, self.manifest, self._codes = path, manifest, codes
         self.views: tuple[str, ...] = tuple(manifest["views"])
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
@@ -56,23 +80,26 @@ class CodeStore:
         """Open the store in folder `path`; codes are mapped, not read.
 
         Raises:
-            StorageError: missing, unfinished, of another format version, or a file of another size (truncated) or labels of another hash.
+            StorageError: missing, unfinished, of another format version, a manifest that contradicts itself or its files' sizes, or labels that are not
+                the ones it was made with.
         """
         path = Path(path)
-        if not (path / MANIFEST_FILE).exists() and (path / PROGRESS_FILE).exists():
+        if not os.path.exists(path / MANIFEST_FILE) and os.path.exists(path / PROGRESS_FILE):
             raise StorageError(f"{path}: an unfinished code store; run the same `star-fast prepare` again to finish it")
-        manifest = read_json(path / MANIFEST_FILE, _HINT)
-        if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-            raise StorageError(f"{path / MANIFEST_FILE}: expected '{FORMAT}' version {FORMAT_VERSION}, got {manifest.get('format')!r} version "
-                               f"{manifest.get('format_version')!r}; prepare the codes again with this version")
-        if missing := [name for name in _NEEDED if name not in manifest]:
-            raise StorageError(f"{path / MANIFEST_FILE}: lacks {', '.join(missing)}; prepare the codes again")
-        shape = (manifest["images"], len(manifest["views"]), manifest["positions"])
+        manifest, record = read_manifest(path)
+        shape = (record.images, len(record.views), record.positions)
         labels = np.frombuffer(_checked(path / LABELS_FILE, 4 * shape[0], read=True), dtype="<i4")
-        if sha256_of_bytes(labels.tobytes()) != manifest["files"][LABELS_FILE]["sha256"]:
+        if sha256_of_bytes(labels.tobytes()) != record.files[LABELS_FILE].sha256:
             raise StorageError(f"{path / LABELS_FILE}: its content is not what {MANIFEST_FILE} recorded; prepare the codes again")
+        if not 0 <= labels.min() <= labels.max() < len(record.class_names):
+            raise StorageError(f"{path / LABELS_FILE}: labels must lie in 0 ... {len(record.class_names) - 1}, the classes of {MANIFEST_FILE}, got "
+                               f"{labels.min()} ... {labels.max()}; {DAMAGED}")
         _checked(path / CODES_FILE, 2 * shape[0] * shape[1] * shape[2])
-        return cls(path, manifest, np.memmap(path / CODES_FILE, dtype="<u2", mode="r", shape=shape), labels)
+        try:
+            codes = np.memmap(path / CODES_FILE, dtype="<u2", mode="r", shape=shape)
+        except (OSError, ValueError) as error:  # no permission; or cut short this very moment
+            raise StorageError(f"{path / CODES_FILE}: cannot be mapped: {error}") from error
+        return cls(path, manifest, codes, labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,14 +129,32 @@ class CodeStore:
                             "give that tokenizer, or prepare the codes again with this one")
 
     def keys(self) -> list[str]:
-        """The name of each row's image within the source."""
-        return [json.loads(line) for line in read_bytes(self.path / KEYS_FILE, _HINT).decode().splitlines()]
+        """The name of each row's image within the source. Raises StorageError where keys.jsonl is not one string a row."""
+        path = self.path / KEYS_FILE
+        lines = read_bytes(path, HINT).split(b"\n")
+        if lines.pop() or len(lines) != len(self):
+            raise StorageError(f"{path}: expected {len(self)} whole lines, got {len(lines)}; {DAMAGED}")
+        keys = []
+        for number, line in enumerate(lines, 1):
+            try:
+                keys.append(parse_json(line))
+            except ValueError:
+                keys.append(None)
+            if not isinstance(keys[-1], str):
+                raise StorageError(f"{path}, line {number}: expected the name of an image as a JSON string, got {line[:60]!r}; {DAMAGED}")
+        return keys
 
     def verify(self) -> None:
-        """Read every file whole and compare its sha256 with the manifest's. Raises StorageError at the first that differs."""
-        for name, about in self.manifest["files"].items():
-            if sha256_of_file(self.path / name) != about["sha256"]:
+        """Read every file whole: its sha256 must be the manifest's, codes and keys what they may be. Raises StorageError at the first fault."""
+        for name in FILES:
+            if sha256_of_file(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise StorageError(f"{self.path / name}: damaged (its sha256 is not the manifest's); copy it again or prepare the codes again")
+        self.keys()
+        rows = max(1, _VERIFIED_BYTES // self._codes[0].nbytes)
+        for start in range(0, len(self), rows):
+            if (largest := self._codes[start: start + rows].max()) >= self.codebook:
+                raise StorageError(f"{self.path / CODES_FILE}: codes must lie in 0 ... {self.codebook - 1}, got {largest} in rows {start} ... "
+                                   f"{min(start + rows, len(self)) - 1}; prepare the codes again")
 
 
 def class_index(class_names: Sequence[str], name: str) -> int:
@@ -136,29 +181,46 @@ class StoreWriter:
     def __init__(self, out: str | Path, about: dict[str, Any]) -> None:
         self.out, self.about = Path(out), about
         self._job = sha256_of_bytes(json.dumps(about, sort_keys=True).encode())
+        self._hashes = {name: hashlib.sha256() for name in FILES}
+        self._bytes = dict.fromkeys(FILES, 0)
         self.next_index, self.rows, self.skipped = 0, 0, []
-        known = next((self.out / name for name in (MANIFEST_FILE, PROGRESS_FILE) if (self.out / name).exists()), None)
-        self.complete = known is not None and known.name == MANIFEST_FILE
-        if known is not None:
-            progress = read_json(known, "delete the folder to start afresh")
-            if progress.get("job_sha256") != self._job:
-                raise StorageError(f"{self.out}: already holds codes of another source, tokenizer, view setting or split; "
-                                   "choose another folder or delete this one")
-            if not self.complete:
-                self.next_index, self.rows, self.skipped, self._bytes = (progress[name] for name in ("next_index", "rows", "skipped", "bytes"))
-        if not self.complete:
-            with explain_write_errors(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
-                for name in (CODES_FILE, LABELS_FILE, KEYS_FILE):
-                    self._cut(name, self._bytes[name] if known is not None else 0)
+        self.complete = is_finished(self.out)
+        if self.complete:
+            self._require_same(read_manifest(self.out)[0])
+            return
+        expected = {}
+        if os.path.exists(self.out / PROGRESS_FILE):
+            progress = read_progress(self.out)
+            if progress["job_sha256"] != self._job:
+                self._require_same(progress.get("about", {}), begun=True)
+            self.next_index, self.rows, self.skipped, self._bytes = (progress[name] for name in ("next_index", "rows", "skipped", "bytes"))
+            expected = progress.get("sha256", {})
+        with explain_write_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                self._cut(name, expected.get(name, ""))
 
-    def _cut(self, name: str, size: int) -> None:
-        """Drop what was written after the last record, or start the file."""
-        path = self.out / name
-        with open(path, "r+b" if path.exists() else "wb") as file:
+    def _require_same(self, there: dict[str, Any], *, begun: bool = False) -> None:
+        """Refuse a folder whose store is of another job than ours, naming what differs; of a begun one it is known that something does."""
+        what = differences(there, self._about_but_classes() if begun else self.about)
+        if what or begun:
+            raise StorageError(f"{self.out}: already holds codes of another source, tokenizer, view setting or split "
+                               f"({what or 'other classes, or begun by another version of star_fast'}); choose another folder or delete this one")
+
+    def _cut(self, name: str, sha256: str) -> None:
+        """Drop what was written after the last record, and check what was before; or start the file."""
+        path, size, known = self.out / name, self._bytes[name], os.path.lexists(self.out / name)
+        if known:
+            require_regular(path, f"delete {self.out} to start afresh")
+        with open(path, "r+b" if known else "wb") as file:
             if file.seek(0, os.SEEK_END) < size:
                 raise StorageError(f"{path}: shorter than {PROGRESS_FILE} recorded; delete {self.out} to start afresh")
             file.truncate(size)
+            file.seek(0)
+            while known and (block := file.read(2**20)):
+                self._hashes[name].update(block)
+        if sha256 and self._hashes[name].hexdigest() != sha256:
+            raise StorageError(f"{path}: damaged (its bytes are not the ones that {PROGRESS_FILE} recorded); delete {self.out} to start afresh")
 
     def append(self, codes: np.ndarray, labels: Sequence[int], keys: Sequence[str], next_index: int, skipped: Sequence[dict[str, Any]] = ()) -> None:
         """Record a chunk: codes (n, A, T) of n source images with labels and keys, what was skipped ({"index", "key", "reason"}), where to go on."""
@@ -169,46 +231,58 @@ class StoreWriter:
             raise DataError(f"code store: codes must lie in 0 ... {self.about['codebook'] - 1}, got {codes.min()} ... {codes.max()}")
         content = {CODES_FILE: codes.astype("<u2").tobytes(), LABELS_FILE: np.asarray(labels, dtype="<i4").tobytes(),
                    KEYS_FILE: "".join(json.dumps(key) + "\n" for key in keys).encode()}
-        sizes = {}
         for name, data in content.items():
             with explain_write_errors(self.out / name), open(self.out / name, "ab") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                sizes[name] = file.tell()
-        self.next_index, self.rows, self._bytes = next_index, self.rows + len(labels), sizes
+        for name, data in content.items():
+            self._hashes[name].update(data)
+        self.next_index, self.rows = next_index, self.rows + len(labels)
+        self._bytes = {name: self._bytes[name] + len(data) for name, data in content.items()}
         self.skipped = [*self.skipped, *skipped]
-        record = {"job_sha256": self._job, "next_index": next_index, "rows": self.rows, "skipped": self.skipped, "bytes": sizes}
+        record = {"job_sha256": self._job, "next_index": next_index, "rows": self.rows, "skipped": self.skipped, "bytes": self._bytes,
+                  "sha256": {name: digest.hexdigest() for name, digest in self._hashes.items()},
+                  "about": self._about_but_classes()}
         atomic_write_json(self.out / PROGRESS_FILE, record)
+
+    def _about_but_classes(self) -> dict[str, Any]:
+        """There may be many classes, and progress is written often."""
+        return {name: value for name, value in self.about.items() if name != "class_names"}
 
     def finish(self, source_labels: np.ndarray, held_out_share: float, skipped_before: Sequence[dict[str, Any]] = ()) -> CodeStore:
         """Write the manifest and open the store.
 
         The split is that of the source, `split_indices(source_labels, held_out_share)`; images that could not be read are then left out of it.
+
+        Raises:
+            StorageError: a file is not what was written to it, or the images are not those of `source_labels`.
         """
         if not self.complete:
+            if self.next_index != len(source_labels) or not self.rows:
+                raise StorageError(f"{self.out}: holds {self.rows} of {self.next_index} images, expected {len(source_labels)} to be through; "
+                                   "delete it to start afresh")
             gone = np.zeros(len(source_labels), dtype=bool)
             gone[[entry["index"] for entry in self.skipped]] = True
             held_out = np.zeros(len(source_labels), dtype=bool)
             held_out[split_indices(source_labels, held_out_share)[1]] = True
-            paths = [self.out / name for name in (CODES_FILE, LABELS_FILE, KEYS_FILE)]
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
+            files = {name: {"bytes": self._bytes[name], "sha256": digest.hexdigest()} for name, digest in self._hashes.items()}
+            for name, about in files.items():
+                if sha256_of_file(self.out / name) != about["sha256"]:
+                    raise StorageError(f"{self.out / name}: damaged (its bytes are not the ones that were written); delete {self.out} to start afresh")
             atomic_write_json(self.out / MANIFEST_FILE, {
                 "format": FORMAT, "format_version": FORMAT_VERSION, "images": self.rows, **self.about,
                 "split": {"held_out_share": held_out_share, "held_out": np.flatnonzero(held_out[~gone]).tolist()},
                 "skipped": [{"key": entry["key"], "reason": entry["reason"]} for entry in [*skipped_before, *self.skipped]],
                 "files": files, "job_sha256": self._job})
-        for left_over in (self.out / PROGRESS_FILE, *self.out.glob(f".{PROGRESS_FILE}.*.tmp"), *self.out.glob(f".{MANIFEST_FILE}.*.tmp")):
-            left_over.unlink(missing_ok=True)  # a kill amid an atomic write leaves its temporary file
+        (self.out / PROGRESS_FILE).unlink(missing_ok=True)
+        remove_leftovers(self.out, (PROGRESS_FILE, MANIFEST_FILE))
         return CodeStore.open(self.out)
 
 
 def _checked(path: Path, size: int, read: bool = False) -> bytes:
     """Check that a file has `size` bytes, and read it if asked."""
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise StorageError(f"{path}: not found; {_HINT}") from error
+    found = require_regular(path, HINT)
     if found != size:
-        raise StorageError(f"{path}: expected {size} bytes by the manifest, got {found}: truncated or mixed up; copy it again or prepare the codes again")
-    return read_bytes(path, _HINT) if read else b""
+        raise StorageError(f"{path}: expected {size} bytes by the manifest, got {found}: truncated or mixed up; {DAMAGED}")
+    return read_bytes(path, HINT) if read else b""

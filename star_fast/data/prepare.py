@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +20,17 @@ from tqdm import tqdm
 
 from star_fast.config import DataConfig, TokenizerConfig
 from star_fast.data.codes import CodeStore, StoreWriter
+from star_fast.data.manifest import FILES, MANIFEST_FILE, PROGRESS_FILE, is_finished
 from star_fast.data.sources import DataError, ImageSource, UnreadableImage, stable_permutation
-from star_fast.data.views import TEN_CROP_VIEWS, make_views, view_names, view_settings
+from star_fast.data.views import MOST_VIEWS, TEN_CROP_VIEWS, ImageViews, check_view_settings, read_views, view_names, view_settings
+from star_fast.errors import UserError, printable
+from star_fast.locks import LOCK_FILE, only_writer
 from star_fast.model.tokenizer import VQTokenizer, from_uint8
-from star_fast.storage import sha256_of_bytes
+from star_fast.storage import read_bytes, remove_leftovers, sha256_of_bytes
+
+_MOST_CLASSES = 2**20  # that are named here, where nobody names them
+_MOST_NPY_BYTES = 2**26  # of one image's codes
+_PIXELS = "upright by EXIF, 16 bits scaled by the white level"  # how files became pixels: a store begun under another rule cannot be finished under this one
 
 
 class _Chunk(NamedTuple):
@@ -46,41 +57,79 @@ def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: 
         chunk_images: images between two records on disk. batch_views: views encoded at once. workers: threads that decode and crop.
 
     Raises:
-        DataError: no image could be read; the tokenizer is not float32. StorageError: see StoreWriter.
+        DataError: no image could be read; the tokenizer is not float32. ConfigError: view settings that ask for absurd sizes. StorageError: see StoreWriter.
+        Busy: another job is writing to `out`.
     """
     config = tokenizer.config
     if tokenizer.dtype != torch.float32:
         raise DataError(f"prepare: the tokenizer must be float32, got {tokenizer.dtype}: a rounded tokenizer gives other codes than the one its hash names")
-    side = config.image_size // config.downsampling
-    writer = StoreWriter(out, {
-        "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
-        "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
-        "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}",
-        "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views})
-    if not writer.complete:
-        device = next(tokenizer.parameters()).device
-        bar = tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True)
-        for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
-            codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
-            if chunk.views:
-                flat = torch.from_numpy(np.concatenate(chunk.views))
-                parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
-                codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
-            writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
-            bar.update(chunk.end - bar.n)
-            bar.set_postfix(skipped=len(writer.skipped))
-        bar.close()
-        if writer.rows == 0:
-            first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
-            raise DataError(f"prepare: none of the {len(source)} images could be read{first}")
-    return writer.finish(source.labels, data.held_out_share, source.skipped)
+    check_view_settings(data, config.image_size, config.image_channels)
+    with writing(out):
+        side = config.image_size // config.downsampling
+        writer = StoreWriter(out, {
+            "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
+            "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
+            "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}", "pixels": _PIXELS,
+            "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views})
+        if not writer.complete:
+            with explain_out_of_memory(f"encode {batch_views} views of {config.image_size} pixels at once"):
+                _encode(source, writer, tokenizer, data, seed, chunk_images, batch_views, workers, progress)
+        return writer.finish(source.labels, data.held_out_share, source.skipped)
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[None]:
+    """Hold `out` for the one job that makes its codes, and clear what dead ones left half-written. A finished store is only read: nothing is held.
+
+    Raises:
+        Busy: another job is writing there.
+    """
+    with nullcontext() if is_finished(out) else only_writer(out, "preparing codes"):
+        if not is_finished(out):
+            remove_leftovers(out, (*FILES, MANIFEST_FILE, PROGRESS_FILE))
+        yield
+        if is_finished(out):
+            with suppress(OSError):
+                (Path(out) / LOCK_FILE).unlink()  # whoever waits for it looks again, and finds the finished store
+
+
+@contextmanager
+def explain_out_of_memory(what: str) -> Iterator[None]:
+    """Turn an allocation that fails inside into one line that says what there is no memory to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text:
+            raise UserError(f"not enough memory to {what}; choose smaller sizes, or free some and run the same command") from error
+        raise
+
+
+def _encode(source: ImageSource, writer: StoreWriter, tokenizer: VQTokenizer, data: DataConfig, seed: int, chunk_images: int, batch_views: int, workers: int,
+            progress: bool) -> None:
+    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    bar = tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True)
+    for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
+        codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
+        if chunk.views:
+            flat = torch.from_numpy(np.concatenate(chunk.views))
+            parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
+            codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
+        writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
+        bar.update(chunk.end - bar.n)
+        bar.set_postfix(skipped=len(writer.skipped))
+    bar.close()
+    if writer.rows == 0:
+        first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
+        raise DataError(f"prepare: none of the {len(source)} images could be read{first}")
 
 
 def skipped_report(store: CodeStore, most: int = 10) -> str:
     """What a store left out, for people: one line per file, `most` at most; empty when nothing was skipped."""
     skipped = store.manifest["skipped"]
     lines = [f"skipped {entry['key']}: {entry['reason']}" for entry in skipped[:most]]
-    return "\n".join(lines + [f"... and {len(skipped) - most} more, listed in {store.path / 'manifest.json'}"] * (len(skipped) > most))
+    more = [f"... and {len(skipped) - most} more, listed in {store.path / MANIFEST_FILE}"] * (len(skipped) > most)
+    return "\n".join(map(printable, lines + more))
 
 
 def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, config: TokenizerConfig, *, seed: int = 0, limit_bytes: int = 2**31,
@@ -92,25 +141,28 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     Raises:
         DataError: none of the images could be read.
     """
+    check_view_settings(data, config.image_size, config.image_channels)
     indices = np.asarray(indices)
     per_image = 1 if first_view_only else len(view_names(data))
-    limit = max(1, limit_bytes // (config.image_channels * config.image_size**2))
-    chosen = np.sort(stable_permutation(len(indices) * per_image, seed)[:limit])
+    shape = (config.image_channels, config.image_size, config.image_size)
+    chosen = np.sort(stable_permutation(len(indices) * per_image, seed)[:max(1, limit_bytes // math.prod(shape))])
     bar = tqdm(total=len(chosen), desc="views", unit="view", disable=not progress, dynamic_ncols=True)
-    views, reason = [], ""
+    with explain_out_of_memory(f"hold {len(chosen)} views of {config.image_size} pixels"):
+        views = np.empty((len(chosen), *shape), dtype=np.uint8)
+    filled, reason = 0, ""
     for place, group in groupby(chosen.tolist(), key=lambda pair: pair // per_image):
         wanted, index = [pair % per_image for pair in group], int(indices[place])
         bar.update(len(wanted))
         try:
-            image = source[index].image
+            views[filled: filled + len(wanted)] = read_views(source, index, data, config.image_size, config.image_channels, seed, wanted).views
         except UnreadableImage as error:
             reason = f"; the last: {error}"
             continue
-        views += [make_views(image, index, data, config.image_size, config.image_channels, seed, only=view) for view in wanted]
+        filled += len(wanted)
     bar.close()
-    if not views:
+    if not filled:
         raise DataError(f"none of the {len(indices)} images could be read{reason}")
-    return torch.from_numpy(np.stack(views))
+    return torch.from_numpy(views[:filled])
 
 
 def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str, *, codebook: int = 16384, image_size: int = 256,
@@ -123,56 +175,73 @@ def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str
         class_names: in the order of the labels; None names them 'class 0', 'class 1' ...
 
     Raises:
-        DataError: no files, a number missing in their sequence, a shape or label that does not fit. StorageError: see StoreWriter.
+        DataError: no files, a number missing in their sequence, a damaged file, a shape or label that does not fit. StorageError: see StoreWriter.
+        Busy: another job is writing to `out`.
     """
     root = Path(root)
     codes_folder, labels_folder = (root / f"imagenet{image_size}_{what}" for what in ("codes", "labels"))
-    numbers = sorted(int(path.stem) for path in codes_folder.glob("*.npy") if path.stem.isdecimal())
+    numbers = sorted(int(path.stem) for path in codes_folder.glob("*.npy") if re.fullmatch("0|[1-9][0-9]*", path.stem))
     if not numbers:
         raise DataError(f"{codes_folder}: no code files; expected 0.npy, 1.npy ... as LlamaGen's extract_codes_c2i.py writes them")
     if numbers[-1] != len(numbers) - 1:
         gap = next(i for i, number in enumerate(numbers) if i != number)
         raise DataError(f"{codes_folder}: {gap}.npy is missing although {numbers[-1]}.npy exists; complete the extraction first")
-    labels = np.array([_load(labels_folder / f"{i}.npy").reshape(-1)[0] for i in numbers], dtype=np.int64)
-    names = class_names if class_names is not None else tuple(f"class {i}" for i in range(int(labels.max()) + 1))
-    if not 0 <= labels.min() <= labels.max() < len(names):
-        raise DataError(f"{labels_folder}: labels must lie in 0 ... {len(names) - 1} ({len(names)} class names), got {labels.min()} ... {labels.max()}")
+    labels = np.array([_label(labels_folder / f"{i}.npy") for i in numbers], dtype=np.int64)
+    classes = len(class_names) if class_names is not None else min(int(labels.max()) + 1, _MOST_CLASSES)
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise DataError(f"{labels_folder}: labels must lie in 0 ... {classes - 1}, got {labels.min()} ... {labels.max()}")
+    names = class_names if class_names is not None else tuple(f"class {i}" for i in range(classes))
     shape = _load(codes_folder / "0.npy").shape
-    side = round(shape[-1] ** 0.5)
-    if len(shape) != 3 or shape[0] != 1 or side * side != shape[2]:
+    side = math.isqrt(shape[-1]) if shape else 0
+    if len(shape) != 3 or shape[0] != 1 or not 1 <= shape[1] <= MOST_VIEWS or not side or side * side != shape[2]:
         raise DataError(f"{codes_folder / '0.npy'}: expected shape (1, views, T) with square T, got {shape}")
     views = {10: TEN_CROP_VIEWS, 2: ("centre", "mirrored centre")}.get(shape[1], tuple(f"view {view}" for view in range(shape[1])))
-    writer = StoreWriter(out, {
-        "views": views, "view_settings": {"kind": "as extracted by LlamaGen"}, "positions": shape[2], "grid": (side, side), "image_size": image_size,
-        "image_channels": image_channels, "codebook": codebook, "class_names": names, "tokenizer_sha256": tokenizer_hash,
-        "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
-        "held_out_share": held_out_share, "chunk_images": chunk_images})
-    starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
-    for start in tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True):
-        chunk = numbers[start: start + chunk_images]
-        arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
-        if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
-            raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
-        writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
-    return writer.finish(labels, held_out_share)
+    with writing(out):
+        writer = StoreWriter(out, {
+            "views": views, "view_settings": {"kind": "as extracted by LlamaGen"}, "positions": shape[2], "grid": (side, side), "image_size": image_size,
+            "image_channels": image_channels, "codebook": codebook, "class_names": names, "tokenizer_sha256": tokenizer_hash,
+            "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
+            "held_out_share": held_out_share, "chunk_images": chunk_images})
+        starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
+        for start in tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True):
+            chunk = numbers[start: start + chunk_images]
+            arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
+            if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
+                raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
+            writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
+        return writer.finish(labels, held_out_share)
+
+
+def _label(path: Path) -> int:
+    label = _load(path)
+    if label.size != 1 or not -1 <= (value := int(label.reshape(()))) < 2**31:
+        raise DataError(f"{path}: expected one label below 2^31, got {label.reshape(-1)[:3]} of shape {label.shape}")
+    return value
 
 
 def _load(path: Path) -> np.ndarray:
+    """The whole numbers in a .npy file. What its header asks for must be what the file holds: nothing is allocated on its word."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: missing or not a NumPy file ({' '.join(str(error).split())}); complete the extraction first") from error
+        data = io.BytesIO(read_bytes(path, "complete the extraction first", _MOST_NPY_BYTES))
+        version = np.lib.format.read_magic(data)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, by_columns, dtype = read_header(data)
+        content = data.read()
+        if dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize != len(content) or min(shape, default=0) < 0:
+            raise ValueError(f"{len(content)} bytes cannot be whole numbers {dtype} of shape {shape}")
+        return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if by_columns else "C")
+    except Exception as error:  # the header is a Python literal, and NumPy's readers of it fail in many ways
+        raise DataError(f"{path}: missing or not a NumPy file ({' '.join(str(error).split())[:200]}); complete the extraction first") from error
 
 
 def _chunks(source: ImageSource, start: int, size: int, data: DataConfig, config: TokenizerConfig, seed: int, workers: int) -> Iterator[_Chunk]:
     """The chunks from `start` on, in order; the next one is decoded by `workers` threads while the caller encodes the present one."""
 
-    def read(index: int) -> tuple[np.ndarray, int, str] | UnreadableImage:
+    def read(index: int) -> ImageViews | UnreadableImage:
         try:
-            sample = source[index]
+            return read_views(source, index, data, config.image_size, config.image_channels, seed)
         except UnreadableImage as error:
             return error
-        return make_views(sample.image, index, data, config.image_size, config.image_channels, seed), sample.label, sample.key
 
     with ThreadPoolExecutor(workers) as pool:
         def submit(first: int) -> list[Future]:

@@ -21,6 +21,7 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+h1, h2, h3, nav, figcaption, caption, .names thead th, .values td { overflow-wrap: anywhere; }
 h1 { font-size: clamp(1.6rem, 5vw, 2.3rem); line-height: 1.2; letter-spacing: -.02em; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; letter-spacing: -.01em; margin: 3.2rem 0 .6rem; padding-top: 1.1rem; border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
@@ -48,12 +49,14 @@ figcaption { color: var(--soft); font-size: .86rem; line-height: 1.45; margin-to
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .86rem; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .32rem 1.2rem .32rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 500; }
 .note { background: var(--card); border: 1px solid var(--rule); border-left: 3px solid var(--accent); border-radius: .4rem; padding: .6rem .9rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-footer { margin-top: 4rem; color: var(--soft); font-size: .84rem; }
+footer { margin-top: 4rem; color: var(--soft); font-size: .84rem; overflow-wrap: anywhere; }
+@media (max-width: 34rem) { th, td { padding-right: .75rem; } }
 """
 
 
@@ -105,12 +108,15 @@ def group(css_class: str, parts: Sequence[str]) -> str:
     return f'<div class="{css_class}">{"".join(parts)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
-    """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "", css_class: str = "") -> str:
+    """A table; the first cell of a row is its heading. css_class "names": heads of columns may be long and break anywhere; "values": so may cells.
+
+    One that is too wide for a narrow screen all the same scrolls sideways.
+    """
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     top = f"<thead><tr>{''.join(f'<th scope=col>{escape(name)}</th>' for name in head)}</tr></thead>" if any(head) else ""
     lines = "".join(f"<tr><th scope=row>{escape(str(row[0]))}</th>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row[1:])}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{title}{top}<tbody>{lines}</tbody></table></div>'
+    return f'<div class="scroll"><table{_class(css_class)}>{title}{top}<tbody>{lines}</tbody></table></div>'
 
 
 def folded(summary: str, *html: str) -> str:

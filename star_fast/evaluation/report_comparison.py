@@ -162,7 +162,7 @@ def comparison(figures: dict[str, Any], other: Figures) -> page.Section:
     alt = f"Linear probe by position of {names[0]} (last position {last[0]}) and {names[1]} (last position {last[1]})."
     rows = [(name, _find(pick, ours), _find(pick, other)) for name, pick in _ROWS.items()]
     plot = page.figure(light, alt, "Both linear probes, each as its own report describes it.", dark=dark)
-    section.add(page.group("plots", [plot, page.table(("", *names), rows)]))
+    section.add(page.group("plots", [plot, page.table(("", *names), rows, css_class="names")]))
     return section
 
 

@@ -94,7 +94,8 @@ def _training(material: Material) -> Section:
     rows += [(key.replace("_", " ").capitalize(), value) for key, value in (trained["environment"] or {}).items()]
     settings = [(f"{part}.{name}", value) for part, values in trained["config"].items() for name, value in values.items()]
     section = Section("training", "What was trained")
-    section.add(page.table(("", ""), rows), page.folded("Every setting", page.table(("setting", "value"), settings)))
+    section.add(page.table(("", ""), rows, css_class="values"),
+                page.folded("Every setting", page.table(("setting", "value"), settings, css_class="values")))
     return section
 
 
@@ -115,9 +116,9 @@ def _samples(material: Material) -> Section:
     figures, samples, names = material.figures["samples"], material.samples, material.run.store.class_names
     settings = figures["settings"]
     section = Section("samples", "Samples beside real images")
-    section.add(page.text(f"Left: {figures['per_class']} samples of each class, guidance {settings['guidance']:g}, temperature "
+    section.add(page.text(f"First {figures['per_class']} samples of each class, guidance {settings['guidance']:g}, temperature "
                           f"{settings['temperature']:g}, top-k {settings['top_k'] or 'off'}, top-p {settings['top_p']:g}, seed {settings['seed']}; "
-                          "the first drawn, none chosen. Right: the first "
+                          "the first drawn, none chosen. Beside or below them the first "
                           f"{'held-out real images' if material.real is not None else 'held-out images as the tokenizer gives them back'} of the class. "
                           "Percent: samples that the small classifier takes for the class asked for. Distinct: different code sequences among them."))
     beside = material.real if material.real is not None else material.reconstruction.images

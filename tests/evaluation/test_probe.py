@@ -106,7 +106,8 @@ def test_first_blocks_share_weights_and_leave_the_model_alone() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [
     ("points", 0), ("points", 10**15), ("epochs", 0), ("warmup_epochs", 90), ("warmup_epochs", -1), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf),
-    ("lr", 1e30), ("depth", -1), ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1),
+    ("lr", 1e30),
+    ("depth", -1), ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1),
     ("seed", 10**30)])
 def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected .* got "):

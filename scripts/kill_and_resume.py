@@ -1,73 +1,241 @@
-"""Kill a sampling job again and again (SIGKILL at random moments), let it finish, and compare its file with an unbroken run's, byte by byte.
+"""Kill a job again and again, start it again, and compare all that it leaves with an unbroken run's, byte by byte.
 
-    python scripts/kill_and_resume.py [--kills 20] [--ranks 2] [--seed 0]
+    python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments
+    python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL just before and just after every fsync, rename and removal of a file, one after
+                                                                the other
+
+Exit status 0: after every kill that landed the job ended with equal files, and none besides.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
+import signal
+import socket
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from star_fast.generation.sample import SampleConfig, sample_images  # noqa: E402 (needs the path above)
-from tests.generation.small_model import save_small_model  # noqa: E402
+os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")  # of all processes
+STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: after each of them another state may survive a kill
+KILLS_IN_A_ROW = 5  # at most, before the job may end and is looked at
+_PATIENCE_S = 300
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
-def rank_process(config: SampleConfig, rank: int, ranks: int) -> None:
-    """One rank of a job."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-    sample_images(config)
+@dataclass(frozen=True)
+class Subject:
+    """A job that claims to survive kills.
+
+    Everything it writes into its work folder is compared, so a forgotten temporary file counts as a fault.
+    """
+
+    prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
+    run: Callable[[Path, Path], None]  # (that folder, work folder): the job, from its start or from where it was killed; RANK and WORLD_SIZE are set
+    canonical: Callable[[Path], bytes]  # of a file in the work folder: its bytes without what may differ between runs (dates, times)
+    preload: tuple[str, ...] = ()  # modules that every process of it needs
+    ignored: tuple[str, ...] = ()  # names that may be there or not (locks that stay)
+
+
+def prepare_sampling(given: Path) -> None:
+    """A model so small that start-up takes most of a run."""
+    from tests.generation.small_model import save_small_model
+
+    save_small_model(given / "model")
+
+
+def run_sampling(given: Path, work: Path) -> None:
+    """Images in six batches, the last one short, with a grid and single pictures."""
+    from star_fast.generation.sample import SampleConfig, sample_images
+
+    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=43, batch_images=8, precision="fp32", top_k=20, grid_rows=2,
+                               png_folder=True))
+
+
+def canonical_sampling(file: Path) -> bytes:
+    """The record tells times and dates of its run; the plan and the checksums in it must be equal."""
+    if file.suffix != ".json":
+        return file.read_bytes()
+    record = json.loads(file.read_text())
+    return json.dumps([record["plan"], {name: value for name, value in record["run"].items() if name.endswith("crc32")}]).encode()
+
+
+SUBJECTS = {
+    "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
+}
+
+
+def process_main(subject: str, given: Path, work: Path, environment: dict[str, str], strike: int | None) -> None:
+    """One rank. With `strike` it kills itself at that moment: even numbers lie just before a call of STRUCK, odd ones just after."""
+    os.environ.update(environment)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    if strike is not None:
+        _patch(strike)
+    SUBJECTS[subject].run(given, work)
+
+
+def _patch(strike: int) -> None:
+    moment = 0
+
+    def pass_moment() -> None:
+        nonlocal moment
+        if moment == strike:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moment += 1
+
+    def struck(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **settings: Any) -> Any:
+            pass_moment()
+            result = call(*arguments, **settings)
+            pass_moment()
+            return result
+        return wrapper
+
+    for name in STRUCK:
+        setattr(os, name, struck(getattr(os, name)))
+
+
+class Killer:
+    """One subject on so many ranks: runs it, kills it, compares what it leaves."""
+
+    def __init__(self, name: str, ranks: int, folder: Path, seed: int) -> None:
+        self.name, self.subject, self.ranks, self.folder = name, SUBJECTS[name], ranks, folder
+        self.random = random.Random(seed)
+        self.given = folder / "given"
+        self.given.mkdir()
+        self.kills = self.compared = self.works = 0
+        self.faults: list[str] = []
+        PROCESSES.set_forkserver_preload(list(self.subject.preload))
+        self.subject.prepare(self.given)
+        for _ in range(2):  # the first also starts the server and warms caches; both must agree, or nothing could be compared
+            started = time.perf_counter()
+            self.work = self._new_work()
+            self._start()
+            self._end()
+            self.whole_s = time.perf_counter() - started
+            self.expected, earlier = self._result(), getattr(self, "expected", None)
+        if self.expected != earlier:
+            self.faults.append(f"two unbroken runs differ: {self._difference(earlier, self.expected)}")
+
+    def kill_at_random(self, kills: int) -> None:
+        """Kill at random moments, up to KILLS_IN_A_ROW times on the way to one result, until `kills` have landed."""
+        while self.kills < kills and not self.faults:
+            self.work = self._new_work()
+            for _ in range(self.random.randint(1, KILLS_IN_A_ROW)):
+                self._start()
+                time.sleep(self.random.random() * self.whole_s)
+                landed = self._kill_all()
+                self.kills += landed
+                if not landed or self.kills == kills:  # it had ended already
+                    break
+            self._finish_and_compare(f"after {self.kills} kills")
+
+    def kill_at_every_sync(self) -> None:
+        """Kill each rank at each moment around a call of STRUCK; the other ranks are killed with it."""
+        for rank in range(self.ranks):
+            strike = 0
+            while not self.faults:
+                self.work = self._new_work()
+                self._start({rank: strike})
+                self._join(self.job[rank])
+                if self.job[rank].exitcode == 0:  # it has no such moment
+                    self._kill_all()
+                    break
+                self._kill_all()
+                self.kills += 1
+                self._finish_and_compare(f"rank {rank} killed at moment {strike}")
+                strike += 1
+            print(f"{self.name}: rank {rank} of {self.ranks} killed at each of {strike} moments", flush=True)
+
+    def _new_work(self) -> Path:
+        self.works += 1
+        work = self.folder / "work"  # always the same name: it may be written into files
+        if work.exists():
+            work.rename(self.folder / f"earlier-{self.works}")
+        work.mkdir()
+        return work
+
+    def _start(self, strikes: dict[int, int] | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.job = []
+        for rank in range(self.ranks):
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            self.job.append(PROCESSES.Process(target=process_main, args=(self.name, self.given, self.work, environment, (strikes or {}).get(rank))))
+            self.job[-1].start()
+
+    def _end(self) -> None:
+        """Wait for all ranks to end well."""
+        for rank, process in enumerate(self.job):
+            self._join(process)
+            if process.exitcode != 0:
+                self.faults.append(f"rank {rank} ended with status {process.exitcode}")
+
+    def _join(self, process: multiprocessing.Process) -> None:
+        process.join(_PATIENCE_S)
+        if process.is_alive():
+            self.faults.append(f"a process did not end in {_PATIENCE_S} s")
+            process.kill()
+            process.join()
+
+    def _kill_all(self) -> bool:
+        """Whether any rank was still at work. One that ended by itself must have ended well."""
+        for process in self.random.sample(self.job, len(self.job)):
+            process.kill()
+            process.join()
+        strange = [process.exitcode for process in self.job if process.exitcode not in (0, -signal.SIGKILL)]
+        if strange:
+            self.faults.append(f"a process ended with status {strange[0]}")
+        return any(process.exitcode == -signal.SIGKILL for process in self.job)
+
+    def _finish_and_compare(self, what: str) -> None:
+        self._start()
+        self._end()
+        result = self._result()
+        self.compared += 1
+        if result != self.expected:
+            self.faults.append(f"{what}: {self._difference(self.expected, result)} (in {self.work})")
+
+    def _result(self) -> dict[str, bytes]:
+        files = {str(file.relative_to(self.work)): file for file in sorted(self.work.rglob("*")) if file.name not in self.subject.ignored}
+        return {name: self.subject.canonical(file) if file.is_file() else b"" for name, file in files.items()}
+
+    @staticmethod
+    def _difference(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
+        differing = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
+        return f"differing {differing}, missing {sorted(expected.keys() - found.keys())}, left over {sorted(found.keys() - expected.keys())}"
 
 
 def main() -> int:
-    """0 if the files are equal."""
+    """0 if nothing differed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of the job that is killed; the unbroken run has one")
+    parser.add_argument("--subject", choices=sorted(SUBJECTS), default="sampling")
+    parser.add_argument("--kills", type=int, default=20, help="at random moments")
+    parser.add_argument("--every-sync", action="store_true", help="instead, at every fsync, rename and removal")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the job; the unbroken run has as many")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")  # of the processes
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["star_fast.generation.sample", "torch._dynamo"])
-    moments = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        save_small_model(Path(folder) / "model")
-        config = SampleConfig(model=f"{folder}/model", out=f"{folder}/unbroken.npz", images=3000, batch_images=16, precision="fp32", grid=False)
-        started = time.perf_counter()
-        unbroken = processes.Process(target=rank_process, args=(config, 0, 1))
-        unbroken.start()
-        unbroken.join()
-        whole_s = time.perf_counter() - started
-        config = replace(config, out=f"{folder}/killed.npz")
-        parts, out = Path(f"{config.out}.parts"), Path(config.out)
-        killed = 0
-        while killed < arguments.kills and not out.exists():
-            job = [processes.Process(target=rank_process, args=(config, rank, arguments.ranks)) for rank in range(arguments.ranks)]
-            for process in job:
-                process.start()
-            # Anywhere from before the first batch to several batches on: all kills together take about half as long as the unbroken run.
-            time.sleep(moments.random() * whole_s / arguments.kills)
-            for process in moments.sample(job, len(job)):
-                process.kill()
-                process.join()
-            killed += not out.exists()
-            delivered = len(list(parts.glob("batch-*.npy"))) if parts.exists() else 0
-            size = (parts / "unfinished.npz").stat().st_size if (parts / "unfinished.npz").exists() else 0
-            print(f"kill {killed}: {delivered} batches delivered, {size} bytes of the file written", flush=True)
-        sample_images(config)
-        same = out.read_bytes() == Path(f"{folder}/unbroken.npz").read_bytes()
-        verdict = "byte-equal to" if same else "DIFFERENT from"
-        print(f"{killed} kills of {arguments.ranks} ranks: the file of {out.stat().st_size} bytes is {verdict} the unbroken run's")
-        return 0 if same and killed == arguments.kills else 1
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as folder:
+        killer = Killer(arguments.subject, arguments.ranks, Path(folder), arguments.seed)
+        killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(arguments.kills)
+    how = "at every fsync, rename and removal" if arguments.every_sync else f"at random moments (seed {arguments.seed})"
+    print(f"{arguments.subject} on {arguments.ranks} ranks: {killer.kills} kills {how}, {killer.compared} results compared, "
+          f"{'all equal' if not killer.faults else 'NOT EQUAL'}, {time.perf_counter() - started:.0f} s")
+    print("\n".join(killer.faults), end="\n" if killer.faults else "")
+    return 1 if killer.faults or not killer.kills else 0
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from star_fast.errors import UserError
 from star_fast.generation.decoder import Decoder
 from star_fast.generation.products import resolve
 from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering
@@ -31,36 +34,47 @@ class Drawer:
     the same 8 images, whatever the batch; slots past the job's end hold a fixed label.
     """
 
-    def __init__(self, config: SampleConfig, transformer: Transformer, tokenizer: VQTokenizer, labels: np.ndarray, device: torch.device) -> None:
+    def __init__(self, config: SampleConfig, transformer: Transformer, tokenizer: VQTokenizer, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.labels = torch.from_numpy(labels)
         dtype = _dtype(config, device)
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        self.transformer = transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.products = resolve("plain" if config.exact else config.products, device, dtype)
+        try:
+            self.products = resolve("plain" if config.exact else config.products, device, dtype)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        with _explained(config):
+            self.transformer = transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.images_in_batch = min(config.batch_images, config.images)
         self.images_together = EXACT_IMAGES if config.exact else self.images_in_batch
-        side = config.pixels or math.isqrt(transformer.config.positions) * tokenizer.config.downsampling
+        codes = math.isqrt(transformer.config.positions)
+        if codes * codes != transformer.config.positions:
+            raise UserError(f"model: its {transformer.config.positions} codes an image fill no square, and no other image can be made of them")
+        side = config.pixels or codes * tokenizer.config.downsampling
         self.image_shape = (side, side, 3)
         self._tokenizer = tokenizer
         self._decoder: Decoder | None = None
         self._renderer: Renderer | None = None
 
-    def start(self, first: int, end: int) -> Rendering:
-        """Draw images first ... end-1; their pixels may still be on their way."""
-        if self._decoder is None:  # not before it is known that there is something to draw
-            self._decoder = self._new_decoder(self.images_together)
-            self._renderer = Renderer(self._tokenizer, self.device, self.config.pixels)
-        if not self.config.exact:
-            return self._renderer.start(self._codes(torch.arange(first, end)))
-        blocks = []
-        for start in range(first - first % EXACT_IMAGES, end, EXACT_IMAGES):
-            images = self._renderer.start(self._codes(torch.arange(start, start + EXACT_IMAGES))).wait()
-            blocks.append(images[max(first - start, 0) : end - start])
-        return Rendering(torch.cat(blocks), None)
+    def start(self, first: int, end: int, labels: np.ndarray) -> Rendering:
+        """Draw images first ... end-1 of those with these labels (N,) int64; their pixels may still be on their way.
 
-    def _codes(self, index: Tensor) -> Tensor:
-        label = torch.where(index < len(self.labels), self.labels[index.clamp(max=len(self.labels) - 1)], 0)
+        Raises:
+            UserError: the model's numbers are not finite, or the memory does not suffice.
+        """
+        with _explained(self.config):
+            if self._decoder is None:  # not before it is known that there is something to draw
+                self._decoder = self._new_decoder(self.images_together)
+                self._renderer = Renderer(self._tokenizer, self.device, self.config.pixels)
+            if not self.config.exact:
+                return self._renderer.start(self._codes(torch.arange(first, end), torch.from_numpy(labels)))
+            blocks = []
+            for start in range(first - first % EXACT_IMAGES, end, EXACT_IMAGES):
+                images = self._renderer.start(self._codes(torch.arange(start, start + EXACT_IMAGES), torch.from_numpy(labels))).wait()
+                blocks.append(images[max(first - start, 0) : end - start])
+            return Rendering(torch.cat(blocks), None)
+
+    def _codes(self, index: Tensor, labels: Tensor) -> Tensor:
+        label = torch.where(index < len(labels), labels[index.clamp(max=len(labels) - 1)], 0)
         c = self.config
         return self._decoder.generate(label, guidance=c.guidance, cfg_interval=c.cfg_interval, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
                                       seed=c.seed, image_index=index)
@@ -71,7 +85,8 @@ class Drawer:
     def exact_cost(self) -> float:
         """Time of a batch in blocks of 8 over the same batch in one piece: a few decoding steps in the middle of an image, medians."""
         images = self.images_in_batch
-        whole, block = self._new_decoder(images), self._new_decoder(EXACT_IMAGES)
+        with _explained(self.config):
+            whole, block = self._new_decoder(images), self._new_decoder(EXACT_IMAGES)
         blocks = -(-images // EXACT_IMAGES)
         times: dict[str, list[float]] = {"whole": [], "blocks": []}
         for step in range(_COST_STEPS):
@@ -99,3 +114,16 @@ def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
     if config.precision == "bf16" or device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+@contextlib.contextmanager
+def _explained(config: SampleConfig) -> Iterator[None]:
+    """What torch and the decoder say of a model that cannot be drawn from, or of too little memory, as one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{config.model or 'model'}: cannot be drawn from: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError(f"batch_images: the memory does not suffice for {config.batch_images} images at once; give a smaller --batch-images") from error
+        raise

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from star_fast.generation.fonts import write_with
 from star_fast.storage import atomic_write_bytes
 
 _LEAST_TILE = 56  # pixels: smaller images are enlarged by whole factors, so that they can be looked at
@@ -22,20 +23,24 @@ def draw_grid(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     Args:
         images: (N, H, W, 3) uint8; only those shown are read (a memory map is fine).
         labels: (N,) int64.
-        class_names: one a label.
+        class_names: one a label; letters that no font here has are written as escapes.
+
+    Raises:
+        ValueError: a label without a name.
     """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(f"draw_grid: labels must lie in 0 ... {len(class_names) - 1}, got {labels.min()} ... {labels.max()}")
     shown = {int(label): np.flatnonzero(labels == label)[:columns] for label in np.unique(labels)[:rows]}
-    factor = max(1, -(-_LEAST_TILE // images.shape[1]))
-    height, width = images.shape[1] * factor, images.shape[2] * factor
-    font = ImageFont.load_default(size=max(12, min(22, height // 4)))
-    names = {label: _shortened(class_names[label]) for label in shown}
-    margin = max(int(font.getlength(name)) for name in names.values()) + 3 * _GAP
+    height, width = _tile(images.shape[1:])
+    names = write_with([class_names[label] for label in shown], size=max(12, min(22, height // 4)))
+    margin = max(int(font.getlength(name)) for name, font in names) + 3 * _GAP
     most = max(len(indices) for indices in shown.values())
-    picture = Image.new("RGB", (margin + most * (width + _GAP), _GAP + len(shown) * (height + _GAP)), _PAPER)
+    columns_width, picture_height = grid_size(images.shape[1:], len(shown), most)
+    picture = Image.new("RGB", (margin + columns_width, picture_height), _PAPER)
     draw = ImageDraw.Draw(picture)
-    for row, (label, indices) in enumerate(shown.items()):
+    for row, ((name, font), indices) in enumerate(zip(names, shown.values(), strict=True)):
         top = _GAP + row * (height + _GAP)
-        draw.text((margin - 2 * _GAP, top + height // 2), names[label], _INK, font, anchor="rm")
+        draw.text((margin - 2 * _GAP, top + height // 2), name, _INK, font, anchor="rm")
         for column, index in enumerate(indices):
             tile = Image.fromarray(np.ascontiguousarray(images[index])).resize((width, height), Image.Resampling.NEAREST)
             picture.paste(tile, (margin + column * (width + _GAP), top))
@@ -49,5 +54,13 @@ def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
     atomic_write_bytes(path, stream.getvalue())
 
 
-def _shortened(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+def grid_size(image_shape: Sequence[int], rows: int, columns: int) -> tuple[int, int]:
+    """Width and height in pixels of a grid of images (H, W, 3), without the names in front."""
+    height, width = _tile(image_shape)
+    return columns * (width + _GAP), _GAP + rows * (height + _GAP)
+
+
+def _tile(image_shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width at which an image is shown."""
+    factor = max(1, -(-_LEAST_TILE // image_shape[0]))
+    return image_shape[0] * factor, image_shape[1] * factor

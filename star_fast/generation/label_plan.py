@@ -12,6 +12,8 @@ from star_fast.errors import UserError
 
 Plan = Literal["balanced", "random"]
 _NAMES_SHOWN = 20
+_NAME_SHOWN = 60  # letters
+_MOST_DIGITS = 18  # of a class number: Python takes seconds over a thousand times as many, or refuses them
 
 
 def plan_labels(images: int, classes: Sequence[int], plan: Plan, seed: int) -> np.ndarray:
@@ -39,18 +41,22 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     for one in map(str, wanted):
         if one in label_of:
             found.append(label_of[one])
-        elif one.isdecimal() and int(one) < len(class_names):
+        elif one.isdecimal() and len(one) <= _MOST_DIGITS and int(one) < len(class_names):
             found.append(int(one))
         else:
-            near = ", ".join(difflib.get_close_matches(one, class_names, n=3))
-            raise UserError(f"classes: no class {one!r}{f' (near: {near})' if near else ''}; there are {_listed(class_names)}, "
+            near = ", ".join(map(_cut, difflib.get_close_matches(one[:_NAME_SHOWN], class_names, n=3)))
+            raise UserError(f"classes: no class {_cut(one)!r}{f' (near: {near})' if near else ''}; there are {_listed(class_names)}, "
                             f"or numbers 0 ... {len(class_names) - 1}")
     twice = sorted({class_names[label] for label in found if found.count(label) > 1})
     if twice:
-        raise UserError(f"classes: each class once, got {', '.join(twice)} more than once")
+        raise UserError(f"classes: each class once, got {_listed(twice)} more than once")
     return found
 
 
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(_cut, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else name[: _NAME_SHOWN - 1] + "…"

@@ -3,6 +3,9 @@
 A .npz is a zip file of .npy members. All sizes are known before the first image, so the headers are written first and images are appended; only the
 checksum in the local header waits for the end. Members are stored uncompressed with 64-bit sizes (50 000 images of 256 px are 9.8 GB) and without dates:
 the same images give the same bytes.
+
+Beside the unfinished file lies a journal of one short line a batch with the batch's checksum, written when the batch is on the disk. Whoever goes on
+believes no batch that its line does not vouch for.
 """
 
 from __future__ import annotations
@@ -10,17 +13,18 @@ from __future__ import annotations
 import io
 import os
 import struct
-import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from star_fast.storage import StorageError, explain_write_errors, sync_folder
+from star_fast.storage import explain_write_errors, require_regular, sync_folder
 
 IMAGES_MEMBER = "arr_0"
-_PIECE_BYTES = 16 * 2**20  # read at once when an existing file is checked
+PIECE_BYTES = 16 * 2**20  # read at once when an existing file is checked
+BIG_BYTES = 2**30  # a file of this size takes seconds to check: that shows a bar
+_LINE_BYTES = 20 + 1 + 8 + 1 + 8 + 1  # of the journal: images up to here, checksum of the batch's bytes, checksum of the line so far
 _CRC_OFFSET = 14  # of the checksum in a zip local header
 _DATE = 33  # 1 January 1980
 _VERSION = 45  # of zip: 64-bit sizes
@@ -31,38 +35,62 @@ class NpzStream:
     """A growing .npz. Images go into `path`; `finish` completes it and gives it its final name.
 
     Args:
-        path: of the unfinished file; one that is there already is continued.
+        path: of the unfinished file; one that is there already is continued, from its first batch that is not what its journal says.
         images: N, how many there will be.
         image_shape: (H, W, 3).
-        whole: an unfinished file is cut back to a multiple of this many images (a batch that was being written when the process died).
+        batch: images are appended in batches of this many; the last may be smaller.
+
+    Attributes:
+        written: images in the file.
+        cut: images that were in it when it was opened and are no longer.
+        lost: those of them that another process, which looks at sizes alone, may have taken for safe.
 
     Raises:
-        StorageError: `path` holds something else, or cannot be written.
+        StorageError: `path` is no ordinary file, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, images: int, image_shape: tuple[int, int, int], whole: int = 1) -> None:
-        self.path, self.images, self.image_shape = Path(path), images, image_shape
+    def __init__(self, path: str | Path, images: int, image_shape: tuple[int, int, int], batch: int) -> None:
+        self.path, self.images, self.image_shape, self.batch = Path(path), images, image_shape, batch
         self.header = images_header(images, image_shape)
         self.image_bytes = int(np.prod(image_shape))
         self.crc = zlib.crc32(self.header[_npy_start(IMAGES_MEMBER):])
+        self.written = 0
+        there, claimed = _images_in(self.path, images, image_shape), images_appended(self.path, images, image_shape, batch)
         with explain_write_errors(self.path):
-            self.file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 (closed by close or finish)
-            self.written = self._resume(whole)
+            for existing in (self.path, journal_path(self.path)):
+                if existing.exists():
+                    require_regular(existing, "expected what an interrupted sampling job leaves there; delete it to start again")
+            self.file, self.journal = (open(there, "r+b" if there.exists() else "w+b")  # noqa: SIM115 (closed by close or finish)
+                                       for there in (self.path, journal_path(self.path)))
+            self._resume()
+            sync_folder(self.path.parent)
+        self.cut, self.lost = there - self.written, claimed - self.written
 
     def append(self, images: np.ndarray) -> None:
-        """Add images (n, H, W, 3) uint8 after those written. On return they are on the disk.
+        """Add the next batch (n, H, W, 3) uint8. On return it is on the disk, then vouched for in the journal.
 
         Raises:
-            ValueError: another shape or dtype, or more than N in all. StorageError: the disk is full.
+            ValueError: another shape or dtype, or not the number of images that comes next. StorageError: the disk is full.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or self.written + len(images) > self.images:
-            raise ValueError(f"NpzStream: expected at most {self.images - self.written} uint8 images {self.image_shape}, got {images.dtype} {images.shape}")
+        count = min(self.batch, self.images - self.written)
+        if images.dtype != np.uint8 or images.shape != (count, *self.image_shape) or not count:
+            raise ValueError(f"NpzStream: expected {count} uint8 images {self.image_shape}, got {images.dtype} {images.shape}")
         data = np.ascontiguousarray(images).reshape(-1).data
         with explain_write_errors(self.path):
             self.file.write(data)
-            self._sync()
+            _sync(self.file)
+            self.journal.write(_journal_line(self.written + count, zlib.crc32(data)))
+            _sync(self.journal)
         self.crc = zlib.crc32(data, self.crc)
-        self.written += len(images)
+        self.written += count
+
+    def frame_crc(self, **arrays: np.ndarray) -> int:
+        """Checksum of all bytes of the finished file that `crc` does not cover: with it, every byte of the file is vouched for."""
+        return zlib.crc32(self._tail(arrays), zlib.crc32(_with_crc(self.header[: _npy_start(IMAGES_MEMBER)], self.crc)))
+
+    def map(self) -> np.ndarray:
+        """The images written so far, read-only, read from the disk where they are used."""
+        return np.memmap(self.path, np.uint8, "r", len(self.header), (self.written, *self.image_shape))
 
     def finish(self, final: str | Path, **arrays: np.ndarray) -> None:
         """Add small arrays under their names, complete the zip file and rename it to `final`: whole or not there.
@@ -73,83 +101,83 @@ class NpzStream:
         if self.written != self.images:
             raise ValueError(f"NpzStream: {self.written} of {self.images} images written")
         with explain_write_errors(self.path):
-            npy_bytes = len(self.header) - _npy_start(IMAGES_MEMBER) + self.images * self.image_bytes
-            directory = _directory_entry(IMAGES_MEMBER, self.crc, npy_bytes, 0)
-            for name, array in arrays.items():
-                stream = io.BytesIO()
-                np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
-                data = stream.getvalue()
-                directory += _directory_entry(name, zlib.crc32(data), len(data), self.file.tell())
-                self.file.write(_local_header(name, zlib.crc32(data), len(data)) + data)
-            self.file.write(_directory_end(directory, 1 + len(arrays), self.file.tell()))
+            self.file.write(self._tail(arrays))
             self.file.seek(_CRC_OFFSET)
             self.file.write(struct.pack("<I", self.crc))
-            self._sync()
+            _sync(self.file)
             self.close()
+        with explain_write_errors(final):
             os.replace(self.path, final)
             sync_folder(Path(final).parent)
 
     def close(self) -> None:
         """Close the file; an unfinished one can be continued later."""
         self.file.close()
+        self.journal.close()
 
-    def _resume(self, whole: int) -> int:
-        """Check what is there, cut it back to whole batches, bring the checksum up to date; returns the number of images kept."""
-        there = os.fstat(self.file.fileno()).st_size
-        start = self.file.read(len(self.header))
-        if _without_crc(start) != _without_crc(self.header)[:len(start)]:
-            raise StorageError(f"{self.path}: not the unfinished file of {self.images} images {self.image_shape}; delete it to start again")
-        kept = max(0, min(self.images, (there - len(self.header)) // self.image_bytes))
-        if kept < self.images:
-            kept -= kept % whole
-        if len(start) < len(self.header) or kept == 0:
+    def _tail(self, arrays: dict[str, np.ndarray]) -> bytes:
+        """What follows the last image: the small members and the zip directory."""
+        npy_bytes = len(self.header) - _npy_start(IMAGES_MEMBER) + self.images * self.image_bytes
+        start = len(self.header) + self.images * self.image_bytes
+        directory, members = _directory_entry(IMAGES_MEMBER, self.crc, npy_bytes, 0), b""
+        for name, array in arrays.items():
+            stream = io.BytesIO()
+            np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
+            data = stream.getvalue()
+            directory += _directory_entry(name, zlib.crc32(data), len(data), start + len(members))
+            members += _local_header(name, zlib.crc32(data), len(data)) + data
+        return members + _directory_end(directory, 1 + len(arrays), start + len(members))
+
+    def _resume(self) -> None:
+        """Keep the batches that are what their journal lines say, up to the first that is not; cut off the rest."""
+        if _without_crc(self.file.read(len(self.header))) == _without_crc(self.header):
+            there = os.fstat(self.file.fileno()).st_size
+            with tqdm(desc="checking what is there", unit="B", unit_scale=True, total=there, disable=there < BIG_BYTES, leave=False) as progress:
+                while (line := self.journal.read(_LINE_BYTES)) and self._vouched(line, progress):
+                    pass
+        else:
             self.file.seek(0)
             self.file.write(self.header)
-        end = len(self.header) + kept * self.image_bytes
-        self.file.truncate(end)
-        self.file.seek(len(self.header))
-        for piece in _pieces(self.file, end - len(self.header)):
-            self.crc = zlib.crc32(piece, self.crc)
-        self.file.seek(end)
-        self._sync()
-        return kept
+        # The journal first: it must never vouch for what is not there.
+        for file, end in ((self.journal, _LINE_BYTES * -(-self.written // self.batch)), (self.file, len(self.header) + self.written * self.image_bytes)):
+            file.truncate(end)
+            file.seek(end)
+            _sync(file)
 
-    def _sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    def _vouched(self, line: bytes, progress: tqdm) -> bool:
+        """Whether the next batch is what this journal line says; if so it counts as written."""
+        count, batch_crc, crc = min(self.batch, self.images - self.written), 0, self.crc
+        left = count * self.image_bytes
+        while left and (piece := self.file.read(min(left, PIECE_BYTES))):
+            batch_crc, crc = zlib.crc32(piece, batch_crc), zlib.crc32(piece, crc)
+            left -= len(piece)
+            progress.update(len(piece))
+        if left or not count or line != _journal_line(self.written + count, batch_crc):
+            return False
+        self.written, self.crc = self.written + count, crc
+        return True
 
 
-def images_on_disk(path: str | Path, images: int, image_shape: tuple[int, int, int]) -> int:
-    """How many images another process has appended to the unfinished file at `path`; 0 if there is none."""
+def journal_path(path: Path) -> Path:
+    """The journal of the unfinished file at `path`."""
+    return path.with_suffix(".journal")
+
+
+def images_appended(path: Path, images: int, image_shape: tuple[int, int, int], batch: int) -> int:
+    """How many images another process has appended to the unfinished file at `path`, by the sizes of file and journal; 0 if there is none."""
+    return min(_size(journal_path(path)) // _LINE_BYTES * batch, _images_in(path, images, image_shape))
+
+
+def _images_in(path: Path, images: int, image_shape: tuple[int, int, int]) -> int:
+    """Whole images in the unfinished file at `path`, by its size."""
+    return min(images, max(0, _size(path) - len(images_header(images, image_shape))) // int(np.prod(image_shape)))
+
+
+def _size(path: Path) -> int:
     try:
-        there = os.stat(path).st_size
+        return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-    return max(0, min(images, (there - len(images_header(images, image_shape))) // int(np.prod(image_shape))))
-
-
-def map_images(path: str | Path) -> np.ndarray:
-    """`arr_0` of an .npz as a read-only array that is read from the disk where it is used (loaded whole if the file is compressed).
-
-    Raises:
-        StorageError: not a .npz with images in `arr_0`.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_MEMBER}.npy") as member:
-            info = archive.getinfo(f"{IMAGES_MEMBER}.npy")
-            version = np.lib.format.read_magic(member)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read_header(member)
-            npy_header_bytes = member.tell()
-        if info.compress_type != zipfile.ZIP_STORED:
-            with np.load(path) as arrays:
-                return arrays[IMAGES_MEMBER]
-        with open(path, "rb") as file:
-            file.seek(info.header_offset + 26)
-            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-        return np.memmap(path, dtype, "r", info.header_offset + 30 + name_bytes + extra_bytes + npy_header_bytes, shape)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{path}: expected a .npz with images in {IMAGES_MEMBER}: {error}") from error
 
 
 def images_header(images: int, image_shape: tuple[int, int, int]) -> bytes:
@@ -190,13 +218,18 @@ def _directory_end(directory: bytes, members: int, offset: int) -> bytes:
 
 
 def _without_crc(header: bytes) -> bytes:
-    return header[:_CRC_OFFSET] + header[_CRC_OFFSET + 4:]
+    return _with_crc(header, 0)
 
 
-def _pieces(file: io.BufferedRandom, count: int) -> Iterator[bytes]:
-    while count:
-        piece = file.read(min(count, _PIECE_BYTES))
-        if not piece:
-            raise StorageError("an unfinished .npz became shorter while it was read; is another process writing it?")
-        count -= len(piece)
-        yield piece
+def _with_crc(header: bytes, crc: int) -> bytes:
+    return header[:_CRC_OFFSET] + struct.pack("<I", crc) + header[_CRC_OFFSET + 4:]
+
+
+def _journal_line(images: int, crc: int) -> bytes:
+    start = f"{images:020d} {crc:08x}".encode()
+    return start + f" {zlib.crc32(start):08x}\n".encode()
+
+
+def _sync(file: io.BufferedRandom) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from star_fast.ops.sample_tokens import sample_tokens
 
+_MOST_TOKENS = 2**31  # what the kernels count with
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,14 +26,15 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, good, expected in (
             ("guidance", is_number(self.guidance) and 1 <= self.guidance < 1e6, "a number from 1 (off) to 1e6"),
-            ("cfg_interval", is_int(self.cfg_interval) and self.cfg_interval >= -1, "-1 (always) or n >= 0 (image tokens 0 ... n+1 are guided)"),
+            ("cfg_interval", is_int(self.cfg_interval) and -1 <= self.cfg_interval < _MOST_TOKENS,
+             "-1 (always) or n >= 0, below 2^31 (image tokens 0 ... n+1 are guided)"),
             ("temperature", is_number(self.temperature) and (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5), "0 (the likeliest) or 1e-5 ... 1e5"),
-            ("top_k", is_int(self.top_k) and self.top_k >= 0, "0 (all) or a number of tokens"),
+            ("top_k", is_int(self.top_k) and 0 <= self.top_k < _MOST_TOKENS, "0 (all) or a number of tokens below 2^31"),
             ("top_p", is_number(self.top_p) and 0 <= self.top_p <= 1, "a share in [0, 1]"),
             ("seed", is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number in 0 ... 2^63 - 1"),
         ):
             if not good:
-                raise ValueError(f"generate: {name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(f"generate: {name} must be {expected}, got {getattr(self, name)!r:.80}")
 
     @property
     def guided(self) -> bool:
@@ -55,5 +58,10 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A finite number, and not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold, and not a truth value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from star_fast.config import ModelConfig, TokenizerConfig
@@ -32,3 +34,19 @@ def save_small_model(folder: Path) -> tuple[Transformer, VQTokenizer]:
                 parameter.fill_(1)
     save_model(folder, model, class_names=CLASS_NAMES, tokenizer=tokenizer, record={})
     return model.eval(), tokenizer
+
+
+def images_of(npz: Path) -> np.ndarray:
+    """(N, H, W, 3) uint8."""
+    with np.load(npz) as file:
+        return file["arr_0"]
+
+
+def journal_of(npz: Path, batch: int = 8) -> bytes:
+    """The journal of the job that made this file, as it was before the file was finished."""
+    images, lines = images_of(npz), b""
+    for start in range(0, len(images), batch):
+        end = min(start + batch, len(images))
+        line = f"{end:020d} {zlib.crc32(images[start:end].tobytes()):08x}".encode()
+        lines += line + f" {zlib.crc32(line):08x}\n".encode()
+    return lines

@@ -15,11 +15,12 @@ from PIL import Image
 
 from star_fast.errors import UserError
 from star_fast.generation import generate
+from star_fast.generation.label_plan import plan_labels
 from star_fast.generation.sample import SampleConfig, SampleResult, sample_images
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.transformer import Transformer
 from tests.generation.processes import kill_after_progress, run_ranks
-from tests.generation.small_model import save_small_model
+from tests.generation.small_model import images_of, journal_of, save_small_model
 
 
 @pytest.fixture(scope="module")
@@ -98,25 +99,29 @@ def test_after_three_kills_the_file_is_that_of_an_unbroken_run(small: tuple, tmp
 
 
 def test_a_batch_written_by_half_is_drawn_or_copied_again(small: tuple, tmp_path: Path, unbroken: Path) -> None:
-    """Every place a kill can leave the files in, made by hand: parts of the unfinished file cut at each kind of byte."""
+    """Every place a kill can leave the files in, made by hand: the unfinished file and its journal cut at each kind of byte. The shorter one counts."""
     config = settings(small[0], tmp_path / "images.npz")
-    whole = unbroken.read_bytes()
+    whole, lines = unbroken.read_bytes(), journal_of(unbroken)
     image, batch = 16 * 16 * 3, 8 * 16 * 16 * 3
-    with np.load(unbroken) as file:
-        images = file["arr_0"]
-    header = whole.index(images[0].tobytes())
+    header = whole.index(images_of(unbroken)[0].tobytes())
     data_end = header + 43 * image
-    for cut, drawn in ((0, 43), (10, 43), (header, 43), (header + 3 * image + 5, 43), (header + batch, 35), (header + 5 * batch + 7, 3),
-                       (data_end, 0), (data_end + 100, 0), (len(whole) - 1, 0), (len(whole), 0)):
+    everything = len(whole), len(lines)
+    for cut, journal_cut, drawn in (
+        (0, len(lines), 43), (10, len(lines), 43), (header, len(lines), 43), (header + 3 * image + 5, len(lines), 43), (header + batch, len(lines), 35),
+        (header + 5 * batch + 7, len(lines), 3), (data_end, len(lines), 0), (data_end + 100, len(lines), 0), (len(whole) - 1, len(lines), 0), (*everything, 0),
+        (len(whole), 0, 43), (len(whole), 38, 43), (header + 2 * batch, 39, 35), (header + 2 * batch, 39 + 20, 35), (data_end, 6 * 39 - 1, 3),
+    ):
         for file in tmp_path.glob("images.*"):
             if file.is_file():
                 file.unlink()
         parts = tmp_path / "images.npz.parts"
         parts.mkdir(exist_ok=True)
         (parts / "unfinished.npz").write_bytes(whole[:cut])
-        assert sample_images(config).drawn == drawn, cut
-        assert (tmp_path / "images.npz").read_bytes() == whole, cut
-        assert sample_images(config).drawn == 0  # a finished job draws nothing
+        (parts / "unfinished.journal").write_bytes(lines[:journal_cut])
+        assert sample_images(config).drawn == drawn, (cut, journal_cut)
+        assert (tmp_path / "images.npz").read_bytes() == whole, (cut, journal_cut)
+        assert not parts.exists()
+    assert sample_images(config).drawn == 0  # a finished job draws nothing
 
 
 def test_exact_mode_gives_the_same_bytes_for_any_batch_size(small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -130,8 +135,6 @@ def test_exact_mode_gives_the_same_bytes_for_any_batch_size(small: tuple, tmp_pa
 
 
 def test_random_labels_are_uniform_and_named_by_the_seed(small: tuple, tmp_path: Path) -> None:
-    from star_fast.generation.label_plan import plan_labels
-
     labels = plan_labels(3000, [0, 1, 2], "random", 0)
     assert np.array_equal(labels, plan_labels(3000, [0, 1, 2], "random", 0)) and not np.array_equal(labels, plan_labels(3000, [0, 1, 2], "random", 1))
     counts = np.bincount(labels)
@@ -157,5 +160,5 @@ def test_bad_settings_and_foreign_files_get_one_clear_line(small: tuple, tmp_pat
         sample_images(settings(folder, out, images=3, seed=4))
     (tmp_path / "other.npz.parts").mkdir()
     (tmp_path / "other.npz.parts" / "plan.json").write_text("{}")
-    with pytest.raises(UserError, match=r"plan\.json: of another sampling job"):
+    with pytest.raises(UserError, match=r"plan\.json: weights: missing; delete"):
         sample_images(settings(folder, tmp_path / "other.npz", images=3))

@@ -192,9 +192,9 @@ class StoreWriter:
         if os.path.exists(self.out / PROGRESS_FILE):
             progress = read_progress(self.out)
             if progress["job_sha256"] != self._job:
-                self._require_same(progress.get("about", {}), begun=True)
+                self._require_same(progress["about"], begun=True)
             self.next_index, self.rows, self.skipped, self._bytes = (progress[name] for name in ("next_index", "rows", "skipped", "bytes"))
-            expected = progress.get("sha256", {})
+            expected = progress["sha256"]
         with explain_write_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             for name in FILES:

@@ -114,6 +114,11 @@ def is_finished(path: str | Path) -> bool:
     return os.path.exists(Path(path) / MANIFEST_FILE)
 
 
+def is_begun(path: str | Path) -> bool:
+    """Whether folder `path` holds codes, all of them or some."""
+    return is_finished(path) or os.path.exists(Path(path) / PROGRESS_FILE)
+
+
 def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
     """The manifest of the store in folder `path`, as it is and as a checked record. Raises StorageError when it is not what `star-fast prepare` writes."""
     file = path / MANIFEST_FILE
@@ -130,8 +135,16 @@ def read_progress(path: Path) -> dict[str, Any]:
     """What is recorded of the unfinished store in folder `path`. Raises StorageError when it is damaged."""
     file, hint = path / PROGRESS_FILE, f"delete {path} to start afresh"
     progress = read_json(file, hint)
-    to_record(progress, file, Progress, hint, ignore_unknown=True)
-    return progress
+    record = to_record(progress, file, Progress, hint, ignore_unknown=True)
+    return {**progress, "sha256": record.sha256, "about": record.about}
+
+
+def tokenizer_of(path: Path) -> str:
+    """`weights_hash()` of the tokenizer that the store in folder `path` was made or begun with; empty where there is none (or it does not say)."""
+    if is_finished(path):
+        return read_manifest(path)[1].tokenizer_sha256
+    found = read_progress(path)["about"].get("tokenizer_sha256", "") if is_begun(path) else ""
+    return found if isinstance(found, str) else ""
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -82,8 +82,10 @@ def writing(out: str | Path) -> Iterator[None]:
     """Hold `out` for the one job that makes its codes, and clear what dead ones left half-written. A finished store is only read: nothing is held.
 
     Raises:
-        Busy: another job is writing there.
+        Busy: another job is writing there. DataError: no file system knows such a name.
     """
+    if "\0" in str(out):
+        raise DataError(f"{out}: expected the name of a folder, got a null byte in it")
     with nullcontext() if is_finished(out) else only_writer(out, "preparing codes"):
         if not is_finished(out):
             remove_leftovers(out, (*FILES, MANIFEST_FILE, PROGRESS_FILE))

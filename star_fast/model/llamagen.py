@@ -1,39 +1,41 @@
 """LlamaGen's released files in and out: strict, without running code from the file, and saying where each setting came from.
 
-A file is a dict whose weights sit under `model`, `module` or `state_dict`, or the bare state dict; .pt (read with weights_only=True,
-argparse.Namespace allowed) or .safetensors. Names and sizes: method.md section 3.
+A file is a dict whose weights sit under `model`, `module` or `state_dict`, or the bare state dict; .pt (of torch 1.6 or newer, read by
+torch_files.py, argparse.Namespace allowed) or .safetensors. Names and sizes: method.md section 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
-import pickle
+import os
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from star_fast.config import ConfigError, ModelConfig, TokenizerConfig
+from star_fast.config import ConfigError, ModelConfig
 from star_fast.errors import UserError
-from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.bounded_file import BoundedFile, StoredTensor, shown
+from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
+from star_fast.model.tokenizer import VQTokenizer, empty_tokenizer, tokenizer_config
 from star_fast.model.transformer import Transformer
-from star_fast.storage import atomic_write_bytes, atomic_writer
+from star_fast.storage import atomic_write_bytes, atomic_writer, parse_json
 
 log = logging.getLogger(__name__)
 
 WRAPPERS = ("model", "module", "state_dict")  # plain or DDP, DeepSpeed, others; FSDP files are bare. LlamaGen's own order
 DEFAULT_POSITIONS = 256  # 256 px at downsampling 16
 RELEASED_DOWNSAMPLING = 16
-_NAMES_SHOWN = 6  # of each list in an error line
+_MOST_ARGUMENT = 2**24  # of the whole numbers among LlamaGen's training arguments
+_MOST_ROTARY = 2**22  # positions x head size: sequences of 65536 codes at head size 64. No weight tells the positions, so no file's length bounds them
 
 
 class Size(NamedTuple):
@@ -55,15 +57,17 @@ SIZES = {
     "7B": Size(32, 32, 4096),
 }
 _HEADS_BY_WIDTH = {size.width: size.heads for size in SIZES.values()}
-_FILE_NAME = re.compile(r"(?:^|[^A-Za-z0-9])c2i_(\w+?)_(\d+)(?:$|[^0-9])")
+_FILE_NAME = re.compile(r"(?:^|[^A-Za-z0-9])c2i_(\w+?)_([0-9]{1,5})(?:$|[^0-9])")
+_LAYER = re.compile(r"layers\.([0-9]{1,4})\.")
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds: its weights under LlamaGen's names, the shape of `freqs_cis` if that was there, and the training arguments if any."""
+    """What a file describes: weights under LlamaGen's names and where they lie, the shape of `freqs_cis` if that was there, the training arguments if any."""
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, StoredTensor]
     freqs_cis: tuple[int, ...] | None
-    args: dict[str, Any]
+    args: dict[Any, Any]
+    file: BoundedFile | None = None
 
 
 def load_transformer(path: str | Path, *, heads: int | None = None, positions: int | None = None, dtype: torch.dtype | None = None) -> Transformer:
@@ -78,15 +82,12 @@ def load_transformer(path: str | Path, *, heads: int | None = None, positions: i
         dtype: of the weights; None keeps the file's.
 
     Raises:
-        UserError: no such file, damaged, not a class-conditional LlamaGen transformer, weights that differ in name or shape (listed), or
-            sources that contradict each other.
+        UserError: no such file, damaged, not a class-conditional LlamaGen transformer, weights that differ in name or shape (listed) or are not
+            finite, or sources that contradict each other.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
-    config = checkpoint_config(path, checkpoint, heads, positions)
-    transformer = empty_transformer(config, dtype or checkpoint.weights["tok_embeddings.weight"].dtype)
-    load_strictly(transformer, checkpoint.weights, path)
-    return transformer
+    with open_checkpoint(path) as checkpoint:
+        return read_transformer(path, checkpoint, checkpoint_config(path, checkpoint, heads, positions), dtype)
 
 
 def save_transformer(model: Transformer, path: str | Path) -> None:
@@ -95,9 +96,10 @@ def save_transformer(model: Transformer, path: str | Path) -> None:
     Heads and positions go along (under `args`, or in the safetensors header), in plain types that need no allow-list.
 
     Raises:
-        StorageError: the disk is full or the place cannot be written; the old file, if any, stays.
+        UserError: weights that are not finite. StorageError: the disk is full or the place cannot be written. The old file, if any, stays.
     """
     path = Path(path)
+    require_finite(model.state_dict(), f"{path}: not saved")
     if path.suffix == ".safetensors":
         atomic_write_bytes(path, safetensors_bytes(model.state_dict(), model.config))
         return
@@ -117,51 +119,53 @@ def load_tokenizer(path: str | Path, *, image_size: int = 256) -> VQTokenizer:
         UserError: no such file, damaged, or not the weights of a VQ tokenizer (differences listed). StorageError: a damaged folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # of os.path: unlike Path.is_dir it raises for no name
         return VQTokenizer.load(path)
-    weights = {name: tensor for name, tensor in read_checkpoint(path).weights.items() if name != "quantize.codebook_used"}
-    try:
-        config = _tokenizer_config(weights, image_size)
-    except KeyError as error:
-        raise UserError(f"{path}: expected the weights of a LlamaGen VQ tokenizer, but {error.args[0]!r} is not among them; found {_some(weights)}") from error
-    except ConfigError as error:
-        raise UserError(f"{path}: not the weights of a LlamaGen VQ tokenizer: {error}") from error
-    tokenizer = VQTokenizer(config).to(weights["quantize.embedding.weight"].dtype)
-    load_strictly(tokenizer, weights, path)
-    return tokenizer.eval()
+    with open_checkpoint(path) as checkpoint:
+        weights = {name: tensor for name, tensor in checkpoint.weights.items() if name != "quantize.codebook_used"}
+        tokenizer = empty_tokenizer(tokenizer_config(weights, path, image_size=image_size), weights, path)
+        fill(tokenizer, weights, checkpoint.file)
+    return tokenizer
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file without running code from it. Raises UserError: missing, damaged, unsafe, or without weights."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a LlamaGen checkpoint (.pt or .safetensors)")
-    content, args = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), None)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: expected a dict of weights, got {type(content).__name__}; is it a LlamaGen checkpoint?")
-    args = content.get("args") if args is None else args
-    weights = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
-        raise UserError(f"{path}: expected tensors by name, bare or under {', '.join(map(repr, WRAPPERS))}; found {_some(map(str, weights))}")
-    weights = dict(weights)
-    freqs_cis = weights.pop("freqs_cis", None)
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
-    return Checkpoint(weights, None if freqs_cis is None else tuple(freqs_cis.shape), dict(args))
+@contextlib.contextmanager
+def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
+    """Open a file and read what it describes, without running code from it. Raises UserError: missing, damaged, unsafe, or without weights."""
+    with open_tensors(path, "expected a LlamaGen checkpoint (.pt or .safetensors)") as opened:
+        content = opened.content
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path}: expected a dict of weights, got {type(content).__name__}; is it a LlamaGen checkpoint?")
+        weights = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        if not weights or not all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in weights.items()):
+            raise UserError(f"{path}: expected tensors by name, bare or under {', '.join(map(repr, WRAPPERS))}; found {some([str(name) for name in weights])}")
+        weights = dict(weights)
+        if sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in weights.values()) > opened.file.size:
+            raise UserError(f"{path}: its tensors together say to hold more than the file; copy or download it again")
+        freqs_cis = weights.pop("freqs_cis", None)
+        args = _json_args(path, opened.metadata["args"]) if "args" in opened.metadata else content.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else {}
+        yield Checkpoint(weights, None if freqs_cis is None else freqs_cis.shape, args, opened.file)
 
 
 def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = None, positions: int | None = None) -> ModelConfig:
     """The sizes of the transformer in a file, from the sources that `load_transformer` names. Raises UserError when they are missing or contradict."""
     weights, args = checkpoint.weights, checkpoint.args
-    if any(name.startswith("cls_embedding.cap_proj") for name in weights) or args.get("gpt_type", "c2i") != "c2i":
+    kind = args.get("gpt_type", "c2i")
+    if any(name.startswith("cls_embedding.cap_proj") for name in weights) or (isinstance(kind, str) and kind != "c2i"):
         raise UserError(f"{path}: a text-conditional LlamaGen model; only class-conditional ones (c2i) can be loaded")
     for name in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"):
         if name not in weights or weights[name].ndim != 2:
-            raise UserError(f"{path}: expected the weights of a LlamaGen transformer, but the matrix {name!r} is not among them; found {_some(weights)}")
+            raise UserError(f"{path}: expected the weights of a LlamaGen transformer, but the matrix {name!r} is not among them; found {some(weights)}")
     vocab, width = weights["tok_embeddings.weight"].shape
-    num_classes = len(weights["cls_embedding.embedding_table.weight"]) - 1
-    blocks = 1 + max(int(match[1]) for name in weights if (match := re.match(r"layers\.(\d+)\.", name)))
+    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
+    numbers = {int(match[1]) for name in weights if (match := _LAYER.match(name))}
+    blocks = len(numbers)
+    if max(numbers) != blocks - 1:
+        absent = min(set(range(blocks)) - numbers)
+        raise UserError(f"{path}: expected blocks numbered without a gap, found layers.{max(numbers)} but nothing of layers.{absent}")
 
     told = [("the argument", {"heads": heads, "positions": positions}), ("the shape of freqs_cis", _told_by_freqs_cis(path, checkpoint.freqs_cis, width)),
-            ("the file's args", _told_by_args(args)), ("the file's name", _told_by_name(path.name))]
+            ("the file's args", _told_by_args(path, args)), ("the file's name", _told_by_name(path.name))]
     shapes = ("the weights' shapes", {"blocks": blocks, "width": width, "vocab": vocab, "num_classes": num_classes})
     agreed: dict[str, tuple[int, str]] = {}
     for source, claims in (shapes, *told):
@@ -176,6 +180,9 @@ def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = No
     agreed.setdefault("positions", (DEFAULT_POSITIONS, "LlamaGen's default"))
     for name in ("heads", "positions"):
         log.info("%s: %s %d, from %s", path, name, *agreed[name])
+    for name, least in (("positions", 1), ("vocab", 1), ("num_classes", 1)):
+        if agreed[name][0] < least:
+            raise UserError(f"{path}: {name} must be {least} or more, got {agreed[name][0]} from {agreed[name][1]}")
     if math.isqrt(agreed["positions"][0]) ** 2 != agreed["positions"][0]:
         raise UserError(f"{path}: positions must be a square number, got {agreed['positions'][0]} from {agreed['positions'][1]}")
     try:
@@ -184,29 +191,23 @@ def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = No
         raise UserError(f"{path}: not a LlamaGen transformer: {error}") from error
 
 
-def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `weights` into `module` (casting to its dtype), all or none. Raises UserError as `require_fit` does."""
-    require_fit(module, weights, source)
-    module.load_state_dict(weights)
+def read_transformer(source: str | Path, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
+    """The transformer of an open file, in eval mode on the CPU. Memory is taken only once everything is known to fit.
 
-
-def require_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raises UserError, in one line that lists what is of another shape, missing or unexpected, unless `weights` are exactly the module's."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
-    reshaped = [f"{name}: expected {shape}, found {tuple(weights[name].shape)}" for name, shape in expected.items()
-                if name in weights and tuple(weights[name].shape) != shape]
-    differences = [f"{what} {_some(names, '; ')}" for what, names in (("other shapes:", reshaped), ("missing:", missing), ("unexpected:", unexpected)) if names]
-    if differences:
-        raise UserError(f"{source}: these weights are not of the model that was expected; {' | '.join(differences)}")
-
-
-def empty_transformer(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A transformer in eval mode whose weights are yet to be written (no time is spent on drawing initial ones)."""
+    Raises:
+        UserError: the weights are not exactly those that `config` asks for (what differs is listed), or not finite.
+    """
+    if config.positions * config.head_size > _MOST_ROTARY:
+        raise UserError(f"{source}: {config.positions:,} positions at head size {config.head_size} are more than any model has; expected at most "
+                        f"{_MOST_ROTARY // config.head_size:,}")
+    if config.blocks > len(checkpoint.weights):  # not even one tensor each: a thousand blocks take a second to build, in memory or not
+        raise UserError(f"{source}: expected the weights of {config.blocks} blocks, found {len(checkpoint.weights)} tensors")
     with torch.device("meta"):
         transformer = Transformer(config)
-    return transformer.to(dtype).to_empty(device="cpu").eval()
+    require_fit(transformer, checkpoint.weights, source)
+    transformer = transformer.to(dtype or checkpoint.weights["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
+    fill(transformer, checkpoint.weights, checkpoint.file)
+    return transformer
 
 
 def safetensors_bytes(weights: Mapping[str, Tensor], config: ModelConfig) -> bytes:
@@ -216,26 +217,14 @@ def safetensors_bytes(weights: Mapping[str, Tensor], config: ModelConfig) -> byt
     return safetensors.torch.save(tensors, metadata={"args": json.dumps(_args(config))})
 
 
-def _read_torch(path: Path) -> Any:
+def _json_args(path: Path, text: str) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"Unsupported (?:global|class|operand)[^.]*?: (?:GLOBAL )?([\w.]+)", str(error))
-        if foreign:
-            raise UserError(f"{path}: holds {foreign[1]}, which is neither tensor nor plain data; such files can run code and are not loaded") from error
-        raise UserError(f"{path}: not a torch checkpoint; expected LlamaGen weights (.pt or .safetensors)") from error
-    except Exception as error:  # anything can come of garbage that is read as a pickle
-        raise UserError(f"{path}: truncated or not a torch checkpoint ({_first_line(error)}); copy or download it again") from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata.get("args", "{}"))  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({_first_line(error)}); copy or download it again") from error
+        args = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path}: expected the args in its header to be JSON ({error}); save the file again") from error
+    if not isinstance(args, dict):
+        raise UserError(f"{path}: expected the args in its header to be a JSON object, got {type(args).__name__}; save the file again")
+    return args
 
 
 def _told_by_freqs_cis(path: Path, shape: tuple[int, ...] | None, width: int) -> dict[str, int]:
@@ -247,13 +236,21 @@ def _told_by_freqs_cis(path: Path, shape: tuple[int, ...] | None, width: int) ->
     return {"heads": width // (2 * shape[1]), "positions": shape[0] - 1}
 
 
-def _told_by_args(args: dict[str, Any]) -> dict[str, int]:
+def _told_by_args(path: Path, args: Mapping[Any, Any]) -> dict[str, int]:
     """LlamaGen's training arguments; `n_head` and `block_size` (its ModelArgs' names) are what `save_transformer` adds for sizes outside its table."""
-    claims = dict(_told_by_size(str(args.get("gpt_model", "")).removeprefix("GPT-")))
+    for name in ("gpt_model", "gpt_type"):
+        if not isinstance(args.get(name, ""), (str, type(None))):
+            raise UserError(f"{path}: args.{name}: expected text, got {shown(args[name])}")
+    numbers = {}
+    for name in ("n_head", "block_size", "vocab_size", "num_classes", "image_size", "downsample_size"):
+        if args.get(name) is not None:
+            if type(args[name]) is not int or not 1 <= args[name] <= _MOST_ARGUMENT:
+                raise UserError(f"{path}: args.{name}: expected a whole number in 1 ... {_MOST_ARGUMENT}, got {shown(args[name])}")
+            numbers[name] = args[name]
     names = {"heads": "n_head", "positions": "block_size", "vocab": "vocab_size", "num_classes": "num_classes"}
-    claims |= {ours: args[theirs] for ours, theirs in names.items() if theirs in args}
-    if "positions" not in claims and "image_size" in args and "downsample_size" in args:
-        claims["positions"] = (args["image_size"] // args["downsample_size"]) ** 2
+    claims = _told_by_size((args.get("gpt_model") or "").removeprefix("GPT-")) | {ours: numbers[theirs] for ours, theirs in names.items() if theirs in numbers}
+    if "positions" not in claims and "image_size" in numbers and "downsample_size" in numbers:
+        claims["positions"] = (numbers["image_size"] // numbers["downsample_size"]) ** 2
     return claims
 
 
@@ -272,30 +269,3 @@ def _args(config: ModelConfig) -> dict[str, int | str]:
     named = {f"GPT-{name}" for name, size in SIZES.items() if size == Size(config.blocks, config.heads, config.width)}
     return {**({"gpt_model": named.pop()} if named else {}), "gpt_type": "c2i", "cls_token_num": 1, "n_head": config.heads, "block_size": config.positions,
             "vocab_size": config.vocab, "num_classes": config.num_classes}
-
-
-def _tokenizer_config(weights: Mapping[str, Tensor], image_size: int) -> TokenizerConfig:
-    """The shape of a VQ tokenizer, from its weights. Raises KeyError: a weight that it is read off is not there; ConfigError: a contradiction."""
-    channels = {name: tuple(weights[name].shape) for name in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")}
-    base, image_channels = channels["encoder.conv_in.weight"][:2]
-    blocks = [(int(m[1]), int(m[2])) for name in weights if (m := re.fullmatch(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.conv1\.weight", name))]
-    if not blocks:
-        raise KeyError("encoder.conv_blocks.0.res.0.conv1.weight")
-    widths = [len(weights[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) for level in range(1 + max(level for level, _ in blocks))]
-    if any(width % base for width in widths):
-        raise ConfigError(f"the widths of its levels, {widths}, must be multiples of the first convolution's {base}")
-    codebook, code_channels = channels["quantize.embedding.weight"]
-    return TokenizerConfig(base_channels=base, multipliers=tuple(width // base for width in widths), residual_blocks=1 + max(block for _, block in blocks),
-                           z_channels=channels["encoder.conv_out.weight"][0], code_channels=code_channels, codebook=codebook,
-                           image_channels=image_channels, image_size=image_size)
-
-
-def _some(names: Any, separator: str = ", ") -> str:
-    """The first few names, and how many more."""
-    names = list(names)
-    return (separator.join(names[:_NAMES_SHOWN]) or "nothing") + (f"{separator}and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the advice that libraries add to it."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0].split('. ')[0][:150]}" if str(error).strip() else type(error).__name__

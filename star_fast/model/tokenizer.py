@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from star_fast.config import TokenizerConfig
-from star_fast.records import from_dict, to_dict
-from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_bytes, read_json
+from star_fast.config import ConfigError, TokenizerConfig
+from star_fast.errors import UserError
+from star_fast.model.bounded_file import shown
+from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
+from star_fast.records import to_dict
+from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_json, remove_leftovers, to_record
 
 WEIGHTS_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
+_RESIDUAL_BLOCK = re.compile(r"encoder\.conv_blocks\.([0-9]{1,2})\.res\.([0-9]{1,2})\.conv1\.weight")
 _SEARCH_ROWS = 4096  # latents searched at once: 4096 x 16384 float32 similarities are 268 MB
 
 
@@ -289,33 +295,95 @@ class VQTokenizer(nn.Module):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.safetensors, then tokenizer.json (settings and hash), each whole or not at all."""
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        atomic_write_bytes(Path(folder) / WEIGHTS_FILE, safetensors.torch.save(state))
-        atomic_write_json(Path(folder) / CONFIG_FILE, {"format_version": FORMAT_VERSION, "weights_sha256": self.weights_hash(), "config": to_dict(self.config)})
+        """Write tokenizer.safetensors, then tokenizer.json (settings and hash), each whole or not at all.
+
+        Raises:
+            UserError: weights that are not finite. StorageError: the disk is full or the place cannot be written.
+        """
+        folder, state = Path(folder), {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        require_finite(state, f"{folder}: not saved")
+        remove_leftovers(folder, (WEIGHTS_FILE, CONFIG_FILE))
+        atomic_write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
+        atomic_write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, "weights_sha256": self.weights_hash(), "config": to_dict(self.config)})
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
         """The tokenizer that `save` wrote, in eval mode on the CPU.
 
         Raises:
-            StorageError: a file is missing, damaged, of another version, or the weights are not the ones that tokenizer.json names.
+            StorageError: a file is missing, damaged, of another version, or the weights are not the ones that tokenizer.json names, or not finite.
         """
         folder = Path(folder)
-        hint = f"a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-        about = read_json(folder / CONFIG_FILE, hint)
-        if about.get("format_version") != FORMAT_VERSION:
-            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {about.get('format_version')!r}; "
+        file, hint = folder / WEIGHTS_FILE, f"a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        values = read_json(folder / CONFIG_FILE, hint)
+        if values.get("format_version") != FORMAT_VERSION:
+            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; "
                                "train the tokenizer again")
-        tokenizer = cls(from_dict(TokenizerConfig, about.get("config"), "tokenizer."))
-        data = read_bytes(folder / WEIGHTS_FILE, hint)
+        about = to_record(values, folder / CONFIG_FILE, _About, hint)
         try:
-            tokenizer.load_state_dict(safetensors.torch.load(data))
-        except (SafetensorError, RuntimeError) as error:
-            raise StorageError(f"{folder / WEIGHTS_FILE}: truncated, or not the weights of {CONFIG_FILE}: {' '.join(str(error).split())[:200]}") from error
-        if tokenizer.weights_hash() != about.get("weights_sha256"):
-            raise StorageError(f"{folder / WEIGHTS_FILE}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")
-        return tokenizer.eval()
+            with open_tensors(file, hint) as opened:
+                told = tokenizer_config(opened.content, file)
+                for name in ("base_channels", "multipliers", "residual_blocks", "z_channels", "code_channels", "codebook", "image_channels"):
+                    if getattr(told, name) != getattr(about.config, name):
+                        raise StorageError(f"{file}: not the weights of {CONFIG_FILE}: tokenizer.{name} is {getattr(about.config, name)} there, and "
+                                           f"{getattr(told, name)} by their shapes; train or copy the tokenizer again")
+                tokenizer = empty_tokenizer(about.config, opened.content, file)
+                fill(tokenizer, opened.content, opened.file)
+        except UserError as error:
+            raise error if isinstance(error, StorageError) else StorageError(error) from error
+        if tokenizer.weights_hash() != about.weights_sha256:
+            raise StorageError(f"{file}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class _About:
+    """tokenizer.json."""
+
+    format_version: int
+    weights_sha256: str
+    config: TokenizerConfig
+
+
+def tokenizer_config(weights: Mapping[str, Any], source: str | Path, *, image_size: int = 0) -> TokenizerConfig:
+    """The shape of a VQ tokenizer, from the names and shapes of its weights (tensors or StoredTensors).
+
+    Args:
+        image_size: pixels a side, which the weights don't tell; 0: one code's.
+
+    Raises:
+        UserError: a weight that it is read off is not there, or they contradict each other.
+    """
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in weights or len(weights[name].shape) != dimensions:
+            raise UserError(f"{source}: expected the weights of a LlamaGen VQ tokenizer, but {name!r} is not among them; found {some(weights)}")
+        return tuple(weights[name].shape)
+
+    base, image_channels = shape("encoder.conv_in.weight", 4)[:2]
+    z_channels = shape("encoder.conv_out.weight", 4)[0]
+    codebook, code_channels = shape("quantize.embedding.weight", 2)
+    found = {(int(match[1]), int(match[2])) for name in weights if (match := _RESIDUAL_BLOCK.fullmatch(name))}
+    levels, blocks = (1 + max((place[axis] for place in found), default=0) for axis in (0, 1))
+    widths = []
+    for level in range(levels):
+        for block in range(blocks):
+            width = shape(f"encoder.conv_blocks.{level}.res.{block}.conv1.weight", 4)[0]
+        widths.append(width)
+    try:
+        if not base or any(width % base for width in widths):
+            raise ConfigError(f"the widths of its levels, {widths}, must be multiples of the first convolution's {base}")
+        return TokenizerConfig(base_channels=base, multipliers=tuple(width // base for width in widths), residual_blocks=blocks, z_channels=z_channels,
+                               code_channels=code_channels, codebook=codebook, image_channels=image_channels, image_size=image_size or 2 ** (levels - 1))
+    except ConfigError as error:
+        raise UserError(f"{source}: not the weights of a LlamaGen VQ tokenizer: {error}") from error
+
+
+def empty_tokenizer(config: TokenizerConfig, weights: Mapping[str, Any], source: str | Path) -> VQTokenizer:
+    """A tokenizer in eval mode on the CPU that `weights` fit, yet to be filled. Raises UserError, before memory is taken, where they don't (require_fit)."""
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(config)
+    require_fit(tokenizer, weights, source)
+    return tokenizer.to(weights["quantize.embedding.weight"].dtype).to_empty(device="cpu").eval()
 
 
 def from_uint8(images: Tensor) -> Tensor:

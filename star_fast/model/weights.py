@@ -10,28 +10,44 @@ A folder is whole or absent: it is written beside its place, then renamed.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from star_fast.config import ConfigError, ModelConfig
+from star_fast.config import ModelConfig
 from star_fast.errors import UserError
-from star_fast.model.llamagen import checkpoint_config, empty_transformer, load_strictly, load_transformer, read_checkpoint, require_fit, safetensors_bytes
+from star_fast.model.bounded_file import shown
+from star_fast.model.llamagen import Checkpoint, checkpoint_config, open_checkpoint, read_transformer, safetensors_bytes
+from star_fast.model.tensor_files import require_finite, require_fit
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-from star_fast.records import from_dict, to_dict
-from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, explain_write_errors, read_json, sha256_of_bytes, sha256_of_file, sync_folder
+from star_fast.records import require, to_dict
+from star_fast.storage import (
+    StorageError,
+    atomic_write_bytes,
+    atomic_write_json,
+    explain_write_errors,
+    read_json,
+    require_regular,
+    sha256_of_bytes,
+    sync_folder,
+    to_record,
+)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS_FILES = {"student": "model.safetensors", "teacher": "teacher.safetensors"}
+_HINT = "expected a model folder as a training run writes it"
+_MOST_CONFIG_BYTES = 2**23  # the names of 200 000 classes; each byte may become twenty in memory
 _MEMBERS = {CONFIG_FILE, TOKENIZER_FOLDER, *WEIGHTS_FILES.values()}
 
 Weights = Literal["student", "teacher"]
@@ -48,6 +64,47 @@ class LoadedModel:
     weights_sha256: str  # of the file that the weights were read from
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What training notes about a run, as far as other code relies on it; the record may hold more."""
+
+    step: int | None = None  # optimizer steps
+    images_seen: int | None = None
+    contrast_depth: int | None = None
+    tokenizer_hash: str | None = None
+    precision: str | None = None
+    method: dict[str, Any] | None = None
+    environment: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("step", "images_seen", "contrast_depth"):
+            require((getattr(self, name) or 0) >= 0, f"record.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """For messages that name the fields record.step ..."""
+
+    record: _Record
+
+
+@dataclass(frozen=True)
+class _About:
+    """config.json."""
+
+    format_version: int
+    model: ModelConfig
+    class_names: list[str]
+    weights_sha256: dict[str, str]  # by student and teacher
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "positions", "num_classes"):
+            require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
+        expected = self.model.num_classes
+        require(len(self.class_names) == expected, "class_names", len(self.class_names), f"{expected} class names (model.num_classes)")
+
+
 def save_model(folder: str | Path, transformer: Transformer, *, class_names: Sequence[str], teacher: Transformer | Mapping[str, Tensor] | None = None,
                tokenizer: VQTokenizer | str | Path | None = None, record: Mapping[str, Any] | None = None) -> None:
     """Write a model folder, whole or not at all; an older model folder in its place is replaced.
@@ -60,9 +117,12 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
         tokenizer: the tokenizer or its folder.
         record: anything JSON can hold: method settings, step, images_seen, tokenizer hash ...
 
+    Leftovers of saves to `folder` that were killed are cleared (a model that such a save had moved out of the way comes back first); so there must be
+    one writer of a folder at a time, as a run's lock provides.
+
     Raises:
-        ValueError: number of class names, or teacher's weights, do not fit. UserError: other files are in `folder`.
-        StorageError: the disk is full, or the place cannot be written.
+        ValueError: number of class names, or teacher's weights, do not fit. UserError: other files are in `folder`; weights that are not finite.
+        StorageError: the disk is full, or the place cannot be written. After all of them the older model, if any, is in its place.
     """
     folder, config = Path(folder), transformer.config
     if len(class_names) != config.num_classes:
@@ -74,9 +134,13 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
         if shapes != teacher_shapes:
             differing = sorted(name for name in {*shapes, *teacher_shapes} if shapes.get(name) != teacher_shapes.get(name))
             raise ValueError(f"save_model: teacher must have the student's weights, names and shapes; differing: {', '.join(differing[:6])}")
+    for name, state in states.items():
+        require_finite(state, f"{folder}: not saved: of the {name}")
     if tokenizer is not None and not isinstance(tokenizer, VQTokenizer):
         tokenizer = VQTokenizer.load(tokenizer)
-    _refuse_foreign_files(folder)
+    with explain_write_errors(folder):
+        _recover(folder)
+        _refuse_foreign_files(folder)
 
     staging, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     try:
@@ -113,18 +177,19 @@ def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.d
         dtype: of the transformer's weights; None keeps the file's.
 
     Raises:
-        UserError: something is missing, truncated, mixed up or of another size, or there is no teacher. One line.
+        UserError: something is missing, truncated, mixed up, not finite or of another size, or there is no teacher. One line.
     """
     folder = _model_folder(path, weights)
     if folder is None:
-        return _load_released(Path(path), dtype)
-    file = folder / WEIGHTS_FILES[weights]
-    about, config = _read_config(folder)
-    stored, sha256 = _read_weights(file, weights, about)
-    transformer = empty_transformer(config, dtype or next(iter(stored.values())).dtype)
-    load_strictly(transformer, stored, file)
+        path = Path(path)
+        with open_checkpoint(path) as checkpoint:
+            transformer = read_transformer(path, checkpoint, checkpoint_config(path, checkpoint), dtype)
+            return LoadedModel(transformer, [str(label) for label in range(transformer.config.num_classes)], None, {}, checkpoint.file.sha256())
+    about = _read_config(folder)
+    with _open_weights(folder, weights, about) as (checkpoint, sha256):
+        transformer = read_transformer(checkpoint.file.path, checkpoint, about.model, dtype)
     tokenizer_folder = folder / TOKENIZER_FOLDER
-    return LoadedModel(transformer, about["class_names"], tokenizer_folder if tokenizer_folder.is_dir() else None, about["record"], sha256)
+    return LoadedModel(transformer, about.class_names, tokenizer_folder if os.path.isdir(tokenizer_folder) else None, about.record, sha256)
 
 
 def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = "student", tokenizer_hash: str = "") -> None:
@@ -134,29 +199,33 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = 
 
     Raises:
         UserError: as load_model; or the weights know the codes of another tokenizer, are of another size (which tensor, expected and found
-            shapes), or of another number of heads or positions.
+            shapes), or of another number of heads or positions. Then `transformer` is as it was.
     """
-    config, folder = transformer.config, _model_folder(path, weights)
+    folder = _model_folder(path, weights)
     if folder is None:
-        file = Path(path)
-        checkpoint = read_checkpoint(file)
-        stored = checkpoint.weights
-        require_fit(transformer, stored, file)
-        found = checkpoint_config(file, checkpoint, config.heads, config.positions)  # raises where the file contradicts ours
+        path = Path(path)
+        with open_checkpoint(path) as checkpoint:
+            require_fit(transformer, checkpoint.weights, path)
+            # raises where the file contradicts ours
+            stored = _read_same(path, checkpoint, checkpoint_config(path, checkpoint, transformer.config.heads, transformer.config.positions), transformer)
     else:
-        file = folder / WEIGHTS_FILES[weights]
-        about, found = _read_config(folder)
-        trained_on = about["record"].get("tokenizer_hash", "")
+        about = _read_config(folder)
+        trained_on = about.record.get("tokenizer_hash") or ""
         if tokenizer_hash and trained_on and trained_on != tokenizer_hash:
             raise UserError(f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer {tokenizer_hash[:12]}: the same "
                             f"code means another image patch; prepare the codes with star-fast prepare --tokenizer {folder / TOKENIZER_FOLDER}")
-        stored, _ = _read_weights(file, weights, about)
-        require_fit(transformer, stored, file)
-    # Heads and positions leave no trace in the weights' shapes.
+        with _open_weights(folder, weights, about) as (checkpoint, _):
+            require_fit(transformer, checkpoint.weights, checkpoint.file.path)
+            stored = _read_same(checkpoint.file.path, checkpoint, about.model, transformer)
+    transformer.load_state_dict(stored.state_dict())
+
+
+def _read_same(file: Path, checkpoint: Checkpoint, config: ModelConfig, transformer: Transformer) -> Transformer:
+    """What the file holds, if it is of the same heads and positions as `transformer`: these leave no trace in the weights' shapes."""
     for name in ("heads", "positions"):
-        if getattr(found, name) != getattr(config, name):
-            raise UserError(f"{file}: model.{name} is {getattr(found, name)} there and {getattr(config, name)} here; the weights cannot be used")
-    load_strictly(transformer, stored, file)
+        if getattr(config, name) != getattr(transformer.config, name):
+            raise UserError(f"{file}: model.{name} is {getattr(config, name)} there and {getattr(transformer.config, name)} here; the weights cannot be used")
+    return read_transformer(file, checkpoint, config)
 
 
 def _model_folder(path: str | Path, weights: str) -> Path | None:
@@ -164,54 +233,81 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
     if weights not in WEIGHTS_FILES:
         raise UserError(f"weights: expected {' or '.join(WEIGHTS_FILES)}, got {weights!r}")
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path) and (moved := _moved_away(path)):
+        raise _interrupted(path, moved)
+    if not os.path.exists(path):  # of os.path: unlike Path.exists it raises for no name
         raise UserError(f"{path}: not found; expected a model folder (with {CONFIG_FILE}), a run folder or a LlamaGen file")
-    if path.is_dir():
-        return path / "model" if not (path / CONFIG_FILE).exists() and (path / "model" / CONFIG_FILE).exists() else path
-    if path.name in WEIGHTS_FILES.values() and (path.parent / CONFIG_FILE).exists():
+    if os.path.isdir(path):
+        if os.path.exists(path / CONFIG_FILE):
+            return path
+        if not os.path.lexists(path / "model") and (moved := _moved_away(path / "model")):
+            raise _interrupted(path / "model", moved)
+        return path / "model" if os.path.exists(path / "model" / CONFIG_FILE) else path
+    if path.name in WEIGHTS_FILES.values() and os.path.exists(path.parent / CONFIG_FILE):
         raise UserError(f"{path}: part of a model folder; give the folder {path.parent} (and weights student or teacher)")
     if weights == "teacher":
         raise UserError(f"{path}: a LlamaGen file holds no teacher; use weights student")
     return None
 
 
-def _load_released(path: Path, dtype: torch.dtype | None) -> LoadedModel:
-    transformer = load_transformer(path, dtype=dtype)
-    return LoadedModel(transformer, [str(label) for label in range(transformer.config.num_classes)], None, {}, sha256_of_file(path))
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+def _read_config(folder: Path) -> _About:
     file = folder / CONFIG_FILE
-    try:
-        about = read_json(file, "expected a model folder as a training run writes it")
-        if about.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{file}: expected format_version {FORMAT_VERSION}, got {about.get('format_version')!r}; it is not a model folder of this version")
-        for name, kind in (("model", dict), ("class_names", list), ("weights_sha256", dict), ("record", dict)):
-            if not isinstance(about.get(name), kind):
-                raise UserError(f"{file}: expected {name!r} to be a {kind.__name__}, got {type(about.get(name)).__name__}")
-        config = from_dict(ModelConfig, about["model"], "model.")
-    except (StorageError, ConfigError) as error:
-        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
-    if len(about["class_names"]) != config.num_classes:
-        raise UserError(f"{file}: expected {config.num_classes} class names (model.num_classes), got {len(about['class_names'])}")
-    return about, config
+    if (size := require_regular(file, _HINT)) > _MOST_CONFIG_BYTES:
+        raise StorageError(f"{file}: expected at most {_MOST_CONFIG_BYTES:,} bytes, it has {size:,}; {_HINT}")
+    values = read_json(file, _HINT)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{file}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; not a model folder of this version")
+    about = to_record(values, file, _About, _HINT)
+    to_record({"record": about.record}, file, _Recorded, _HINT, ignore_unknown=True)
+    return about
 
 
-def _read_weights(file: Path, weights: str, about: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the sha256 of a weights file, which must be the one that config.json names."""
-    if not file.exists():
+@contextlib.contextmanager
+def _open_weights(folder: Path, weights: str, about: _About) -> Iterator[tuple[Checkpoint, str]]:
+    """A weights file, which must be the one that config.json names, and its sha256."""
+    file = folder / WEIGHTS_FILES[weights]
+    if not os.path.lexists(file):
         if weights == "teacher":
-            raise UserError(f"{file.parent}: holds no teacher (no {file.name}): trained without one, or not saved; use weights student")
+            raise UserError(f"{folder}: holds no teacher (no {file.name}): trained without one, or not saved; use weights student")
         raise UserError(f"{file}: not found; a model folder holds {file.name} and {CONFIG_FILE}")
-    stored, sha256 = read_checkpoint(file).weights, sha256_of_file(file)
-    if sha256 != about["weights_sha256"].get(weights):
-        raise UserError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy the folder again or resume the run")
-    return stored, sha256
+    with open_checkpoint(file) as checkpoint:
+        if (sha256 := checkpoint.file.sha256()) != about.weights_sha256.get(weights):
+            raise UserError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy the folder again or "
+                            "resume the run")
+        yield checkpoint, sha256
+
+
+def _leftovers(folder: Path) -> dict[Path, str]:
+    """What earlier saves to `folder` left beside it, each with its suffix: "tmp" (half written) or "old" (the model that was being replaced)."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9]+\.(tmp|old)")
+    try:
+        return {entry: match[1] for entry in folder.parent.iterdir() if (match := pattern.fullmatch(entry.name))}
+    except (OSError, ValueError):
+        return {}
+
+
+def _moved_away(folder: Path) -> Path | None:
+    """The model that a save, killed between its two renames, had moved out of its place; of several the newest."""
+    kept = [entry for entry, suffix in _leftovers(folder).items() if suffix == "old" and os.path.isfile(entry / CONFIG_FILE)]
+    return max(kept, key=os.path.getmtime, default=None)
+
+
+def _interrupted(folder: Path, moved: Path) -> UserError:
+    return UserError(f"{folder}: not found: a save was killed while it replaced this model; the older one is in {moved.name}: rename that to "
+                     f"{folder.name}, or resume the run, which saves again")
+
+
+def _recover(folder: Path) -> None:
+    """Clear what killed saves have left beside `folder`; a model that one of them had moved away comes back."""
+    if not os.path.lexists(folder) and (moved := _moved_away(folder)):
+        os.rename(moved, folder)
+    for entry in _leftovers(folder):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Replacing a folder removes what is in it: only files of a model may be."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder}: a file; expected a folder to save the model in")
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MEMBERS) if folder.exists() else []
     if foreign:

@@ -14,8 +14,8 @@ import torch
 
 from star_fast.config import ModelConfig, TokenizerConfig
 from star_fast.errors import UserError
-from star_fast.model.llamagen import checkpoint_config, load_tokenizer, load_transformer, read_checkpoint, save_transformer
-from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.llamagen import Checkpoint, checkpoint_config, load_tokenizer, load_transformer, save_transformer
+from star_fast.model.tokenizer import VQTokenizer, tokenizer_config
 from star_fast.model.transformer import Transformer
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, vocab=37, positions=16, num_classes=5)
@@ -23,7 +23,7 @@ SMALL = ModelConfig(blocks=2, heads=2, width=32, vocab=37, positions=16, num_cla
 
 def shapes(blocks: int, width: int, vocab: int = 16384, classes: int = 1000) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a released file, written down from its description."""
-    hidden = {32: 256, 64: 256, 768: 2048, 1024: 2816, 1280: 3584, 1536: 4096, 2048: 5632, 3200: 8704}[width]
+    hidden = {32: 256, 64: 256, 200: 768, 768: 2048, 1024: 2816, 1280: 3584, 1536: 4096, 2048: 5632, 3200: 8704}[width]
     listed = {"cls_embedding.embedding_table.weight": (classes + 1, width), "tok_embeddings.weight": (vocab, width)}
     for n in range(blocks):
         listed |= {f"layers.{n}.attention.wqkv.weight": (3 * width, width), f"layers.{n}.attention.wo.weight": (width, width),
@@ -38,13 +38,10 @@ def small_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes(2, 32, 37, 5).items()}
 
 
-def hollow_weights(blocks: int, width: int) -> dict[str, torch.Tensor]:
-    """Weights of full shape that take one number each on disk."""
-    return {name: torch.zeros(1).expand(shape) for name, shape in shapes(blocks, width).items()}
-
-
-def config_of(path: Path, **given: int) -> ModelConfig:
-    return checkpoint_config(path, read_checkpoint(path), **{"heads": None, "positions": None, **given})
+def config_of(name: str, blocks: int = 12, width: int = 768, freqs: tuple | None = None, args: dict | None = None, **given: int) -> ModelConfig:
+    """What is read off the shapes of a released file of that name, without the file."""
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes(blocks, width).items()}
+    return checkpoint_config(Path(name), Checkpoint(weights, freqs, args or {}), **{"heads": None, "positions": None, **given})
 
 
 def expect_one_line(path: Path, *parts: str, **given: object) -> None:
@@ -79,20 +76,19 @@ def test_every_wrapper(tmp_path: Path, wrapper: str | None, with_freqs: bool) ->
 @pytest.mark.parametrize(("name", "blocks", "width", "heads", "positions"), [
     ("c2i_B_256.pt", 12, 768, 12, 256), ("c2i_L_256.pt", 24, 1024, 16, 256), ("c2i_B_384.pt", 12, 768, 12, 576), ("c2i_L_384.pt", 24, 1024, 16, 576),
     ("c2i_XL_384.pt", 36, 1280, 20, 576), ("c2i_XXL_384.pt", 48, 1536, 24, 576), ("c2i_3B_384.pt", 24, 3200, 32, 576)])
-def test_released_files_are_known_by_name(tmp_path: Path, name: str, blocks: int, width: int, heads: int, positions: int) -> None:
-    torch.save(hollow_weights(blocks, width), tmp_path / name)
-    config = config_of(tmp_path / name)
+def test_released_files_are_known_by_name(name: str, blocks: int, width: int, heads: int, positions: int) -> None:
+    config = config_of(name, blocks, width)
     assert (config.blocks, config.heads, config.width, config.positions) == (blocks, heads, width, positions)
     assert (config.vocab, config.num_classes) == (16384, 1000)
 
 
 def test_a_head_size_of_100_loads_whole(tmp_path: Path) -> None:
-    """The 3B model's width at one block."""
-    weights = {name: torch.zeros(1, dtype=torch.bfloat16).expand(shape) for name, shape in shapes(1, 3200, 4, 2).items()}
-    torch.save({"model": weights}, tmp_path / "wide.pt")
-    model = load_transformer(tmp_path / "wide.pt", positions=4)
-    assert model.config.heads == 32 and model.config.head_size == 100 and model.tok_embeddings.weight.dtype == torch.bfloat16
+    """The 3B model's."""
+    torch.save({"model": {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes(1, 200, 4, 2).items()}}, tmp_path / "wide.pt")
+    model = load_transformer(tmp_path / "wide.pt", heads=2, positions=4)
+    assert model.config.head_size == 100 and model.tok_embeddings.weight.dtype == torch.bfloat16
     assert model.rotary.shape == (4, 50, 2) and model.rotary.dtype == torch.float32
+    assert config_of("x.pt", 1, 3200).head_size == 100
 
 
 @pytest.mark.parametrize(("source", "args", "name", "freqs", "given", "expected"), [
@@ -103,12 +99,10 @@ def test_a_head_size_of_100_loads_whole(tmp_path: Path) -> None:
     ("the file's name", {"gpt_model": "my own"}, "run7_c2i_B_384.pt", None, {}, (12, 576)),
     ("LlamaGen's", {"lr": 1.0}, "x.pt", None, {}, (12, 256)),
 ])
-def test_sources_of_heads_and_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture, source: str, args: dict, name: str,
-                                        freqs: tuple | None, given: dict, expected: tuple[int, int]) -> None:
-    weights = hollow_weights(12, 768) | ({} if freqs is None else {"freqs_cis": torch.zeros(freqs)})
-    torch.save({"model": weights, "args": argparse.Namespace(**args)}, tmp_path / name)
+def test_sources_of_heads_and_positions(caplog: pytest.LogCaptureFixture, source: str, args: dict, name: str, freqs: tuple | None, given: dict,
+                                        expected: tuple[int, int]) -> None:
     with caplog.at_level(logging.INFO):
-        config = config_of(tmp_path / name, **given)
+        config = config_of(name, freqs=freqs, args=args, **given)
     assert (config.heads, config.positions) == expected
     assert f"heads {expected[0]}, from {source}" in caplog.text and f"positions {expected[1]}, from {source}" in caplog.text
 
@@ -122,13 +116,10 @@ SOURCES = {
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(SOURCES, 2)))
-def test_sources_that_contradict_raise(tmp_path: Path, first: str, second: str) -> None:
+def test_sources_that_contradict_raise(first: str, second: str) -> None:
     said = SOURCES[first] | SOURCES[second]
-    weights = hollow_weights(12, 768) | ({"freqs_cis": torch.zeros(said["freqs"])} if "freqs" in said else {})
-    path = tmp_path / said.get("name", "x.pt")
-    torch.save({"model": weights, "args": argparse.Namespace(**said.get("args", {}))}, path)
     with pytest.raises(UserError, match=f"{first} and {second} contradict each other: positions"):
-        config_of(path, **said.get("given", {}))
+        config_of(said.get("name", "x.pt"), freqs=said.get("freqs"), args=said.get("args"), **said.get("given", {}))
 
 
 @pytest.mark.parametrize(("name", "args", "message"), [
@@ -138,9 +129,10 @@ def test_sources_that_contradict_raise(tmp_path: Path, first: str, second: str) 
     ("x.pt", {"vocab_size": 8192}, "vocab 16384 against 8192"),
     ("x.pt", {"gpt_type": "t2i"}, "a text-conditional LlamaGen model"),
 ])
-def test_shapes_contradict_what_is_said(tmp_path: Path, name: str, args: dict, message: str) -> None:
-    torch.save({"model": hollow_weights(12, 768), "args": argparse.Namespace(**args)}, tmp_path / name)
-    expect_one_line(tmp_path / name, message)
+def test_shapes_contradict_what_is_said(name: str, args: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_of(name, args=args)
+    assert message in str(caught.value)
 
 
 # --- what does not ----------------------------------------------------------------------------------------------------------------
@@ -185,8 +177,8 @@ class Harmful:
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    expect_one_line(path, "no such file")
-    expect_one_line(tmp_path, "no such file")
+    expect_one_line(path, "not found; expected a LlamaGen checkpoint")
+    expect_one_line(tmp_path, "expected an ordinary file, found a folder")
     path.write_text("hello, this is a text file\n")
     expect_one_line(path, "not a torch checkpoint")
     path.write_bytes(b"")
@@ -198,11 +190,11 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     torch.save({"cls_embedding.cap_proj.fc1.weight": torch.zeros(1)}, path)
     expect_one_line(path, "text-conditional")
     witness = tmp_path / "witness"
-    for write in (lambda: torch.save({"model": small_weights(), "args": Harmful(witness)}, path),
-                  lambda: path.write_bytes(pickle.dumps(Harmful(witness), protocol=2))):
-        write()
-        expect_one_line(path, "can run code and are not loaded")
-        assert not witness.exists()
+    torch.save({"model": small_weights(), "args": Harmful(witness)}, path)
+    expect_one_line(path, "holds ", "can run code and are not loaded")
+    path.write_bytes(pickle.dumps(Harmful(witness), protocol=2))
+    expect_one_line(path, "truncated or not a torch checkpoint")
+    assert not witness.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -283,17 +275,15 @@ def test_tokenizer_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("multipliers", "downsampling"), [((1, 1, 2, 2, 4), 16), ((1, 2, 2, 4), 8)], ids=["VQ-16", "VQ-8"])
-def test_released_tokenizers_are_recognised(tmp_path: Path, multipliers: tuple[int, ...], downsampling: int) -> None:
+def test_released_tokenizers_are_recognised(multipliers: tuple[int, ...], downsampling: int) -> None:
     with torch.device("meta"):
-        names = {name: tuple(value.shape) for name, value in VQTokenizer(TokenizerConfig(multipliers=multipliers)).state_dict().items()}
-    torch.save({"model": {name: torch.ones(1).expand(shape) for name, shape in names.items()}}, tmp_path / "vq.pt")
-    loaded = load_tokenizer(tmp_path / "vq.pt")
-    assert loaded.config == TokenizerConfig(multipliers=multipliers) and loaded.config.downsampling == downsampling
+        config = tokenizer_config(VQTokenizer(TokenizerConfig(multipliers=multipliers)).state_dict(), "vq.pt", image_size=256)
+    assert config == TokenizerConfig(multipliers=multipliers) and config.downsampling == downsampling
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="not found; expected a LlamaGen checkpoint"):
         load_tokenizer(path)
     torch.save({"model": small_weights()}, path)
     with pytest.raises(UserError, match=r"expected the weights of a LlamaGen VQ tokenizer, but 'encoder\.conv_in\.weight' is not among them"):

@@ -156,7 +156,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     expect_one_line(folder, "config.json: truncated or not JSON")
     for changes, message in (({"format_version": 99}, "expected format_version 1, got 99"), ({"model": {"depth": 3}}, "model.depth: unknown setting"),
                              ({"class_names": NAMES[:2]}, "expected 3 class names (model.num_classes), got 2"),
-                             ({"record": None}, "expected 'record' to be a dict, got NoneType")):
+                             ({"record": None}, "record: expected a mapping by name, got None")):
         fresh()
         edit(folder, **changes)
         expect_one_line(folder, f"{folder / 'config.json'}: ", message)

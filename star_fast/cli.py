@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
-from star_fast.config import DataConfig, TokenizerConfig
+from star_fast import __version__
+from star_fast.config import ConfigError, DataConfig, TokenizerConfig
 from star_fast.config_file import parse
+from star_fast.errors import printable
 from star_fast.guard import guarded
 from star_fast.presets import FOLDER_TOKENIZER, PRESETS, preset
+from star_fast.records import require
 
 
 @dataclass(frozen=True)
@@ -29,35 +34,51 @@ class PrepareCommand:
     seed: int = 0  # of views and of the tokenizer's training
     device: str = "cpu"  # to encode and train on
 
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2^63 - 1")
+
 
 def prepare(arguments: list[str]) -> None:
     """star-fast prepare SOURCE ..."""
     from star_fast.data.prepare import prepare as write_store
-    from star_fast.data.prepare import skipped_report
+    from star_fast.data.prepare import skipped_report, writing
     from star_fast.data.sources import BUILT_IN, open_source
-    from star_fast.model.llamagen import load_tokenizer
-    from star_fast.training.tokenizer import train_tokenizer_on
+    from star_fast.generation.device import pick_device
+    from star_fast.training.tokenizer import tokenizer_for
 
     tiny = preset("tiny")
-    built_in = BUILT_IN in arguments
+    # "digits" is the source unless it is an option's value: --out digits.
+    built_in = any(word == BUILT_IN and ("=" in before or not before.startswith("--")) for before, word in zip(["", *arguments], arguments, strict=False))
     defaults = {"data": tiny.data, "train_tokenizer": tiny.tokenizer} if built_in else {"train_tokenizer": FOLDER_TOKENIZER}
-    command = parse(PrepareCommand, arguments, "star-fast prepare", PrepareCommand.__doc__ or "", source=tyro.MISSING, **defaults)
-    source = open_source(command.source)
-    out = Path(command.out or Path("data") / Path(command.source).name)
-    kept = out / "tokenizer"
-    if command.tokenizer:
-        tokenizer = load_tokenizer(command.tokenizer)
-        tokenizer.save(kept)
-    elif (kept / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(kept)
-        print(f"Using the tokenizer in {kept}")
-    else:
-        tokenizer = train_tokenizer_on(source, command.train_tokenizer, command.data, out=kept, seed=command.seed, device=command.device)
-    store = write_store(source, out, tokenizer.to(command.device), command.data, seed=command.seed)
+    try:
+        command = parse(PrepareCommand, arguments, "star-fast prepare", PrepareCommand.__doc__ or "", source=tyro.MISSING, **defaults)
+        asked = command.train_tokenizer != defaults["train_tokenizer"]
+        if command.tokenizer and asked:
+            raise ConfigError("--new-tokenizer: has no effect with --tokenizer, which gives one; leave one of the two out")
+        device = pick_device(command.device)
+        source = open_source(command.source)
+        name = Path(command.source).name
+        out = Path(command.out or Path("data") / (name if name not in ("", "..") else Path(command.source).resolve().name))
+        with writing(out):
+            tokenizer = tokenizer_for(source, out, command.train_tokenizer, command.data, given=command.tokenizer, asked=asked, seed=command.seed,
+                                      device=device)
+            store = write_store(source, out, tokenizer.to(device), command.data, seed=command.seed)
+    except ConfigError as error:
+        raise ConfigError(_as_typed(str(error))) from error
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"{f'{interrupt}; ' if str(interrupt) else ''}the same command goes on where it stopped") from interrupt
     if skipped := skipped_report(store):
         print(skipped, file=sys.stderr)
-    print(f"{out}: codes of {len(store)} images x {len(store.views)} views, {store.positions} a view, {len(store.class_names)} classes, "
-          f"{len(store.held_out_indices)} images held out")
+    left_out = f", {count} skipped" if (count := len(store.manifest["skipped"])) else ""
+    print(printable(f"{out}: codes of {len(store)} images x {len(store.views)} views, {store.positions} a view, {len(store.class_names)} classes, "
+                    f"{len(store.held_out_indices)} images held out{left_out}"))
+
+
+def _as_typed(message: str) -> str:
+    """A message about a setting of `star-fast prepare`, under the name of its option."""
+    sections = {"tokenizer": "--new-tokenizer", "data": "--data"}
+    message = re.sub(r"^(tokenizer|data)\.(\w+)", lambda found: f"{sections[found[1]]}.{found[2].replace('_', '-')}", message)
+    return re.sub(r"^(tokenizer|seed|device):", r"--\1:", message)
 
 
 def train(arguments: list[str]) -> None:
@@ -119,11 +140,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: star-fast COMMAND [options]    (star-fast COMMAND --help lists the options)\n")
+        print("usage: star-fast COMMAND [options]    (star-fast COMMAND --help lists the options, star-fast --version the version)\n")
         print("\n".join(f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()))
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"star_fast {__version__}, torch {torch.__version__}")
+        return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {printable(repr(arguments[0]))}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return guarded(lambda: COMMANDS[arguments[0]][0](arguments[1:]))
 

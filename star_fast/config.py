@@ -15,7 +15,7 @@ from star_fast.records import require, require_finite
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LlamaGen transformer (method.md section 3). Sizes that follow from the codes may be left at 0: the code store fills them in."""
+    """The LlamaGen transformer (arXiv 2406.06525). Sizes that follow from the codes may be left at 0: the code store fills them in."""
 
     blocks: int = 12  # transformer blocks, L
     heads: int = 12  # attention heads, H
@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """ST-AR (method.md section 2). With views 1, mask_ratio 0 and both weights 0 it is plain LlamaGen training: no teacher, projector or mask exists."""
+    """ST-AR (arXiv 2509.15185). With views 1, mask_ratio 0 and both weights 0 it is plain LlamaGen training: no teacher, projector or mask exists."""
 
     views: int = 2  # augmented views of each image in a step, M (paper)
     mask_ratio: float = 0.25  # share of image positions hidden as attention keys, r (paper)
@@ -97,7 +97,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (method.md section 2, Optimisation)."""
+    """AdamW."""
 
     lr_per_256_images: float = 1e-4  # learning rate for 256 images a step; scaled linearly with images_per_step (LlamaGen)
     beta1: float = 0.9  # (paper)
@@ -160,7 +160,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The VQ tokenizer (method.md section 3): shape, and how a small one is trained on own images."""
+    """The VQ tokenizer: shape, and how a small one is trained on own images."""
 
     base_channels: int = 128  # (LlamaGen)
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # per level; len - 1 halvings: 16x downsampling (LlamaGen VQ-16)

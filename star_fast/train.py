@@ -26,9 +26,12 @@ from star_fast.storage import remove_leftovers
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a LlamaGen transformer with ST-AR on a code store. Settings start from --preset NAME (default tiny) or --config FILE."""
+    """Train a LlamaGen transformer with ST-AR on a code store. Settings start from --preset NAME or --config FILE; each can be changed here."""
 
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    # These two are taken out of the command line before the rest is read (config_file.base_config), since all other defaults come from them.
+    preset: str = "tiny"  # settings to start from: a name that `star-fast presets` lists
+    config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
     resume: bool = False  # go on from the run's newest checkpoint
@@ -42,6 +45,7 @@ def train(command: TrainCommand) -> Path:
         UserError, ConfigError: the job cannot start or go on; one line that says why and what to do.
     """
     from star_fast.data.codes import CodeStore
+    from star_fast.method.student import Student
     from star_fast.model.weights import load_into
     from star_fast.training import checkpoint
     from star_fast.training.batches import Batches, resolve
@@ -49,7 +53,7 @@ def train(command: TrainCommand) -> Path:
     from star_fast.training.export import export
     from star_fast.training.loop import interrupts
     from star_fast.training.loop import train as run_loop
-    from star_fast.training.ranks import start_ranks
+    from star_fast.training.ranks import start_ranks, together
 
     run = Path(command.run)
     if not command.config.data.codes:
@@ -63,10 +67,14 @@ def train(command: TrainCommand) -> Path:
         if rank == 0:
             remove_leftovers(run)
             checkpoint.clear_leftovers(run)
-        batches = Batches(store, config, rank, ranks)
-        student = build_student(config)
-        if command.init and not command.resume:
-            load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
+
+        def set_up() -> tuple[Batches, Student]:
+            student = build_student(config)
+            if command.init and not command.resume:
+                load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
+            return Batches(store, config, rank, ranks), student
+
+        batches, student = together(set_up)
         engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
         earlier = checkpoint.load(engine, store, newest) if newest is not None else None
         first_step = earlier.step if earlier is not None else 0
@@ -107,7 +115,7 @@ def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks:
 
 
 def run_command(arguments: list[str], prog: str) -> None:
-    """Parse a command line and train; leaves the process group however it ends."""
+    """Parse a command line and train."""
     base, source, rest = base_config(arguments)
     command = parse(TrainCommand, rest, prog, f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
     import torch.distributed as dist
@@ -118,9 +126,6 @@ def run_command(arguments: list[str], prog: str) -> None:
         if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
             error.of_one_rank = False  # before the ranks have met all of a machine see the same
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main() -> int:

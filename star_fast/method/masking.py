@@ -57,7 +57,7 @@ def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: i
     """Which positions are visible as attention keys: (B, M, T) bool, or None if nothing is hidden.
 
     For each view floor(ratio * (T-1)) of the image positions 1 ... T-1 are hidden, uniformly without replacement; position 0, the
-    class, is always visible (method.md section 2, Key mask).
+    class, is always visible (docs/method.md section 2, Key mask).
     """
     hidden = int(np.floor(ratio * (positions - 1)))
     if hidden == 0:

@@ -1,4 +1,4 @@
-"""The objective of ST-AR, one function per equation (arXiv 2509.15185; numbers as in the paper and method.md section 2).
+"""The objective of ST-AR, one function per equation (arXiv 2509.15185; numbers as in the paper and docs/method.md section 2).
 
     L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2
 

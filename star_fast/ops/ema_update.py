@@ -32,7 +32,7 @@ def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: floa
         TypeError: a dtype is wrong or mixed. ValueError: list lengths, shapes or devices differ, decay is out of range.
 
     Source:
-        method.md section 2, "Student and teacher"; Tarvainen & Valpola 2017 (arXiv 1703.01780).
+        docs/method.md section 2, "Student and teacher"; Tarvainen & Valpola 2017 (arXiv 1703.01780).
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"ema_update: decay must be in [0, 1], got {decay}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from star_fast.ops import dispatch
 from star_fast.ops.shapes import SHAPES
 
-ZERO_NORM = 1e-12  # a vector shorter than this has cosine 0 and gradient 0 (method.md, choice)
+ZERO_NORM = 1e-12  # a vector shorter than this has cosine 0 and gradient 0 (docs/method.md, choice)
 _ROWS = 512  # rows handled at once on the CPU: a few MB in float32
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention whose keys may be hidden per sequence: the student's attention (method.md, the key mask) and the teacher's."""
+"""Causal self-attention whose keys may be hidden per sequence: the student's attention (docs/method.md, the key mask) and the teacher's."""
 
 from __future__ import annotations
 

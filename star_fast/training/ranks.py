@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
 import os
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,11 +56,18 @@ def start_ranks() -> tuple[int, int, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks == 1 or _all_ranks_are_here():
             dist.init_process_group(backend, store=_local_store(rank, ranks), rank=rank, world_size=ranks)
-        if rank == 0:
-            _announce_first_build(device)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how its shared-memory op was built
+        # An op for inference that training never calls: compiling it takes a minute in silence, and a start that is killed meanwhile leaves a lock file on
+        # which every later one waits for good.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        atexit.register(_leave)  # not earlier: DeepSpeed keeps groups for good, so a process that trains twice keeps its ranks
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def agree(problem: str | None) -> None:
@@ -116,7 +123,7 @@ def _local_store(rank: int, ranks: int) -> dist.Store:
     else:
         port = _wait_for_port(note)
         store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # DeepSpeed names its shared memory by them
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     store.set(f"rank {rank} is here", "yes")
     if rank == 0 and note is not None:
         store.wait([f"rank {other} is here" for other in range(ranks)])
@@ -149,17 +156,3 @@ def _start_time(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return "0"
-
-
-def _announce_first_build(device: torch.device) -> None:
-    """DeepSpeed compiles an op on its first start and is silent about it: a minute in which nothing seems to happen."""
-    if device.type == "cuda":
-        return
-    from torch.utils.cpp_extension import _get_build_directory
-
-    try:
-        built = list(Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).glob("*.so"))
-    except OSError:
-        return
-    if not built:
-        print("First start on this machine: DeepSpeed compiles its shared-memory op, about a minute ...", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Telemetry:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
             except ImportError:
-                tqdm.write("TensorBoard is not installed: metrics go to metrics.jsonl only (pip install 'star_fast[train]')")
+                tqdm.write("TensorBoard is not installed: metrics go to metrics.jsonl only (pip install 'star_fast[train]')", file=sys.stderr)
 
     def step(self, step: int, losses: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Note one step: `losses` (5,) in the order of TERMS, this rank's; `step` counts from 0.
@@ -106,7 +107,7 @@ class Telemetry:
         if self.stop_on_spike:
             raise Diverged(f"{told}, and train.stop_on_spike is set", step)
         if self.main:
-            tqdm.write(told)
+            tqdm.write(told, file=sys.stderr)
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:

@@ -17,6 +17,8 @@ import pytest
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.config_file import write_config
 from star_fast.errors import UserError
+from star_fast.records import to_dict
+from star_fast.storage import sha256_of_file
 from star_fast.train import main as train_main
 from star_fast.training import checkpoint
 from tests.training.store import write_store
@@ -88,14 +90,14 @@ def saved(tmp_path: Path) -> tuple[Path, SimpleNamespace]:
     folder = tmp_path / "run/checkpoints/step-0000005"
     folder.mkdir(parents=True)
     (folder / "weights.pt").write_bytes(b"x" * 100)
-    sections = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "method", "optim", "train", "data")}
-    (folder / "complete.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 5, "ranks": 1, "zero_stage": 0, "config": sections,
-                                                      "codes": checkpoint.codes_identity(STORE), "files": {"weights.pt": 100}}))
+    record = checkpoint.CheckpointRecord(checkpoint.FORMAT, 5, 1, 0, "2", to_dict(config), checkpoint.codes_identity(STORE),
+                                         {"weights.pt": checkpoint.FileRecord(100, sha256_of_file(folder / "weights.pt"))})
+    (folder / "complete.json").write_text(json.dumps(to_dict(record)))
     return folder, SimpleNamespace(config=config, ranks=1, rank=0)
 
 
 def test_a_complete_checkpoint_is_accepted(saved) -> None:
-    assert checkpoint.check(*saved, STORE) == 5
+    assert checkpoint.check(*saved, STORE).step == 5
 
 
 def test_a_truncated_or_missing_file_is_named(saved) -> None:
@@ -104,7 +106,7 @@ def test_a_truncated_or_missing_file_is_named(saved) -> None:
     with pytest.raises(UserError, match=r"weights\.pt should have 100 bytes, it has 60; the checkpoint is damaged"):
         checkpoint.check(folder, engine, STORE)
     (folder / "weights.pt").unlink()
-    with pytest.raises(UserError, match="it is missing"):
+    with pytest.raises(UserError, match=r"weights\.pt: not found; the checkpoint is damaged"):
         checkpoint.check(folder, engine, STORE)
     (folder / "complete.json").write_text("{")
     with pytest.raises(UserError, match="not a complete checkpoint"):
@@ -119,7 +121,7 @@ def test_another_model_stage_or_number_of_ranks_is_refused(saved) -> None:
     with pytest.raises(UserError, match="saved by 1 ranks with ZeRO stage 0, this run has 2 ranks"):
         checkpoint.check(folder, SimpleNamespace(config=engine.config, ranks=2, rank=0), STORE)
     longer = dataclasses.replace(engine.config, train=dataclasses.replace(engine.config.train, max_steps=99))
-    assert checkpoint.check(folder, SimpleNamespace(config=longer, ranks=1, rank=0), STORE) == 5
+    assert checkpoint.check(folder, SimpleNamespace(config=longer, ranks=1, rank=0), STORE).step == 5
 
 
 def test_codes_of_another_tokenizer_are_refused(saved) -> None:

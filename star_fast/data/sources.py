@@ -111,8 +111,8 @@ class ImageFolder:
             raise DataError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
         self.files: list[str] = []  # relative to folder, with '/'
         self.skipped, self._sizes, labels, names = [], [], [], []
-        loose = [entry.name for entry in entries if not entry.is_dir() and _is_image(entry.name)]
-        for entry in (entry for entry in entries if entry.is_dir()):
+        loose = [entry.name for entry in entries if not os.path.isdir(entry) and _is_image(entry.name)]
+        for entry in (entry for entry in entries if os.path.isdir(entry)):
             if entry.is_symlink() and _leads_back(entry.path, self.folder):
                 self.skipped.append({"key": entry.name + "/", "reason": "a link to a folder that it lies in"})
                 continue
@@ -221,7 +221,7 @@ def _images_below(folder: str, key: str) -> tuple[dict[str, int], list[dict[str,
             name = f"{prefix}/{entry.name}"
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, name))
-            elif entry.is_symlink() and entry.is_dir():
+            elif entry.is_symlink() and os.path.isdir(entry):  # False, where DirEntry.is_dir raises, for a link to itself
                 skipped.append({"key": name + "/", "reason": "a link to a folder, which is not followed"})
             elif _is_image(entry.name):
                 try:

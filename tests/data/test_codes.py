@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,147 @@ def test_damage_says_so(store: CodeStore) -> None:
     (path / "manifest.json").unlink()
     with pytest.raises(StorageError, match=r"manifest\.json: not found; a code store is a folder written by"):
         CodeStore.open(path)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file; a name may lead into its dicts, as in split__held_out; ... removes the entry."""
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        inner = content
+        for step in outer:
+            inner = inner[step]
+        inner[last] = value
+        if value is ...:
+            del inner[last]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"images": 10**18}, "labels.bin: expected 4000000000000000000 bytes|images: expected"), ({"images": -1}, "images: expected at least 1"),
+    ({"images": 0}, "images: expected at least 1"), ({"images": 10**400}, "images: expected a whole number"),
+    ({"images": "29"}, "images: expected a value of type"), ({"images": True}, "images: expected a value"),
+    ({"views": []}, "views: expected at least one"), ({"views": "ab"}, "views: expected a list"),
+    ({"views": [1]}, r"views\[0\]: expected"), ({"positions": 10**15}, "grid: expected"), ({"positions": -9}, "grid: expected"),
+    ({"grid": [9]}, "grid: expected"), ({"grid": [10**9, 10**9], "positions": 10**18}, "expected"), ({"grid": None}, "grid: expected a list"),
+    ({"image_size": 10**9}, "image_size: expected"), ({"image_channels": 0}, "image_channels: expected"), ({"codebook": 65537}, "codebook: expected"),
+    ({"class_names": []}, "class_names: expected at least one"), ({"class_names": {"a": 1}}, "class_names: expected a list"),
+    ({"class_names": ["ant", "bee"]}, r"labels\.bin: labels must lie in 0 \.\.\. 1"), ({"tokenizer_sha256": 7}, "tokenizer_sha256: expected"),
+    ({"source": []}, "source: expected a mapping"), ({"split": None}, "split: expected"), ({"split__held_out": [1, 1]}, "split.held_out: expected rising"),
+    ({"split__held_out": [29]}, "split.held_out"), ({"split__held_out": [-1]}, "split.held_out"), ({"split__held_out": [1.5]}, "split.held_out"),
+    ({"split__held_out": [10**30]}, "split.held_out"), ({"split__held_out": "abc"}, "split.held_out"), ({"split__held_out_share": "x"}, "held_out_share"),
+    ({"skipped": [3]}, "skipped"), ({"files": {}}, "files: expected an entry codes.bin"), ({"files__labels.bin": 3}, "files.labels.bin: expected"),
+    ({"view_settings": 3}, "view_settings"), ({"format": [[1]] * 9}, "expected 'star_fast code store'")])
+def test_a_manifest_that_contradicts_itself(store: CodeStore, changes: dict[str, Any], field: str) -> None:
+    rewrite(store.path / "manifest.json", **changes)
+    with pytest.raises(StorageError, match=field) as caught:
+        CodeStore.open(store.path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    with pytest.raises(StorageError):
+        StoreWriter(store.path, ABOUT)
+
+
+def test_irregular_files(store: CodeStore) -> None:
+    for name in ("manifest.json", "labels.bin", "codes.bin", "keys.jsonl"):
+        content = (store.path / name).read_bytes()
+        (store.path / name).unlink()
+        os.mkfifo(store.path / name)
+        with pytest.raises(StorageError, match="expected an ordinary file, found a pipe"):
+            CodeStore.open(store.path).keys()
+        (store.path / name).unlink()
+        (store.path / name).symlink_to("/dev/zero")
+        with pytest.raises(StorageError, match="device"):
+            CodeStore.open(store.path).keys()
+        (store.path / name).unlink()
+        (store.path / name).write_bytes(content)
+    CodeStore.open(store.path).verify()
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda lines: lines[:-1], "expected 29 whole lines, got 28"), (lambda lines: [*lines, '"x"\n'], "expected 29 whole lines, got 30"),
+    (lambda lines: ["3\n", *lines[1:]], "line 1: expected the name of an image"), (lambda lines: [*lines[:-1], lines[-1][:-1]], "whole lines"),
+    (lambda lines: [lines[0], "[" * 100000 + "\n", *lines[2:]], "line 2: expected the name"), (lambda lines: ["\xff\n", *lines[1:]], "line 1")])
+def test_keys_that_are_none(store: CodeStore, damage: Any, message: str) -> None:
+    path = store.path / "keys.jsonl"
+    path.write_text("".join(damage(path.read_text().splitlines(keepends=True))), encoding="latin-1")
+    with pytest.raises(StorageError, match=message):
+        CodeStore.open(store.path).keys()
+
+
+def test_names_that_are_no_text_come_back(tmp_path: Path) -> None:
+    key, name = "line\nbreak \udce9 \u2028 \x1b[31m", "caf\udce9\x1b"
+    writer = StoreWriter(tmp_path, {**ABOUT, "class_names": (name,)})
+    writer.append(CODES[:1], [0], [key], 2, [{"index": 1, "key": key, "reason": "damaged"}])
+    store = StoreWriter(tmp_path, {**ABOUT, "class_names": (name,)}).finish(np.array([0, 0]), 0.0)
+    assert store.keys() == [key] and store.class_names == (name,) and store.manifest["skipped"][0]["key"] == key
+    with pytest.raises(DataError) as caught:
+        store.class_index("dog")
+    assert str(caught.value).isprintable()
+
+
+def test_verify_looks_at_the_codes_themselves(store: CodeStore) -> None:
+    rewrite(store.path / "manifest.json", codebook=65535)  # the store holds code 65535, and every sha256 is right
+    with pytest.raises(StorageError, match=r"codes\.bin: codes must lie in 0 \.\.\. 65534, got 65535 in rows 0"):
+        CodeStore.open(store.path).verify()
+
+
+@pytest.mark.parametrize("name", ["codes.bin", "labels.bin", "keys.jsonl"])
+def test_bytes_that_were_damaged_before_a_resume_are_not_built_upon(tmp_path: Path, name: str) -> None:
+    write(tmp_path, stop=14)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StorageError, match=rf"{name}: damaged \(its bytes are not the ones that progress\.json recorded\)"):
+        StoreWriter(tmp_path, ABOUT)
+
+
+def test_bytes_that_were_damaged_before_the_end_are_not_blessed(tmp_path: Path) -> None:
+    writer = write(tmp_path)
+    content = bytearray((tmp_path / "codes.bin").read_bytes())
+    content[100] ^= 4
+    (tmp_path / "codes.bin").write_bytes(content)
+    with pytest.raises(StorageError, match="damaged"):
+        writer.finish(LABELS, 0.2)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rows": -3}, "next_index: expected"), ({"next_index": 10**15}, "next_index: expected"), ({"bytes": {}}, "bytes: expected"), ({"bytes": 3}, "bytes"),
+    ({"bytes__codes.bin": 10**15}, "shorter than"), ({"bytes__codes.bin": -1}, "bytes: expected"), ({"skipped": [{}]}, "skipped"),
+    ({"rows": ...}, "rows: missing"),
+    ({"skipped": [{"index": 10**9, "key": "", "reason": ""}]}, "skipped: expected"), ({"sha256": []}, "sha256"), ({"job_sha256": None}, "job_sha256")])
+def test_damaged_progress_says_so(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write(tmp_path, stop=14)
+    rewrite(tmp_path / "progress.json", **changes)
+    with pytest.raises(StorageError, match=f"{message}.*delete .* to start afresh"):
+        StoreWriter(tmp_path, ABOUT)
+
+
+def test_a_store_of_other_images_is_not_finished(tmp_path: Path) -> None:
+    writer = write(tmp_path)
+    with pytest.raises(StorageError, match="holds 29 of 30 images, expected 31 to be through"):
+        writer.finish(np.append(LABELS, 0), 0.2)
+
+
+def test_another_jobs_folder_says_what_differs(tmp_path: Path) -> None:
+    write(tmp_path, stop=14)
+    about = {**ABOUT, "view_settings": {"kind": "small-affine", "seed": 0}}
+    with pytest.raises(StorageError, match=r"\(tokenizer_sha256: abab\w+\.\.\. there, cdcd\w+\.\.\. here\); choose another folder or delete"):
+        StoreWriter(tmp_path, {**ABOUT, "tokenizer_sha256": "cd" * 32})
+    with pytest.raises(StorageError, match="other classes"):
+        StoreWriter(tmp_path, {**ABOUT, "class_names": ("x", "y", "z")})
+    write(tmp_path / "b", about).finish(LABELS, 0.2)
+    with pytest.raises(StorageError, match=r"view_settings\.seed: 0 there, 1 here"):
+        StoreWriter(tmp_path / "b", {**about, "view_settings": {"kind": "small-affine", "seed": 1}})
+
+
+def test_stores_of_earlier_versions_stay_whole(tmp_path: Path) -> None:
+    """A finished store without the entry `pixels` is this job's; a begun one is not, since its images were read by another rule. Old progress has no sums."""
+    write(tmp_path / "old").finish(LABELS, 0.2)
+    assert StoreWriter(tmp_path / "old", {**ABOUT, "pixels": "upright"}).complete
+    write(tmp_path / "begun", stop=14)
+    with pytest.raises(StorageError, match="already holds codes of another"):
+        StoreWriter(tmp_path / "begun", {**ABOUT, "pixels": "upright"})
+    rewrite(tmp_path / "begun" / "progress.json", sha256=..., about=...)
+    write(tmp_path / "begun").finish(LABELS, 0.2)
+    assert (tmp_path / "begun" / "manifest.json").read_bytes() == (tmp_path / "old" / "manifest.json").read_bytes()

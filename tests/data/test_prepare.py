@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from star_fast.config import DataConfig
+from star_fast.config import ConfigError, DataConfig
 from star_fast.data.codes import CodeStore
-from star_fast.data.prepare import collect_views, import_llamagen_codes, prepare, skipped_report
+from star_fast.data.prepare import collect_views, explain_out_of_memory, import_llamagen_codes, prepare, skipped_report
 from star_fast.data.sources import DataError, ImageFolder, UnreadableImage, split_indices
-from star_fast.data.views import make_views
+from star_fast.data.views import RefusedImage, make_views
+from star_fast.errors import UserError
+from star_fast.locks import Busy, only_writer
 from star_fast.model.tokenizer import VQTokenizer, from_uint8
 from star_fast.storage import StorageError
-from tests.data.pictures import TINY, make_folder, tiny_tokenizer
+from tests.data.pictures import TINY, make_folder, picture, tiny_tokenizer
 
 TEN_CROP = DataConfig(views="ten-crop", crop_range=1.3, held_out_share=0.25)
 
@@ -176,3 +183,116 @@ def test_llamagen_damage_says_so(tmp_path: Path, damage: Callable[[Path], None],
         import_llamagen_codes(tmp_path / "llamagen", tmp_path / "store", "ab" * 32, progress=False)
     with pytest.raises(DataError, match="no code files"):
         import_llamagen_codes(tmp_path / "absent", tmp_path / "store", "ab" * 32, progress=False)
+
+
+def header(text: str) -> bytes:
+    """A .npy file with this header and eight bytes after it."""
+    data = text.encode("latin-1") + b"\n"
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(data)) + data + b"\1" * 8
+
+
+def objects() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1)}"),
+    header("{'descr': '<i8', 'fortran_order': False, 'shape': (-1, -1)}"),
+    header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}"), header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"), objects(),
+    header("(" * 5000), header("{'descr': '<i8', 'fortran_order': False, 'shape': (" + "9" * 8000 + ",)}"), b"PK\3\4 a zip", b"", b"\x93NUMPY\7\7"],
+    ids=["absurd", "negative", "floats", "objects' header", "objects", "nested", "digits", "zip", "empty", "version"])
+def test_llamagen_files_that_ask_for_more_than_they_hold(tmp_path: Path, content: bytes) -> None:
+    for folder in ("imagenet256_codes", "imagenet256_labels"):
+        root = tmp_path / folder
+        write_llamagen(root, np.zeros((3, 2, 256), dtype=np.int64), [0, 0, 0])
+        (root / folder / "0.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"0\.npy: missing or not a NumPy file"):
+            import_llamagen_codes(root, root / "store", "ab" * 32, progress=False)
+
+
+def test_llamagen_files_that_are_none(tmp_path: Path) -> None:
+    write_llamagen(tmp_path, np.zeros((3, 2, 256), dtype=np.int64), [0, 0, 10**15])
+    with pytest.raises(DataError, match=r"2\.npy: expected one label below 2\^31"):
+        import_llamagen_codes(tmp_path, tmp_path / "store", "ab" * 32, progress=False)
+    np.save(tmp_path / "imagenet256_labels" / "2.npy", np.array([2**30]))  # would be a thousand million class names
+    with pytest.raises(DataError, match=r"labels must lie in 0 \.\.\. 1048575"):
+        import_llamagen_codes(tmp_path, tmp_path / "store", "ab" * 32, progress=False)
+    (tmp_path / "imagenet256_labels" / "2.npy").unlink()
+    os.mkfifo(tmp_path / "imagenet256_labels" / "2.npy")
+    with pytest.raises(DataError, match="found a pipe"):
+        import_llamagen_codes(tmp_path, tmp_path / "store", "ab" * 32, progress=False)
+
+
+def test_one_odd_image_is_skipped_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_folder(tmp_path / "images", {"a": 5})
+    Image.new("L", (100_000, 1)).save(images / "a" / "01.png")  # 177 bytes that took 5.9 GB in the centre crop
+    Image.fromarray(np.zeros((9, 9), dtype=np.float32)).save(images / "a" / "02.png", "TIFF")
+    picture(37, 40, 1, "P").save(images / "a" / "03.png")
+    convert = Image.Image.convert
+
+    def failing(image: Image.Image, mode: str) -> Image.Image:
+        if image.size == (37, 40):
+            raise RuntimeError("odd\npalette")
+        return convert(image, mode)
+
+    monkeypatch.setattr(Image.Image, "convert", failing)
+    store = run(images, tmp_path / "store", tiny_tokenizer())
+    assert store.keys() == ["a/00.png", "a/04.png"]
+    reasons = {entry["key"]: entry["reason"] for entry in store.manifest["skipped"]}
+    assert "too long and thin" in reasons["a/01.png"] and "floating-point" in reasons["a/02.png"] and reasons["a/03.png"] == "RuntimeError: odd palette"
+    assert len(collect_views(ImageFolder(images), np.arange(5), TEN_CROP, TINY, progress=False)) == 20
+    with pytest.raises(RefusedImage, match=r"100000 x 1 pixels: too long and thin to be cut into squares of 20 pixels"):
+        make_views(Image.new("L", (100_000, 1)), 0, TEN_CROP, 16, 3)
+    assert make_views(Image.new("L", (1000, 10)), 0, TEN_CROP, 16, 3).shape == (10, 3, 16, 16)  # merely long
+
+
+def test_settings_at_fault_are_not_taken_for_bad_images(folder: Path, tmp_path: Path) -> None:
+    for data, field in ((DataConfig(views="small-affine", affine_views=10**15), r"data\.affine_views"), (DataConfig(crop_range=1e9), r"data\.crop_range")):
+        with pytest.raises(ConfigError, match=field):
+            run(folder, tmp_path / "store", tiny_tokenizer(), data)
+        with pytest.raises(ConfigError, match=field):
+            collect_views(ImageFolder(folder), np.arange(3), data, TINY, progress=False)
+    with pytest.raises(ConfigError, match=r"tokenizer\.image_channels: expected 1 \(gray\) or 3"):
+        collect_views(ImageFolder(folder), np.arange(3), TEN_CROP, replace(TINY, image_channels=2), progress=False)
+
+
+def test_memory_that_does_not_suffice_is_one_line() -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), torch.OutOfMemoryError("CUDA")):
+        with pytest.raises(UserError, match="not enough memory to think; choose smaller"), explain_out_of_memory("think"):
+            raise error
+    with pytest.raises(RuntimeError, match="other"), explain_out_of_memory("think"):
+        raise RuntimeError("other")
+
+
+def test_one_writer_a_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "store"
+    (tmp_path / "llamagen").mkdir()
+    write_llamagen(tmp_path / "llamagen", np.zeros((3, 2, 256), dtype=np.int64), [0, 0, 0])
+    monkeypatch.setattr("star_fast.locks.job_identity", lambda: "process 1 on another")
+    with only_writer(out, "preparing codes"):
+        monkeypatch.undo()
+        with pytest.raises(Busy, match=r"preparing codes is writing there \(process 1 on another"):
+            run(folder, out, tiny_tokenizer())
+        with pytest.raises(Busy):
+            import_llamagen_codes(tmp_path / "llamagen", out, "ab" * 32, progress=False)
+    for name in (".codes.bin.77.tmp", ".manifest.json.77.tmp", ".progress.json.77.tmp"):
+        (out / name).write_bytes(b"a dead job's")
+    (out / ".notes.77.tmp").write_bytes(b"not ours")
+    store = run(folder, out, tiny_tokenizer())
+    assert {path.name for path in out.iterdir()} == {"codes.bin", "labels.bin", "keys.jsonl", "manifest.json", ".notes.77.tmp"}
+    monkeypatch.setattr("star_fast.locks.job_identity", lambda: "process 1 on another")
+    with only_writer(out, "preparing codes"):
+        monkeypatch.undo()
+        assert len(run(folder, out, tiny_tokenizer())) == len(store)  # finished: only read
+
+
+def test_names_of_files_reach_the_store_and_no_terminal(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images", {os.fsdecode(b"caf\xe9"): 2, "b\n\x1b[31m": 3})
+    (images / "b\n\x1b[31m" / "bad\r.png").write_bytes(b"none")
+    store = run(images, tmp_path / "store", tiny_tokenizer())
+    assert store.class_names == ("b\n\x1b[31m", "caf\udce9") and store.keys() == [key for key in ImageFolder(images).files if "bad" not in key]
+    assert all(line.isprintable() for line in skipped_report(store).splitlines()) and "b\\n\\x1b[31m/bad\\r.png" in skipped_report(store)
+    assert json.loads((tmp_path / "store" / "manifest.json").read_bytes())["class_names"][1] == "caf\udce9"
+    assert len(run(images, tmp_path / "store", tiny_tokenizer())) == len(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,52 @@ def test_folders_without_images(tmp_path: Path) -> None:
     picture(9, 9, 0).save(tmp_path / "loose.png")
     with pytest.raises(DataError, match="1 lie in the folder itself"):
         open_source(tmp_path)
+
+
+def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images", {"a": 1, "b": 1})
+    elsewhere = make_folder(tmp_path / "elsewhere", {"z": 2})
+    (images / "a" / "inner").mkdir()
+    picture(9, 9, 1).save(images / "a" / "inner" / "1.png")  # beside loose images of the same class: both are its images
+    for name in ("loose.png", "another.JPG", ".hidden.png"):
+        picture(9, 9, 1).save(images / name, "PNG")
+    (images / "read me.txt").write_text("not an image")
+    os.mkfifo(images / "a" / "pipe.png")
+    (images / "a" / "gone.png").symlink_to(images / "nothing")
+    (images / "a" / "itself.png").symlink_to(images / "a" / "itself.png")
+    (images / "a" / "file.png").symlink_to(elsewhere / "z" / "00.png")
+    (images / "b" / "up").symlink_to(images)
+    (images / "all").symlink_to(".")
+    (images / "c").symlink_to(elsewhere / "z")
+    source = ImageFolder(images)
+    assert source.files == ["a/00.png", "a/file.png", "a/inner/1.png", "b/00.png", "c/00.png", "c/01.png"] and source.class_names == ("a", "b", "c")
+    reasons = {entry["key"]: entry["reason"] for entry in source.skipped}
+    assert set(reasons) == {"loose.png", "another.JPG", "a/pipe.png", "a/gone.png", "a/itself.png", "b/up/", "all/"}
+    assert reasons["loose.png"] == reasons["another.JPG"] == "lies beside the class folders, so it has no class"
+    assert "pipe" in reasons["a/pipe.png"] and "No such file" in reasons["a/gone.png"] and "not followed" in reasons["b/up/"]
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9"), "line\nbreak", "\x1b[31mred", "Größe"]
+    make_folder(tmp_path, dict.fromkeys(names, 1))
+    source = ImageFolder(tmp_path)
+    assert source.class_names == tuple(sorted(names)) and len(source) == 4
+    assert source.description() == ImageFolder(tmp_path).description()
+    assert [source[index].key for index in range(4)] == [f"{name}/00.png" for name in sorted(names)]
+
+
+def test_folders_a_thousand_deep(tmp_path: Path) -> None:
+    deep, down = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
+    for name in ["a", *["d"] * 1200]:
+        os.mkdir(name, dir_fd=down)
+        down, above = os.open(name, os.O_RDONLY, dir_fd=down), down
+        os.close(above)
+    os.close(down)
+    picture(9, 9, 1).save(deep / "1.png")
+    assert ImageFolder(tmp_path).files == ["a/1.png"]
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    for name in ("a\0b", "x" * 5000, tmp_path / "no" / "such"):
+        with pytest.raises(DataError, match="not a folder"):
+            open_source(name)

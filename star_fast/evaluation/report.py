@@ -68,7 +68,7 @@ class ReportConfig:
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
 
     def __post_init__(self) -> None:
-        require_ranges(self, {"samples_per_class": (1, 2**20), "batch_images": (1, 2**16), "attention_images": (1, 100), "attention_queries": (1, 256),
+        require_ranges(self, {"samples_per_class": (1, 10_000), "batch_images": (1, 2**16), "attention_images": (1, 100), "attention_queries": (1, 256),
                               "probe_train_views": (1, 2**16), "probe_max_train_images": (0, MOST_COUNT), "top_k": (0, MOST_COUNT), "seed": (0, MOST_SEED)})
         try:
             Sampling(guidance=self.guidance, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)

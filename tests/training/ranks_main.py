@@ -1,57 +1,168 @@
-"""A rank of tests/training/test_ranks.py: trains a few steps through Engine and saves what it saw. Not a test itself.
+"""The jobs of tests/training/test_ranks.py: small trainings through Engine and what they saw. Not a test itself.
 
-usage: python -m tests.training.ranks_main STORE OUT STEPS PRECISION ZERO_STAGE   (rank and world size from the environment)
+One rank runs them in the test's own process; several ranks in one launch of
+    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes is the store)
+which runs all jobs one after the other and leaves FOLDER/rank-N.pt.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.data.codes import CodeStore
+from star_fast.training import checkpoint
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
+from star_fast.training.export import export
+from star_fast.training.telemetry import Telemetry
+from star_fast.training.validation import held_out_batches
+from star_fast.training.watch import LossWatch
+
+LATE_S = 0.4  # how late a rank is made to come where the others must wait for it: a race that is lost shows, one that is won costs this much
 
 
-def main() -> None:
-    store_path, out, steps, precision, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-    torch.set_num_threads(1)
-    store = CodeStore.open(store_path)
-    config = resolve(RunConfig(
-        ModelConfig(2, 2, 32, dropout=0.0), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=0.9999, ema_warmup=False),
-        OptimConfig(lr_per_256_images=0.03), TrainConfig(images_per_step=8, precision=precision, zero_stage=stage, seed=4)), store)
-    rank, ranks, device = start_ranks()
-    batches = Batches(store, config, rank, ranks)
-    engine = Engine(config, build_student(config), device, batches.micro_images, batches.accumulation)
-    saved = {"names": [name for name, _ in engine.student.transformer.named_parameters()], "requires_grad":
-             any(parameter.requires_grad for parameter in engine.teacher.model.parameters())}
-    whole = {"student": [], "teacher": []}
+def settings(store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro: int = 0, dropout: float = 0.0, decay: float = 0.9999,
+             warmup: bool = False) -> RunConfig:
+    """Eight images a step."""
+    return resolve(RunConfig(
+        ModelConfig(2, 2, 32, dropout=dropout), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup),
+        OptimConfig(lr_per_256_images=0.03),
+        TrainConfig(images_per_step=8, micro_batch_images=micro, precision=precision, zero_stage=stage, seed=4)), store)
 
-    def note() -> None:
-        for name, masters in (("student", engine.masters.tensors()), ("teacher", engine.teacher.masters)):
-            whole[name].append({key: value.clone() for key, value in engine.masters.gather(masters)})
 
-    note()
-    if stage == 0 and precision == "fp32":  # the gradient of step 1, before the optimizer touches it
-        losses = engine.losses(batches.step(0)[0])
-        engine.deepspeed.backward(losses.total)
-        saved["gradients"] = {name: parameter.grad.clone() for name, parameter in engine.student.named_parameters()}
-        engine.student.zero_grad()
+def start(config: RunConfig, store: CodeStore, device: torch.device) -> tuple[Engine, Batches]:
+    """A fresh engine and its batches."""
+    batches = Batches(store, config, dist.get_rank(), dist.get_world_size())
+    return Engine(config, build_student(config), device, batches.micro_images, batches.accumulation), batches
+
+
+def whole(engine: Engine, masters: list[Tensor]) -> dict[str, Tensor]:
+    """Every float32 master, gathered from the ranks."""
+    return {name: value.clone() for name, value in engine.masters.gather(masters)}
+
+
+def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int) -> dict[str, Any]:
+    """A few steps: mean losses of all ranks, student and teacher after each."""
+    engine, batches = start(config, store, device)
+    saved: dict[str, Any] = {"student": [whole(engine, engine.masters.tensors())], "teacher": [whole(engine, engine.teacher.masters)]}
     terms = []
     for step, micro in batches.steps(0, steps):
         losses, _ = engine.step(micro, step, config.lr)
-        torch.distributed.all_reduce(losses)
-        terms.append(losses / ranks)
-        note()
-    saved |= {"losses": torch.stack(terms), **whole, "copies": {name: p.detach().clone() for name, p in engine.teacher.model.named_parameters()},
-              "copies_grad": any(p.grad is not None for p in engine.teacher.model.parameters())}
-    if rank == 0:
-        torch.save(saved, out)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        dist.all_reduce(losses)
+        terms.append(losses / engine.ranks)
+        saved["student"].append(whole(engine, engine.masters.tensors()))
+        saved["teacher"].append(whole(engine, engine.teacher.masters))
+    copies = dict(engine.teacher.model.named_parameters())
+    return saved | {"losses": torch.stack(terms), "copies": {name: value.detach().clone() for name, value in copies.items()},
+                    "trained": any(value.requires_grad or value.grad is not None for value in copies.values())}
+
+
+def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Tensor]:
+    """The gradient of the first step, before the optimizer touches it."""
+    engine, batches = start(config, store, device)
+    engine.deepspeed.backward(engine.losses(batches.step(0)[0]).total)
+    return {name: value.grad.clone() for name, value in engine.student.named_parameters()}
+
+
+def validation(config: RunConfig, store: CodeStore, device: torch.device) -> float:
+    """The held-out loss of weights drawn anew: an untrained model's is the same for every image."""
+    engine, _ = start(config, store, device)
+    torch.nn.init.normal_(engine.student.transformer.output.weight, generator=torch.Generator().manual_seed(0))
+    return engine.evaluate(held_out_batches(store, config, engine.rank, engine.ranks))
+
+
+def own_loss(config: RunConfig, store: CodeStore, device: torch.device) -> float:
+    """L_MIM of this rank when every rank gets rank 0's images: it differs between ranks by dropout alone."""
+    engine, _ = start(config, store, device)
+    engine.deepspeed.train()
+    with torch.no_grad():
+        return engine.losses(Batches(store, config, 0, engine.ranks).step(0)[0]).mim.item()
+
+
+def log_line(folder: Path) -> dict[str, Any]:
+    """What is logged when rank r has losses 10 r + (0 ... 4), the same each step."""
+    telemetry = Telemetry(folder, 0, 2, 8, log_every=2, main=dist.get_rank() == 0, tensorboard=False, watch=LossWatch(0.0))
+    for step in range(2):
+        telemetry.step(step, torch.arange(5.0) + 10 * dist.get_rank(), torch.tensor(3.0), 0.1)
+    telemetry.close()
+    dist.barrier()
+    return json.loads((folder / "metrics.jsonl").read_text())
+
+
+@contextmanager
+def slow(owner: Any, name: str, *, after: bool = False) -> Iterator[None]:
+    """Within the block a function comes LATE_S late, or returns so late."""
+    original: Callable = getattr(owner, name)
+
+    def late(*args: Any, **more: Any) -> Any:
+        time.sleep(0 if after else LATE_S)
+        try:
+            return original(*args, **more)
+        finally:
+            time.sleep(LATE_S if after else 0)
+
+    setattr(owner, name, late)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run: Path) -> dict[str, Any]:
+    """Two steps, a checkpoint with the last rank late, a third step; then a fresh engine loads the checkpoint and takes the third step too."""
+    engine, batches = start(config, store, device)
+    last = engine.ranks - 1
+    for step, micro in batches.steps(0, 2):
+        engine.step(micro, step, config.lr)
+    saved = [value.clone() for value in engine.teacher.masters]
+    with slow(engine.deepspeed, "save_checkpoint", after=True) if engine.rank == last else slow(os, "replace"):
+        folder = checkpoint.save(engine, store, run, 2, 1)
+    seen = {"there_on_return": (folder / "complete.json").exists()}  # here as on every rank
+    engine.step(batches.step(2), 2, config.lr)
+    other, _ = start(dataclasses.replace(config), store, device)
+    checkpoint.load(other, store, folder)
+    seen["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, other.teacher.masters, strict=True))
+    other.step(batches.step(2), 2, config.lr)
+    pairs = [(engine.masters.tensors(), other.masters.tensors()), (engine.teacher.masters, other.teacher.masters),
+             (list(engine.teacher.model.parameters()), list(other.teacher.model.parameters()))]
+    seen["equal"] = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    with slow(os, "rename") if engine.rank == 0 else slow(os, "replace"):
+        seen["model_on_return"] = (export(engine, store, run, 3) / "config.json").exists()
+    return seen
+
+
+def main() -> None:
+    """All jobs of several ranks."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    store = CodeStore.open(folder / "codes")
+    rank, ranks, device = start_ranks()
+    seen = {
+        "plain": train(settings(store), store, device, 20),
+        "accumulated": train(settings(store, micro=4 // ranks, decay=0.5, warmup=True), store, device, 6),
+        "bf16": train(settings(store, precision="bf16", stage=2, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
+        "gradients": gradients(settings(store), store, device),
+        "validation": validation(settings(store), store, device),
+        "own_loss": own_loss(settings(store, dropout=0.3), store, device),
+        "log_line": log_line(folder),
+        "saved": save_and_load(settings(store, precision="bf16", stage=1, dropout=0.2), store, device, folder / "run"),
+    }
+    torch.save(seen, folder / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

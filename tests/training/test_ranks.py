@@ -11,28 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from star_fast.data.codes import CodeStore
+from tests.training import ranks_main
+from tests.training.ranks_main import settings
 from tests.training.store import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(folder: Path, ranks: int, steps: int, precision: str, stage: int) -> dict[str, Any]:
-    """What rank 0 of tests.training.ranks_main saw."""
-    store, out = folder / "codes", folder / f"{ranks}-{precision}-{stage}.pt"
-    if not store.exists():
-        write_store(store)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "tests.training.ranks_main", str(store), str(out), str(steps), precision, str(stage)], cwd=ROOT,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(ranks)]
-    for process in processes:
-        output = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, output[-3000:]
-    return torch.load(out, weights_only=True)
+RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -41,58 +28,121 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder: Path) -> dict[str, Any]:
-    return launch(folder, 1, 20, "fp32", 0)
+def store(folder: Path) -> CodeStore:
+    return write_store(folder / "codes")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> dict[str, Any]:
-    return launch(folder, 2, 20, "fp32", 0)
+def two_ranks(folder: Path, store: CodeStore) -> list[dict[str, Any]]:
+    """What each of two ranks saw in the jobs of ranks_main: one launch for all of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "tests.training.ranks_main", str(folder)], cwd=ROOT,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(RANKS)]
+    try:
+        for process in processes:
+            output = process.communicate(timeout=600)[0]
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:  # one that failed leaves the other waiting
+            process.kill()
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def test_two_ranks_have_the_gradient_of_one(one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
-    assert one_rank["gradients"].keys() == two_ranks["gradients"].keys()
-    for name, expected in one_rank["gradients"].items():
-        error = (two_ranks["gradients"][name] - expected).norm() / expected.norm().clamp(min=1e-12)
-        assert error <= 1e-6, f"{name}: relative error {error:.2e}"
+@pytest.fixture(scope="module")
+def plain(one_rank: torch.device, store: CodeStore) -> dict[str, Any]:
+    return ranks_main.train(settings(store), store, one_rank, 20)
 
 
-def test_two_ranks_have_the_losses_of_one_with_the_keys_of_both(one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
-    torch.testing.assert_close(two_ranks["losses"], one_rank["losses"], rtol=0, atol=1e-5)
+def test_two_ranks_have_the_gradient_of_one(one_rank: torch.device, store: CodeStore, two_ranks: list[dict[str, Any]]) -> None:
+    alone = ranks_main.gradients(settings(store), store, one_rank)
+    for seen in two_ranks:
+        assert alone.keys() == seen["gradients"].keys()
+        for name, expected in alone.items():
+            error = (seen["gradients"][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+            assert error <= 1e-6, f"{name}: relative error {error:.2e}"
+
+
+def test_two_ranks_have_the_losses_of_one_with_the_keys_of_both(plain: dict[str, Any], two_ranks: list[dict[str, Any]]) -> None:
+    torch.testing.assert_close(two_ranks[0]["plain"]["losses"], plain["losses"], rtol=0, atol=1e-5)
     # Contrast against 8 keys, not 4: untrained features give about log 8.
-    assert abs(two_ranks["losses"][0, 3].item() - torch.tensor(8.0).log().item()) < 0.5
-    assert one_rank["losses"][-1, 0] < one_rank["losses"][0, 0]
+    assert abs(plain["losses"][0, 3].item() - torch.tensor(8.0).log().item()) < 0.5
+    assert plain["losses"][-1, 0] < plain["losses"][0, 0]
 
 
-def check_teacher(saved: dict[str, Any], decay: float) -> None:
-    """The closed form t_n = d^n s_0 + (1 - d) sum_k d^(n-k) s_k, in float64, from the students as they were."""
-    steps = len(saved["student"]) - 1
-    for name in saved["names"]:
-        students = [state[name].double() for state in saved["student"]]
-        expected = decay**steps * students[0] + (1 - decay) * sum(decay ** (steps - k) * students[k] for k in range(1, steps + 1))
-        moved = (expected - students[0]).abs().max()
-        error = (saved["teacher"][-1][name].double() - expected).abs().max()
-        # Each update rounds the average once, by at most 2^-24 of itself.
-        assert error <= steps * 2**-24 * expected.abs().max().clamp(min=1e-6), f"{name}: {error:.2e}"
-        if name not in ("output.weight",):
-            assert moved > 0, name
-    assert not saved["requires_grad"]
-    assert not saved["copies_grad"]
+def test_accumulation_deals_the_same_micro_batches_to_two_ranks_as_to_one(one_rank: torch.device, store: CodeStore, two_ranks: list[dict[str, Any]]) -> None:
+    alone = ranks_main.train(settings(store, micro=4, decay=0.5, warmup=True), store, one_rank, 6)
+    both = two_ranks[0]["accumulated"]
+    torch.testing.assert_close(both["losses"], alone["losses"], rtol=0, atol=1e-5)
+    for name, value in alone["teacher"][-1].items():
+        torch.testing.assert_close(both["teacher"][-1][name], value, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert abs(alone["losses"][0, 3].item() - torch.tensor(4.0).log().item()) < 0.5  # negatives come from the micro-batch
 
 
-def test_teacher_is_the_closed_form_average(one_rank: dict[str, Any]) -> None:
-    check_teacher(one_rank, 0.9999)
-    moved = max((one_rank["teacher"][-1][name] - one_rank["teacher"][0][name]).abs().max() for name in one_rank["names"])
-    assert moved > 0
+def check_teacher(saved: dict[str, Any], decay: float, warmup: bool) -> None:
+    """t_n = d_n t_(n-1) + (1 - d_n) s_n from t_0 = s_0, once a step, in float64, from the students as they were; d_n = min(d, n / (9 + n)) while warming up."""
+    assert not saved["trained"]
+    for name, first in saved["student"][0].items():
+        expected = first.double()
+        for n, state in enumerate(saved["student"][1:], 1):
+            d = min(decay, n / (9 + n)) if warmup else decay
+            expected = d * expected + (1 - d) * state[name].double()
+            # Each update rounds the average once, by at most 2^-24 of itself.
+            error = (saved["teacher"][n][name].double() - expected).abs().max()
+            assert error <= n * 2**-23 * expected.abs().max().clamp(min=1e-6), f"{name} after step {n}: {error:.2e}"
+        if name != "output.weight":
+            assert (expected - first).abs().max() > 0, name
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (2, 2)])
-def test_teacher_in_bf16_training_moves_in_float32(folder: Path, ranks: int, stage: int) -> None:
-    saved = launch(folder, ranks, 4, "bf16", stage)
-    check_teacher(saved, 0.9999)
-    for name in saved["names"]:
-        first, last = saved["teacher"][0][name], saved["teacher"][-1][name]
+def check_copies(saved: dict[str, Any], copies: dict[str, Tensor]) -> None:
+    """In bf16 the average moves in float32, and the teacher's model is its rounded masters."""
+    for name, last in saved["teacher"][-1].items():
         assert last.dtype == torch.float32
         if not torch.equal(saved["student"][0][name], saved["student"][-1][name]):
-            assert not torch.equal(first, last), f"{name}: the average stands still"
-        assert torch.equal(saved["copies"][name], last.to(torch.bfloat16)), f"{name}: the teacher's model is not its rounded masters"
+            assert not torch.equal(saved["teacher"][0][name], last), f"{name}: the average stands still"
+        assert torch.equal(copies[name], last.to(torch.bfloat16)), f"{name}: the teacher's model is not its rounded masters"
+
+
+def test_teacher_is_the_closed_form_average(plain: dict[str, Any], two_ranks: list[dict[str, Any]]) -> None:
+    check_teacher(plain, 0.9999, warmup=False)
+    assert max((plain["teacher"][-1][name] - first).abs().max() for name, first in plain["teacher"][0].items()) > 0
+    check_teacher(two_ranks[0]["accumulated"], 0.5, warmup=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("decay", "warmup"), [(0.9999, False), (0.5, True)])
+def test_teacher_in_bf16_training_moves_in_float32(one_rank: torch.device, store: CodeStore, stage: int, decay: float, warmup: bool) -> None:
+    saved = ranks_main.train(settings(store, precision="bf16", stage=stage, micro=4, decay=decay, warmup=warmup), store, one_rank, 4)
+    check_teacher(saved, decay, warmup)
+    check_copies(saved, saved["copies"])
+
+
+def test_teacher_under_zero_2_is_whole_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
+    for seen in two_ranks:
+        check_teacher(seen["bf16"], 0.5, warmup=True)
+        check_copies(two_ranks[0]["bf16"], seen["bf16"]["copies"])
+
+
+def test_ranks_drop_different_activations(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (seen["own_loss"] for seen in two_ranks)
+    assert first != second
+
+
+def test_validation_is_over_the_images_of_all_ranks_once(one_rank: torch.device, store: CodeStore, two_ranks: list[dict[str, Any]]) -> None:
+    alone = ranks_main.validation(settings(store), store, one_rank)
+    for seen in two_ranks:
+        assert seen["validation"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_log_line_has_the_mean_of_all_ranks(two_ranks: list[dict[str, Any]]) -> None:
+    line = two_ranks[0]["log_line"]
+    assert [line[name] for name in ("loss", "ar", "mim", "step_contrast", "view_contrast")] == [5.0, 6.0, 7.0, 8.0, 9.0]
+    assert (line["step"], line["images"], line["grad_norm"]) == (2, 16, 3.0)
+
+
+def test_a_sharded_checkpoint_is_whole_on_every_rank_however_late_one_comes(two_ranks: list[dict[str, Any]]) -> None:
+    for rank, seen in enumerate(two_ranks):
+        assert seen["saved"] == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"

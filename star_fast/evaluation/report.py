@@ -69,11 +69,12 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, {"samples_per_class": (1, 10_000), "batch_images": (1, 2**16), "attention_images": (1, 100), "attention_queries": (1, 256),
-                              "probe_train_views": (1, 2**16), "probe_max_train_images": (0, MOST_COUNT), "top_k": (0, MOST_COUNT), "seed": (0, MOST_SEED)})
+                              "probe_train_views": (1, 2**16), "probe_max_train_images": (0, MOST_COUNT), "seed": (0, MOST_SEED)})
         try:
             Sampling(guidance=self.guidance, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         except ValueError as error:
-            raise UserError(str(error).replace("generate: ", "--")) from error
+            name, _, rest = str(error).removeprefix("generate: ").partition(" ")
+            raise UserError(f"{option(name)} {rest}") from error
 
 
 @dataclass

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 
 from star_fast.config import ConfigError, DataConfig, TokenizerConfig
-from star_fast.data.sources import ImageFolder, Sample, split_indices
+from star_fast.data.prepare import prepare
+from star_fast.data.sources import DataError, ImageFolder, Sample, split_indices
+from star_fast.errors import UserError
 from star_fast.model.tokenizer import VQTokenizer
-from star_fast.training.tokenizer import measure_tokenizer, move_codes, reconstruct, train_tokenizer, train_tokenizer_on
-from tests.data.pictures import TINY, make_folder
+from star_fast.storage import StorageError
+from star_fast.training.tokenizer import measure_tokenizer, move_codes, reconstruct, tokenizer_for, train_tokenizer, train_tokenizer_on
+from tests.data.pictures import TINY, make_folder, tiny_tokenizer
 
 BLOBS = TokenizerConfig(base_channels=8, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=48, image_channels=1, image_size=8,
                         steps=80, images_per_step=16, lr=4e-3, reseed_every_steps=10)
@@ -104,3 +107,92 @@ def test_bad_images_say_what_came() -> None:
     for bad in (torch.zeros(2, 1, 9, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8), torch.zeros(0, 1, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ConfigError, match=r"images must be uint8 \(N >= 1, 1, 8, 8\)"):
             train_tokenizer(bad, BLOBS, progress=False)
+
+
+def test_sizes_that_no_machine_holds() -> None:
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    for changes, message in (({"base_channels": 4096, "multipliers": (64, 64)}, r"^tokenizer\.base_channels: training [\d,]+ weights .* GiB"),
+                             ({"images_per_step": 2**20}, r"^tokenizer\.images_per_step: expected at most 262144 images of 64 codes")):
+        with pytest.raises(ConfigError, match=message):
+            train_tokenizer(images, replace(TINY, **changes), progress=False)
+
+
+ONE_STEP = replace(TINY, steps=1, images_per_step=4)
+FEW = DataConfig(crop_range=1.2, held_out_share=0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"), {"a": 3, "b": 2})
+
+
+def choose(folder: Path, out: Path, config: TokenizerConfig = ONE_STEP, data: DataConfig = FEW, **more: object) -> VQTokenizer:
+    return tokenizer_for(ImageFolder(folder), out, config, data, progress=False, **more)  # type: ignore[arg-type]
+
+
+def test_a_kept_tokenizer_is_used_for_the_same_settings_only(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = choose(folder, tmp_path).weights_hash()
+    (tmp_path / "tokenizer" / "unfinished.json").write_text("{}")  # a kill just before it would have been removed
+    monkeypatch.setattr("star_fast.training.tokenizer.train_tokenizer_on", None)
+    assert choose(folder, tmp_path).weights_hash() == first
+    assert not (tmp_path / "tokenizer" / "unfinished.json").exists()
+    with pytest.raises(ConfigError, match=r"^tokenizer\.steps: .*tokenizer holds a tokenizer with 1, asked for is 2; give the same, or choose another --out"):
+        choose(folder, tmp_path, replace(ONE_STEP, steps=2))
+    with pytest.raises(ConfigError, match=r"^seed: .* trained with 0, asked for is 7"):
+        choose(folder, tmp_path, seed=7)
+    with pytest.raises(UserError, match=r"other images, views or split \(held_out_share: 0\.3 there, 0\.0 here\)"):  # it has learnt from what is now held out
+        choose(folder, tmp_path, data=replace(FEW, held_out_share=0.0))
+    with pytest.raises(UserError, match=r"view_settings\.crop_range: 1\.2 there, 1\.5 here"):
+        choose(folder, tmp_path, data=replace(FEW, crop_range=1.5))
+
+
+def test_a_tokenizer_folder_of_an_earlier_version_is_used(tmp_path: Path, folder: Path) -> None:
+    first = choose(folder, tmp_path).weights_hash()
+    path = tmp_path / "tokenizer" / "training.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "trained_on"}))
+    assert choose(folder, tmp_path, data=replace(FEW, crop_range=1.5)).weights_hash() == first
+    path.unlink()  # a tokenizer that was given
+    assert choose(folder, tmp_path, replace(ONE_STEP, steps=600), asked=False).weights_hash() == first
+    with pytest.raises(ConfigError, match=r"^tokenizer\.steps"):
+        choose(folder, tmp_path, replace(ONE_STEP, steps=600))
+    path.write_text('{"psnr_db": []}')
+    with pytest.raises(StorageError, match=r"training\.json: .*choose another --out, or delete"):
+        choose(folder, tmp_path)
+
+
+def test_a_given_tokenizer_never_takes_anothers_place(tmp_path: Path, folder: Path) -> None:
+    given, other, out = tmp_path / "given", tmp_path / "other", tmp_path / "out"
+    tiny_tokenizer(1).save(given)
+    tiny_tokenizer(2).save(other)
+    ours = tiny_tokenizer(1).weights_hash()
+    assert choose(folder, out, given=str(given)).weights_hash() == VQTokenizer.load(out / "tokenizer").weights_hash() == ours
+    files = {path.name: path.read_bytes() for path in (out / "tokenizer").iterdir()}
+
+    def refused() -> None:
+        with pytest.raises(ConfigError, match=rf"^tokenizer: .*other is {tiny_tokenizer(2).weights_hash()[:12]}, .*{ours[:12]}; give that one"):
+            choose(folder, out, given=str(other))
+        assert {path.name: path.read_bytes() for path in (out / "tokenizer").iterdir()} == files
+
+    refused()
+    prepare(ImageFolder(folder), out, choose(folder, out, given=str(given)), FEW, progress=False)
+    refused()
+    (out / "tokenizer" / "tokenizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokenizer\.safetensors"):
+        choose(folder, out, asked=False)
+    choose(folder, out, given=str(given))  # puts it back
+    refused()
+    tiny_tokenizer(2).save(out / "tokenizer")
+    with pytest.raises(StorageError, match=rf"not the tokenizer {ours[:12]} that the codes in .* were made with"):
+        choose(folder, out, asked=False)
+    (out / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(StorageError, match=rf"tokenizer\.json: not found, and the codes in .* need the tokenizer {ours[:12]}"):
+        choose(folder, out)
+    rounded = tiny_tokenizer(1).bfloat16()
+    rounded.save(tmp_path / "rounded")
+    with pytest.raises((DataError, StorageError), match=r"float32|hash"):
+        choose(folder, tmp_path / "fresh", given=str(tmp_path / "rounded"))
+    assert not (tmp_path / "fresh" / "tokenizer").exists()
+    (tmp_path / "begun" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "begun" / "tokenizer" / "unfinished.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^tokenizer: .* holds an unfinished training"):
+        choose(folder, tmp_path / "begun", given=str(given))

@@ -23,6 +23,7 @@ from star_fast.train import TrainCommand, train
 from star_fast.training import checkpoint
 from star_fast.training.batches import resolve
 from star_fast.training.engine import build_student
+from tests.disk_events import DiskEvent, watch_disk
 from tests.training.plain_trainer import PlainTrainer, learning_rate
 from tests.training.store import write_store
 
@@ -46,31 +47,11 @@ class Run(NamedTuple):
     norms: list[float]
     held_out: dict[int, float]  # by hand, after so many steps
     plain: PlainTrainer
-    events: list[tuple[str, ...]]  # ("sync", path) and ("rename", from, to), in order
+    events: list[DiskEvent]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def watch_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Every fsync and rename of this process from now on."""
-    events, fsync = [], os.fsync
-
-    def synced(descriptor: int) -> None:
-        fsync(descriptor)
-        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
-
-    def moving(move: Any) -> Any:
-        def moved(source: Any, target: Any, **more: Any) -> None:
-            events.append(("rename", os.path.abspath(source), os.path.abspath(target)))
-            move(source, target, **more)
-        return moved
-
-    monkeypatch.setattr(os, "fsync", synced)
-    for name in ("replace", "rename"):
-        monkeypatch.setattr(os, name, moving(getattr(os, name)))
-    return events
 
 
 @pytest.fixture(scope="module")
@@ -134,24 +115,21 @@ def test_the_model_folder_holds_what_was_learnt(run: Run) -> None:
 def test_the_newest_checkpoints_stay_and_nothing_else(run: Run) -> None:
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-0000008", "step-0000010"]
     assert checkpoint.latest(run.folder).name == "step-0000010"
-    saved = [os.path.basename(event[2]) for event in run.events if event[0] == "rename" and os.path.dirname(event[2]).endswith("checkpoints")]
+    saved = [os.path.basename(event.target) for event in run.events if event.kind == "rename" and os.path.dirname(event.target).endswith("checkpoints")]
     assert saved == ["step-0000004", "step-0000008", "step-0000010"]  # every fourth, and the end
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Run) -> None:
-    final = str(run.folder / "checkpoints/step-0000010")
+    final = run.folder / "checkpoints/step-0000010"
     synced: set[str] = set()
-    named = None
-    for number, (kind, *paths) in enumerate(run.events):
+    named = next(number for number, event in enumerate(run.events) if event.target == str(final))
+    for kind, path, target in run.events[: named + 1]:
         if kind == "sync":
-            synced.add(paths[0])
-        else:
-            synced |= {paths[1] + path.removeprefix(paths[0]) for path in synced if path == paths[0] or path.startswith(paths[0] + "/")}
-            if paths[1] == final:
-                named = number
-                missing = [str(path) for path in (run.folder / "checkpoints/step-0000010").rglob("*") if str(path) not in synced]
-                assert not missing, "renamed before these were flushed"
-    assert ("sync", str(run.folder / "checkpoints")) in run.events[named:], "the new name itself is not flushed"
+            synced.add(path)
+        elif kind == "rename":  # what was flushed under the old name is flushed under the new one
+            synced |= {target + old.removeprefix(path) for old in synced if old == path or old.startswith(path + "/")}
+    assert not [str(path) for path in final.rglob("*") if str(path) not in synced]
+    assert ("sync", str(final.parent), "") in run.events[named:], "the new name itself is not flushed"
 
 
 def resumed(run: Run, where: Path, **changes: Any) -> Path:

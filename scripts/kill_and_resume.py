@@ -1,8 +1,7 @@
 """Kill a job again and again, start it again, and compare all that it leaves with an unbroken run's, byte by byte.
 
     python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments
-    python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL just before and just after every fsync, rename and removal of a file, one after
-                                                                the other
+    python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL at every fsync, rename and removal of a file, one after the other
 
 Exit status 0: after every kill that landed the job ended with equal files, and none besides.
 """
@@ -10,26 +9,32 @@ Exit status 0: after every kill that landed the job ended with equal files, and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")  # of all processes
-STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: after each of them another state may survive a kill
-KILLS_IN_A_ROW = 5  # at most, before the job may end and is looked at
+STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: what is on the disk changes at each of them
+KILLS_IN_A_ROW = 10  # at most, before the job may end and is looked at
+LATEST = 0.7  # of an unbroken run's time: the last moment of a random kill
 _PATIENCE_S = 300
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -42,7 +47,8 @@ class Subject:
     """
 
     prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
-    run: Callable[[Path, Path], None]  # (that folder, work folder): the job, from its start or from where it was killed; RANK and WORLD_SIZE are set
+    run: Callable[[Path, Path, bool], None]  # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
+    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather than starting most of its time
     canonical: Callable[[Path], bytes]  # of a file in the work folder: its bytes without what may differ between runs (dates, times)
     preload: tuple[str, ...] = ()  # modules that every process of it needs
     ignored: tuple[str, ...] = ()  # names that may be there or not (locks that stay)
@@ -55,12 +61,13 @@ def prepare_sampling(given: Path) -> None:
     save_small_model(given / "model")
 
 
-def run_sampling(given: Path, work: Path) -> None:
-    """Images in six batches, the last one short, with a grid and single pictures."""
+def run_sampling(given: Path, work: Path, small: bool) -> None:
+    """Images in batches, the last one short, with a grid; the small job writes single pictures too."""
     from star_fast.generation.sample import SampleConfig, sample_images
 
-    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=43, batch_images=8, precision="fp32", top_k=20, grid_rows=2,
-                               png_folder=True))
+    images, batch = (5, 2) if small else (300, 16)
+    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=images, batch_images=batch, precision="fp32", top_k=20,
+                               png_folder=small))
 
 
 def canonical_sampling(file: Path) -> bytes:
@@ -76,30 +83,24 @@ SUBJECTS = {
 }
 
 
-def process_main(subject: str, given: Path, work: Path, environment: dict[str, str], strike: int | None) -> None:
-    """One rank. With `strike` it kills itself at that moment: even numbers lie just before a call of STRUCK, odd ones just after."""
+def process_main(subject: str, given: Path, work: Path, small: bool, environment: dict[str, str], strike: int | None) -> None:
+    """One rank. With `strike` it kills itself instead of making the call of STRUCK with that number, counted from 0."""
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    tqdm.set_lock(threading.RLock())  # its own one is shared between processes, and a killed process leaves it behind
     if strike is not None:
         _patch(strike)
-    SUBJECTS[subject].run(given, work)
+    SUBJECTS[subject].run(given, work, small)
 
 
 def _patch(strike: int) -> None:
-    moment = 0
-
-    def pass_moment() -> None:
-        nonlocal moment
-        if moment == strike:
-            os.kill(os.getpid(), signal.SIGKILL)
-        moment += 1
+    calls = itertools.count()
 
     def struck(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **settings: Any) -> Any:
-            pass_moment()
-            result = call(*arguments, **settings)
-            pass_moment()
-            return result
+            if next(calls) == strike:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **settings)
         return wrapper
 
     for name in STRUCK:
@@ -107,26 +108,26 @@ def _patch(strike: int) -> None:
 
 
 class Killer:
-    """One subject on so many ranks: runs it, kills it, compares what it leaves."""
+    """One subject on so many ranks: runs it, kills it, compares what it leaves.
 
-    def __init__(self, name: str, ranks: int, folder: Path, seed: int) -> None:
-        self.name, self.subject, self.ranks, self.folder = name, SUBJECTS[name], ranks, folder
+    Args:
+        small: which of the subject's jobs.
+        folder: an empty one, for everything.
+        seed: of the random moments.
+    """
+
+    def __init__(self, name: str, ranks: int, small: bool, folder: Path, seed: int) -> None:
+        self.name, self.subject, self.ranks, self.small, self.folder = name, SUBJECTS[name], ranks, small, folder
         self.random = random.Random(seed)
         self.given = folder / "given"
         self.given.mkdir()
-        self.kills = self.compared = self.works = 0
+        self.kills = self.compared = 0
         self.faults: list[str] = []
         PROCESSES.set_forkserver_preload(list(self.subject.preload))
         self.subject.prepare(self.given)
-        for _ in range(2):  # the first also starts the server and warms caches; both must agree, or nothing could be compared
-            started = time.perf_counter()
-            self.work = self._new_work()
-            self._start()
-            self._end()
-            self.whole_s = time.perf_counter() - started
-            self.expected, earlier = self._result(), getattr(self, "expected", None)
-        if self.expected != earlier:
-            self.faults.append(f"two unbroken runs differ: {self._difference(earlier, self.expected)}")
+        first, self.expected = self._unbroken(), self._unbroken()  # the first also starts the server and warms caches
+        if first != self.expected:
+            self.faults.append(f"two unbroken runs differ: {self._difference(first, self.expected)}")
 
     def kill_at_random(self, kills: int) -> None:
         """Kill at random moments, up to KILLS_IN_A_ROW times on the way to one result, until `kills` have landed."""
@@ -134,7 +135,7 @@ class Killer:
             self.work = self._new_work()
             for _ in range(self.random.randint(1, KILLS_IN_A_ROW)):
                 self._start()
-                time.sleep(self.random.random() * self.whole_s)
+                time.sleep(self.random.random() * LATEST * self.whole_s)
                 landed = self._kill_all()
                 self.kills += landed
                 if not landed or self.kills == kills:  # it had ended already
@@ -142,27 +143,34 @@ class Killer:
             self._finish_and_compare(f"after {self.kills} kills")
 
     def kill_at_every_sync(self) -> None:
-        """Kill each rank at each moment around a call of STRUCK; the other ranks are killed with it."""
+        """Kill each rank at each of its calls of STRUCK; the other ranks are killed with it."""
         for rank in range(self.ranks):
             strike = 0
             while not self.faults:
                 self.work = self._new_work()
                 self._start({rank: strike})
                 self._join(self.job[rank])
-                if self.job[rank].exitcode == 0:  # it has no such moment
-                    self._kill_all()
-                    break
+                ended = self.job[rank].exitcode == 0  # it makes fewer calls
                 self._kill_all()
+                if ended:
+                    break
                 self.kills += 1
-                self._finish_and_compare(f"rank {rank} killed at moment {strike}")
+                self._finish_and_compare(f"rank {rank} killed at call {strike}")
                 strike += 1
-            print(f"{self.name}: rank {rank} of {self.ranks} killed at each of {strike} moments", flush=True)
+            print(f"{self.name}: rank {rank} of {self.ranks} killed at each of {strike} calls", flush=True)
+
+    def _unbroken(self) -> dict[str, bytes]:
+        started = time.perf_counter()
+        self.work = self._new_work()
+        self._start()
+        self._end()
+        self.whole_s = time.perf_counter() - started
+        return self._result()
 
     def _new_work(self) -> Path:
-        self.works += 1
         work = self.folder / "work"  # always the same name: it may be written into files
         if work.exists():
-            work.rename(self.folder / f"earlier-{self.works}")
+            shutil.rmtree(work)
         work.mkdir()
         return work
 
@@ -173,7 +181,7 @@ class Killer:
         self.job = []
         for rank in range(self.ranks):
             environment = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            self.job.append(PROCESSES.Process(target=process_main, args=(self.name, self.given, self.work, environment, (strikes or {}).get(rank))))
+            self.job.append(PROCESSES.Process(target=process_main, args=(self.name, self.given, self.work, self.small, environment, (strikes or {}).get(rank))))
             self.job[-1].start()
 
     def _end(self) -> None:
@@ -206,7 +214,7 @@ class Killer:
         result = self._result()
         self.compared += 1
         if result != self.expected:
-            self.faults.append(f"{what}: {self._difference(self.expected, result)} (in {self.work})")
+            self.faults.append(f"{what}: {self._difference(self.expected, result)}")
 
     def _result(self) -> dict[str, bytes]:
         files = {str(file.relative_to(self.work)): file for file in sorted(self.work.rglob("*")) if file.name not in self.subject.ignored}
@@ -228,8 +236,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as folder:
-        killer = Killer(arguments.subject, arguments.ranks, Path(folder), arguments.seed)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing of what it wrote, synced or not: no disk is needed
+    with tempfile.TemporaryDirectory(prefix="kill-and-resume-", dir=memory) as folder:
+        killer = Killer(arguments.subject, arguments.ranks, arguments.every_sync, Path(folder), arguments.seed)
         killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(arguments.kills)
     how = "at every fsync, rename and removal" if arguments.every_sync else f"at random moments (seed {arguments.seed})"
     print(f"{arguments.subject} on {arguments.ranks} ranks: {killer.kills} kills {how}, {killer.compared} results compared, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ def prepare(arguments: list[str]) -> None:
         source = open_source(command.source)
         name = Path(command.source).name
         out = Path(command.out or Path("data") / (name if name not in ("", "..") else Path(command.source).resolve().name))
-        with writing(out):
+        with writing(out), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is listed at the end
             tokenizer = tokenizer_for(source, out, command.train_tokenizer, command.data, given=command.tokenizer, asked=asked, seed=command.seed,
                                       device=device)
             store = write_store(source, out, tokenizer.to(device), command.data, seed=command.seed)

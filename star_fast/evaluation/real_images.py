@@ -6,6 +6,7 @@ that was made with others. So everything about views comes from the store's mani
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +19,13 @@ from star_fast.config import DataConfig
 from star_fast.data.codes import CodeStore
 from star_fast.data.sources import BUILT_IN, ImageSource, UnreadableImage, open_source
 from star_fast.data.views import make_views
-from star_fast.errors import UserError
+from star_fast.errors import UserError, printable
 from star_fast.evaluation.limits import require_memory
 from star_fast.evaluation.runs import plain_view
 from star_fast.records import require
 from star_fast.storage import to_record
+
+log = logging.getLogger(__name__)
 
 LLAMAGEN_CODES = "LlamaGen codes"  # the source's kind in the manifest of an imported store
 _MOST_SIDE = 2**14  # pixels of an image before it is cropped
@@ -93,6 +96,9 @@ def open_real_images(store: CodeStore, source: str) -> RealImages | None:
                         "is not recorded, so nothing can be compared with real images: leave --source out")
     if not source and kind != "built-in digits":
         return None
+    if kind == "folder" and "pixels" not in store.manifest:
+        log.warning("%s: made by an earlier version, which left pictures unturned that EXIF turns and made 16-bit ones white; if there are any in the source, "
+                    "they are not compared as they were encoded. Prepare the codes again to be sure", printable(store.path))
     return RealImages(store, open_source(source or BUILT_IN))
 
 

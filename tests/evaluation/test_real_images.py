@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +52,15 @@ def test_the_stores_own_views(data: DataConfig, seed: int, view: int, pictures: 
     assert np.array_equal(real.read(rows).numpy(), expected)
 
 
+def test_codes_of_an_earlier_version_are_named(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = store_of(pictures, tmp_path / "codes", AFFINE, 0)
+    open_real_images(store, str(pictures))
+    assert not caplog.records
+    del store.manifest["pixels"]
+    open_real_images(store, str(pictures))
+    assert "made by an earlier version" in caplog.records[0].message
+
+
 def test_imported_codes_have_no_images(tmp_path: Path) -> None:
     for what, array in (("codes", np.zeros((1, 2, 16), dtype=np.int16)), ("labels", np.zeros(1, dtype=np.int64))):
         (tmp_path / f"imagenet256_{what}").mkdir()
@@ -70,8 +78,7 @@ def test_imported_codes_have_no_images(tmp_path: Path) -> None:
     ({"kind": "ten-crop", "crop_range": 10**400}, "crop_range"), ({"kind": "small-affine", "seed": -1}, "seed")])
 def test_view_settings_that_cannot_be(settings: object, says: str, pictures: Path, tmp_path: Path) -> None:
     store = store_of(pictures, tmp_path / "codes", AFFINE, 0)
-    store.manifest = {**store.manifest, "view_settings": settings} if isinstance(store.manifest, dict) else dataclasses.replace(
-        store.manifest, view_settings=settings)
+    store.manifest["view_settings"] = settings
     with pytest.raises(UserError, match=says) as caught:
         RealImages(store, open_source(pictures))
     assert "\n" not in str(caught.value)

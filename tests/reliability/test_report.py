@@ -281,15 +281,24 @@ def test_files_of_two_runs(run: Path) -> None:
         open_run(run)
 
 
-def test_a_run_name_of_any_kind(finished_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "_\x1b[31m$_$\u202e<i>&\"'\udcff猫\n"
+def test_names_of_any_kind(finished_run: Path, tmp_path: Path) -> None:
+    """Of the run's folder and of a class, as a folder of images may have them."""
+    nasty = "_\x1b[31m$_$\u202e<i>&\"'\udcff猫\n"
+    run = tmp_path / nasty
     shutil.copytree(finished_run / "run", run)
-    write_report(ReportConfig(run, classes=("dog",), **QUICK))
+    shutil.copytree(finished_run / "codes", tmp_path / "codes")
+    manifest = json.loads((tmp_path / "codes/manifest.json").read_text())
+    manifest["class_names"][1] = nasty
+    (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest))
+    with one_line("no class 'dog'.*u001b|no class 'dog'.*x1b"):
+        write_report(ReportConfig(run, codes=str(tmp_path / "codes"), classes=("dog",), **QUICK))
+    write_report(ReportConfig(run, codes=str(tmp_path / "codes"), classes=(nasty,), source=str(finished_run / "images"), **QUICK))
     written = (run / "report.html").read_bytes().decode()
     Page(written)
     assert not any(char in written for char in "\x1b\u202e\udcff") and written.count("\n") == page.render("", "", {}, [], "").count("\n")
     assert "\\x1b[31m" in written and "&lt;i&gt;&amp;&quot;" in written and "<i>" not in written
-    assert json.loads((run / "report.json").read_bytes())["run"] == run.name
+    figures = figures_of(run)
+    assert figures["run"] == run.name and list(figures["samples"]["classes"]) == [nasty]
     run_probe(ProbeConfig(run, epochs=2, warmup_epochs=1, device="cpu"))
     assert (run / "probe.png").exists()
 

@@ -95,17 +95,21 @@ class Job:
         require_memory(self.drawer)
         if self.grid:
             require_drawable_grid(self.config, self.drawer.image_shape, len(self.classes))
-        with only_writer(self.parts, "sampling"):
-            try:
-                outcome = Outcome()
+        outcome = Outcome()
+        try:
+            with only_writer(self.parts, "sampling"):
                 if not self.finished():  # another process may have come first, or the other ranks may be done already
                     outcome = self._run()
                 else:
                     self._check_finished()
                 if self.out.exists():
                     self._remove_parts()
-            except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt(self._where_it_stands()) from interrupt
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(self._where_it_stands()) from interrupt
+        except (StorageError, FileNotFoundError):
+            if not self.finished():
+                raise
+            self._check_finished()  # the folder of parts was removed under this process, by one that had finished the job
         return outcome
 
     def finished(self) -> bool:

@@ -24,7 +24,7 @@ def require_disk(config: SampleConfig, image_shape: tuple[int, int, int], parts:
     """Raise UserError unless the images that are not in the folder `parts` yet fit on the disk."""
     there = next(folder for folder in parts.absolute().parents if folder.exists())
     free = shutil.disk_usage(there).free  # before the look at what is there: what other ranks write meanwhile counts for the job, not against it
-    kept = sum(map(_size, parts.iterdir())) if parts.is_dir() else 0
+    kept = sum(_size(parts / name) for name in _names(parts))
     height, width, channels = image_shape
     needed = config.images * (height * width * channels + 8)
     if needed - kept > free:
@@ -58,6 +58,13 @@ def require_drawable_grid(config: SampleConfig, image_shape: tuple[int, int, int
     if width * height > _MOST_GRID_PIXELS:
         raise UserError(f"grid: {rows} rows of {columns} images would be a picture of {width} x {height} pixels, expected at most {_MOST_GRID_PIXELS:,}; "
                         "give smaller --grid-rows and --grid-columns, or --no-grid")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # it is not there yet, or another rank has done with it
+        return []
 
 
 def _size(file: Path) -> int:

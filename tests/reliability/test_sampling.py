@@ -103,6 +103,23 @@ def test_a_late_rank_leaves_no_folder_behind(model: Path, finished: Path, monkey
     assert names(finished) == FINISHED
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_folder_may_vanish_under_a_process_that_asks_for_the_lock(rank: str, model: Path, unbroken: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process of this very job finished it in that moment."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def finish_and_fail(folder: Path, _: str) -> None:
+        for file in unbroken.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        raise StorageError(f"{folder}/.lock: cannot be written: No such file or directory")
+
+    monkeypatch.setattr(job, "only_writer", finish_and_fail)
+    assert sample_images(settings(model, tmp_path)).drawn == 0
+    assert names(tmp_path) == FINISHED
+
+
 # Finished means checked
 
 def test_a_finished_file_is_read_whole_before_it_counts(model: Path, finished: Path, capsys: pytest.CaptureFixture) -> None:

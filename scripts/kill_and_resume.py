@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -22,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,56 +29,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.kill_subjects import SUBJECTS  # noqa: E402 (needs the path above)
+
 os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")  # of all processes
 STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: what is on the disk changes at each of them
 KILLS_IN_A_ROW = 10  # at most, before the job may end and is looked at
 LATEST = 0.7  # of an unbroken run's time: the last moment of a random kill
 _PATIENCE_S = 300
 PROCESSES = multiprocessing.get_context("forkserver")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A job that claims to survive kills.
-
-    Everything it writes into its work folder is compared, so a forgotten temporary file counts as a fault.
-    """
-
-    prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
-    run: Callable[[Path, Path, bool], None]  # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
-    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather than starting most of its time
-    canonical: Callable[[Path], bytes]  # of a file in the work folder: its bytes without what may differ between runs (dates, times)
-    preload: tuple[str, ...] = ()  # modules that every process of it needs
-    ignored: tuple[str, ...] = ()  # names that may be there or not (locks that stay)
-
-
-def prepare_sampling(given: Path) -> None:
-    """A model so small that start-up takes most of a run."""
-    from tests.generation.small_model import save_small_model
-
-    save_small_model(given / "model")
-
-
-def run_sampling(given: Path, work: Path, small: bool) -> None:
-    """Images in batches, the last one short, with a grid; the small job writes single pictures too."""
-    from star_fast.generation.sample import SampleConfig, sample_images
-
-    images, batch = (5, 2) if small else (300, 16)
-    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=images, batch_images=batch, precision="fp32", top_k=20,
-                               png_folder=small))
-
-
-def canonical_sampling(file: Path) -> bytes:
-    """The record tells times and dates of its run; the plan and the checksums in it must be equal."""
-    if file.suffix != ".json":
-        return file.read_bytes()
-    record = json.loads(file.read_text())
-    return json.dumps([record["plan"], {name: value for name, value in record["run"].items() if name.endswith("crc32")}]).encode()
-
-
-SUBJECTS = {
-    "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
-}
 
 
 def process_main(subject: str, given: Path, work: Path, small: bool, environment: dict[str, str], strike: int | None) -> None:
@@ -235,6 +191,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes of the job; the unbroken run has as many")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
+    if SUBJECTS[arguments.subject].single and arguments.ranks > 1:
+        parser.error(f"{arguments.subject} is a job of one process")
     started = time.perf_counter()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing of what it wrote, synced or not: no disk is needed
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-", dir=memory) as folder:

@@ -1,0 +1,130 @@
+"""The jobs that kill_and_resume.py kills: how each is prepared, run to its end from wherever it was killed, and compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Of reports, records and metrics: what tells when and how fast a run was.
+_TIMES = re.compile(rb'"(images_per_s|time_s|images_per_s_median|training_time_s|seconds|date|here_s|drawn_here_images)": [^,}\n]+')
+_MADE_ON = re.compile(rb"Made on [^<]+? on ")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A job that claims to survive kills.
+
+    Everything it writes into its work folder is compared, so a forgotten temporary file counts as a fault.
+    """
+
+    prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
+    run: Callable[[Path, Path, bool], None]  # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
+    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather than starting most of its time
+    canonical: Callable[[Path], bytes] = Path.read_bytes  # of a file in the work folder: its bytes without what may differ between runs (dates, times)
+    preload: tuple[str, ...] = ()  # modules that every process of it needs
+    ignored: tuple[str, ...] = (".lock", ".report.lock")  # names that may be there or not (locks that stay)
+    single: bool = False  # has one rank only
+
+
+def without_times(file: Path) -> bytes:
+    """The bytes of a text file, times and dates apart."""
+    return _MADE_ON.sub(b"", _TIMES.sub(rb'"\1"', file.read_bytes()))
+
+
+def prepare_sampling(given: Path) -> None:
+    """A model so small that start-up takes most of a run."""
+    from tests.generation.small_model import save_small_model
+
+    save_small_model(given / "model")
+
+
+def run_sampling(given: Path, work: Path, small: bool) -> None:
+    """Images in batches, the last one short, with a grid; the small job writes single pictures too."""
+    from star_fast.generation.sample import SampleConfig, sample_images
+
+    images, batch = (5, 2) if small else (300, 16)
+    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=images, batch_images=batch, precision="fp32", top_k=20,
+                               png_folder=small))
+
+
+def canonical_sampling(file: Path) -> bytes:
+    """The record tells times and dates of its run; the plan and the checksums in it must be equal."""
+    if file.suffix != ".json":
+        return file.read_bytes()
+    record = json.loads(file.read_text())
+    return json.dumps([record["plan"], {name: value for name, value in record["run"].items() if name.endswith("crc32")}]).encode()
+
+
+def prepare_training(given: Path) -> None:
+    """A small code store."""
+    from tests.training.store import write_store
+
+    write_store(given / "codes")
+
+
+def run_training(given: Path, work: Path, small: bool) -> None:
+    """A few steps in bf16 under ZeRO-1, with dropout, checkpoints, validation and export."""
+    from star_fast.train import run_command
+    from star_fast.training import checkpoint
+    from tests.reliability.test_training import SMALL
+
+    steps, every = (4, "2") if small else (90, "3")
+    resume = ["--resume"] if checkpoint.latest(work / "run") is not None else []
+    run_command([*SMALL, "--data.codes", str(given / "codes"), "--run", str(work / "run"), "--train.max-steps", str(steps), "--train.save-every-steps", every,
+                 "--train.validate-every-steps", every, "--train.zero-stage", "1", "--train.precision", "bf16", "--model.dropout", "0.1", *resume], "train.py")
+
+
+def prepare_preparing(given: Path) -> None:
+    """A folder of small pictures, one of them damaged."""
+    from tests.data.pictures import make_folder
+
+    folder = make_folder(given / "images", {"elm": 30, "oak": 31}, ".jpg")
+    (folder / "oak" / "02.jpg").write_bytes(b"no picture")
+
+
+def run_preparing(given: Path, work: Path, small: bool) -> None:
+    """A tokenizer trained on them, then their codes."""
+    from star_fast import cli
+
+    cli.prepare([str(given / "images"), "--out", str(work / "codes"), "--new-tokenizer.image-size", "16", "--new-tokenizer.base-channels", "8",
+                 "--new-tokenizer.multipliers", "1", "1", "--new-tokenizer.z-channels", "8", "--new-tokenizer.codebook", "16",
+                 "--new-tokenizer.images-per-step", "8", "--new-tokenizer.steps", "6" if small else "300"])
+
+
+def prepare_reporting(given: Path) -> None:
+    """A finished run with its code store and images."""
+    from star_fast.train import run_command
+    from tests.reliability.test_training import SMALL
+
+    prepare_preparing(given)
+    (given / "made").mkdir()
+    run_preparing(given, given / "made", True)
+    run_command([*SMALL, "--data.codes", str(given / "made/codes"), "--run", str(given / "run"), "--train.max-steps", "3"], "train.py")
+
+
+def run_reporting(given: Path, work: Path, small: bool) -> None:
+    """A report with its classifier, then a probe."""
+    from star_fast import cli
+
+    run = work / "run"
+    if not run.exists():
+        shutil.copytree(given / "run", work / ".copy", dirs_exist_ok=True)
+        (work / ".copy").rename(run)
+    cli.report(["--run", str(run), "--codes", str(given / "made/codes"), "--source", str(given / "images"), "--samples-per-class", "2", "--device", "cpu",
+                "--attention-images", "1", "--attention-queries", "1", "--classifier.epochs", "1" if small else "6"])
+    cli.probe(["--run", str(run), "--codes", str(given / "made/codes"), "--device", "cpu", "--epochs", "11"])
+
+
+SUBJECTS = {
+    "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
+    "training": Subject(prepare_training, run_training, without_times, ("star_fast.train", "star_fast.training.loop", "star_fast.training.export", "deepspeed",
+                                                                        "tests.reliability.test_training", "torch._dynamo")),
+    "prepare": Subject(prepare_preparing, run_preparing, preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
+                       single=True),
+    "report": Subject(prepare_reporting, run_reporting, without_times, ("star_fast.cli", "star_fast.evaluation.report", "star_fast.evaluation.probe",
+                                                                        "matplotlib.pyplot", "torch._dynamo"), single=True),
+}

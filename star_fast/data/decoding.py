@@ -17,8 +17,8 @@ from star_fast.storage import require_regular
 # The formats of the suffixes that sources take. Pillow knows many more, and one of them (EPS) starts another program to draw its file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MOST_PIXELS = 178_956_970  # of any image: Pillow's own limit
-FREE_PIXELS = 2**24  # of an image however small its file: 64 MiB in colour
-PIXELS_A_BYTE = 256  # beyond that; photographs have 1 to 50
+FREE_PIXELS = 12_000_000  # of an image however small its file; WebP decodes them in 200 MB
+PIXELS_A_BYTE = 128  # beyond that; photographs have 1 to 50
 _USUAL_SCANS = 10  # of a progressive JPEG; each is work on all its pixels
 _BLOCK_VALUES = 2**20  # scaled to 8 bits at once
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF

@@ -31,7 +31,7 @@ from star_fast.data.views import view_names, view_settings
 from star_fast.errors import UserError, printable
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import CONFIG_FILE, VQTokenizer, from_uint8, to_uint8
-from star_fast.storage import StorageError, atomic_write_json, atomic_writer, read_record, sha256_of_bytes
+from star_fast.storage import StorageError, atomic_write_json, atomic_writer, read_record, remove_leftovers, sha256_of_bytes
 from star_fast.training.tokenizer_state import (
     RECORD_FILE,
     Training,
@@ -278,6 +278,8 @@ def tokenizer_for(source: ImageSource, out: str | Path, config: TokenizerConfig,
     kept, made_by = out / TOKENIZER_FOLDER, tokenizer_of(out)
     there = os.path.lexists(kept / CONFIG_FILE)
     hint = f"choose another --out, or delete {out}"
+    if not is_finished(out):
+        remove_leftovers(kept)
     if given:
         return _keep(load_tokenizer(given), given, kept, made_by, hint)
     if not there and made_by:

@@ -287,7 +287,10 @@ def tokenizer_for(source: ImageSource, out: str | Path, config: TokenizerConfig,
                            "with --tokenizer, or delete the folder")
     if not there:
         return train_tokenizer_on(source, config, data, out=kept, seed=seed, device=device, progress=progress)
-    tokenizer = VQTokenizer.load(kept)
+    try:
+        tokenizer = VQTokenizer.load(kept)
+    except UserError as error:
+        raise StorageError(f"{error}; put back what was there, or delete {out} to start afresh") from error
     if made_by and tokenizer.weights_hash() != made_by:
         raise StorageError(f"{kept}: not the tokenizer {made_by[:12]} that the codes in {out} were made with, but {tokenizer.weights_hash()[:12]}; "
                            "put that back, or delete both")

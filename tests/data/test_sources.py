@@ -127,17 +127,6 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert [source[index].key for index in range(4)] == [f"{name}/00.png" for name in sorted(names)]
 
 
-def test_folders_a_thousand_deep(tmp_path: Path) -> None:
-    deep, down = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
-    for name in ["a", *["d"] * 1200]:
-        os.mkdir(name, dir_fd=down)
-        down, above = os.open(name, os.O_RDONLY, dir_fd=down), down
-        os.close(above)
-    os.close(down)
-    picture(9, 9, 1).save(deep / "1.png")
-    assert ImageFolder(tmp_path).files == ["a/1.png"]
-
-
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 5000, tmp_path / "no" / "such"):
         with pytest.raises(DataError, match="not a folder"):

@@ -26,6 +26,7 @@ from star_fast.errors import UserError
 from star_fast.model.bounded_file import BoundedFile, StoredTensor, shown
 from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
 from star_fast.model.tokenizer import VQTokenizer, empty_tokenizer, tokenizer_config
+from star_fast.model.torch_files import write_archive
 from star_fast.model.transformer import Transformer
 from star_fast.storage import atomic_write_bytes, atomic_writer, parse_json
 
@@ -105,7 +106,7 @@ def save_transformer(model: Transformer, path: str | Path) -> None:
         return
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     with atomic_writer(path) as file:
-        torch.save({"model": weights, "args": _args(model.config)}, file)
+        write_archive({"model": weights, "args": _args(model.config)}, file)
 
 
 def load_tokenizer(path: str | Path, *, image_size: int = 256) -> VQTokenizer:

@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -49,6 +49,34 @@ def load_plain(path: Path, *, allowed: Sequence[Callable | tuple[Callable, str]]
     device = torch.device(map_location) if isinstance(map_location, (str, torch.device)) else torch.device("cpu")
     with open_bounded(path, f"expected {meaning}") as file:
         return read_archive(file, meaning, lambda archive: read_plain(archive.pickle, archive.reader(device), classes))
+
+
+def write_archive(content: Any, file: BinaryIO) -> None:
+    """torch.save into an open file. Raises OSError where the file cannot be written; torch by itself then reports a position that it did not expect."""
+    target = _Written(file)
+    try:
+        torch.save(content, target)
+    except RuntimeError as error:
+        if target.error is None:
+            raise
+        raise target.error from error
+
+
+class _Written:
+    """A file that remembers the error that a write met."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def describe(file: BoundedFile, meaning: str) -> Any:

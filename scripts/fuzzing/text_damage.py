@@ -1,0 +1,137 @@
+"""Damage to JSON, JSON lines and YAML: one value or key becomes a nasty one, and the file stays well formed around it (or nearly)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from random import Random
+from typing import Any
+
+import yaml
+
+_RAW = "@raw@"  # stands in a value for text that no serializer would write
+
+DEEP = 20000
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65535, 65536, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**15, 10**18, 0.5, -0.0, 1e308, 1e-320, "", " ", "0", "1", "-1", "nan", "inf",
+    "null", "x" * 300, "y" * 5000, "ünïcödé", "猫", "a\nb", "tab\there", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "nul\0nul", "\u202eright to left", "\ud800", "../../etc/passwd", "/dev/zero", "/",
+    ".", "digits", "~", "%s%n", "{}", "<script>alert(1)</script>", "'; --", [], {}, [0], [None], [[]], [""], {"": 0}, {"a": {}}, [1, 2, 3], list(range(1000)), ["x"] * 1000, [[1]] * 50, {"0": 1}, "0" * 64,
+)
+RAW_JSON = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" * 400, "1" * 5000, "-" + "9" * 400, "1e-400", "0." + "3" * 500, "1E+999999999", "[" * DEEP + "]" * DEEP, "[" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP,
+            r'"\ud800"', r'"\udc80\udcff"', r'"\u001b[2J"', r'"\u0000"', r'"\x41"', r'"\u12"', "'single'", "01", "+1", ".5", "0x10", "undefined", "tru", "[1,]", '{"a":1,}', '{"a":1,"a":2}', "/* */ 1", "1 // x", '"' + "z" * 70000 + '"',
+            "[" + "0," * 30000 + "0]", "1_000", "\u00a01", "\u0661")
+RAW_YAML = ("2020-01-01", "2020-01-01 12:00:00", "2020-13-45", "!!python/object/apply:os.system ['touch $FUZZ_CANARIES/yaml']", "!!python/name:os.system", "!!python/object/new:os.system [touch x]",
+            "!!python/module:star_fast_canary", "!!binary aGVsbG8=", "!!binary '%%%'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp 2020-01-01", "!!timestamp x", "!!int x", "!!float x", "!!bool x", "!!null x", "!!str 5", "!!map []",
+            "!!seq {}", "!unknown x", "!<tag:yaml.org,2002:int> 3", "&a [*a]", "*nowhere", "&a {b: *a}", "{a: &x 1, b: *x}", "<<", "{<<: {a: 1}}", "{<<: [{a: 1}]}", "{<<: 1}", "1e400", "-.inf", ".nan", ".NaN", "1" * 400, "1" * 5000,
+            "0b101", "0o17", "0x1F", "017", "190:20:30", "1_000_000", "190:20:30.15", "yes", "off", "~", "?", "? a", "- -", "[" * 3000 + "]" * 3000, "[" * DEEP, "{a: " * 2000 + "1" + "}" * 2000, "|\n  text", ">-\n  text", '"\\x1b[31m"', '"\\ud800"', '"\\0"',
+            '"\\e"', "@at", "`tick", "%percent", "#comment", "a: b: c", "\t", "--- 1", "... ", '"open', "'open", "[1", "{a", "a\x07b", "\u2028", "[a, b]: c", "{[a]: b}", "{{a: b}: c}", "{1: 2}", "{null: 1}",
+            "\n".join(["", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'lol'}]" for i in range(9))]),
+            "[&a [x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b,*b], &d [*c,*c,*c,*c,*c,*c,*c,*c,*c], &e [*d,*d,*d,*d,*d,*d,*d,*d,*d], &f [*e,*e,*e,*e,*e,*e,*e,*e,*e], &g [*f,*f,*f,*f,*f,*f,*f,*f,*f], &h [*g,*g,*g,*g,*g,*g,*g,*g,*g]]")
+KEYS = ("", " ", "x", "a" * 5000, "é", "\x1b[31m", "a\nb", "\ud800", "__class__", "__proto__", "self", "0", "nul\0", "<b>", "{}")
+WHOLE_JSON = ("", " ", "null", "[]", "{}", "0", '""', "[[]]", "true", '{"a": 1}', "\ufeff{}", "{" * DEEP, "[" * 10**5, '{"":' * 10**5, "\0", "{}{}", "{}\n{}", "nan", "\n" * 1000, '"\\ud800"')
+
+
+def damaged_json(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
+    """JSON with one to three values or keys changed."""
+    if random.random() < 0.05:
+        return "another JSON text", random.choice(WHOLE_JSON).encode("utf-8", "surrogatepass")
+    value, raws = json.loads(data), []
+    changes = [damaged_value(random, value, RAW_JSON, raws) for _ in range(random.choice((1, 1, 1, 2, 3)))]
+    return ", ".join(changes), with_raws(json.dumps(value, ensure_ascii=random.random() < 0.5, indent=random.choice((None, 1))), raws)
+
+
+def damaged_lines(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
+    """JSON lines with one line changed, doubled, dropped or moved."""
+    lines = data.split(b"\n")
+    index = random.randrange(len(lines))
+    way = random.choice(("change", "change", "change", "change", "double", "drop", "move", "blank", "many"))
+    if way == "change" and lines[index].strip():
+        change, lines[index] = damaged_json(random, lines[index], other)
+        lines[index] = lines[index].replace(b"\n", b" ") if random.random() < 0.9 else lines[index]
+        return f"line {index}: {change}", b"\n".join(lines)
+    line = lines.pop(index)
+    lines[index:index] = {"double": [line, line], "drop": [], "blank": [b"", line, b"  "], "many": [line] * 2000}.get(way, [line])
+    if way == "move":
+        random.shuffle(lines)
+    return f"line {index}: {way}", random.choice((b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\x0c", "\u2028".encode())).join(lines)
+
+
+def damaged_yaml(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
+    """YAML with one to three values or keys changed, or an odd line put in."""
+    if random.random() < 0.15:
+        lines = data.decode().split("\n")
+        index = random.randrange(len(lines))
+        line = random.choice((*RAW_YAML, "a: 1", "? x", "- x", "model:", "model: 1", "%YAML 9.9", "---", "...", "%TAG ! tag:x:", lines[index], "\ttab: 1", "<<: *x", "x: &x 1"))
+        lines[index:index] = [line]
+        return f"line {index} put in: {line[:60]!r}", "\n".join(lines).encode("utf-8", "surrogatepass")
+    value, raws = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), []
+    changes = [damaged_value(random, value, RAW_YAML, raws) for _ in range(random.choice((1, 1, 1, 2, 3)))]
+    try:
+        text = yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=random.random() < 0.5)
+    except (yaml.YAMLError, ValueError):  # a value that YAML cannot write
+        text = json.dumps(value)
+    return ", ".join(changes), with_raws(text, raws, quoted=False)
+
+
+def damaged_value(random: Random, root: Any, raw: tuple[str, ...], raws: list[str]) -> str:
+    """Change one value or key somewhere inside `root`, in place; raw texts go to `raws` and are stood for in the value."""
+    path, holder = "", root
+    while isinstance(holder, (dict, list)) and holder:
+        key = random.choice(list(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
+        path = f"{path}.{str(key)[:40]}"
+        inner = holder[key]
+        if isinstance(inner, (dict, list)) and inner and random.random() < 0.85:
+            holder = inner
+            continue
+        return f"{path} {_change(random, holder, key, raw, raws)}"
+    return "nothing to change"
+
+
+def _change(random: Random, holder: Any, key: Any, raw: tuple[str, ...], raws: list[str]) -> str:
+    way = random.choice(("value", "value", "value", "raw", "raw", "near", "near", "drop", "rename", "add", "double", "nest", "swap"))
+    old = holder[key]
+    if way == "drop":
+        del holder[key]
+    elif way == "rename" and isinstance(holder, dict):
+        del holder[key]
+        holder[random.choice((*KEYS, str(key) + "x", str(key).upper()))] = old
+    elif way == "add" and isinstance(holder, dict):
+        holder[random.choice(KEYS)] = copy.deepcopy(random.choice(VALUES))
+    elif way == "double" and isinstance(holder, list):
+        holder.extend(holder[: 2000] * random.choice((1, 1, 100)))
+    elif way == "nest":
+        holder[key] = random.choice(([old], {"a": old}, str(old), [old, old]))
+    elif way == "swap":
+        other = random.choice(list(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
+        holder[key], holder[other] = holder[other], old
+    elif way == "near":
+        holder[key] = _near(random, old)
+    elif way == "raw":
+        raws.append(random.choice(raw))
+        holder[key] = f"{_RAW}{len(raws) - 1}@"
+        return f"= {raws[-1][:60]!r}"
+    else:
+        holder[key] = copy.deepcopy(random.choice(VALUES))
+        way = "="
+    now = holder.get(key, "") if isinstance(holder, dict) else holder[key] if key < len(holder) else ""
+    return f"{way} {str(now)[:60]!r}"
+
+
+def _near(random: Random, old: Any) -> Any:
+    """A value of the same kind that is only a little wrong."""
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, int):
+        return random.choice((old + 1, old - 1, -old, old * 2, 0, 1, float(old), str(old), old * 10**6, old + 0.5))
+    if isinstance(old, float):
+        return random.choice((-old, old * 1e300, 0.0, int(old), old + 1, str(old), 1e-300))
+    if isinstance(old, str):
+        return random.choice((old + "x", old[:-1], old.upper(), old + "\n", "\x1b[1m" + old, old * 2, [old], ascii(old)))
+    return copy.deepcopy(random.choice(VALUES))
+
+
+def with_raws(text: str, raws: list[str], quoted: bool = True) -> bytes:
+    """The text with the raw pieces in the places that stand for them."""
+    place = rf"\"{_RAW}(\d+)@\"" if quoted else rf"['\"]?{_RAW}(\d+)@['\"]?"
+    return re.sub(place, lambda match: raws[int(match[1])], text).encode("utf-8", "surrogatepass")

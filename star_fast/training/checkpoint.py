@@ -181,14 +181,22 @@ def load(engine: Engine, store: CodeStore, folder: Path) -> CheckpointRecord:
         return record, _read_teacher(engine, folder)
 
     record, teacher = together(read)
-    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
-    agree(f"{folder}: DeepSpeed could not load it; {_REMOVE}" if loaded is None else None)
+    agree(_load_into_deepspeed(engine, folder))
     if engine.teacher is not None:
         for master, saved in zip(engine.teacher.masters, teacher, strict=True):
             master.copy_(saved)
         engine.teacher.refresh()
     engine.require_finite(record.step, f"{folder}: as saved")
     return record
+
+
+def _load_into_deepspeed(engine: Engine, folder: Path) -> str | None:
+    """What is wrong with the content of DeepSpeed's files, which nobody but DeepSpeed knows; None if nothing is."""
+    try:
+        loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
+    except Exception as error:  # of a file that was rewritten, hash and all: a missing key, another shape, a kind it does not expect
+        return f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {_REMOVE}"
+    return f"{folder}: DeepSpeed finds nothing to load in it; {_REMOVE}" if loaded is None else None
 
 
 def _empty(folder: Path) -> None:

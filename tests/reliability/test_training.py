@@ -118,6 +118,17 @@ def test_resume_runs_no_foreign_code(resumable: Training, tmp_path: Path, name: 
     assert name in line
 
 
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize("content", [{}, [1, 2], {"module": {"x": torch.zeros(2)}}])
+def test_a_file_that_holds_something_else_is_one_line(resumable: Training, name: str, content: object) -> None:
+    folder = checkpoint.latest(resumable.run)
+    torch.save(content, folder / "deepspeed" / name)
+    record_anew(folder)
+    status, line = resumable(*RESUME)
+    assert status == 2
+    assert "DeepSpeed cannot load it" in line
+
+
 def test_a_file_of_equal_size_is_noticed_by_its_hash(resumable: Training) -> None:
     folder = checkpoint.latest(resumable.run)
     target = folder / "deepspeed/mp_rank_00_model_states.pt"

@@ -52,7 +52,8 @@ def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[
 @pytest.mark.parametrize(("header", "message"), [
     ({"w": entry(shape=[10**9])}, "w: torch.float32 "), ({"w": entry(shape=[2**40, 2**40])}, "w: "), ({"w": entry(offsets=[0, 2**40])}, "in bytes 0 to"),
     ({"w": entry(offsets=[4, 12])}, "where 0 is the next free one"), ({"w": entry(offsets=[8, 0])}, "in bytes 8 to 0"),
-    ({"w": entry(shape=[-2])}, "expected dtype"), ({"w": entry(shape=[2.0])}, "expected dtype"), ({"w": entry(shape=[True, 2])}, "expected dtype"), ({"w": entry(shape="2")}, "expected dtype"),
+    ({"w": entry(shape=[-2])}, "expected dtype"),
+    ({"w": entry(shape=[2.0])}, "expected dtype"), ({"w": entry(shape=[True, 2])}, "expected dtype"), ({"w": entry(shape="2")}, "expected dtype"),
     ({"w": entry(shape=[1] * 9)}, "expected dtype"), ({"w": entry(offsets=[0])}, "expected dtype"), ({"w": entry(offsets={})}, "expected dtype"),
     ({"w": entry(dtype="F31")}, "expected dtype"), ({"w": entry(dtype=["F32"])}, "expected dtype"),
     ({"w": [1]}, "expected dtype"), ({"w": {}}, "expected dtype"),

@@ -123,7 +123,7 @@ def test_torch_files_that_ask_for_more_than_they_hold(tmp_path: Path) -> None:
     torch.save({"model": {name: torch.zeros(1).expand(1000, 1000, 1000) for name in weights()}}, path)
     assert "says to hold more numbers" in refusal(load_transformer, path)
     torch.save({"model": weights() | {"x": torch.zeros(5_000_000)}}, path)
-    assert "compressed" in refusal(load_transformer, rewritten(path, 8)) and path.stat().st_size < 100_000
+    assert "compressed" in refusal(load_transformer, rewritten(path, 8)) and path.stat().st_size < 300_000
     block = {name: value for name, value in weights().items() if name.startswith("layers.0.")}
     shared = {f"layers.{number}.{name.removeprefix('layers.0.')}": value for number in range(400) for name, value in block.items()}
     torch.save({"model": weights() | shared, "args": ARGS}, path)  # 400 blocks that share the memory of one

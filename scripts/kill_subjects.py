@@ -70,7 +70,7 @@ def run_training(given: Path, work: Path, small: bool) -> None:
     """A few steps in bf16 under ZeRO-1, with dropout, checkpoints, validation and export."""
     from star_fast.train import run_command
     from star_fast.training import checkpoint
-    from tests.reliability.test_training import SMALL
+    from tests.reliability.training_job import SMALL
 
     steps, every = (4, "2") if small else (90, "3")
     resume = ["--resume"] if checkpoint.latest(work / "run") is not None else []
@@ -98,7 +98,7 @@ def run_preparing(given: Path, work: Path, small: bool) -> None:
 def prepare_reporting(given: Path) -> None:
     """A finished run with its code store and images."""
     from star_fast.train import run_command
-    from tests.reliability.test_training import SMALL
+    from tests.reliability.training_job import SMALL
 
     prepare_preparing(given)
     (given / "made").mkdir()
@@ -122,7 +122,7 @@ def run_reporting(given: Path, work: Path, small: bool) -> None:
 SUBJECTS = {
     "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
     "training": Subject(prepare_training, run_training, without_times, ("star_fast.train", "star_fast.training.loop", "star_fast.training.export", "deepspeed",
-                                                                        "tests.reliability.test_training", "torch._dynamo")),
+                                                                        "tests.reliability.training_job", "torch._dynamo")),
     "prepare": Subject(prepare_preparing, run_preparing, preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
                        single=True),
     "report": Subject(prepare_reporting, run_reporting, without_times, ("star_fast.cli", "star_fast.evaluation.report", "star_fast.evaluation.probe",

@@ -108,7 +108,7 @@ def report(arguments: list[str]) -> None:
     """star-fast report ..."""
     from star_fast.evaluation.report import ReportConfig, write_report
 
-    print(write_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or "")))
+    print(printable(write_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or ""))))
 
 
 def doctor(arguments: list[str]) -> None:

@@ -25,7 +25,8 @@ from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
 from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_memory, require_ranges
-from star_fast.evaluation.runs import codes_of, only_report, open_run, pick_device, plain_view, spread
+from star_fast.evaluation.runs import codes_of, only_report, open_run, plain_view, spread
+from star_fast.generation.device import pick_device
 from star_fast.model.transformer import Transformer
 from star_fast.records import require
 from star_fast.storage import atomic_write_bytes, atomic_write_json

@@ -27,8 +27,9 @@ from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_me
 from star_fast.evaluation.probe import ProbeConfig, probe
 from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
 from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
-from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, pick_device, plain_view, read_metrics, spread
+from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, plain_view, read_metrics, spread
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
+from star_fast.generation.device import pick_device
 from star_fast.generation.label_plan import find_classes
 from star_fast.generation.sampling import Sampling
 from star_fast.model.tokenizer import VQTokenizer

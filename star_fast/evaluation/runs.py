@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from star_fast.storage import StorageError, read_bytes, remove_leftovers, to_rec
 
 _METRICS_HINT = "expected the metrics that training writes beside its model"
 _MOST_METRICS_BYTES = 2**28
-_DEVICE = re.compile(r"cpu|mps|cuda(:(?P<index>\d{1,3}))?")
 
 
 @dataclass(frozen=True)
@@ -148,21 +146,6 @@ def _metrics_lines(file: Path) -> Iterator[dict[str, Any]]:
 def plain_view(store: CodeStore) -> int:
     """The view that alters an image least: the centre crop of ten-crop codes, else view 0."""
     return store.views.index("centre") if "centre" in store.views else 0
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; for an empty one a GPU where there is one, else the CPU. Raises UserError for one that is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = _DEVICE.fullmatch(name)
-    if known is None:
-        raise UserError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name.startswith("cuda") and int(known["index"] or 0) >= count:
-        there = f"there {'is' if count == 1 else 'are'} {count}, counted from 0" if count else "torch sees no CUDA device; use cpu"
-        raise UserError(f"device: {name} was asked for, but {there}")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps was asked for, but torch sees none; use cpu")
-    return torch.device(name)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from star_fast.training import checkpoint
-from tests.reliability.test_training import SMALL
+from tests.reliability.training_job import SMALL
 from tests.training.store import write_store
 
 ROOT = Path(__file__).resolve().parents[2]

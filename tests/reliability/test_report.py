@@ -28,7 +28,8 @@ from star_fast.evaluation.limits import explain_out_of_memory, require_memory
 from star_fast.evaluation.probe import ProbeConfig, run_probe
 from star_fast.evaluation.report import ReportConfig, write_report
 from star_fast.evaluation.report_comparison import read_other
-from star_fast.evaluation.runs import open_run, pick_device, read_metrics
+from star_fast.evaluation.runs import open_run, read_metrics
+from star_fast.generation.device import pick_device
 from star_fast.storage import sha256_of_file
 from tests.evaluation.conftest import finished_run as finished_run  # a fixture
 from tests.evaluation.test_report import Page
@@ -347,8 +348,6 @@ def test_leftovers_of_a_killed_report_go(run: Path, finished_run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "cuda:x", "cuda:-1", "meta", "mps", "cpu:7", "xpu", "cuda:" + "9" * 99, "\udc80", "a\nb", "\x00"])
 def test_devices_that_are_not_there(name: str) -> None:
-    if name == "mps" and torch.backends.mps.is_available():
-        pytest.skip("this machine has one")
     with one_line("^device: "):
         pick_device(name)
 

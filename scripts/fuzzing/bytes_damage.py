@@ -6,12 +6,17 @@ import struct
 from random import Random
 
 MAGIC = {
-    "zip": b"PK\3\4\x2d\0\0\0\0\0", "empty zip": b"PK\5\6" + bytes(18), "pickle": b"\x80\x02", "old torch": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "npy": b"\x93NUMPY\1\0",
-    "gzip": b"\x1f\x8b\x08\0", "PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "TIFF": b"II*\0", "big TIFF": b"II+\0\x08\0\0\0", "WebP": b"RIFF\0\0\0\0WEBP",
+    "zip": b"PK\3\4\x2d\0\0\0\0\0", "empty zip": b"PK\5\6" + bytes(18), "pickle": b"\x80\x02", "old torch": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+    "npy": b"\x93NUMPY\1\0",
+    "gzip": b"\x1f\x8b\x08\0", "PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff\xe0", "GIF": b"GIF89a", "TIFF": b"II*\0", "big TIFF": b"II+\0\x08\0\0\0",
+    "WebP": b"RIFF\0\0\0\0WEBP",
     "BMP": b"BM", "PPM": b"P6 ", "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "PDF": b"%PDF-1.7\n",
-    "binary PostScript": b"\xc5\xd0\xd3\xc6\x1e\0\0\0\x40\0\0\0" + bytes(18) + b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "WMF": b"\xd7\xcd\xc6\x9a\0\0", "ICO": b"\0\0\1\0\1\0",
-    "PSD": b"8BPS\0\1", "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n", "AVIF": b"\0\0\0\x1cftypavif", "FITS": b"SIMPLE  =                    T", "XBM": b"#define x_width 8\n#define x_height 8\nstatic char",
-    "tar": b"././@PaxHeader".ljust(257, b"\0") + b"ustar\0", "HDF5": b"\x89HDF\r\n\x1a\n", "safetensors": struct.pack("<Q", 2) + b"{}", "JSON": b"{}", "BOM": b"\xef\xbb\xbf", "UTF-16": b"\xff\xfe",
+    "binary PostScript": b"\xc5\xd0\xd3\xc6\x1e\0\0\0\x40\0\0\0" + bytes(18) + b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+    "WMF": b"\xd7\xcd\xc6\x9a\0\0", "ICO": b"\0\0\1\0\1\0",
+    "PSD": b"8BPS\0\1", "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n", "AVIF": b"\0\0\0\x1cftypavif", "FITS": b"SIMPLE  =                    T",
+    "XBM": b"#define x_width 8\n#define x_height 8\nstatic char",
+    "tar": b"././@PaxHeader".ljust(257, b"\0") + b"ustar\0", "HDF5": b"\x89HDF\r\n\x1a\n", "safetensors": struct.pack("<Q", 2) + b"{}", "JSON": b"{}",
+    "BOM": b"\xef\xbb\xbf", "UTF-16": b"\xff\xfe",
     "script": b"#!/bin/sh\n", "ELF": b"\x7fELF",
 }
 SIZES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
@@ -92,7 +97,8 @@ def _number(random: Random, data: bytes, _: bytes) -> bytes:
     width, order = random.choice((2, 4, 4, 8, 8)), random.choice("<>")
     number = struct.pack(f"{order}Q", random.choice(SIZES))
     number = number[:width] if order == "<" else number[8 - width:]
-    start = random.choice((0, 2, 4, 8, 16, 20, 24, random.randrange(len(data) + 1), max(0, len(data) - random.randrange(1, 80)), random.randrange(min(len(data), 200) + 1)))
+    start = random.choice((0, 2, 4, 8, 16, 20, 24, random.randrange(len(data) + 1), max(0, len(data) - random.randrange(1, 80)),
+                           random.randrange(min(len(data), 200) + 1)))
     return data[:start] + number + data[start + width:]
 
 
@@ -121,6 +127,7 @@ def _noise(random: Random, data: bytes, _: bytes) -> bytes:
     return random.randbytes(random.choice((0, 1, 8, 100, 4096)))
 
 
-_WAYS = {"bits flipped": _flip, "bytes set": _set, "bits of the start flipped": _early_flip, "cut short": _truncate, "start cut off": _behead, "lengthened": _extend,
+_WAYS = {"bits flipped": _flip, "bytes set": _set, "bits of the start flipped": _early_flip, "cut short": _truncate, "start cut off": _behead,
+         "lengthened": _extend,
          "piece repeated": _repeat, "piece dropped": _drop, "piece blanked": _zero, "spliced": _splice, "other magic": _swap_magic, "absurd number": _number,
          "absurd number in letters": _number_in_text, "pieces swapped": _shuffle, "noise": _noise}

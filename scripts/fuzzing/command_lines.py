@@ -25,23 +25,31 @@ from star_fast.generation.sample import SampleConfig
 from star_fast.training import ranks
 
 # Nothing in between: a thousand images are a real job, and allowed.
-NUMBERS = ("0", "-1", "1", "2", "3", "-0", "007", "1.5", "0.5", "-1e-9", "1e-300", "1e308", "1e400", "1000000000", "1000000000000000", "9007199254740993", "9223372036854775807", "9223372036854775808", "1" * 30, "1" * 400, "1" * 5000,
+NUMBERS = ("0", "-1", "1", "2", "3", "-0", "007", "1.5", "0.5", "-1e-9", "1e-300", "1e308", "1e400", "1000000000", "1000000000000000", "9007199254740993",
+           "9223372036854775807", "9223372036854775808", "1" * 30, "1" * 400, "1" * 5000,
            "1_0", "0x10", "1e3", "+1", " 1", "nan", "inf", "-inf", "infinity", "\u0663", "\u00b2")
 WHOLE = tuple(number for number in NUMBERS if number.lstrip("-").isascii() and number.lstrip("-").isdecimal())
-WORDS = ("None", "none", "null", "True", "False", "true", "", " ", "x", "-", "--", "---", "-x", "--x", "=", "--=", "a=b", "@file", "%s", "{}", "[]", "\n", "\t", "\x1b[31mred\x1b[0m", "\u202e", "größe", "猫", "\udcff\udc80", "a\udc80b",
+WORDS = ("None", "none", "null", "True", "False", "true", "", " ", "x", "-", "--", "---", "-x", "--x", "=", "--=", "a=b", "@file", "%s", "{}", "[]", "\n", "\t",
+         "\x1b[31mred\x1b[0m", "\u202e", "größe", "猫", "\udcff\udc80", "a\udc80b",
          "x" * 300, "y" * 5000, "/" * 4096, "../" * 1000, "~", "~nobody", "$HOME", "*", "1,2", "(1, 2)", "digits")
 DEVICES = ("cuda", "cuda:99", "cuda:-1", "cuda:", "cpu:7", "cpu", "meta", "mps", "xla", "auto", "CPU", "cuda:1e9")
 CLASS_NAMES = (*goods.CLASSES, "0", "2", "3", "-1", "1" * 400)
-HERE = ("images", "images/ash", "images/ash/0.png", "store", "store/manifest.json", "store/tokenizer", "run", "run/model", "run/config.yaml", "run/model/model.safetensors", "run/model/config.json", "run/checkpoints", "unfinished",
+HERE = ("images", "images/ash", "images/ash/0.png", "store", "store/manifest.json", "store/tokenizer", "run", "run/model", "run/config.yaml",
+        "run/model/model.safetensors", "run/model/config.json", "run/checkpoints", "unfinished",
         "released/model.pt", "released/tokenizer.pt", "samples/done.npz", "llamagen", "few", "fuzz_canary_module.py")
-BROKEN = ("nowhere", "nowhere/at/all", "/dev/zero", "/dev/null", "/proc/self/mem", "odd/pipe", "odd/loop", "odd/empty", "odd/folder", "odd/noise.pt", "odd/noise.npz", "x" * 255, "x" * 256, "x/" * 3000, "größe", "a\nb", "\x1b[31m",
+BROKEN = ("nowhere", "nowhere/at/all", "/dev/zero", "/dev/null", "/proc/self/mem", "odd/pipe", "odd/loop", "odd/empty", "odd/folder", "odd/noise.pt",
+          "odd/noise.npz", "x" * 255, "x" * 256, "x/" * 3000, "größe", "a\nb", "\x1b[31m",
           "\udcff", "~", "out", "out/new", "fuzz_canary_module.py")
-PLACES = ("out/new", "out/new", "out/new", "out/größe", "out/a\nb", "out/\x1b[31m", "out/\udcff", "out/" + "x" * 240, "out/" + "x" * 256, "out/" + "x/" * 3000, "/dev/zero", "/dev/null", "/dev/null/x", "/proc/new", "odd/pipe", "odd/pipe/x", "odd/loop",
+PLACES = ("out/new", "out/new", "out/new", "out/größe", "out/a\nb", "out/\x1b[31m", "out/\udcff", "out/" + "x" * 240, "out/" + "x" * 256, "out/" + "x/" * 3000,
+          "/dev/zero", "/dev/null", "/dev/null/x", "/proc/new", "odd/pipe", "odd/pipe/x", "odd/loop",
           "odd/empty", "odd/empty/x", "out", "unfinished", "store", "few")  # to write to; all but these are outside, or put back
-FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for place in PLACES if not place.startswith("/dev")), "out/x.NPZ", "out/.npz", "out/x", "samples/done.npz", "/dev/null")
-_ENDLESS = ("steps", "epochs", "images", "samples-per-class", "largest-side", "channels", "base-channels", "multipliers", "codebook", "z-channels", "code-channels", "residual-blocks", "image-size", "affine-views", "images-per-step", "max-steps",
+FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for place in PLACES if not place.startswith("/dev")), "out/x.NPZ", "out/.npz",
+                  "out/x", "samples/done.npz", "/dev/null")
+_ENDLESS = ("steps", "epochs", "images", "samples-per-class", "largest-side", "channels", "base-channels", "multipliers", "codebook", "z-channels",
+            "code-channels", "residual-blocks", "image-size", "affine-views", "images-per-step", "max-steps",
             "exact")
-_TINY = ("--new-tokenizer.steps", "1", "--new-tokenizer.image-size", "8", "--new-tokenizer.base-channels", "4", "--new-tokenizer.multipliers", "1", "2", "--new-tokenizer.z-channels", "4", "--new-tokenizer.codebook", "16",
+_TINY = ("--new-tokenizer.steps", "1", "--new-tokenizer.image-size", "8", "--new-tokenizer.base-channels", "4", "--new-tokenizer.multipliers", "1", "2",
+         "--new-tokenizer.z-channels", "4", "--new-tokenizer.codebook", "16",
          "--new-tokenizer.residual-blocks", "1", "--new-tokenizer.images-per-step", "2", "--data.views", "small-affine", "--data.affine-views", "2")
 
 
@@ -57,7 +65,8 @@ def options_of(command: Any, renamed: dict[str, str] | None = None, prefix: str 
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "prepare": dict(options_of(cli.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)), "probe": dict(options_of(ProbeConfig)), "report": dict(options_of(ReportConfig)),
+    "prepare": dict(options_of(cli.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)),
+    "probe": dict(options_of(ProbeConfig)), "report": dict(options_of(ReportConfig)),
     "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {}}
 OPTIONS["prepare"].pop("--source")
 OPTIONS["train.py"] = OPTIONS["train"] | {"--local_rank": int, "--local-rank": int}
@@ -83,14 +92,16 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     return [] if hint is bool else [random.choice(WHOLE if hint is int and kind < 0.8 else NUMBERS if hint in (int, float) else WORDS)]
 
 
-_WRITTEN = {"prepare": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png", "run/.report.lock"), "report": ("run/.report.lock",), "sample": ("samples", "few", "store.npz", "few.npz", "unfinished.npz", "odd/pipe.npz")}
+_WRITTEN = {"prepare": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png", "run/.report.lock"), "report": ("run/.report.lock",),
+            "sample": ("samples", "few", "store.npz", "few.npz", "unfinished.npz", "odd/pipe.npz")}
 _WRITTEN["train"] = _WRITTEN["train.py"] = ("few/.lock", "store/.lock", "unfinished/.lock", "run/.lock")
 
 
 def subjects() -> list[Subject]:
     """One for each command, one for what is no command."""
     shares = {"prepare": 0.7, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "doctor": 0.1, "presets": 0.1, "": 0.3}
-    return [Subject(f"command line: {name or 'others'}", f"{'star_fast/train.py' if name == 'train.py' else f'star-fast {name}'.rstrip()}", _maker(name), _read, share,
+    return [Subject(f"command line: {name or 'others'}", f"{'star_fast/train.py' if name == 'train.py' else f'star-fast {name}'.rstrip()}", _maker(name), _read,
+                    share,
                     clean=("out", *_WRITTEN.get(name, ()))) for name, share in shares.items()]
 
 
@@ -102,7 +113,8 @@ def _maker(command: str) -> Any:
 
 
 def _others(random: Random) -> list[str]:
-    return random.choice(([], ["--help"], ["-h"], ["help"], [random.choice(WORDS)], [random.choice(WORDS), random.choice(list(OPTIONS))], ["sample", "sample"], [*OPTIONS], ["Sample"], ["sample "], ["--version"], ["-v"], ["demo"], ["prepare"],
+    return random.choice(([], ["--help"], ["-h"], ["help"], [random.choice(WORDS)], [random.choice(WORDS), random.choice(list(OPTIONS))], ["sample", "sample"],
+                          [*OPTIONS], ["Sample"], ["sample "], ["--version"], ["-v"], ["demo"], ["prepare"],
                           ["train", "--help"], ["sample", "--help"], ["report", "--help"], ["probe", "-h"], ["prepare", "--help"]))
 
 
@@ -117,7 +129,8 @@ def _line(random: Random, command: str) -> list[str]:
     for _ in range(random.choice((0, 1, 1, 1, 2, 3))):
         option = random.choice(allowed) if allowed else "--x"
         values = value_of(random, command, option, whole)
-        more += random.choice(([option, *values],) * 5 + ([f"{option}={' '.join(values)}"], [option], [f"--no-{option[2:]}"], [option, *values, option, *values], [option, *values, random.choice(WORDS)]))
+        more += random.choice(([option, *values],) * 5 + ([f"{option}={' '.join(values)}"], [option], [f"--no-{option[2:]}"], [option, *values, option,
+            *values], [option, *values, random.choice(WORDS)]))
     if random.random() < 0.1:
         more.append(random.choice((*WORDS, *NUMBERS, "--help", "--no-such-option", "-q", "--tyro-print-completion", "bash")))
     return [command, *start, *more]
@@ -126,30 +139,35 @@ def _line(random: Random, command: str) -> list[str]:
 def _prepare(random: Random, whole: bool) -> list[str]:
     place = random.choice(PLACES)
     if whole:
-        return ["few", "--out", place, *random.choice((("--tokenizer", "store/tokenizer"), ("--tokenizer", "store/tokenizer"), _TINY))]
-    source, tokenizer = random.choice(((random.choice(BROKEN), random.choice(((), ("--tokenizer", random.choice((*BROKEN, *HERE)))))), (random.choice((*BROKEN, *HERE)), ("--tokenizer", random.choice(BROKEN)))))
+        return ["few", "--out", place, *random.choice((*[("--tokenizer", "store/tokenizer")] * 4, ("--tokenizer", "released/tokenizer.pt"), _TINY, _TINY))]
+    source, tokenizer = random.choice(((random.choice(BROKEN), random.choice(((), ("--tokenizer", random.choice((*BROKEN, *HERE)))))),
+                                       (random.choice((*BROKEN, *HERE)), ("--tokenizer", random.choice(BROKEN)))))
     return [source, "--out", place, *tokenizer]
 
 
 def _sample(random: Random, whole: bool) -> list[str]:
     model = random.choice(("run/model", "run", "released/model.pt")) if whole else random.choice(BROKEN)
-    return ["--model", model, "--out", random.choice(FILES_TO_WRITE), "--images", random.choice(("1", "2", "2", "2", "2", "2", "3", random.choice(NUMBERS))), *random.choice((["--no-grid"], ["--no-grid"], []))]
+    return ["--model", model, "--out", random.choice(FILES_TO_WRITE), "--images", random.choice(("1", "2", "2", "2", "2", "2", "3", random.choice(NUMBERS))),
+            *random.choice((["--no-grid"], ["--no-grid"], []))]
 
 
 def _probe(random: Random, whole: bool) -> list[str]:
     if not whole:
         return ["--run", random.choice(BROKEN)]
-    return ["--run", "run", *random.choice((["--depth", "99"], ["--epochs", "1", "--warmup-epochs", "0"], ["--codes", random.choice(BROKEN)], ["--weights", "x"]))]
+    return ["--run", "run", *random.choice((["--depth", "99"], ["--epochs", "1", "--warmup-epochs", "0"], ["--codes", random.choice(BROKEN)], ["--weights",
+        "x"]))]
 
 
 def _report(random: Random, whole: bool) -> list[str]:
     if not whole:
         return ["--run", random.choice(BROKEN)]
-    return ["--run", "run", *random.choice((["--against", random.choice(BROKEN)], ["--classes", random.choice(("none", "99", "", "\x1b"))], ["--codes", random.choice(BROKEN)], ["--source", random.choice(BROKEN)], ["--device", "cuda:99"]))]
+    return ["--run", "run", *random.choice((["--against", random.choice(BROKEN)], ["--classes", random.choice(("none", "99", "", "\x1b"))], ["--codes",
+        random.choice(BROKEN)], ["--source", random.choice(BROKEN)], ["--device", "cuda:99"]))]
 
 
 def _train(random: Random, whole: bool) -> list[str]:
-    config = random.choice(((), (), ("--preset", random.choice(("tiny", "B", "XL", random.choice(WORDS)))), ("--config", random.choice(("run/config.yaml", *HERE, *BROKEN)))))
+    config = random.choice(((), (), ("--preset", random.choice(("tiny", "B", "XL", random.choice(WORDS)))), ("--config",
+        random.choice(("run/config.yaml", *HERE, *BROKEN)))))
     run = random.choice((["--run", "run"], ["--run", "out/new", "--resume"], ["--run", random.choice(PLACES)], ["--run", "out/new", "--plain"]))
     return [*config, "--data.codes", "store" if whole else random.choice((*BROKEN, *(path for path in HERE if path != "store"))), *run]
 

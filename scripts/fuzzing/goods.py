@@ -35,8 +35,10 @@ CLASSES = ("ash", "bär", "7")
 TOKENIZER = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=4, code_channels=4, codebook=16, image_channels=3, image_size=8)
 TRAINED = replace(TOKENIZER, steps=3, images_per_step=4)  # of a tokenizer that is trained, not only drawn at random
 DATA = DataConfig(views="small-affine", affine_views=2, held_out_share=0.3)
-TRAIN = ("--model.blocks", "2", "--model.heads", "2", "--model.width", "8", "--method.projector-width", "8", "--method.contrast-positions", "2", "--train.images-per-step", "4",
-         "--train.max-steps", "3", "--train.log-every-steps", "1", "--train.validate-every-steps", "2", "--train.tensorboard", "False", "--train.precision", "fp32",
+TRAIN = ("--model.blocks", "2", "--model.heads", "2", "--model.width", "8", "--method.projector-width", "8", "--method.contrast-positions", "2",
+         "--train.images-per-step", "4",
+         "--train.max-steps", "3", "--train.log-every-steps", "1", "--train.validate-every-steps", "2", "--train.tensorboard", "False", "--train.precision",
+         "fp32",
          "--train.zero-stage", "1")
 SAMPLES = SampleConfig(model="run/model", out="samples/done.npz", images=8, batch_images=2, precision="fp32", grid=False)  # as in the goods' folder
 PART = replace(SAMPLES, out="sampling/part.npz")  # the interrupted one

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from scripts.fuzzing.bytes_damage import MAGIC, SIZES
-from scripts.fuzzing.formats import packed_zeros, with_png_checksums
+from scripts.fuzzing.zip_damage import packed_zeros
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
 _MODES = {"PNG": ("RGB", "L", "P", "RGBA", "LA", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"), "GIF": ("P", "L"),
           "TIFF": ("RGB", "L", "P", "RGBA", "CMYK", "1", "I;16", "F", "I", "LAB"), "BMP": ("RGB", "L", "P", "1"), "PPM": ("RGB", "L", "1")}
-_OPTIONS = {"TIFF": ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {"compression": "jpeg"}, {"compression": "packbits"}, {"big_tiff": True}),
+_OPTIONS = {"TIFF": ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {"compression": "jpeg"}, {"compression": "packbits"},
+                     {"big_tiff": True}),
             "JPEG": ({}, {"progressive": True}, {"quality": 5}), "WEBP": ({}, {"lossless": True})}
 _SIDES = (0, 1, 65535, 65536, 30000, 20000, 100000, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 
@@ -50,7 +51,8 @@ def damaged_image(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
     """An image whose header asks for much, or a small file of a huge picture."""
     if random.random() < 0.15:
         return _extreme(random)
-    for start, change in ((MAGIC["PNG"], _png), (b"\xff\xd8", _jpeg), (b"GIF", _gif), (b"II", _tiff), (b"MM", _tiff), (b"RIFF", _webp), (b"BM", _bmp), (b"P", _ppm)):
+    for start, change in ((MAGIC["PNG"], _png), (b"\xff\xd8", _jpeg), (b"GIF", _gif), (b"II", _tiff), (b"MM", _tiff), (b"RIFF", _webp), (b"BM", _bmp), (b"P",
+        _ppm)):
         if data.startswith(start):
             return change(random, data)
     return _extreme(random)
@@ -70,7 +72,8 @@ def _png(random: Random, data: bytes) -> tuple[str, bytes]:
     elif way == "interlaced":
         changed[26:29] = bytes((random.choice((0, 1, 9)), random.choice((0, 1, 9)), random.choice((0, 1, 2))))
     else:
-        name = random.choice((b"zTXt", b"iTXt", b"iCCP", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IHDR", b"IEND", b"gAMA", b"cHRM", b"pHYs",
+        name = random.choice((b"zTXt", b"iTXt", b"iCCP", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IHDR", b"IEND", b"gAMA", b"cHRM",
+                              b"pHYs",
                               b"sRGB", b"\0\0\0\0"))
         content = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"p\0\0"}.get(name, b"")
         if way == "bomb":
@@ -91,7 +94,8 @@ def _jpeg(random: Random, data: bytes) -> tuple[str, bytes]:
         changed[place + 4: place + 5] = bytes([random.choice((0, 1, 12, 16))])
         changed[place + 9: place + 12] = random.randbytes(3)
     else:
-        segment = random.choice((b"Exif\0\0" + random.randbytes(60), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + random.randbytes(200), b"ICC_PROFILE\0\1\1" + random.randbytes(50), b"JFIF\0" + random.randbytes(9),
+        segment = random.choice((b"Exif\0\0" + random.randbytes(60), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + random.randbytes(200),
+                                 b"ICC_PROFILE\0\1\1" + random.randbytes(50), b"JFIF\0" + random.randbytes(9),
                                  b"Adobe\0\0\0\0\0\0\2", b"MPF\0" + random.randbytes(90), b"Photoshop 3.0\0" + b"8BIM" + random.randbytes(90)))
         marker = random.choice((0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE, 0xDB, 0xC4))
         changed[2:2] = struct.pack(">BBH", 0xFF, marker, len(segment) + 2) + segment
@@ -117,13 +121,15 @@ def _tiff(random: Random, data: bytes) -> tuple[str, bytes]:
     changed, field = bytearray(data), random.choice(("value", "value", "value", "count", "type", "tag", "entries"))
     number = struct.pack(f"{order}{wide}", random.choice(SIZES) % (2**64 if big else 2**32))
     if field == "value":
-        changed[entry + size - len(number): entry + size] = number if random.random() < 0.6 else struct.pack(f"{order}H", min(_side(random), 65535)) + bytes(len(number) - 2)
+        changed[entry + size - len(number): entry + size] = number if random.random() < 0.6 else struct.pack(f"{order}H", min(_side(random),
+            65535)) + bytes(len(number) - 2)
     elif field == "count":
         changed[entry + 4: entry + 4 + len(number)] = number
     elif field == "type":
         changed[entry + 2: entry + 4] = struct.pack(f"{order}H", random.choice((0, 1, 2, 3, 4, 5, 7, 11, 12, 13, 16, 99)))
     elif field == "tag":
-        changed[entry: entry + 2] = struct.pack(f"{order}H", random.choice((256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338, 339, 347, 700, 34665, 34675)))
+        changed[entry: entry + 2] = struct.pack(f"{order}H", random.choice((256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 330, 338,
+            339, 347, 700, 34665, 34675)))
     else:
         changed[place: place + 2] = b"\xff\xff"
     return f"TIFF {field}", bytes(changed[: len(data)])
@@ -138,7 +144,8 @@ def _webp(random: Random, data: bytes) -> tuple[str, bytes]:
     elif way == "canvas":
         changed[24:30] = struct.pack("<I", _side(random) % 2**24)[:3] + struct.pack("<I", _side(random) % 2**24)[:3]
     else:
-        chunk = b"VP8X" + struct.pack("<II", 10, random.randrange(256)) + struct.pack("<I", _side(random) % 2**24)[:3] + struct.pack("<I", _side(random) % 2**24)[:3]
+        chunk = b"VP8X" + struct.pack("<II", 10, random.randrange(256)) + struct.pack("<I", _side(random) % 2**24)[:3] + struct.pack("<I",
+            _side(random) % 2**24)[:3]
         changed[12:12] = chunk
         changed[4:8] = struct.pack("<I", len(changed) - 8)
     return f"WebP {way}", bytes(changed)
@@ -162,12 +169,14 @@ def _ppm(random: Random, data: bytes) -> tuple[str, bytes]:
 
 def _extreme(random: Random) -> tuple[str, bytes]:
     """A right image of an extreme size, of few bytes."""
-    width, height = random.choice(((1, 1), (1, 100000), (100000, 1), (1, 1000000), (20000, 20000), (30000, 3000), (60000, 60000), (2, 3), (1, 65535), (65535, 65535), (9000, 9000)))
+    width, height = random.choice(((1, 1), (1, 100000), (100000, 1), (1, 1000000), (20000, 20000), (30000, 3000), (60000, 60000), (2, 3), (1, 65535), (65535,
+        65535), (9000, 9000)))
     bits = random.choice((1, 1, 8))
     color = random.choice((0, 0, 3)) if bits == 1 else random.choice((0, 2, 4, 6))
     row = 1 + (width * bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color] + 7) // 8
     packed = _zeros(min(row * height, 10**8))  # more is cut short: making it should not take seconds
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, random.choice((0, 0, 0, 1)))), *([(b"PLTE", bytes(6))] if color == 3 else []), (b"IDAT", packed), (b"IEND", b"")]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, random.choice((0, 0, 0, 1)))), *([(b"PLTE", bytes(6))] if color == 3 else []),
+              (b"IDAT", packed), (b"IEND", b"")]
     made = b"".join(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)) for name, content in chunks)
     return f"PNG of {width} x {height}", MAGIC["PNG"] + made
 
@@ -176,3 +185,16 @@ def _extreme(random: Random) -> tuple[str, bytes]:
 def _zeros(count: int) -> bytes:
     """Zeros, as zlib packs them."""
     return b"\x78\xda" + packed_zeros(count) + struct.pack(">I", (count % 65521 << 16) | 1)  # Adler's sum of zeros
+
+
+def with_png_checksums(data: bytes) -> bytes:
+    """The PNG file with every chunk's checksum made right, as far as its chunks can be followed."""
+    out, place = data[:8], 8
+    while place + 12 <= len(data):
+        length = struct.unpack(">I", data[place: place + 4])[0]
+        if place + 12 + length > len(data):
+            break
+        chunk = data[place + 4: place + 8 + length]
+        out += data[place: place + 4] + chunk + struct.pack(">I", zlib.crc32(chunk))
+        place += 12 + length
+    return out + data[place:]

@@ -14,22 +14,33 @@ _RAW = "@raw@"  # stands in a value for text that no serializer would write
 
 DEEP = 20000
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65535, 65536, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**15, 10**18, 0.5, -0.0, 1e308, 1e-320, "", " ", "0", "1", "-1", "nan", "inf",
-    "null", "x" * 300, "y" * 5000, "ünïcödé", "猫", "a\nb", "tab\there", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "nul\0nul", "\u202eright to left", "\ud800", "../../etc/passwd", "/dev/zero", "/",
-    ".", "digits", "~", "%s%n", "{}", "<script>alert(1)</script>", "'; --", [], {}, [0], [None], [[]], [""], {"": 0}, {"a": {}}, [1, 2, 3], list(range(1000)), ["x"] * 1000, [[1]] * 50, {"0": 1}, "0" * 64,
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65535, 65536, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**15, 10**18, 0.5, -0.0, 1e308, 1e-320, "",
+    " ", "0", "1", "-1", "nan", "inf",
+    "null", "x" * 300, "y" * 5000, "ünïcödé", "猫", "a\nb", "tab\there", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "nul\0nul", "\u202eright to left", "\ud800",
+    "../../etc/passwd", "/dev/zero", "/",
+    ".", "digits", "~", "%s%n", "{}", "<script>alert(1)</script>", "'; --", [], {}, [0], [None], [[]], [""], {"": 0}, {"a": {}}, [1, 2, 3], list(range(1000)),
+    ["x"] * 1000, [[1]] * 50, {"0": 1}, "0" * 64,
 )
-RAW_JSON = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" * 400, "1" * 5000, "-" + "9" * 400, "1e-400", "0." + "3" * 500, "1E+999999999", "[" * DEEP + "]" * DEEP, "[" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP,
-            r'"\ud800"', r'"\udc80\udcff"', r'"\u001b[2J"', r'"\u0000"', r'"\x41"', r'"\u12"', "'single'", "01", "+1", ".5", "0x10", "undefined", "tru", "[1,]", '{"a":1,}', '{"a":1,"a":2}', "/* */ 1", "1 // x", '"' + "z" * 70000 + '"',
+RAW_JSON = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" * 400, "1" * 5000, "-" + "9" * 400, "1e-400", "0." + "3" * 500, "1E+999999999",
+            "[" * DEEP + "]" * DEEP, "[" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP,
+            r'"\ud800"', r'"\udc80\udcff"', r'"\u001b[2J"', r'"\u0000"', r'"\x41"', r'"\u12"', "'single'", "01", "+1", ".5", "0x10", "undefined", "tru", "[1,]",
+            '{"a":1,}', '{"a":1,"a":2}', "/* */ 1", "1 // x", '"' + "z" * 70000 + '"',
             "[" + "0," * 30000 + "0]", "1_000", "\u00a01", "\u0661")
-RAW_YAML = ("2020-01-01", "2020-01-01 12:00:00", "2020-13-45", "!!python/object/apply:os.system ['touch $FUZZ_CANARIES/yaml']", "!!python/name:os.system", "!!python/object/new:os.system [touch x]",
-            "!!python/module:star_fast_canary", "!!binary aGVsbG8=", "!!binary '%%%'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp 2020-01-01", "!!timestamp x", "!!int x", "!!float x", "!!bool x", "!!null x", "!!str 5", "!!map []",
-            "!!seq {}", "!unknown x", "!<tag:yaml.org,2002:int> 3", "&a [*a]", "*nowhere", "&a {b: *a}", "{a: &x 1, b: *x}", "<<", "{<<: {a: 1}}", "{<<: [{a: 1}]}", "{<<: 1}", "1e400", "-.inf", ".nan", ".NaN", "1" * 400, "1" * 5000,
-            "0b101", "0o17", "0x1F", "017", "190:20:30", "1_000_000", "190:20:30.15", "yes", "off", "~", "?", "? a", "- -", "[" * 3000 + "]" * 3000, "[" * DEEP, "{a: " * 2000 + "1" + "}" * 2000, "|\n  text", ">-\n  text", '"\\x1b[31m"', '"\\ud800"', '"\\0"',
-            '"\\e"', "@at", "`tick", "%percent", "#comment", "a: b: c", "\t", "--- 1", "... ", '"open', "'open", "[1", "{a", "a\x07b", "\u2028", "[a, b]: c", "{[a]: b}", "{{a: b}: c}", "{1: 2}", "{null: 1}",
+RAW_YAML = ("2020-01-01", "2020-01-01 12:00:00", "2020-13-45", "!!python/object/apply:os.system ['touch $FUZZ_CANARIES/yaml']", "!!python/name:os.system",
+            "!!python/object/new:os.system [touch x]",
+            "!!python/module:star_fast_canary", "!!binary aGVsbG8=", "!!binary '%%%'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp 2020-01-01",
+            "!!timestamp x", "!!int x", "!!float x", "!!bool x", "!!null x", "!!str 5", "!!map []",
+            "!!seq {}", "!unknown x", "!<tag:yaml.org,2002:int> 3", "&a [*a]", "*nowhere", "&a {b: *a}", "{a: &x 1, b: *x}", "<<", "{<<: {a: 1}}",
+            "{<<: [{a: 1}]}", "{<<: 1}", "1e400", "-.inf", ".nan", ".NaN", "1" * 400, "1" * 5000,
+            "0b101", "0o17", "0x1F", "017", "190:20:30", "1_000_000", "190:20:30.15", "yes", "off", "~", "?", "? a", "- -", "[" * 3000 + "]" * 3000, "[" * DEEP,
+            "{a: " * 2000 + "1" + "}" * 2000, "|\n  text", ">-\n  text", '"\\x1b[31m"', '"\\ud800"', '"\\0"',
+            '"\\e"', "@at", "`tick", "%percent", "#comment", "a: b: c", "\t", "--- 1", "... ", '"open', "'open", "[1", "{a", "a\x07b", "\u2028", "[a, b]: c",
+            "{[a]: b}", "{{a: b}: c}", "{1: 2}", "{null: 1}",
             "\n".join(["", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'lol'}]" for i in range(9))]),
-            "[&a [x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b,*b], &d [*c,*c,*c,*c,*c,*c,*c,*c,*c], &e [*d,*d,*d,*d,*d,*d,*d,*d,*d], &f [*e,*e,*e,*e,*e,*e,*e,*e,*e], &g [*f,*f,*f,*f,*f,*f,*f,*f,*f], &h [*g,*g,*g,*g,*g,*g,*g,*g,*g]]")
+            "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)) + "]")
 KEYS = ("", " ", "x", "a" * 5000, "é", "\x1b[31m", "a\nb", "\ud800", "__class__", "__proto__", "self", "0", "nul\0", "<b>", "{}")
-WHOLE_JSON = ("", " ", "null", "[]", "{}", "0", '""', "[[]]", "true", '{"a": 1}', "\ufeff{}", "{" * DEEP, "[" * 10**5, '{"":' * 10**5, "\0", "{}{}", "{}\n{}", "nan", "\n" * 1000, '"\\ud800"')
+WHOLE_JSON = ("", " ", "null", "[]", "{}", "0", '""', "[[]]", "true", '{"a": 1}', "\ufeff{}", "{" * DEEP, "[" * 10**5, '{"":' * 10**5, "\0", "{}{}", "{}\n{}",
+              "nan", "\n" * 1000, '"\\ud800"')
 
 
 def damaged_json(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
@@ -62,7 +73,8 @@ def damaged_yaml(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]
     if random.random() < 0.15:
         lines = data.decode().split("\n")
         index = random.randrange(len(lines))
-        line = random.choice((*RAW_YAML, "a: 1", "? x", "- x", "model:", "model: 1", "%YAML 9.9", "---", "...", "%TAG ! tag:x:", lines[index], "\ttab: 1", "<<: *x", "x: &x 1"))
+        line = random.choice((*RAW_YAML, "a: 1", "? x", "- x", "model:", "model: 1", "%YAML 9.9", "---", "...", "%TAG ! tag:x:", lines[index], "\ttab: 1",
+                              "<<: *x", "x: &x 1"))
         lines[index:index] = [line]
         return f"line {index} put in: {line[:60]!r}", "\n".join(lines).encode("utf-8", "surrogatepass")
     value, raws = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), []

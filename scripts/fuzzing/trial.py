@@ -1,6 +1,6 @@
 """One damaged input, one reader, one verdict: what it did, how long it took, what it held in memory.
 
-Inputs run in forked workers, so that a crash, a hang or a leak ends with the worker. A worker watches from inside: an audit hook for anything that starts a
+Watched from inside the process that reads (workers.py forks it): an audit hook for anything that starts a
 program, connects, or looks up a class for a pickle; the canary folder, where every malicious payload would leave a file; the peak of its memory; its time
 without the time it waited for a core (so that busy neighbours make no input slow).
 """
@@ -8,23 +8,19 @@ without the time it waited for a core (so that busy neighbours make no input slo
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import io
 import logging
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import stat
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,9 +31,7 @@ PACKAGE = "star_fast"
 LIMIT_S, LIMIT_S_PER_KIB = 1.0, 0.010  # an input may take this long
 LIMIT_BYTES = 300 * 2**20  # over what the process held before
 _GRACE_S = 4.0  # beyond the limit, before an input counts as hung; as much again before its worker is killed
-_TRIES = 3  # an input is slow if it is slow as often
-_ADDRESS_SPACE = 8 * 2**30  # over what a worker begins with: no input takes the machine down
-_FILE_BYTES = 2**30  # most that a reader may make a file grow to
+TRIES = 3  # an input is slow if it is slow as often
 _EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen", "socket.connect", "socket.bind",
              "urllib.Request", "webbrowser.open", "pickle.find_class", "ctypes.dlopen")
 FAILURES = ("traceback", "slow", "fat", "executed", "hung", "crashed", "garbled")
@@ -142,7 +136,7 @@ def attempt(subject: Subject, number: int, case: Case, place: Path, watch: Watch
     """Put the input in place, let it be read, see what happened, put everything back."""
     limit = LIMIT_S + LIMIT_S_PER_KIB * case.size / 1024
     seconds = []
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         outcome = _once(subject, case, place, watch, limit)
         seconds.append(outcome.seconds)
         starved = "hung" in outcome.failures and outcome.seconds <= limit  # the alarm came, but only because neighbours had the cores
@@ -251,91 +245,6 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def copy_of(goods: Path, scratch: Path) -> Path:
-    """A folder for one worker: the good files, and once more under .good to put them back from."""
-    place = Path(tempfile.mkdtemp(dir=scratch))
-    for target in (place, place / ".good"):
-        shutil.copytree(goods, target, symlinks=True, dirs_exist_ok=True)
-    os.mkfifo(place / "odd/pipe")
-    (place / "odd/loop").symlink_to("loop")
-    return place
-
-
-def run(subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int, goods: Path, scratch: Path) -> Iterator[Outcome]:
-    """The outcome of each job, a pair of a subject's place in `subjects` and an input's number, in order. Workers are forked one after the other."""
-    done = 0
-    while done < len(jobs):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        traces = scratch / "traces"
-        worker = multiprocessing.get_context("fork").Process(target=_work, args=(subjects, jobs[done:], seed, goods, scratch, sender, traces))
-        worker.start()
-        sender.close()
-        alive = True
-        while alive and done < len(jobs):
-            subject = subjects[jobs[done][0]]
-            try:
-                # The alarm inside the worker comes first, unless it is stuck where no Python runs.
-                if receiver.poll(_TRIES * (LIMIT_S + 2 * _GRACE_S) + 60):
-                    outcome = receiver.recv()
-                else:
-                    os.kill(worker.pid, signal.SIGUSR1)
-                    time.sleep(0.5)
-                    outcome = _lost(subject, jobs[done][1], seed, goods, "hung", traces.read_text(errors="replace"))
-                    alive = False
-            except EOFError:
-                worker.join()
-                outcome = _lost(subject, jobs[done][1], seed, goods, "crashed", f"exit code {worker.exitcode}\n{traces.read_text(errors='replace')}")
-                alive = False
-            done += 1
-            yield outcome
-        worker.kill()
-        worker.join()
-        receiver.close()
-
-
-def _lost(subject: Subject, number: int, seed: int, goods: Path, failure: str, told: str) -> Outcome:
-    """The outcome of an input that took its worker along."""
-    where = next((line.strip() for line in told.splitlines() if f"/{PACKAGE}/" in line), "")
-    return Outcome(subject.name, number, failure, [failure], kind=failure, where=where, told=told[:6000], case=subject.make(rng(seed, subject, number), goods))
-
-
-def rng(seed: int, subject: Subject, number: int) -> Random:
-    """The random stream of one input: any of them can be made again alone."""
-    return Random(f"{seed} {subject.name} {number}")
-
-
-def _work(subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int, goods: Path, scratch: Path, sender: Connection, traces: Path) -> None:
-    place = copy_of(goods, scratch)
-    _proc.cache_clear()  # a parent's are not this process's
-    watch, started = prepare_worker(scratch, place, traces), set()
-    for index, number in jobs:
-        subject = subjects[index]
-        if subject.start is not None and index not in started:
-            started.add(index)
-            subject.start()
-        case = subject.make(rng(seed, subject, number), place / ".good")
-        sender.send(attempt(subject, number, case, place, watch))
-    os._exit(0)
-
-
-def prepare_worker(scratch: Path, place: Path, traces: Path) -> Watch:
-    """Limits and watches of a process that is about to read what it should not trust."""
-    canaries = scratch / "canaries"
-    canaries.mkdir(exist_ok=True)
-    os.chdir(place)
-    os.environ.update(FUZZ_CANARIES=str(canaries), STAR_FAST_DEBUG="1", TQDM_DISABLE="1")
-    log = open(traces, "w")  # noqa: SIM115 (open as long as the process lives)
-    faulthandler.enable(log)
-    faulthandler.register(signal.SIGUSR1, log)
-    null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # image libraries write there
-        os.dup2(null, descriptor)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    for kind, most in ((resource.RLIMIT_AS, pages * resource.getpagesize() + _ADDRESS_SPACE), (resource.RLIMIT_FSIZE, _FILE_BYTES), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(kind, (most, most))
-    return Watch(canaries)
-
-
 def _innermost(frames: Iterator[tuple[Any, int]], reverse: bool = False) -> str:
     """The innermost line of the package among frames, outermost first (or, with `reverse`, innermost first)."""
     found = ""
@@ -351,6 +260,16 @@ def _innermost(frames: Iterator[tuple[Any, int]], reverse: bool = False) -> str:
 def _shown(stream: io.TextIOWrapper) -> str:
     stream.flush()
     return stream.buffer.getvalue().decode("utf-8", "replace") if not stream.closed else ""
+
+
+def longest_s() -> float:
+    """What one try of an input may take before the alarm ends it, with some more to spare."""
+    return LIMIT_S + 2 * _GRACE_S
+
+
+def forget_parent() -> None:
+    """To be called first in a forked process: what its parent knew of itself is not true of it."""
+    _proc.cache_clear()
 
 
 def _reset_peak() -> None:

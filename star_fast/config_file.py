@@ -33,7 +33,7 @@ def read_config(path: str | Path) -> RunConfig:
     try:
         values = _parse(read_bytes(path, "expected a YAML file with settings", _MOST_BYTES).decode("utf-8-sig"))
     except StorageError as error:  # names the file
-        raise ConfigError(error) from error
+        raise ConfigError(f"{path}: no such config file" if isinstance(error.__cause__, FileNotFoundError) else error) from error
     except (yaml.YAMLError, ValueError, OverflowError, LookupError) as error:  # the last three of what only looks like a number
         raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(error).split())[:300]}") from error
     try:

@@ -73,7 +73,7 @@ def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
     for name, message in (("pipe.yaml", "found a pipe, socket or device"), ("zeros.yaml", "found a pipe, socket or device"), (".", "found a folder"),
-                          ("absent.yaml", "not found"), ("x" * 300, "File name too long")):
+                          ("absent.yaml", "no such config file"), ("x" * 300, "File name too long")):
         assert message in refusal(tmp_path / name)
     with pytest.raises(ConfigError, match=r"\\x00: cannot be read: embedded null"):
         read_config("\0")

@@ -155,7 +155,7 @@ class Job:
             with only_writer(self.parts, "sampling"):
                 self._remove_leftovers(range(self.config.images))
                 if lacking:
-                    self._draw_pictures(map_images(self.out))
+                    self._draw_pictures(map_images(self.out, self.config.images, self.drawer.image_shape))
                 self._remove_parts()
         except (Busy, StorageError):  # somebody else is tidying, or the place is read-only: all images are there
             if lacking:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,11 +94,12 @@ def test_a_second_job_on_the_same_name_is_told_who_is_at_it(model: Path, tmp_pat
     assert names(tmp_path) == FINISHED
 
 
-@pytest.mark.parametrize("looks", [1, 2], ids=["before the lock", "with the lock"])
-def test_a_late_rank_leaves_no_folder_behind(model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
-    """Rank 0 finished, and removed the folder of parts, between this rank's look at the file and its next step."""
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(("rank", "looks"), [("1", 1), ("1", 2), ("0", 1)], ids=["before the lock", "with the lock", "another process"])
+def test_who_comes_late_leaves_no_folder_behind(model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, rank: str, looks: int) -> None:
+    """Another process finished, and removed the folder of parts, between this one's look at the file and its next step."""
+    monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(job, "_PATIENCE_S", 0.5)
     real, answers = job.Job.finished, [False] * looks
     monkeypatch.setattr(job.Job, "finished", lambda self: answers.pop() if answers else real(self))
     assert sample_images(settings(model, finished)).drawn == 0
@@ -158,13 +161,46 @@ def test_labels_and_shape_must_be_the_plans(model: Path, finished: Path) -> None
         sample_images(settings(model, finished))
 
 
+def rewritten(npz: Path, old: bytes, new: bytes) -> None:
+    """Replace bytes inside a member and make all checksums fit, the record's included: what only a look at the content can find."""
+    with zipfile.ZipFile(npz) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    assert sum(data.count(old) for data in members.values()) == 1
+    with zipfile.ZipFile(npz, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(old, new))
+            if name == "arr_0.npy":
+                images_crc = zlib.crc32(data.replace(old, new))
+    record = json.loads(npz.with_suffix(".json").read_text())
+    record["run"] |= {"images_crc32": f"{images_crc:08x}", "frame_crc32": ""}
+    npz.with_suffix(".json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    (b"'shape': (11,)", b"[" * 14), (b"(11, 16, 16, 3)", b"(16, 11, 16, 3)"), (b"'|u1'", b"'|i1'"), (b"'<i8'", b"'<f8'"), (b"'<i8'", b"'|O' "),
+    (b"'shape': (11, 16, 16, 3), }" + b" " * 5, b"'shape': (11, 16, 16, 3), }" + b"[" * 5),
+])
+def test_headers_inside_the_file_are_compared_never_evaluated(old: bytes, new: bytes, model: Path, finished: Path) -> None:
+    rewritten(finished / "images.npz", old, new)
+    with pytest.raises(StorageError, match=r"damaged: expected \{'descr'"):
+        sample_images(settings(model, finished))
+
+
 def test_a_file_of_an_earlier_version_is_checked_by_what_its_record_has(model: Path, finished: Path) -> None:
     record = json.loads((finished / "images.json").read_text())
     del record["run"]["frame_crc32"]
     (finished / "images.json").write_text(json.dumps(record))
     assert sample_images(settings(model, finished)).drawn == 0
+    whole = (finished / "images.npz").read_bytes()
     flip(finished / "images.npz", first_pixel(finished / "images.npz") + 9)
     with pytest.raises(StorageError, match="damaged: expected checksum"):
+        sample_images(settings(model, finished))
+    (finished / "images.npz").write_bytes(whole)
+    with zipfile.ZipFile(finished / "images.npz") as archive:
+        pixels = archive.read("arr_0.npy")[-40:]
+    rewritten(finished / "images.npz", pixels, bytes(40))
+    (finished / "images.json").write_text(json.dumps(record))
+    with pytest.raises(StorageError, match=r"damaged: expected checksum .* by its record"):
         sample_images(settings(model, finished))
 
 
@@ -203,6 +239,7 @@ def test_a_part_that_another_rank_left_damaged_is_drawn_by_rank_0(model: Path, u
             damaged.append(path)
 
     monkeypatch.setattr(job, "write_part", write_and_damage)
+    monkeypatch.setattr(job, "_PATIENCE_S", 0.5)
     assert sample_images(settings(model, interrupted)).drawn == IMAGES + BATCH
     assert damaged
     assert (interrupted / "images.npz").read_bytes() == (unbroken / "images.npz").read_bytes()

@@ -49,6 +49,7 @@ PICTURE_FILE = "reconstructions.png"
 _SETTLE_SHARE = 0.15  # of the steps, at the end: no code is moved any more, so that all of them settle
 _EVALUATION_IMAGES = 64  # images encoded at once when nothing is learnt
 _SAVE_EVERY_STEPS = 50  # a kill loses at most so many
+_MOST_LR = 1e30  # beyond, AdamW's step is no float32
 _MOST_LATENTS = 2**24  # of one step: more torch.multinomial does not draw from
 
 
@@ -93,7 +94,7 @@ def train_tokenizer(images: Tensor, config: TokenizerConfig, *, seed: int = 0, o
         UserError: the loss stopped being finite (then `out` gets no tokenizer, and the last state saved there is kept), or memory does not suffice.
     """
     _check(images, config, "images")
-    _require_memory(config, torch.device(device))
+    _require_possible(config, torch.device(device))
     if held_out is not None and len(held_out):
         _check(held_out, config, "held_out")
     with torch.random.fork_rng():
@@ -255,7 +256,7 @@ def train_tokenizer_on(source: ImageSource, config: TokenizerConfig, data: DataC
 
     The split is `split_indices` with the same labels, share and seed as the code store's. At most `limit_bytes` of views are held in memory.
     """
-    _require_memory(config, torch.device(device))
+    _require_possible(config, torch.device(device))
     train, held_out = split_indices(source.labels, data.held_out_share)
     images = collect_views(source, train, data, config, limit_bytes=limit_bytes, progress=progress)
     unseen = collect_views(source, held_out, data, config, limit_bytes=limit_bytes // 8, first_view_only=True, progress=progress) if len(held_out) else None
@@ -338,8 +339,10 @@ def _about(source: ImageSource, data: DataConfig) -> dict[str, Any]:
     return {"source": source.description(), "views": len(view_names(data)), "view_settings": view_settings(data, 0), "held_out_share": data.held_out_share}
 
 
-def _require_memory(config: TokenizerConfig, device: torch.device) -> None:
-    """Raise ConfigError for sizes that this machine cannot hold by any means: a lower bound, so that nothing possible is refused."""
+def _require_possible(config: TokenizerConfig, device: torch.device) -> None:
+    """Raise ConfigError for settings that cannot work, and sizes that this machine cannot hold by any means: what is possible is never refused."""
+    if config.lr > _MOST_LR:
+        raise ConfigError(f"tokenizer.lr: expected at most {_MOST_LR:g}, got {config.lr:g}")
     if config.images_per_step * config.positions > _MOST_LATENTS:
         raise ConfigError(f"tokenizer.images_per_step: expected at most {_MOST_LATENTS // config.positions} images of {config.positions} codes, "
                           f"got {config.images_per_step}")

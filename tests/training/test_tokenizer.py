@@ -112,6 +112,7 @@ def test_bad_images_say_what_came() -> None:
 def test_sizes_that_no_machine_holds() -> None:
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     for changes, message in (({"base_channels": 4096, "multipliers": (64, 64)}, r"^tokenizer\.base_channels: training [\d,]+ weights .* GiB"),
+                             ({"lr": 1e308}, r"^tokenizer\.lr: expected at most 1e\+30"),
                              ({"images_per_step": 2**20}, r"^tokenizer\.images_per_step: expected at most 262144 images of 64 codes")):
         with pytest.raises(ConfigError, match=message):
             train_tokenizer(images, replace(TINY, **changes), progress=False)

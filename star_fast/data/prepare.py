@@ -110,17 +110,16 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
 def _encode(source: ImageSource, writer: StoreWriter, tokenizer: VQTokenizer, data: DataConfig, seed: int, chunk_images: int, batch_views: int, workers: int,
             progress: bool) -> None:
     config, device = tokenizer.config, next(tokenizer.parameters()).device
-    bar = tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True)
-    for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
-        codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
-        if chunk.views:
-            flat = torch.from_numpy(np.concatenate(chunk.views))
-            parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
-            codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
-        writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
-        bar.update(chunk.end - bar.n)
-        bar.set_postfix(skipped=len(writer.skipped))
-    bar.close()
+    with tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True) as bar:
+        for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
+            codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
+            if chunk.views:
+                flat = torch.from_numpy(np.concatenate(chunk.views))
+                parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
+                codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
+            writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
+            bar.update(chunk.end - bar.n)
+            bar.set_postfix(skipped=len(writer.skipped))
     if writer.rows == 0:
         first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
         raise DataError(f"prepare: none of the {len(source)} images could be read{first}")
@@ -148,20 +147,19 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     per_image = 1 if first_view_only else len(view_names(data))
     shape = (config.image_channels, config.image_size, config.image_size)
     chosen = np.sort(stable_permutation(len(indices) * per_image, seed)[:max(1, limit_bytes // math.prod(shape))])
-    bar = tqdm(total=len(chosen), desc="views", unit="view", disable=not progress, dynamic_ncols=True)
     with explain_out_of_memory(f"hold {len(chosen)} views of {config.image_size} pixels"):
         views = np.empty((len(chosen), *shape), dtype=np.uint8)
     filled, reason = 0, ""
-    for place, group in groupby(chosen.tolist(), key=lambda pair: pair // per_image):
-        wanted, index = [pair % per_image for pair in group], int(indices[place])
-        bar.update(len(wanted))
-        try:
-            views[filled: filled + len(wanted)] = read_views(source, index, data, config.image_size, config.image_channels, seed, wanted).views
-        except UnreadableImage as error:
-            reason = f"; the last: {error}"
-            continue
-        filled += len(wanted)
-    bar.close()
+    with tqdm(total=len(chosen), desc="views", unit="view", disable=not progress, dynamic_ncols=True) as bar:
+        for place, group in groupby(chosen.tolist(), key=lambda pair: pair // per_image):
+            wanted, index = [pair % per_image for pair in group], int(indices[place])
+            bar.update(len(wanted))
+            try:
+                views[filled: filled + len(wanted)] = read_views(source, index, data, config.image_size, config.image_channels, seed, wanted).views
+            except UnreadableImage as error:
+                reason = f"; the last: {error}"
+                continue
+            filled += len(wanted)
     if not filled:
         raise DataError(f"none of the {len(indices)} images could be read{reason}")
     return torch.from_numpy(views[:filled])
@@ -205,12 +203,13 @@ def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str
             "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
             "held_out_share": held_out_share, "chunk_images": chunk_images})
         starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
-        for start in tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True):
-            chunk = numbers[start: start + chunk_images]
-            arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
-            if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
-                raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
-            writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
+        with tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True) as bar:
+            for start in bar:
+                chunk = numbers[start: start + chunk_images]
+                arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
+                if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
+                    raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
+                writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
         return writer.finish(labels, held_out_share)
 
 

@@ -109,8 +109,9 @@ def train_tokenizer(images: Tensor, config: TokenizerConfig, *, seed: int = 0, o
     tokenizer.eval()
     if folder is not None:
         shown = held_out if held_out is not None and len(held_out) else images[:1024]
-        report = measure_tokenizer(tokenizer, shown)
-        write_reconstructions(tokenizer, shown[:16], folder / PICTURE_FILE)
+        with explain_out_of_memory(f"measure this tokenizer on {_EVALUATION_IMAGES} images of {config.image_size} pixels at once"):
+            report = measure_tokenizer(tokenizer, shown)
+            write_reconstructions(tokenizer, shown[:16], folder / PICTURE_FILE)
         measured_on = "held-out images" if shown is held_out else "training images"
         atomic_write_json(folder / REPORT_FILE, {**asdict(report), "measured_on": measured_on, "training_images": len(images), "steps": config.steps,
                                                  "seed": seed, "trained_on": trained_on or {}})
@@ -130,7 +131,7 @@ def _train(training: Training, images: Tensor, config: TokenizerConfig, seed: in
         job = TrainingJob(seed, sha256_of_bytes(memoryview(images.contiguous().numpy()).cast("B")), config)
         first = load_state(folder, training, job, len(images))
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="tokenizer", unit="step", disable=not progress, dynamic_ncols=True)
-    with _ctrl_c_waits() if folder is not None else _ctrl_c_acts() as interrupted:
+    with bar, _ctrl_c_waits() if folder is not None else _ctrl_c_acts() as interrupted:
         for step in bar:
             optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
             while len(training.order) < config.images_per_step:
@@ -160,7 +161,6 @@ def _train(training: Training, images: Tensor, config: TokenizerConfig, seed: in
                 if folder is not None:
                     save_state(folder, training, step + 1, job)
             if interrupted:
-                bar.close()
                 raise KeyboardInterrupt(f"{step + 1} of {config.steps} tokenizer steps are kept")
 
 

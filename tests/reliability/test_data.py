@@ -203,3 +203,22 @@ def test_bytes_damaged_between_a_kill_and_the_next_start(images: Path, prepared:
     (tmp_path / "codes.bin").write_bytes(before + np.zeros(99).tobytes())  # what a kill amid a chunk leaves is no damage
     assert cli.main(command(images, tmp_path)) == 0
     assert content(tmp_path) == content(prepared)
+
+
+def test_an_error_amid_a_progress_bar_has_a_line_of_its_own(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            capfd: pytest.CaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    def last_line() -> str:
+        capfd.readouterr()
+        assert cli.main(command(images, tmp_path)) == 2
+        return capfd.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    assert last_line().startswith("error: not enough memory to train this tokenizer on 2 images of 16 pixels a step")
+    monkeypatch.undo()
+    monkeypatch.setattr("star_fast.model.tokenizer.VQTokenizer.encode", fail)
+    assert last_line().startswith("error: not enough memory to ")
+    monkeypatch.undo()
+    assert cli.main(command(images, tmp_path)) == 0

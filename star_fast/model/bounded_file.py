@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from star_fast.errors import UserError
-from star_fast.storage import require_regular
+from star_fast.storage import StorageError, read_json, require_regular
 
 _MOST_DIMENSIONS = 8
 
@@ -98,6 +98,13 @@ def open_bounded(path: str | Path, hint: str) -> Iterator[BoundedFile]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; {hint}") from error
     with file:
         yield BoundedFile(path, file, size)
+
+
+def read_small_json(path: Path, hint: str, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file of at most so many bytes (each may become twenty in memory). Raises StorageError as storage.read_json does."""
+    if (size := require_regular(path, hint)) > most_bytes:
+        raise StorageError(f"{path}: expected at most {most_bytes:,} bytes, it has {size:,}; {hint}")
+    return read_json(path, hint)
 
 
 def are_sizes(values: Any) -> bool:

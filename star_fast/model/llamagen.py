@@ -24,7 +24,7 @@ from torch import Tensor
 from star_fast.config import ConfigError, ModelConfig
 from star_fast.errors import UserError
 from star_fast.model.bounded_file import BoundedFile, StoredTensor, shown
-from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
+from star_fast.model.tensor_files import fill, hold, open_tensors, require_finite, require_fit, some
 from star_fast.model.tokenizer import VQTokenizer, empty_tokenizer, tokenizer_config
 from star_fast.model.torch_files import write_archive
 from star_fast.model.transformer import Transformer
@@ -206,7 +206,7 @@ def read_transformer(source: str | Path, checkpoint: Checkpoint, config: ModelCo
     with torch.device("meta"):
         transformer = Transformer(config)
     require_fit(transformer, checkpoint.weights, source)
-    transformer = transformer.to(dtype or checkpoint.weights["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
+    transformer = hold(transformer, dtype or checkpoint.weights["tok_embeddings.weight"].dtype, source)
     fill(transformer, checkpoint.weights, checkpoint.file)
     return transformer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,14 @@ def open_tensors(path: str | Path, hint: str) -> Iterator[TensorFile]:
         yield TensorFile(file, content, metadata)
 
 
+def hold(module: nn.Module, dtype: torch.dtype, source: str | Path) -> nn.Module:
+    """A module without memory (on the meta device), now with some on the CPU, in eval mode, to be filled. Raises UserError: more than this machine has."""
+    needed = sum(tensor.numel() for tensor in module.state_dict().values()) * dtype.itemsize
+    if needed > _physical_memory():
+        raise UserError(f"{source}: its weights take {needed / 2**30:,.1f} GiB of memory in {dtype}, this machine has {_physical_memory() / 2**30:,.1f} GiB")
+    return module.to(dtype).to_empty(device="cpu").eval()
+
+
 def fill(module: nn.Module, weights: Mapping[str, StoredTensor], file: BoundedFile) -> None:
     """Read `weights`, which fit (`require_fit`), into the module, casting to its dtype. Raises UserError naming the first that is not finite."""
     state = module.state_dict()
@@ -90,6 +99,10 @@ def some(names: Collection[str], separator: str = ", ") -> str:
     """The first few names, and how many more."""
     shown = [short(name, 160) for name in list(names)[:_NAMES_SHOWN]]
     return (separator.join(shown) or "nothing") + (f"{separator}and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _safetensors(file: BoundedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from star_fast.config import ConfigError, TokenizerConfig
 from star_fast.errors import UserError
-from star_fast.model.bounded_file import shown
-from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
+from star_fast.model.bounded_file import read_small_json, shown
+from star_fast.model.tensor_files import fill, hold, open_tensors, require_finite, require_fit, some
 from star_fast.records import to_dict
-from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, read_json, remove_leftovers, to_record
+from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, remove_leftovers, to_record
 
 WEIGHTS_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
+_MOST_CONFIG_BYTES = 2**16
 _RESIDUAL_BLOCK = re.compile(r"encoder\.conv_blocks\.([0-9]{1,2})\.res\.([0-9]{1,2})\.conv1\.weight")
 _SEARCH_ROWS = 4096  # latents searched at once: 4096 x 16384 float32 similarities are 268 MB
 
@@ -315,7 +316,7 @@ class VQTokenizer(nn.Module):
         """
         folder = Path(folder)
         file, hint = folder / WEIGHTS_FILE, f"a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-        values = read_json(folder / CONFIG_FILE, hint)
+        values = read_small_json(folder / CONFIG_FILE, hint, _MOST_CONFIG_BYTES)
         if values.get("format_version") != FORMAT_VERSION:
             raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; "
                                "train the tokenizer again")
@@ -383,7 +384,7 @@ def empty_tokenizer(config: TokenizerConfig, weights: Mapping[str, Any], source:
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
     require_fit(tokenizer, weights, source)
-    return tokenizer.to(weights["quantize.embedding.weight"].dtype).to_empty(device="cpu").eval()
+    return hold(tokenizer, weights["quantize.embedding.weight"].dtype, source)
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -24,30 +24,20 @@ from torch import Tensor
 
 from star_fast.config import ModelConfig
 from star_fast.errors import UserError
-from star_fast.model.bounded_file import shown
+from star_fast.model.bounded_file import read_small_json, shown
 from star_fast.model.llamagen import Checkpoint, checkpoint_config, open_checkpoint, read_transformer, safetensors_bytes
 from star_fast.model.tensor_files import require_finite, require_fit
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.records import require, to_dict
-from star_fast.storage import (
-    StorageError,
-    atomic_write_bytes,
-    atomic_write_json,
-    explain_write_errors,
-    read_json,
-    require_regular,
-    sha256_of_bytes,
-    sync_folder,
-    to_record,
-)
+from star_fast.storage import atomic_write_bytes, atomic_write_json, explain_write_errors, sha256_of_bytes, sync_folder, to_record
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS_FILES = {"student": "model.safetensors", "teacher": "teacher.safetensors"}
 _HINT = "expected a model folder as a training run writes it"
-_MOST_CONFIG_BYTES = 2**23  # the names of 200 000 classes; each byte may become twenty in memory
+_MOST_CONFIG_BYTES = 2**23  # the names of 200 000 classes
 _MEMBERS = {CONFIG_FILE, TOKENIZER_FOLDER, *WEIGHTS_FILES.values()}
 
 Weights = Literal["student", "teacher"]
@@ -252,9 +242,7 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
 
 def _read_config(folder: Path) -> _About:
     file = folder / CONFIG_FILE
-    if (size := require_regular(file, _HINT)) > _MOST_CONFIG_BYTES:
-        raise StorageError(f"{file}: expected at most {_MOST_CONFIG_BYTES:,} bytes, it has {size:,}; {_HINT}")
-    values = read_json(file, _HINT)
+    values = read_small_json(file, _HINT, _MOST_CONFIG_BYTES)
     if values.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{file}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; not a model folder of this version")
     about = to_record(values, file, _About, _HINT)

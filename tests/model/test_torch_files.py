@@ -150,10 +150,9 @@ def test_every_truncation_and_many_flips_are_answered(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             load_plain(path)
     for at in range(len(whole)):
-        for bit in (0, 5, 7):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-            with contextlib.suppress(UserError):
-                load_plain(path)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with contextlib.suppress(UserError):
+            load_plain(path)
 
 
 def test_ends_that_nobody_wrote(tmp_path: Path) -> None:

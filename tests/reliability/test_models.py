@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import functools
 import json
@@ -18,6 +19,7 @@ import torch
 
 from star_fast.config import ModelConfig, TokenizerConfig
 from star_fast.errors import UserError
+from star_fast.model import tensor_files
 from star_fast.model.llamagen import load_tokenizer, load_transformer, save_transformer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
@@ -133,6 +135,23 @@ def test_torch_files_that_ask_for_more_than_they_hold(tmp_path: Path) -> None:
     assert "1,048,576 positions at head size 16 are more than any model has" in refusal(load_transformer, path)
     archive(path, pickled({"encoder.conv_in.weight": Described(Run("0", 10**9), 0, (10_000_000, 3, 3, 3), (27, 9, 3, 1))}), {"data/0": b"\0" * 400})
     assert "says to hold more numbers than the 100" in refusal(load_tokenizer, path)
+
+
+def test_a_file_that_is_mostly_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length is true, but it takes no disk: what it asks for is compared with the machine's memory."""
+    with torch.device("meta"):
+        wide = Transformer(dataclasses.replace(SMALL, width=8192, heads=64, vocab=65536)).state_dict()
+    entries, end = {}, 0
+    for name, value in wide.items():
+        entries[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
+        end += 4 * value.numel()
+    header = json.dumps(entries).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(tmp_path / "x.safetensors", 8 + len(header) + end)
+    monkeypatch.setattr(tensor_files, "_physical_memory", lambda: 4 * 2**30)
+    for dtype, taken in ((None, "10.0 GiB of memory in torch.float32"), (torch.float64, "20.1 GiB of memory in torch.float64")):
+        message = refusal(load_transformer, tmp_path / "x.safetensors", heads=64, positions=16, dtype=dtype)
+        assert f"its weights take {taken}, this machine has 4.0 GiB" in message
 
 
 @pytest.mark.parametrize("kind", ["pipe", "zeros", "folder", "long", "null", "absent"])
@@ -326,9 +345,11 @@ def test_names_twice_and_further_records_are_fine(folder: Path) -> None:
     assert same(target, model())
 
 
-def test_a_config_that_is_too_large(folder: Path) -> None:
+def test_records_that_are_too_large(folder: Path) -> None:
     edit(folder / "config.json", record={"x": "y" * 9_000_000})
     assert "config.json: expected at most 8,388,608 bytes" in refusal(load_model, folder)
+    edit(folder / "tokenizer" / "tokenizer.json", note="y" * 70_000)
+    assert "tokenizer.json: expected at most 65,536 bytes" in refusal(VQTokenizer.load, folder / "tokenizer")
 
 
 def test_permissions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

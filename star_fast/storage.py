@@ -38,6 +38,10 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
             free_mib = shutil.disk_usage(there).free / 2**20
             raise StorageError(f"{path}: the disk is full or the quota used up ({free_mib:.0f} MiB free); free some, then run the same command") from error
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except ValueError as error:
+        if "null byte" not in str(error) and "null character" not in str(error):
+            raise
+        raise StorageError(f"{path}: expected the name of a file, got a null byte in it") from error
 
 
 def temporary_beside(path: str | Path) -> Path:

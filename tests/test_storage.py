@@ -51,6 +51,8 @@ def test_unreadable_and_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("[1]")
     with pytest.raises(StorageError, match="cannot be written"):
         storage.atomic_write_bytes(tmp_path / "file" / "below", b"")
+    with pytest.raises(StorageError, match="null byte"):
+        storage.atomic_write_bytes(tmp_path / "a\0b", b"")
     with pytest.raises(StorageError, match="expected a JSON object, got list; the hint"):
         storage.read_json(tmp_path / "file", "the hint")
     with pytest.raises(StorageError, match="not found; the hint"):

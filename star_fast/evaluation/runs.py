@@ -97,7 +97,7 @@ def open_run(folder: str | Path, *, codes: str = "", weights: Literal["student",
     if not os.path.isdir(folder):  # of os.path: unlike Path.is_dir it raises for no name
         raise UserError(f"{folder}: not a folder; expected a run folder as training writes it (config.yaml, metrics.jsonl, model/)")
     for name, meaning in (("config.yaml", "the run's settings"), ("model", "the exported weights, written when training ends")):
-        if not os.path.exists(folder / name):
+        if not os.path.exists(folder / name) and not any(folder.glob(f".{name}.*.old")):  # of one that a killed save moved away load_model knows more
             raise UserError(f"{folder}: holds no {name} ({meaning}); give the folder of a finished training run")
     config = read_config(folder / "config.yaml")
     model = load_model(folder / "model", weights=weights)

@@ -5,16 +5,13 @@ DeepSpeed's own engine unpickles freely (0.19.8: `weights_only=False`). This one
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from star_fast.model.torch_files import load_plain
+from star_fast.model.torch_files import load_plain, write_archive
 from star_fast.storage import StorageError, explain_write_errors
 
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank")
@@ -38,45 +35,12 @@ def load(path: str | Path, map_location: Any = None) -> Any:
     return load_plain(Path(path), allowed=allowed_classes(), map_location=map_location)
 
 
-class _Written(io.RawIOBase):
-    """A file that remembers the error that a write met: torch's zip writer reports its own instead."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self.file = open(path, "wb", buffering=2**20)  # noqa: SIM115 (closed by close)
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        if not self.file.closed:
-            self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
 def save(content: Any, path: str | Path) -> None:
     """Write a .pt file and flush it to the disk. Raises StorageError: the disk is full, or the place cannot be written."""
-    with explain_write_errors(path):
-        target = _Written(path)
-        try:
-            torch.save(content, target)
-            target.flush()
-            os.fsync(target.file.fileno())
-        except RuntimeError as error:
-            raise (target.error or OSError(None, str(error))) from error
-        finally:
-            target.close()
+    with explain_write_errors(path), open(path, "wb", buffering=2**20) as file:
+        write_archive(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def take_over(engine: Any) -> CheckpointFiles:

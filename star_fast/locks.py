@@ -44,10 +44,7 @@ def only_writer(folder: str | Path, job: str, name: str = LOCK_FILE) -> Iterator
     Raises:
         Busy: another job holds it; the line says which, on which machine, since when. StorageError: the folder cannot be written.
     """
-    path = Path(folder) / name
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    file = _take(path, job)
+    file = _take(Path(folder) / name, job)
     try:
         yield
     finally:
@@ -58,10 +55,10 @@ def only_writer(folder: str | Path, job: str, name: str = LOCK_FILE) -> Iterator
 def job_identity() -> str:
     """What all ranks of one job, and only they, have in common: the launcher's rendezvous; of a single process its id."""
     host, environment = socket.gethostname(), os.environ
-    if int(environment.get("WORLD_SIZE", "1")) <= 1:
+    if environment.get("WORLD_SIZE", "1") == "1":
         return f"process {os.getpid()} on {host}"
-    if "SLURM_JOB_ID" in environment:
-        return f"Slurm step {environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
+    if "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment:  # srun started the ranks, not a launcher inside a step
+        return f"Slurm step {environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
     address = environment.get("MASTER_ADDR", "localhost")
     if address not in ("localhost", "127.0.0.1", "::1"):
         return f"job at {address}:{environment.get('MASTER_PORT', '')} {environment.get('TORCHELASTIC_RUN_ID', '')}".rstrip()
@@ -73,7 +70,13 @@ def _take(path: Path, job: str) -> IO[str] | None:
     mine, end = job_identity(), time.monotonic() + _PATIENCE_S
     while True:
         with explain_write_errors(path):
-            file = open(path, "a+")  # noqa: SIM115 (the holder closes it)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file = open(path, "a+")  # noqa: SIM115 (the holder closes it)
+            except FileNotFoundError:  # a job that was done removed the folder this very moment
+                if time.monotonic() > end:
+                    raise
+                continue
         try:
             if _locked(file, fcntl.LOCK_EX):
                 file.truncate(0)

@@ -17,8 +17,8 @@ os.environ["TQDM_DISABLE"] = "1"  # the readers' bars
 import argparse
 import dataclasses
 import gc
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +31,9 @@ sys.path.insert(0, str(ROOT))
 import torch._dynamo  # noqa: E402, F401 (an optimizer loads it at its first step: not within an input's second)
 from tqdm import tqdm  # noqa: E402
 
-from scripts.fuzzing import results, workers  # noqa: E402
+from scripts.fuzzing import goods, results, workers  # noqa: E402
+from scripts.fuzzing.subjects import all_subjects  # noqa: E402
 from scripts.fuzzing.trial import Subject  # noqa: E402
-
-_LAST_GOOD_FILE = "fuzz_canary_module.py"
 
 
 def main() -> int:
@@ -51,17 +50,16 @@ def main() -> int:
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
-        goods = arguments.goods or scratch / "goods"
-        make_goods(goods)
-        from scripts.fuzzing.subjects import all_subjects
+        folder = (arguments.goods or scratch / "goods").resolve()
+        make_goods(folder)
         subjects = all_subjects()
         if arguments.replay:
-            return replay(arguments.replay, subjects, goods, scratch)
+            return replay(arguments.replay, subjects, folder, scratch)
         chosen = [subject for subject in subjects if not arguments.subject or any(part in subject.name for part in arguments.subject)]
         if not chosen:
             parser.error(f"no such subject; there are: {', '.join(subject.name for subject in subjects)}")
         started = time.monotonic()
-        tally = run(chosen, arguments.inputs, arguments.seconds, arguments.seed, goods, scratch)
+        tally = run(chosen, arguments.inputs, arguments.seconds, arguments.seed, folder, scratch)
         seconds = time.monotonic() - started
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -74,13 +72,23 @@ def main() -> int:
 
 def make_goods(folder: Path) -> None:
     """The good files, made in a process of their own: training leaves threads behind, which do not go with forks."""
-    if (folder / _LAST_GOOD_FILE).exists():
+    if (folder / goods.LAST_FILE).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, "-m", "scripts.fuzzing.goods", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace", check=False)
-    if done.returncode:
-        raise SystemExit(f"fuzz: the good files could not be made:\n{done.stdout[-5000:]}")
+    log = folder / ".log"
+    maker = multiprocessing.get_context("fork").Process(target=_make_goods, args=(folder, log))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit(f"fuzz: the good files could not be made:\n{log.read_text(errors='replace')[-5000:]}")
+    log.unlink()
+
+
+def _make_goods(folder: Path, log: Path) -> None:
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        goods.make(folder)
 
 
 def jobs_of(subjects: Sequence[Subject], inputs: int) -> list[tuple[int, int]]:
@@ -90,14 +98,14 @@ def jobs_of(subjects: Sequence[Subject], inputs: int) -> list[tuple[int, int]]:
     return [job for _, job in sorted(((number + 0.5) / count, (place, number)) for place, count in enumerate(counts) for number in range(count))]
 
 
-def run(subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, goods: Path, scratch: Path) -> results.Tally:
+def run(subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, folder: Path, scratch: Path) -> results.Tally:
     """Try the inputs until they or the seconds are used up."""
     tally, end, jobs = results.Tally(subjects), time.monotonic() + seconds, jobs_of(subjects, inputs)
     tqdm.monitor_interval = 0  # its thread would not survive the forks
     gc.collect()
     gc.freeze()
     with tqdm(total=len(jobs), desc="fuzzing", unit="input", disable=False, dynamic_ncols=True, mininterval=1) as bar:
-        for outcome in workers.run(subjects, jobs, seed, goods, scratch):
+        for outcome in workers.run(subjects, jobs, seed, folder, scratch):
             tally.add(outcome)
             bar.update()
             if outcome.failures:
@@ -107,11 +115,11 @@ def run(subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, goo
     return tally
 
 
-def replay(path: Path, subjects: Sequence[Subject], goods: Path, scratch: Path) -> int:
+def replay(path: Path, subjects: Sequence[Subject], folder: Path, scratch: Path) -> int:
     """Run a kept example again, in a process of its own; 0 if it now ends as it should."""
     name, number, case = results.kept(path)
     subject = dataclasses.replace(next(one for one in subjects if one.name == name), make=lambda random, good: case)
-    outcome = next(workers.run([subject], [(0, number)], 0, goods, scratch))
+    outcome = next(workers.run([subject], [(0, number)], 0, folder, scratch))
     print(f"{name}: {case.change!a}\n{outcome.verdict} {', '.join(outcome.failures)}: {outcome.seconds:.2f} s, "
           f"{outcome.extra_bytes / 2**20:.0f} MiB more\n{outcome.told}")
     return 1 if outcome.failures else 0

@@ -1,6 +1,5 @@
 """The good files that inputs are made of: a data set, a code store, a trained run, samples, all tiny, all written by the package itself.
-
-Run as a module in a process of its own (training leaves a process group behind): python -m scripts.fuzzing.goods FOLDER
+To be made in a process of their own: training leaves a process group behind.
 """
 
 from __future__ import annotations
@@ -8,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scripts.fuzzing.payloads import CANARY_MODULE
 from star_fast import cli, train
 from star_fast.config import DataConfig, ModelConfig, TokenizerConfig
 from star_fast.data.prepare import collect_views, prepare
@@ -43,6 +42,7 @@ TRAIN = ("--model.blocks", "2", "--model.heads", "2", "--model.width", "8", "--m
 SAMPLES = SampleConfig(model="run/model", out="samples/done.npz", images=8, batch_images=2, precision="fp32", grid=False)  # as in the goods' folder
 PART = replace(SAMPLES, out="sampling/part.npz")  # the interrupted one
 HASH = "0" * 64
+LAST_FILE = f"{CANARY_MODULE}.py"  # of the good files: where it is, all are
 
 
 class Stopped(Exception):
@@ -98,7 +98,7 @@ def make(root: Path) -> None:
         Path(folder).mkdir(parents=True)
     for name, content in (("empty", b""), ("noise.pt", random.bytes(500)), ("noise.npz", random.bytes(500))):
         Path("odd", name).write_bytes(content)
-    Path("fuzz_canary_module.py").write_text("import os\nos.mkdir(os.environ['FUZZ_CANARIES'] + '/imported')\n")
+    Path(LAST_FILE).write_text("import os\nos.mkdir(os.environ['FUZZ_CANARIES'] + '/imported')\n")
 
 
 def _tokenizers(source: ImageFolder) -> None:
@@ -149,6 +149,3 @@ def _released(tokenizer: VQTokenizer, codebook: int) -> None:
         for index in range(4):
             np.save(f"{folder}/{index}.npy", random.integers(0, 3, shape))
 
-
-if __name__ == "__main__":
-    make(Path(sys.argv[1]).resolve())

@@ -5,9 +5,12 @@ Each payload that runs leaves a file in the folder named by FUZZ_CANARIES. They 
 
 from __future__ import annotations
 
+import pickletools
 import struct
 from collections.abc import Iterable
 from random import Random
+
+from scripts.fuzzing.bytes_damage import SIZES
 
 CANARY_MODULE = "fuzz_canary_module"  # lies in the worker's folder: importing it alone leaves a canary
 _TOUCH = 'touch "$FUZZ_CANARIES/{}"'
@@ -96,6 +99,31 @@ def pickle_of_call(random: Random) -> tuple[str, bytes]:
     }
     way = random.choice(list(ways))
     return f"pickle: {module}.{name} by {way}", ways[way] + b"."
+
+
+def with_one_operation_changed(random: Random, pickled: bytes) -> tuple[str, bytes]:
+    """A good pickle with another number, text or operation in one place: sizes of tensors, keys of storages, names of classes."""
+    operations = [(operation, argument, start) for operation, argument, start in pickletools.genops(pickled)]
+    index = random.randrange(1, len(operations) - 1)
+    while random.random() < 0.7 and not isinstance(operations[index][1], (int, str)):
+        index = random.randrange(1, len(operations) - 1)
+    operation, argument, start = operations[index]
+    if isinstance(argument, int) and "BININT" in operation.name:
+        number = random.choice((*SIZES, -1, -2, argument + 1, argument - 1, argument * 2, -argument, 10**6, 10**10, 10**400))
+        new = b"\x8b" + struct.pack("<i", 200) + number.to_bytes(200, "little", signed=True)
+    elif isinstance(argument, str) and "UNICODE" in operation.name:
+        new = string(random.choice(("", "0", "1", "9", "cpu", "cuda", "cuda:99", "meta", "../0", "x" * 5000, "\x1b[31m", "\ud800", argument + "x",
+                                    argument[:-1])))
+    elif operation.name == "GLOBAL":
+        module, name, _ = random.choice(CALLS)
+        new = b"c" + random.choice((f"{module}\n{name}\n", "torch\nHalfStorage\n", "torch\nBoolStorage\n", "torch\nQInt8Storage\n",
+                                    "torch\nComplexDoubleStorage\n", "collections\nOrderedDict\n",
+                                    "torch\nfloat32\n", "torch._utils\n_rebuild_tensor_v2\n", "torch._utils\n_rebuild_parameter\n")).encode("utf-8",
+                                    "surrogatepass")
+    else:
+        new = random.choice((b"", pickled[start: operations[index + 1][2]] * 2, b"N", b"\x88", b"]", b"}", b")", b"K\1", b"G\x7f\xf0\0\0\0\0\0\0", b"0", b"2",
+                             b"(", b"t", b"R", b"b", b"Q"))
+    return f"pickle: {operation.name} {str(argument)[:40]} -> {new[:40]!r}", pickled[:start] + new + pickled[operations[index + 1][2]:]
 
 
 def bomb(random: Random) -> tuple[str, bytes]:

@@ -15,7 +15,8 @@ from scripts.fuzzing.trial import IRREGULAR, Case, Subject
 
 Damage = Callable[[Random, bytes, bytes], tuple[str, bytes]]
 _IRREGULAR_SHARE, _EMPTY_SHARE = 0.04, 0.01
-_KNOWING_SHARE = 0.6  # of the rest: damage that knows the format
+_KNOWING_SHARE, _KNOWING_OF_CONTAINERS = 0.6, 0.8  # of the rest: damage that knows the format; most other damage to a container ends at its first check
+_CONTAINERS = (".pt", ".npz", ".safetensors")
 _FITTING_SHARE = 0.7  # of files with checksums: these are made to fit
 
 _DAMAGE: dict[str, Damage] = {
@@ -121,7 +122,7 @@ def damaged_file(random: Random, file: str, data: bytes, other: bytes, damage: D
         return Case(way, file, irregular=way)
     if kind < _IRREGULAR_SHARE + _EMPTY_SHARE:
         return Case("empty", file, b"")
-    changes, knowing = [], random.random() < _KNOWING_SHARE
+    changes, knowing = [], random.random() < (_KNOWING_OF_CONTAINERS if file.endswith(_CONTAINERS) else _KNOWING_SHARE)
     for way in [damage] * knowing + [bytes_damage.damaged] * random.choice((0, 0, 0, 0, 1) if knowing else (1, 1, 2, 3)):
         change, data = way(random, data, other)
         changes.append(change)

@@ -34,18 +34,20 @@ def damaged_state(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
 
 def damaged_torch(random: Random, data: bytes, other: bytes, damage: Callable[[Random, Any], tuple[str, Any]] | None = None) -> tuple[str, bytes]:
     """A torch file: another object in it, saved well; or its pickle replaced; or its zip file damaged."""
-    way = random.choice(("object", "object", "object", "call", "call", "bomb", "pickle bytes", "zip", "old", "tar"))
+    way = random.choice(("object", "object", "object", "call", "call", "bomb", "operation", "operation", "pickle bytes", "zip", "zip", "old", "tar"))
     if way == "object":
         change, content = (damage or damaged_weights)(random, _loaded(data))
         return change, torch_bytes(content, old=random.random() < 0.1)
     if way == "zip":
         return damaged_zip(random, data, other)
-    if way in ("call", "bomb", "pickle bytes"):
+    if way in ("call", "bomb", "operation", "pickle bytes"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(info.filename, archive.read(info)) for info in archive.infolist()]
         index = next(i for i, (name, _) in enumerate(members) if name.endswith("data.pkl"))
         name, content = members[index]
-        change, content = payloads.pickle_of_call(random) if way == "call" else payloads.bomb(random) if way == "bomb" else damaged(random, content, other)
+        ways = {"call": payloads.pickle_of_call, "bomb": payloads.bomb, "operation": lambda random: payloads.with_one_operation_changed(random, content),
+                "pickle bytes": lambda random: damaged(random, content, other)}
+        change, content = ways[way](random)
         if random.random() < 0.2:  # not torch's container: the pickle itself, or after the old format's numbers
             return f"bare {change}", content if random.random() < 0.5 else b"".join(_old_numbers()) + content
         members[index] = (name, content)

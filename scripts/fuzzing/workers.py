@@ -29,6 +29,7 @@ def copy_of(goods: Path, scratch: Path) -> Path:
     place = Path(tempfile.mkdtemp(dir=scratch))
     for target in (place, place / ".good"):
         shutil.copytree(goods, target, symlinks=True, dirs_exist_ok=True)
+    (place / "odd").mkdir(exist_ok=True)
     os.mkfifo(place / "odd/pipe")
     (place / "odd/loop").symlink_to("loop")
     return place

@@ -7,6 +7,8 @@ takes get large values only where an input is missing.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -43,8 +45,8 @@ BROKEN = ("nowhere", "nowhere/at/all", "/dev/zero", "/dev/null", "/proc/self/mem
 PLACES = ("out/new", "out/new", "out/new", "out/größe", "out/a\nb", "out/\x1b[31m", "out/\udcff", "out/" + "x" * 240, "out/" + "x" * 256, "out/" + "x/" * 3000,
           "/dev/zero", "/dev/null", "/dev/null/x", "/proc/new", "odd/pipe", "odd/pipe/x", "odd/loop",
           "odd/empty", "odd/empty/x", "out", "unfinished", "store", "few")  # to write to; all but these are outside, or put back
-FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for place in PLACES if not place.startswith("/dev")), "out/x.NPZ", "out/.npz",
-                  "out/x", "samples/done.npz", "/dev/null")
+FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for place in PLACES if place.startswith("out/")), "out/x.NPZ", "out/.npz", "out/x",
+                  "samples/done.npz", "odd/pipe/x.npz", "odd/empty/x.npz", "odd/loop/x.npz", "/proc/new.npz", "/dev/null", "/dev/null/x.npz")
 _ENDLESS = ("steps", "epochs", "images", "samples-per-class", "largest-side", "channels", "base-channels", "multipliers", "codebook", "z-channels",
             "code-channels", "residual-blocks", "image-size", "affine-views", "images-per-step", "max-steps",
             "exact")
@@ -86,14 +88,16 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     if option == "--classes":
         return random.choices((*CLASS_NAMES, *WORDS), k=random.choice((0, 1, 1, 2, 3)))
     if typing.get_origin(hint) is typing.Literal:
-        return [random.choice((*map(str, typing.get_args(hint)), *WORDS[:8]))]
+        return [random.choice((*(list(map(str, typing.get_args(hint))) * 3), random.choice(WORDS)))]
     if typing.get_origin(hint) is tuple:
         return random.choices(NUMBERS, k=random.choice((0, 1, 2, 3, 20)))
-    return [] if hint is bool else [random.choice(WHOLE if hint is int and kind < 0.8 else NUMBERS if hint in (int, float) else WORDS)]
+    if hint is bool:
+        return [random.choice(("True", "False"))] if "." in option else []  # settings of a run are no flags
+    return [random.choice(WHOLE if hint is int and kind < 0.8 else NUMBERS if hint in (int, float) else WORDS)]
 
 
 _WRITTEN = {"prepare": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png", "run/.report.lock"), "report": ("run/.report.lock",),
-            "sample": ("samples", "few", "store.npz", "few.npz", "unfinished.npz", "odd/pipe.npz")}
+            "sample": ("samples",)}
 _WRITTEN["train"] = _WRITTEN["train.py"] = ("few/.lock", "store/.lock", "unfinished/.lock", "run/.lock")
 
 
@@ -107,9 +111,17 @@ def subjects() -> list[Subject]:
 
 def _maker(command: str) -> Any:
     def make(random: Random, good: Path) -> Case:
-        arguments = _others(random) if not command else _line(random, command)
-        return Case("command line", arguments=tuple(arguments))
+        arguments = _line(random, command) if command else _others(random)
+        environment = _ranks(random) if command == "sample" and random.random() < 0.1 else ()
+        return Case("command line", arguments=tuple(arguments), environment=environment)
     return make
+
+
+def _ranks(random: Random) -> tuple[str, ...]:
+    """A launcher's environment that makes no sense; one that does would make rank 0 wait for the others."""
+    broken = ("x", "", "-1", "-2", "0.5", "1e3", "99999999999999999999", "\u0663", " ", "None")
+    return random.choice(((f"RANK={random.choice(broken)}", "WORLD_SIZE=2"), ("RANK=1", f"WORLD_SIZE={random.choice(broken)}"), ("RANK=2", "WORLD_SIZE=2"),
+                          ("RANK=7", "WORLD_SIZE=1"), ("RANK=0", "WORLD_SIZE=0"), (f"LOCAL_RANK={random.choice(broken)}",), ("RANK=",), ("WORLD_SIZE=",)))
 
 
 def _others(random: Random) -> list[str]:
@@ -129,7 +141,7 @@ def _line(random: Random, command: str) -> list[str]:
     for _ in range(random.choice((0, 1, 1, 1, 2, 3))):
         option = random.choice(allowed) if allowed else "--x"
         values = value_of(random, command, option, whole)
-        more += random.choice(([option, *values],) * 5 + ([f"{option}={' '.join(values)}"], [option], [f"--no-{option[2:]}"], [option, *values, option,
+        more += random.choice(([option, *values],) * 12 + ([f"{option}={' '.join(values)}"], [option], [f"--no-{option[2:]}"], [option, *values, option,
             *values], [option, *values, random.choice(WORDS)]))
     if random.random() < 0.1:
         more.append(random.choice((*WORDS, *NUMBERS, "--help", "--no-such-option", "-q", "--tyro-print-completion", "bash")))
@@ -147,7 +159,9 @@ def _prepare(random: Random, whole: bool) -> list[str]:
 
 def _sample(random: Random, whole: bool) -> list[str]:
     model = random.choice(("run/model", "run", "released/model.pt")) if whole else random.choice(BROKEN)
-    return ["--model", model, "--out", random.choice(FILES_TO_WRITE), "--images", random.choice(("1", "2", "2", "2", "2", "2", "3", random.choice(NUMBERS))),
+    tokenizer = ["--tokenizer", "store/tokenizer"] if model == "released/model.pt" else []
+    return ["--model", model, *tokenizer, "--out", random.choice(FILES_TO_WRITE), "--images", random.choice(("1", "2", "2", "2", "2", "2", "3",
+        random.choice(NUMBERS))),
             *random.choice((["--no-grid"], ["--no-grid"], []))]
 
 
@@ -168,6 +182,8 @@ def _report(random: Random, whole: bool) -> list[str]:
 def _train(random: Random, whole: bool) -> list[str]:
     config = random.choice(((), (), ("--preset", random.choice(("tiny", "B", "XL", random.choice(WORDS)))), ("--config",
         random.choice(("run/config.yaml", *HERE, *BROKEN)))))
+    if whole and random.random() < 0.6:
+        config = ("--config", "run/config.yaml")  # which fits the store
     run = random.choice((["--run", "run"], ["--run", "out/new", "--resume"], ["--run", random.choice(PLACES)], ["--run", "out/new", "--plain"]))
     return [*config, "--data.codes", "store" if whole else random.choice((*BROKEN, *(path for path in HERE if path != "store"))), *run]
 
@@ -178,8 +194,9 @@ _SKELETONS = {"prepare": _prepare, "sample": _sample, "probe": _probe, "report":
 def _read(place: Path, case: Case) -> None:
     """Run it. What the command line promises: status 0; or 2 with one line that begins with "error: ", or tyro's own usage."""
     arguments, by_parser = list(case.arguments), False
+    variables = dict(variable.split("=", 1) for variable in case.environment)
     try:
-        with mock.patch.object(ranks, "start_ranks", _no_training):
+        with mock.patch.object(ranks, "start_ranks", _no_training), mock.patch.dict(os.environ, variables):
             if arguments[:1] == ["train.py"]:
                 with mock.patch.object(sys, "argv", arguments):
                     status = train.main()
@@ -187,16 +204,23 @@ def _read(place: Path, case: Case) -> None:
                 status = cli.main(arguments)
     except SystemExit as end:
         status, by_parser = end.code, True
+    text, told = _captured(sys.stderr), _captured(sys.stdout)
     if status in (0, None):
+        if bad := next((line for line in told.replace("\t", " ").split("\n") if not line.isprintable()), None):
+            raise AssertionError(f"a line that a terminal may misread: {bad!r}")
         return
-    sys.stderr.flush()
-    text = sys.stderr.buffer.getvalue().decode("utf-8", "replace")
-    errors = [line for line in text.split("\n") if line.startswith("error: ")]
-    if "Traceback" in text or status != 2 or not (by_parser or len(errors) == 1 or not arguments):
+    errors = [line for line in text.split("\n") if re.match(r"(rank \S+: )?error: ", line)]
+    silent = variables.get("RANK", "0").isdecimal() and int(variables.get("RANK", "0")) > 0  # rank 0 says it
+    if "Traceback" in text or status != 2 or not (by_parser or len(errors) == 1 or not arguments or silent):
         raise AssertionError(f"exit status {status} with {len(errors)} error lines:\n{text[-2000:]}")
     if errors and not errors[0].isprintable():
         raise AssertionError(f"an error line that a terminal may misread: {errors[0]!r}")
     raise UserError(errors[0] if errors else "usage")
+
+
+def _captured(stream: Any) -> str:
+    stream.flush()
+    return stream.buffer.getvalue().decode("utf-8", "replace")
 
 
 def _no_training() -> typing.NoReturn:

@@ -30,6 +30,7 @@ from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import load_into, load_model
 from star_fast.records import from_dict
+from star_fast.storage import remove_leftovers
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
 from star_fast.training.engine import Engine, build_student
@@ -154,6 +155,15 @@ def resume(place: Path, case: Case) -> None:
         raise UserError("nothing to resume")
     resumed, codes = engine()
     checkpoint.changed_settings(checkpoint.load(resumed, codes, newest), resumed.config)
+
+
+def run_folder(place: Path, case: Case) -> None:
+    """clear_leftovers, checkpoint.load, open_run"""
+    with only_writer("run", "training"):
+        remove_leftovers("run")
+        checkpoint.clear_leftovers(Path("run"))
+        resume(place, case)
+        open_run("run")
 
 
 @functools.cache

@@ -95,7 +95,8 @@ def kept(path: Path) -> tuple[str, int, Case]:
     told = json.loads(path.read_text())
     case = told["case"]
     content = None if case["content"] is None else base64.b64decode(case["content"])
-    return told["subject"], told["number"], Case(**{**case, "arguments": tuple(case["arguments"]), "repairs": tuple(case["repairs"]), "content": content})
+    return told["subject"], told["number"], Case(**{**case, "content": content, **{name: tuple(case[name]) for name in ("arguments", "environment",
+        "repairs")}})
 
 
 def record(tally: Tally, seed: int, seconds: float, root: Path) -> str:

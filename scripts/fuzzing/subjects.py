@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from scripts.fuzzing import bytes_damage, checksums, command_lines, images, readers, tensor_damage, text_damage, zip_damage
 from scripts.fuzzing.checksums import Fit
-from scripts.fuzzing.trial import IRREGULAR, Case, Subject
+from scripts.fuzzing.trial import HOLES, IRREGULAR, Case, Subject
 
 Damage = Callable[[Random, bytes, bytes], tuple[str, bytes]]
 _IRREGULAR_SHARE, _EMPTY_SHARE = 0.04, 0.01
@@ -100,6 +100,7 @@ def all_subjects() -> list[Subject]:
             *(Subject(f"image: {form}", readers.picture.__doc__ or "", _image_maker(of_it, list(pictures.values())), readers.picture, 3, clean=("pictures",))
               for form, of_it in by_format),
             Subject("image folder, names", readers.names.__doc__ or "", _odd_names, readers.names, 0.7, clean=("pictures",)),
+            Subject("run folder, entries", readers.run_folder.__doc__ or "", _odd_entries, readers.run_folder, 0.7, clean=("run",), start=readers.engine),
             *command_lines.subjects()]
 
 
@@ -118,8 +119,7 @@ def damaged_file(random: Random, file: str, data: bytes, other: bytes, damage: D
     """The file irregular, empty, or damaged by what knows its format, by what does not, or by both."""
     kind = random.random()
     if kind < _IRREGULAR_SHARE:
-        way = random.choice(list(IRREGULAR))
-        return Case(way, file, irregular=way)
+        return irregular(random, file)
     if kind < _IRREGULAR_SHARE + _EMPTY_SHARE:
         return Case("empty", file, b"")
     changes, knowing = [], random.random() < (_KNOWING_OF_CONTAINERS if file.endswith(_CONTAINERS) else _KNOWING_SHARE)
@@ -127,6 +127,12 @@ def damaged_file(random: Random, file: str, data: bytes, other: bytes, damage: D
         change, data = way(random, data, other)
         changes.append(change)
     return Case("; ".join(changes), file, data, repairs=repairs if random.random() < _FITTING_SHARE else ())
+
+
+def irregular(random: Random, file: str) -> Case:
+    """Something else in the file's place; large files take time and are rare."""
+    way = random.choice(list(HOLES) if random.random() < 0.04 else [name for name in IRREGULAR if name not in HOLES])
+    return Case(way, file, irregular=way)
 
 
 def _image_maker(pictures: dict[str, bytes], others: list[bytes]) -> Callable[[Random, Path], Case]:
@@ -139,10 +145,25 @@ def _image_maker(pictures: dict[str, bytes], others: list[bytes]) -> Callable[[R
     return make
 
 
+_ODD_PLACES = (
+    "run/checkpoints/step-0000009", "run/checkpoints/step-0000009.tmp", "run/checkpoints/step-0000003/x", "run/checkpoints/step-0000003/deepspeed/x",
+    "run/checkpoints/step-99999999999999999999", "run/checkpoints/step-x", "run/checkpoints/x", f"{_CHECKPOINT}/deepspeed", "run/checkpoints", "run/.lock",
+    "run/.config.yaml.1.tmp", "run/.model.1.tmp", "run/.model.1.old", "run/.checkpoints.1.tmp", "run/model", "run/model/x", "run/model/tokenizer",
+    "run/config.yaml", "run/metrics.jsonl")
+
+
+def _odd_entries(random: Random, good: Path) -> Case:
+    """Something in a run folder that does not belong there, or something else than what does."""
+    place = random.choice(_ODD_PLACES)
+    return irregular(random, place) if random.random() < 0.7 else Case("a file", place, random.choice((b"", b"{}", b"\x1b[31m")))
+
+
 def _odd_names(random: Random, good: Path) -> Case:
     folders = "/".join(random.choice(_ODD_NAMES) for _ in range(random.choice((1, 1, 1, 2, 3))))
     name = random.choice(_ODD_NAMES) + random.choice((".png", ".png", ".png", ".PNG", ".jpg", ".txt", ""))
     place = random.choice((f"{folders}/{name}", f"{folders}/{name}", f"{folders}/{name}", name))
+    if random.random() < 0.15:
+        return irregular(random, f"pictures/{place}")
     content = _bytes_of(good / "images/7/0.png") if random.random() < 0.7 else b"\x89PNG\x1b[31m\nno"
     return Case(f"named {place!r}", f"pictures/{place}", content)
 

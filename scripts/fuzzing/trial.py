@@ -47,11 +47,12 @@ class Case:
     irregular: str = ""  # what lies in the file's place instead: see IRREGULAR
     repairs: tuple[str, ...] = ()  # files whose checksums are made to fit, so that what lies behind them is reached
     arguments: tuple[str, ...] = ()  # of a command line
+    environment: tuple[str, ...] = ()  # its variables, NAME=VALUE
 
     @property
     def size(self) -> int:
         """Bytes of the input."""
-        return len(self.content or b"") + sum(len(argument) for argument in self.arguments)
+        return len(self.content or b"") + HOLES.get(self.irregular, 0) + sum(len(argument) for argument in self.arguments)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class Hung(BaseException):
     """An input is taking too long."""
 
 
+def _make_sparse(path: Path, size: int) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
+HOLES = {"250 MB of nothing": 250 * 10**6, "900 MB of nothing": 900 * 10**6}  # sparse files
 IRREGULAR: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
     "endless device": lambda path: path.symlink_to("/dev/zero"),
@@ -97,6 +104,8 @@ IRREGULAR: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
     "dangling link": lambda path: path.symlink_to("nowhere"),
     "link to itself": lambda path: path.symlink_to(path.name),
+    "link to its folder": lambda path: path.symlink_to("."),
+    **{name: functools.partial(_make_sparse, size=size) for name, size in HOLES.items()},
 }
 
 
@@ -176,7 +185,7 @@ def _once(subject: Subject, case: Case, place: Path, watch: Watch, limit: float)
     except BaseException as problem:  # whatever it is, it is a finding
         outcome.failures.append("traceback")
         outcome.kind, outcome.where = type(problem).__name__, _innermost(traceback.walk_tb(problem.__traceback__))
-        outcome.told = "".join(traceback.format_exception(problem, limit=-16))[-6000:]
+        outcome.told = _middle_out("".join(traceback.format_exception(problem, limit=-16)))
         del problem
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -210,8 +219,8 @@ def put(subject: Subject, case: Case, place: Path) -> bytes | None:
     except OSError:
         original = None
         path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(path)
     if case.irregular:
-        path.unlink(missing_ok=True)
         IRREGULAR[case.irregular](path)
     else:
         path.write_bytes(case.content or b"")
@@ -260,6 +269,11 @@ def _innermost(frames: Iterator[tuple[Any, int]], reverse: bool = False) -> str:
 def _shown(stream: io.TextIOWrapper) -> str:
     stream.flush()
     return stream.buffer.getvalue().decode("utf-8", "replace") if not stream.closed else ""
+
+
+def _middle_out(text: str, most: int = 6000) -> str:
+    """The start and the end of a long text: a message may be longer than the traceback before it."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2:]}"
 
 
 def longest_s() -> float:

@@ -28,6 +28,7 @@ class Subject:
     preload: tuple[str, ...] = ()  # modules that every process of it needs
     ignored: tuple[str, ...] = (".lock", ".report.lock")  # names that may be there or not (locks that stay)
     single: bool = False  # has one rank only
+    peers_notice: bool = False  # ranks end with an error of their own when another one dies
 
 
 def without_times(file: Path) -> bytes:
@@ -122,7 +123,7 @@ def run_reporting(given: Path, work: Path, small: bool) -> None:
 SUBJECTS = {
     "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
     "training": Subject(prepare_training, run_training, without_times, ("star_fast.train", "star_fast.training.loop", "star_fast.training.export", "deepspeed",
-                                                                        "tests.reliability.training_job", "torch._dynamo")),
+                                                                        "tests.reliability.training_job", "torch._dynamo"), peers_notice=True),
     "prepare": Subject(prepare_preparing, run_preparing, preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
                        single=True),
     "report": Subject(prepare_reporting, run_reporting, without_times, ("star_fast.cli", "star_fast.evaluation.report", "star_fast.evaluation.probe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
@@ -22,6 +23,9 @@ from star_fast.guard import guarded
 from star_fast.locks import only_writer
 from star_fast.presets import plain
 from star_fast.storage import remove_leftovers
+
+# What gloo, NCCL and torch's store say when the process at the other end has gone.
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|failed to recv", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ def run_command(arguments: list[str], prog: str) -> None:
         if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
             error.of_one_rank = False  # before the ranks have met all of a machine see the same
         raise
+    except RuntimeError as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1 or not _LOST_PEER.search(str(error)):
+            raise
+        raise UserError("the connection to another rank is lost: see what that rank said last; start again with --resume to go on from the newest "
+                        "checkpoint") from error
 
 
 def main() -> int:

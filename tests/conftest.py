@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so shells start what runs in the background; the tests of Ctrl-C need what a terminal gives
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

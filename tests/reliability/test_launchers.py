@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def wait_for(condition: object, process: subprocess.Popen) -> None:
     end = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            process.kill()
             pytest.fail(f"the job did not get so far: {process.communicate()[0][-3000:]}")
         time.sleep(0.02)
 
@@ -60,6 +61,24 @@ def test_ctrl_c_under_a_launcher_loses_no_step(launcher: str, tmp_path: Path) ->
     assert newest is not None, output[-3000:]
     assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") >= 3
     assert (tmp_path / "run/model/model.safetensors").exists(), output[-3000:]
+
+
+def test_a_rank_whose_peer_dies_says_so_in_one_line(tmp_path: Path) -> None:
+    write_store(tmp_path / "codes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen([sys.executable, ROOT / "star_fast/train.py", *SMALL, "--data.codes", "codes", "--run", "run", "--train.max-steps", "100000"],
+                              cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
+                                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for rank in ("0", "1")]
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 2, ranks[0])
+    ranks[1].kill()
+    output = ranks[0].communicate(timeout=PATIENCE_S)[0]
+    ranks[1].communicate()
+    assert ranks[0].returncode == 2, output[-3000:]
+    assert "Traceback" not in output
+    assert "error: the connection to another rank is lost" in output
 
 
 def test_two_jobs_at_once_do_not_meet_on_a_port(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from star_fast.storage import atomic_write_bytes, explain_write_errors, json_bytes, parse_json
 from star_fast.training.watch import Diverged, LossWatch
 
+_MOST_LINE_BYTES = 2**16
 TERMS = ("loss", "ar", "mim", "step_contrast", "view_contrast")
 
 
@@ -130,7 +132,7 @@ class Telemetry:
 def _cut_back(file: Path, step: int) -> float:
     """Keep the lines up to `step`; returns the training time they record, in seconds."""
     kept, time_s = [], 0.0
-    for text in file.read_bytes().splitlines() if file.is_file() and step else ():
+    for text in _lines(file) if step else ():
         try:
             line = parse_json(text)
             if line["step"] > step:
@@ -138,6 +140,18 @@ def _cut_back(file: Path, step: int) -> float:
             time_s = max(time_s, float(line.get("time_s", 0.0)))
         except (ValueError, KeyError, TypeError, AttributeError):  # a line cut off by a kill, or damaged
             continue
-        kept.append(text + b"\n")
+        kept.append(text)
     atomic_write_bytes(file, b"".join(kept))
     return time_s
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The whole lines of an ordinary file, none where there is none; what is too long to be one of ours is passed over without holding it."""
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        whole = True  # whether the next piece begins a line
+        while piece := stream.readline(_MOST_LINE_BYTES):
+            if whole and piece.endswith(b"\n"):
+                yield piece
+            whole = piece.endswith(b"\n")

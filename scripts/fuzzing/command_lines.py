@@ -209,7 +209,7 @@ def _read(place: Path, case: Case) -> None:
         if bad := next((line for line in told.replace("\t", " ").split("\n") if not line.isprintable()), None):
             raise AssertionError(f"a line that a terminal may misread: {bad!r}")
         return
-    errors = [line for line in text.split("\n") if re.match(r"(rank \S+: )?error: ", line)]
+    errors = [line for line in text.split("\n") if re.match(r"(rank .*: )?error: ", line)]
     silent = variables.get("RANK", "0").isdecimal() and int(variables.get("RANK", "0")) > 0  # rank 0 says it
     if "Traceback" in text or status != 2 or not (by_parser or len(errors) == 1 or not arguments or silent):
         raise AssertionError(f"exit status {status} with {len(errors)} error lines:\n{text[-2000:]}")

@@ -50,7 +50,7 @@ def config(place: Path, case: Case) -> None:
 def metrics(place: Path, case: Case) -> None:
     """read_metrics and its plots"""
     training, validation = read_metrics(Path("run"))
-    if _one_in(50, case):
+    if _one_in(150, case):
         plots.loss_panels(training[:50], validation[:50], dark=False)
 
 
@@ -66,7 +66,7 @@ def against(place: Path, case: Case) -> None:
     other = report_comparison.read_other(Path("run"))
     figures = json.loads((place / ".good/run/report.json").read_bytes())
     print(report_comparison.differences(from_dict(report_comparison.Figures, figures, ignore_unknown=True), other))
-    if _one_in(50, case):
+    if _one_in(150, case):
         report_comparison.comparison(figures, other)
 
 

@@ -71,8 +71,9 @@ def _unexpected(error: BaseException, meaning: str | None) -> int:
 
 
 def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return rank == "0" or not (rank.isascii() and rank.isdecimal())  # one that is no number is nobody's: the error is about it
 
 
 def _who() -> str:
-    return "" if _is_first_rank() else f"rank {printable(os.environ['RANK'])}: "
+    return "" if _is_first_rank() else f"rank {os.environ['RANK']}: "

@@ -59,6 +59,8 @@ def test_of_many_ranks_the_first_speaks_for_all_and_each_for_itself(monkeypatch:
     monkeypatch.setenv("RANK", "3")
     assert (guarded(failing(AgreedError("all know"))), capsys.readouterr().err) == (2, "")
     assert (guarded(failing(UserError("mine"))), capsys.readouterr().err) == (2, "rank 3: error: mine\n")
+    monkeypatch.setenv("RANK", "")
+    assert (guarded(failing(UserError("RANK: no"))), capsys.readouterr().err) == (2, "error: RANK: no\n")
     monkeypatch.setenv("RANK", "0")
     assert (guarded(failing(AgreedError("all know"))), capsys.readouterr().err) == (2, "error: all know\n")
 

@@ -89,7 +89,10 @@ def step_folder(run: Path, step: int) -> Path:
 
 def finished(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. What has another name (a `.tmp` that a full disk or a kill left) is none."""
-    found = [(int(match[1]), folder) for folder in (run / "checkpoints").glob("step-*") if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()]
+    try:
+        found = [(int(match[1]), folder) for folder in (run / "checkpoints").glob("step-*") if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()]
+    except (OSError, ValueError) as error:  # an over-long name, a null byte
+        raise UserError(f"{run}: cannot be a run's folder: {getattr(error, 'strerror', None) or error}; choose another --run") from error
     return [folder for _, folder in sorted(found)]
 
 

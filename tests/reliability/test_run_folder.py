@@ -38,6 +38,14 @@ def test_pruning_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path).name == "step-10000000"
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b"])
+def test_a_name_that_no_file_system_knows_is_one_line(training: Training, name: str) -> None:
+    training.run = training.run / name
+    status, line = training()
+    assert status == 2
+    assert line
+
+
 @pytest.mark.parametrize("stage", ["0", "1"])
 def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(training: Training, tmp_path: Path, stage: str) -> None:
     disk = tmp_path / "disk"

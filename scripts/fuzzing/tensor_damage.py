@@ -183,6 +183,9 @@ def damaged_tensor(random: Random, tensor: torch.Tensor) -> tuple[str, torch.Ten
 
 def damaged_safetensors(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     """A safetensors file with a changed header, or with other tensors under a right header."""
+    if random.random() < 0.01:
+        count = random.choice((1000, 55000))
+        return f"safetensors of {count} tensors", _many_tensors(count)
     length = struct.unpack("<Q", data[:8])[0]
     header, body = data[8: 8 + length], data[8 + length:]
     way = random.choice(("header", "header", "tensors", "tensors", "tensors", "field", "field", "metadata", "length"))
@@ -212,6 +215,13 @@ def damaged_safetensors(random: Random, data: bytes, other: bytes) -> tuple[str,
             return _other_tensors(random, about, body)
         header = json.dumps(about).encode("utf-8", "surrogatepass")
     return f"safetensors {way}: {change}", struct.pack("<Q", len(header)) + header + body
+
+
+@functools.cache
+def _many_tensors(count: int) -> bytes:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"layers.{index}.x": entry for index in range(count)}).encode()
+    return struct.pack("<Q", len(header)) + header
 
 
 def _other_tensors(random: Random, about: dict[str, Any], body: bytes) -> tuple[str, bytes]:

@@ -59,3 +59,9 @@ def test_unreadable_and_unwritable_places(tmp_path: Path) -> None:
         storage.read_bytes(tmp_path / "absent", "the hint")
     with pytest.raises(StorageError, match="expected an ordinary file, found a folder"):
         storage.sha256_of_file(tmp_path)
+
+
+def test_json_that_would_fill_the_memory_is_refused_before_it_is_parsed() -> None:
+    assert storage.parse_json(b"[" + b"1," * 1000 + b"1]") == [1] * 1001
+    with pytest.raises(ValueError, match="MB in memory, expected at most 250"):
+        storage.parse_json(b"[" + b"[]," * 4_000_000 + b"0]")

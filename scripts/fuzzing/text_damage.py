@@ -39,12 +39,16 @@ RAW_YAML = ("2020-01-01", "2020-01-01 12:00:00", "2020-13-45", "!!python/object/
             "\n".join(["", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'lol'}]" for i in range(9))]),
             "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)) + "]")
 KEYS = ("", " ", "x", "a" * 5000, "é", "\x1b[31m", "a\nb", "\ud800", "__class__", "__proto__", "self", "0", "nul\0", "<b>", "{}")
+_LARGE_SHARE = 0.003
 WHOLE_JSON = ("", " ", "null", "[]", "{}", "0", '""', "[[]]", "true", '{"a": 1}', "\ufeff{}", "{" * DEEP, "[" * 10**5, '{"":' * 10**5, "\0", "{}{}", "{}\n{}",
               "nan", "\n" * 1000, '"\\ud800"')
 
 
 def damaged_json(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
-    """JSON with one to three values or keys changed."""
+    """JSON with one to three values or keys changed; now and then a large one, whose values take many times its bytes in memory."""
+    if random.random() < _LARGE_SHARE and data.lstrip().startswith(b"{"):
+        piece, size = random.choice((b"[],", b'{"a":0},', b'"",', b"0,", b"1.5,")), random.choice((2 * 10**6, 12 * 10**6, 30 * 10**6))
+        return f"a list of {size} bytes of {piece.decode()}", b'{"x":[' + piece * (size // len(piece)) + b"0]," + data.lstrip()[1:]
     if random.random() < 0.05:
         return "another JSON text", random.choice(WHOLE_JSON).encode("utf-8", "surrogatepass")
     value, raws = json.loads(data), []

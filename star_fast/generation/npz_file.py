@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,7 +19,8 @@ from star_fast.storage import StorageError, require_regular
 LABELS_MEMBER = "arr_1"  # the name under which ADM's own samplers store labels
 _MOST_HEADER_BYTES = 10_000  # of a .npy header, as numpy limits it
 # What zipfile raises on files that are damaged or none of its own.
-_DAMAGE = (OSError, EOFError, LookupError, ValueError, ArithmeticError, RuntimeError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (OSError, EOFError, LookupError, ValueError, ArithmeticError, RuntimeError, MemoryError, SyntaxError, struct.error, tokenize.TokenError,
+           zipfile.BadZipFile, zlib.error)
 
 
 class _Member(NamedTuple):

@@ -176,7 +176,7 @@ def _images_in(path: Path, images: int, image_shape: tuple[int, int, int]) -> in
 def _size(path: Path) -> int:
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:
+    except OSError:  # not there, or a link that leads nowhere: opening it says so in one line
         return 0
 
 

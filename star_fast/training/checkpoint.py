@@ -6,6 +6,7 @@ sha256 of each file in complete.json, and renamed last. Before anything of it is
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -103,8 +104,12 @@ def latest(run: Path) -> Path | None:
 
 def clear_leftovers(run: Path) -> None:
     """Remove what killed saves left behind. Only for the holder of the run's lock."""
-    for folder in (run / "checkpoints").glob("step-*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for entry in (run / "checkpoints").glob("step-*.tmp"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:  # of a pipe rmtree would wait for a writer
+            with contextlib.suppress(OSError):
+                entry.unlink()
 
 
 def codes_identity(store: CodeStore) -> CodesRecord:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from star_fast.generation.sample import SampleConfig
-from tests.generation.small_model import images_of
+import pytest
+
+from star_fast.generation.sample import SampleConfig, sample_images
+from tests.generation.small_model import images_of, save_small_model
 
 IMAGES, BATCH, IMAGE_BYTES = 11, 4, 16 * 16 * 3
 FINISHED = {"images.npz", "images.json", "images.png"}
@@ -28,3 +30,35 @@ def flip(file: Path, offset: int) -> None:
 
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> None:
+    """No launcher's environment, however the tests were started."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sampling") / "model"
+    save_small_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed job."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    sample_images(settings(model, folder))
+    return folder
+
+
+@pytest.fixture
+def finished(unbroken: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    for file in unbroken.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path

@@ -14,40 +14,12 @@ from star_fast.generation import batch, limits
 from star_fast.generation.decoder import Decoder
 from star_fast.generation.sample import sample_images
 from star_fast.storage import StorageError
-from tests.generation.small_model import images_of, save_small_model
+from tests.generation.small_model import images_of
 from tests.reliability.sampling_job import BATCH, IMAGES, names, settings
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process() -> None:
-    """No launcher's environment, however the tests were started."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sampling") / "model"
-    save_small_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed job."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    sample_images(settings(model, folder))
-    return folder
-
-
-@pytest.fixture
-def finished(unbroken: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    for file in unbroken.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+from tests.reliability.sampling_job import finished as finished  # fixtures
+from tests.reliability.sampling_job import model as model
+from tests.reliability.sampling_job import one_process as one_process
+from tests.reliability.sampling_job import unbroken as unbroken
 
 
 def refused(capfd: pytest.CaptureFixture, *arguments: str) -> str:

@@ -17,7 +17,7 @@ from star_fast.data.prepare import collect_views, import_llamagen_codes, prepare
 from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder
 from star_fast.data.views import affine_parameters, make_views, small_affine
 from star_fast.storage import StorageError
-from tests.data.pictures import TINY, make_folder, tiny_tokenizer
+from tests.data.pictures import TINY, make_folder, picture, tiny_tokenizer
 from tests.data.test_prepare import write_llamagen
 from tests.disk_events import watch_disk
 
@@ -145,3 +145,13 @@ def test_encoding_leaves_no_gradients_and_the_tokenizer_as_it_was(tmp_path: Path
     prepare(ImageFolder(make_folder(tmp_path / "images", {"oak": 2})), tmp_path / "store", tokenizer, TEN_CROP, progress=False)
     assert seen and not any(seen) and tokenizer.weights_hash() == before and not tokenizer.training
     assert not any(isinstance(value, torch.Tensor) and value.grad is not None for value in tokenizer.parameters())
+
+
+def test_files_come_in_order_of_their_whole_names(tmp_path: Path) -> None:
+    """So the order, and with it a store's rows, is the same however folders are walked: '-' sorts before '/'."""
+    for name in ("b/1.png", "b-c.png", "b.png", "a/z/9.png"):
+        file = tmp_path / "class" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(8, 8, 0).save(file)
+    source = ImageFolder(tmp_path)
+    assert source.files == ["class/a/z/9.png", "class/b-c.png", "class/b.png", "class/b/1.png"]

@@ -52,6 +52,7 @@ def test_store_holds_the_codes_of_every_view(tmp_path: Path, folder: Path, data:
     for row, index in enumerate(good):
         views = make_views(source[index].image, index, data, 16, 3, seed=5)
         assert torch.equal(store.codes([row], range(len(views)))[0], tokenizer.encode(from_uint8(torch.from_numpy(views))))
+    assert store.manifest["pixels"] == "upright by EXIF, 16 bits scaled by the white level"  # the rule: a store without it was made under another
     assert [entry["key"] for entry in store.manifest["skipped"]] == ["elm/00.jpg", "oak/02.jpg"]
     assert "truncated" in store.manifest["skipped"][1]["reason"].lower()
     assert skipped_report(store).splitlines()[0].startswith("skipped elm/00.jpg: UnidentifiedImageError")

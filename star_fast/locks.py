@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from star_fast.errors import UserError
-from star_fast.storage import explain_write_errors
+from star_fast.storage import explain_write_errors, parse_json
 
 LOCK_FILE = ".lock"
 _PATIENCE_S = 20.0  # another process may have the file alone for the moment that writing a line takes
@@ -115,7 +115,7 @@ def _locked(file: IO[str], kind: int) -> bool:
 def _read(file: IO[str]) -> dict[str, object]:
     file.seek(0)
     try:
-        value = json.loads(file.read(4096))
+        value = parse_json(file.read(4096))
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

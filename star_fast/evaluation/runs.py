@@ -23,6 +23,7 @@ from star_fast.records import require
 from star_fast.storage import StorageError, read_bytes, remove_leftovers, to_record
 
 _METRICS_HINT = "expected the metrics that training writes beside its model"
+_MOST_LINE_BYTES = 2**16  # training's take some hundred
 _MOST_METRICS_BYTES = 2**28
 
 
@@ -134,6 +135,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 def _metrics_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(read_bytes(file, _METRICS_HINT, _MOST_METRICS_BYTES).splitlines(), 1):
         try:
+            if len(line) > _MOST_LINE_BYTES:
+                raise ValueError("too long")
             # Earlier versions wrote NaN and Infinity, which are no JSON; they count as the null that is written now.
             values = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:

@@ -230,7 +230,8 @@ def test_a_classifier_that_diverges_says_so() -> None:
 @pytest.mark.parametrize("line", [
     "", "{}", "null", "7", '"step"', "[1]", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": null}', '{"step": 1', "\x00",
     '{"step": ' + "9" * 5000 + "}", '{"step": 1' + "0" * 400 + "}", '{"step": 1, "ar": 1' + "0" * 400 + "}", '{"step": 1, "ar": 1e999}',
-    '{"step": 1, "ar": [1]}', '{"step": 1, "time_s": -1}', '{"step": 1, "a": ' + "[" * 100_000, '{"step": 1, "ar": "x\x1b"}'], ids=lambda line: line[:20])
+    '{"step": 1, "ar": [1]}', '{"step": 1, "time_s": -1}', '{"step": 1, "a": ' + "[" * 100_000, '{"step": 1, "ar": "x\x1b"}',
+    '{"step": 1, "a": [' + "0," * 100_000 + "0]}"], ids=lambda line: line[:20])
 def test_a_line_of_metrics_that_training_never_wrote_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ar": 2.0}\n' + line + "\n")
     with one_line(r"metrics\.jsonl, line 2: "):

@@ -13,7 +13,7 @@ from torch import Tensor
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.data.codes import CodeStore
 from star_fast.training.batches import Batches, resolve
-from star_fast.training.engine import Engine, build_student
+from star_fast.training.engine import Engine, build_student, clips_outside, deepspeed_settings
 from star_fast.training.loop import learning_rate
 from tests.training.plain_trainer import PlainTrainer, micro_batches
 from tests.training.plain_trainer import learning_rate as plain_learning_rate
@@ -98,6 +98,14 @@ def test_a_gradient_too_long_is_cut_to_the_clipping_norm(make_engine: Callable, 
     assert moved[0.02] < 1.01 * 0.02
     if precision == "fp32":  # in bf16 the projector's masters are out of reach here
         assert moved[0.02] > 0.95 * 0.02
+
+
+@pytest.mark.parametrize(("precision", "stage", "clip"), [("fp32", 0, 0.0), ("fp32", 1, 0.2), ("bf16", 0, 0.2), ("bf16", 1, 0.2)])
+def test_one_of_the_two_clips(store: CodeStore, precision: str, stage: int, clip: float) -> None:
+    """Where the engine here takes the norm itself DeepSpeed must not cut the gradient once more."""
+    config = changed(CONFIG, store, train__precision=precision, train__zero_stage=stage)
+    assert clips_outside(config) == (clip == 0)
+    assert deepspeed_settings(config, 8, 3)["gradient_clipping"] == clip
 
 
 def test_dropout_is_renewed_with_every_batch_and_names_seed_and_images(make_engine: Callable) -> None:

@@ -23,13 +23,15 @@ from torch import Tensor
 
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.data.codes import CodeStore
+from star_fast.errors import UserError
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
 from star_fast.training.export import export
+from star_fast.training.ranks import together
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
-from star_fast.training.watch import LossWatch
+from star_fast.training.watch import Diverged, LossWatch
 
 LATE_S = 0.4  # how late a rank is made to come where the others must wait for it: a race that is lost shows, one that is won costs this much
 
@@ -144,6 +146,50 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
     return seen
 
 
+def faults(config: RunConfig, store: CodeStore, device: torch.device, run: Path) -> dict[str, Any]:
+    """What every rank is told, and what is on the disk, when something is wrong on the last rank, or with one file, alone."""
+    engine, batches = start(config, store, device)
+    engine.step(batches.step(0), 0, config.lr)
+    last = engine.rank == engine.ranks - 1
+
+    def told(job: Callable[[], Any]) -> str:
+        try:
+            job()
+        except (Diverged, UserError) as error:
+            return str(error)
+        finally:
+            dist.barrier()
+        return "nothing"
+
+    def full(*_: Any) -> None:
+        raise UserError("the disk is full")
+
+    seen: dict[str, Any] = {}
+    for name, on in (("_save_teacher", engine.ranks - 1), ("_describe", engine.ranks - 1), ("_complete", 0)):
+        original = getattr(checkpoint, name)
+        setattr(checkpoint, name, full if engine.rank == on else original)
+        seen[name] = told(lambda: checkpoint.save(engine, store, run, 1, 1)), sorted(path.name for path in (run / "checkpoints").iterdir())
+        setattr(checkpoint, name, original)
+    folder = checkpoint.save(engine, store, run, 1, 1)
+    seen["damaged"] = {}
+    for name in checkpoint._listing(folder):
+        if name != checkpoint.RECORD_FILE:
+            whole_file = (folder / name).read_bytes()
+            dist.barrier()
+            if engine.rank == 0:
+                (folder / name).write_bytes(whole_file[:-1] + bytes([whole_file[-1] ^ 1]))
+            dist.barrier()
+            seen["damaged"][name] = told(lambda: together(lambda: checkpoint.check(folder, engine, store)))
+            if engine.rank == 0:
+                (folder / name).write_bytes(whole_file)
+            dist.barrier()
+    seen["whole"] = told(lambda: together(lambda: checkpoint.check(folder, engine, store)))
+    if last:
+        engine.masters.tensors()[0].view(-1)[3] = float("inf")
+    seen["infinite"] = told(lambda: engine.require_finite(1))
+    return seen
+
+
 def main() -> None:
     """All jobs of several ranks."""
     folder = Path(sys.argv[1])
@@ -159,6 +205,7 @@ def main() -> None:
         "own_loss": own_loss(settings(store, dropout=0.3), store, device),
         "log_line": log_line(folder),
         "saved": save_and_load(settings(store, precision="bf16", stage=1, dropout=0.2), store, device, folder / "run"),
+        "faults": faults(settings(store, precision="bf16", stage=1), store, device, folder / "faulty"),
     }
     torch.save(seen, folder / f"rank-{rank}.pt")
     dist.barrier()

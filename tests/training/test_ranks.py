@@ -146,3 +146,16 @@ def test_a_log_line_has_the_mean_of_all_ranks(two_ranks: list[dict[str, Any]]) -
 def test_a_sharded_checkpoint_is_whole_on_every_rank_however_late_one_comes(two_ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(two_ranks):
         assert seen["saved"] == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"
+
+
+def test_what_is_wrong_on_one_rank_stops_all_of_them(two_ranks: list[dict[str, Any]]) -> None:
+    for rank, seen in enumerate(two_ranks):
+        faults = seen["faults"]
+        for name in ("_save_teacher", "_describe"):
+            assert faults[name] == ("rank 1: the disk is full", []), f"rank {rank}, {name}"
+        assert faults["_complete"] == ("the disk is full", []), f"rank {rank}"
+        assert len(faults["damaged"]) == 5  # two of DeepSpeed's shards, its model states, two shards of the teacher
+        for name, told in faults["damaged"].items():
+            assert f"{name} is not the file that was saved" in told, f"rank {rank}"
+        assert faults["whole"] == "nothing"
+        assert faults["infinite"] == "step 1: the student's weights are not finite", f"rank {rank}"

@@ -153,6 +153,8 @@ def test_a_resumed_run_ends_as_the_unbroken_one(run: Run, tmp_path: Path) -> Non
         return [{name: value for name, value in line.items() if name not in ("images_per_s", "time_s")} for line in lines(folder)]
 
     assert timeless(again) == timeless(run.folder)
+    remembered = [json.loads((folder / "checkpoints/step-0000010/complete.json").read_text())["telemetry"] for folder in (again, run.folder)]
+    assert remembered[0] == remembered[1] and len(remembered[1]["window"]) == STEPS  # a jump of the loss is judged by the same steps
 
 
 def test_lines_of_lost_steps_go_and_the_clock_goes_on(run: Run, tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ class TrainConfig:
     epochs: float = 50.0  # passes over the training images (paper: 50 and 300); counts images, not views
     max_steps: int = 0  # optimizer steps; 0: from epochs
     precision: typing.Literal["bf16", "fp32"] = "bf16"  # of weights and activations; master weights are float32 (LlamaGen)
+    gradient_precision: typing.Literal["fp32", "bf16"] = "fp32"  # in which gradients are accumulated and reduced (LlamaGen: fp32)
     zero_stage: int = 1  # DeepSpeed ZeRO stage
     block_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
     seed: int = 0  # of initial weights, masks, views, position sets and dropout
@@ -152,7 +153,10 @@ class TrainConfig:
         require(self.epochs > 0, "train.epochs", self.epochs, "more than 0")
         require(self.max_steps >= 0, "train.max_steps", self.max_steps, "0 (from train.epochs) or more")
         require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
+        require(self.gradient_precision in ("fp32", "bf16"), "train.gradient_precision", self.gradient_precision, "'fp32' or 'bf16'")
         require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2")
+        require((self.precision, self.gradient_precision, self.zero_stage) != ("bf16", "fp32", 0), "train.zero_stage", self.zero_stage,
+                "1 or more, for float32 gradients of bf16 weights (on one rank it takes the same memory), or train.gradient_precision bf16")
         for name in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(self.validate_every_steps >= 0, "train.validate_every_steps", self.validate_every_steps, "0 (never) or more")

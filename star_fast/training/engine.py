@@ -19,8 +19,9 @@ from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
 from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
-from star_fast.training import deepspeed_files
+from star_fast.training import deepspeed_files, zero1
 from star_fast.training.batches import MicroBatch
+from star_fast.training.host_memory import keep_freed_memory
 from star_fast.training.masters import Masters
 from star_fast.training.ranks import import_deepspeed
 from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
@@ -45,13 +46,20 @@ def clips_outside(config: RunConfig) -> bool:
     return config.train.precision == "fp32" and config.train.zero_stage == 0
 
 
+def _float32_gradients(config: RunConfig) -> bool:
+    return config.train.precision == "fp32" or config.train.gradient_precision == "fp32"
+
+
 def deepspeed_settings(config: RunConfig, micro_images: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON for this run."""
     return {
         "train_micro_batch_size_per_gpu": micro_images,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clips_outside(config) else config.optim.clip_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # A gradient goes into its float32 place as soon as it is made; infinities are looked for on the device (zero1.py) and where numbers are read anyway.
+        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32" if _float32_gradients(config) else "bf16"},
+        "communication_data_type": "fp32" if _float32_gradients(config) else "bf16",
         "zero_optimization": {"stage": config.train.zero_stage, "round_robin_gradients": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
@@ -81,8 +89,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: tor
             from apex.optimizers import FusedAdam
             return FusedAdam(groups, adam_w_mode=True, **settings)
         except ImportError:
-            return torch.optim.AdamW(groups, fused=True, **settings)
-    return torch.optim.AdamW(groups, foreach=True, **settings)
+            pass
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 class Engine:
@@ -90,12 +98,15 @@ class Engine:
 
     def __init__(self, config: RunConfig, student: Student, device: torch.device, micro_images: int, accumulation: int) -> None:
         deepspeed = import_deepspeed()
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
         teacher_source = student.transformer
         groups = parameter_groups(student, config.optim.weight_decay)
         self.deepspeed, *_ = deepspeed.initialize(
             model=student.to(device), optimizer=build_optimizer(groups, config, device),
             config=deepspeed_settings(config, micro_images, accumulation), dist_init_required=False)
+        zero1.take_over(self.deepspeed.optimizer)
         self.files = deepspeed_files.take_over(self.deepspeed)
         self.student, self.clips_here = student, clips_outside(config)
         transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
@@ -104,6 +115,15 @@ class Engine:
         if config.method.has_teacher:
             self.teacher = Teacher(teacher_source, config.method, config.contrast_depth)
             self.masters.attach(self.teacher)
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's weights, masters, optimizer moments and teacher: what stays between two steps, gradients left out."""
+        optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        tensors = [*self.student.parameters(), *(parameter for group in optimizer.param_groups for parameter in group["params"])]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        if self.teacher is not None:
+            tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
+        return sum(nbytes for nbytes in {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
     def losses(self, batch: MicroBatch) -> Losses:
         """The student's losses on one micro-batch; the teacher runs first and hands over features only."""

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from star_fast.method.teacher import Teacher
 
+# Of DeepSpeed's optimizers for ZeRO-1 and 2: this rank's float32 shards, by group -> (the groups' flat working buffers, their parameters).
+_SHARDS = {"single_partition_of_fp32_groups": ("bit16_groups_flat", "bit16_groups"),
+           "fp32_groups_flat_partition": ("bf16_groups_flat", "bf16_groups")}  # bf16, ZeRO-1, float32 gradients
+
 
 @dataclass
 class _Flat:
@@ -44,15 +48,17 @@ class Masters:
     def __init__(self, optimizer: Any, transformer: nn.Module, groups: list[int]) -> None:
         self._optimizer, self._groups = optimizer, groups
         self._named = list(transformer.named_parameters())
-        self.sharded = hasattr(optimizer, "single_partition_of_fp32_groups")
+        self._shards = next((name for name in _SHARDS if hasattr(optimizer, name)), None)
+        self.sharded = self._shards is not None
         if self.sharded:
             names = {id(parameter): name for name, parameter in self._named}
-            self._flats = [_Flat(optimizer.bit16_groups_flat[g], [(names[id(p)], p) for p in optimizer.bit16_groups[g]]) for g in groups]
+            flats, members = (getattr(optimizer, name) for name in _SHARDS[self._shards])
+            self._flats = [_Flat(flats[g], [(names[id(p)], p) for p in members[g]]) for g in groups]
 
     def tensors(self) -> list[Tensor]:
         """The float32 masters this rank holds, in a fixed order. Fresh at each call: loading a checkpoint may replace them."""
         if self.sharded:
-            return [self._optimizer.single_partition_of_fp32_groups[g].detach() for g in self._groups]
+            return [getattr(self._optimizer, self._shards)[g].detach() for g in self._groups]
         if hasattr(self._optimizer, "fp32_groups"):  # bf16 without ZeRO
             by_working = {id(working): master for groups in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
                           for working, master in zip(*groups, strict=True)}

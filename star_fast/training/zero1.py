@@ -26,6 +26,24 @@ def take_over(optimizer: Any) -> None:
     optimizer.prepare()
 
 
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all of them, 0-d float32 on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+
+
+def scale_in_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, clip: float, ranks: int = 1) -> None:
+    """Let the optimizer's next step divide its `gradients` by ranks * max(1, (norm + 1e-6) / clip), and skip itself if `norm` is not finite.
+
+    Args:
+        norm: of the gradients' mean over ranks, 0-d. clip: largest norm; 0: none. ranks: over how many the gradients are summed.
+    """
+    scale = ((norm + 1e-6) / clip).clamp(min=1.0).mul_(ranks) if clip else torch.full_like(norm, ranks)
+    if "fused" in optimizer.defaults:  # torch's AdamW
+        optimizer.grad_scale, optimizer.found_inf = scale, (~torch.isfinite(norm)).float()
+    else:  # apex's FusedAdam takes no such tensors: a step that is not finite shows in the weights
+        torch._foreach_div_(gradients, scale)
+
+
 class _Steps:
     """Methods laid over BF16_Optimizer's.
 
@@ -102,13 +120,9 @@ class _Steps:
         for wait in self._waits:
             wait.wait()
         self._waits.clear()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.fp32_groups_gradients_flat))) / self.ranks
-        scale = ((norm + 1e-6) / self.clip_grad).clamp_(min=1.0).mul_(self.ranks) if self.clip_grad else torch.full_like(norm, self.ranks)
+        norm = global_norm(self.fp32_groups_gradients_flat) / self.ranks
         self._global_grad_norm, self.overflow = norm, False
-        if "fused" in self.optimizer.defaults:  # torch's AdamW
-            self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~torch.isfinite(norm)).float()
-        else:  # apex's FusedAdam takes no such tensors
-            torch._foreach_div_(self.fp32_groups_gradient_flat_partition, scale)
+        scale_in_step(self.optimizer, self.fp32_groups_gradient_flat_partition, norm, self.clip_grad, self.ranks)
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
         self.update_lp_params()

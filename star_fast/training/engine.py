@@ -97,6 +97,9 @@ class Engine:
         if device.type == "cpu":
             keep_freed_memory()
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
+        self.doing: Callable[[str], None] = lambda what: None  # told what begins within a step
+        # A signal to one rank is for all: asked each step, over the hosts, so that no GPU waits.
+        self.hosts = dist.new_group(backend="gloo") if device.type == "cuda" and self.ranks > 1 else None
         self.student, self.clips_here = student, deepspeed_settings.clips_outside(config)
         self.settings = deepspeed_settings.settings(config, micro_images, accumulation)
         self.teacher: Teacher | None = None
@@ -159,8 +162,11 @@ class Engine:
         self.deepspeed.train()
         collected, grad_norm = [], None
         for index, batch in enumerate(batches):
+            self.doing(f"forward pass of micro-batch {index + 1}, with the all-gather of the teacher's keys")
             losses = self.losses(batch)
+            self.doing(f"backward pass of micro-batch {index + 1}, with the reduction of its gradients")
             self.deepspeed.backward(losses.total)
+            self.doing("optimizer step, with the all-gather of the weights")
             if self.clips_here and index + 1 == len(batches):
                 gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
                 grad_norm = zero1.global_norm(gradients)
@@ -170,6 +176,14 @@ class Engine:
         if self.teacher is not None:
             self.teacher.update(self.masters.tensors(), step)
         return torch.stack(collected).mean(0), torch.as_tensor(self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank. A collective of the hosts."""
+        if self.ranks == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        dist.all_reduce(found, group=self.hosts)
+        return bool(found.item())
 
     def settle(self) -> None:
         """Wait until the weights of student and teacher that are on their way from other ranks have arrived."""

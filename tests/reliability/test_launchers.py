@@ -56,7 +56,7 @@ def test_ctrl_c_under_a_launcher_loses_no_step(launcher: str, tmp_path: Path) ->
     wait_for(lambda: steps_logged(tmp_path / "run") >= 3, job)
     os.killpg(job.pid, signal.SIGINT)
     output = job.communicate(timeout=PATIENCE_S)[0]
-    assert "Traceback (most recent call last)" not in output.split("torch/distributed")[0], output[-3000:]
+    assert f'File "{ROOT / "star_fast"}' not in output, output[-3000:]  # a launcher may show a traceback of its own, ours never
     newest = checkpoint.latest(tmp_path / "run")
     assert newest is not None, output[-3000:]
     assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") >= 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -121,7 +120,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(backend: str, precision: str,
             kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
         return tensor
 
-    with dispatch.use_backend(backend) if backend == "triton" else contextlib.nullcontext():
+    with dispatch.use_backend(backend):
         last, keys = teacher.features(given["tokens"], given["label"], given["positions"])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             student(**given, teacher_last=last, keys=keys)
@@ -158,7 +157,7 @@ def test_largest_micro_batch_is_the_largest() -> None:
     made = plan.make_plan(XL, 8, 80.0, gpu("h100"))
     limit = (80 - plan.RESERVED_GIB) * GIB
     for row in made.stages:
-        assert plan.peak_bytes(XL, row.stage, 8, row.largest_images) <= limit < plan.peak_bytes(XL, row.stage, 8, row.largest_images + 1)
+        assert plan.gpu_bytes(XL, row.stage, 8, row.largest_images) <= limit < plan.gpu_bytes(XL, row.stage, 8, row.largest_images + 1)
         assert row.largest_images_recomputed > row.largest_images
     assert (made.advice.stage, made.advice.micro_images, made.advice.accumulation) == (1, 32, 1)
     tight = plan.make_plan(XL, 8, 24.0, gpu("h100"))

@@ -61,11 +61,20 @@ class Plan(NamedTuple):
     cache_bytes: int  # of sampling SAMPLED_IMAGES images with guidance
 
 
-def peak_bytes(config: RunConfig, stage: int, gpus: int, images: int, *, fused: bool = True) -> int:
-    """The most memory of one GPU at any moment: within a micro-batch, or in the optimizer step."""
-    held = states(config, stage, gpus)
-    stay = held.weights + held.gradients + held.optimizer + held.teacher
-    return stay + max(held.buffers + activations(config, micro(config, images, gpus), fused=fused).total, held.at_step)
+def peak_bytes(held: States, work: Activations, *, accumulating: bool = True) -> int:
+    """The most memory at any moment: when backward begins, when it ends, or in the optimizer step.
+
+    Args:
+        accumulating: whether gradients of earlier micro-batches are there when backward begins. Assumed of a GPU: the worse case.
+    """
+    lasting = held.weights + held.optimizer + held.teacher
+    begins = (held.gradients if accumulating or held.gradients_stay else 0) + held.buffers + work.total
+    return lasting + max(begins, held.gradients + held.buffers + work.working, held.gradients + held.at_step)
+
+
+def gpu_bytes(config: RunConfig, stage: int, gpus: int, images: int) -> int:
+    """Peak of one of `gpus` under ZeRO `stage` with micro-batches of `images`."""
+    return peak_bytes(states(config, stage, gpus), activations(config, micro(config, images, gpus)))
 
 
 def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu) -> Plan:
@@ -103,7 +112,7 @@ def _check(config: RunConfig, gpus: int, memory_gib: float) -> None:
 
 def _stage(config: RunConfig, stage: int, gpus: int, images: int, limit: int) -> Stage:
     recomputed = dataclasses.replace(config, train=dataclasses.replace(config.train, block_checkpointing=True))
-    peak = peak_bytes(config, stage, gpus, images)
+    peak = gpu_bytes(config, stage, gpus, images)
     return Stage(stage, _offered(config, stage), states(config, stage, gpus), activations(config, micro(config, images, gpus)), peak, peak <= limit,
                  _largest(config, stage, gpus, limit), _largest(recomputed, stage, gpus, limit))
 
@@ -121,7 +130,7 @@ def _largest(config: RunConfig, stage: int, gpus: int, limit: int) -> int:
     fits, too_many = 0, _MOST_IMAGES
     while fits + 1 < too_many:
         images = (fits + too_many) // 2
-        if peak_bytes(config, stage, gpus, images) <= limit:
+        if gpu_bytes(config, stage, gpus, images) <= limit:
             fits = images
         else:
             too_many = images
@@ -140,7 +149,7 @@ def _advice(config: RunConfig, stages: list[Stage], gpus: int, share: int, memor
     best = min(fitting, key=rank)
     images = _divisor(share, best.largest_images)
     recomputed = share // _divisor(share, max(row.largest_images_recomputed for row in fitting))
-    return Advice(best.stage, images, share // images, peak_bytes(config, best.stage, gpus, images), recomputed if recomputed < share // images else 0)
+    return Advice(best.stage, images, share // images, gpu_bytes(config, best.stage, gpus, images), recomputed if recomputed < share // images else 0)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -149,7 +158,7 @@ def _divisor(number: int, most: int) -> int:
 
 
 def _nothing_fits(config: RunConfig, stages: list[Stage], gpus: int, memory_gib: float) -> str:
-    needs = {row.stage: peak_bytes(config, row.stage, gpus, 1) / GIB + RESERVED_GIB for row in stages}
+    needs = {row.stage: gpu_bytes(config, row.stage, gpus, 1) / GIB + RESERVED_GIB for row in stages}
     least = min((need, stage) for stage, need in needs.items() if stages[stage].offered)
     found = f"nothing fits: one image on each of {gpus} GPUs needs {least[0]:.1f} GiB at best (ZeRO-{least[1]}), they have {memory_gib:g}"
     if any(row.offered and row.largest_images_recomputed for row in stages):

@@ -1,0 +1,144 @@
+"""Memory that `star-fast plan` predicts against the peak of a real training step on the CPU, each configuration in a process of its own.
+
+    python benchmarks/plan_check.py                 writes results/plan_check.md (some minutes)
+
+The peak is that of resident memory in the second step (VmHWM, reset through /proc/self/clear_refs) less what the process held before anything was
+built, after a tiny training step that loads every library. glibc gives freed memory back at once (MALLOC_ variables). The ops run by their plain torch
+references, so the prediction is theirs (`fused=False`); of DeepSpeed's reduction buffer only the part that is touched is memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from star_fast.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
+
+RESULTS = Path(__file__).resolve().parent / "results" / "plan_check.md"
+MIB = 2**20
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "STAR_FAST_BACKEND": "reference"}
+
+
+class Case(NamedTuple):
+    """One configuration: T 256, V 4096, two views, one rank."""
+
+    blocks: int
+    heads: int
+    width: int
+    images: int  # of a micro-batch
+    precision: str
+    stage: int
+    recompute: bool = False
+    accumulation: int = 1
+
+    def config(self) -> RunConfig:
+        """The same as settings."""
+        return RunConfig(ModelConfig(self.blocks, self.heads, self.width, vocab=4096, positions=256, num_classes=100), MethodConfig(projector_width=512),
+                         train=TrainConfig(images_per_step=self.images * self.accumulation, micro_batch_images=self.images, precision=self.precision,
+                                           zero_stage=self.stage, block_checkpointing=self.recompute))
+
+
+CASES = [
+    Case(8, 8, 512, 4, "bf16", 1),
+    Case(8, 8, 512, 4, "bf16", 1, recompute=True),
+    Case(8, 8, 512, 12, "bf16", 1),
+    Case(4, 12, 768, 2, "bf16", 1, accumulation=2),
+    Case(4, 12, 768, 4, "bf16", 2),
+    Case(8, 8, 512, 4, "bf16", 0),
+    Case(6, 8, 384, 6, "fp32", 0),
+]
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since the last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    import torch
+
+    from star_fast.planning.activations import activations
+    from star_fast.planning.plan import peak_bytes
+    from star_fast.planning.sizes import micro, parameters
+    from star_fast.planning.states import states
+    from star_fast.training.batches import MicroBatch
+    from star_fast.training.engine import Engine, build_optimizer, build_student, start_ranks
+
+    torch.manual_seed(0)
+    _, _, device = start_ranks()
+    config = case.config()
+
+    def batches(settings: RunConfig, count: int) -> list[MicroBatch]:
+        model, rows = settings.model, settings.train.micro_batch_images * settings.method.views
+        targets = torch.randint(model.vocab, (rows, model.positions))
+        keep = torch.rand(rows, model.positions) >= settings.method.mask_ratio
+        keep[:, 0] = True
+        return [MicroBatch(targets[:, :-1].contiguous(), torch.zeros(rows, dtype=torch.int64), targets, keep, torch.arange(4), 0)] * count
+
+    tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=1, heads=2, width=32, vocab=64))
+    warm = Engine(tiny, build_student(tiny), device, case.images, 1)
+    warm.step(batches(tiny, 1), 0, 1e-4)
+    del warm
+    before = resident()
+    engine = Engine(config, build_student(config), device, case.images, case.accumulation)
+    given = batches(config, case.accumulation)
+    engine.step(given, 0, 1e-4)
+    Path("/proc/self/clear_refs").write_text("5")
+    engine.step(given, 1, 1e-4)
+    measured = resident("VmHWM") - before
+    P = parameters(config).student
+    wide = config.train.gradient_precision == "fp32" if hasattr(config.train, "gradient_precision") else False
+    held = states(config, case.stage, 1, bucket_numbers=0, wide=wide or case.precision == "fp32")
+    if build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config, device).defaults.get("foreach"):
+        held = held._replace(at_step=held.at_step + 4 * P)  # the square roots of all second moments at once
+    work = activations(config, micro(config, case.images, 1), fused=False)
+    return {"parameters": P, "measured": measured, "predicted": peak_bytes(held, work, accumulating=case.accumulation > 1), "states": held.weights + held.gradients + held.optimizer + held.teacher, "activations": work.total,
+            "at_step": held.at_step, "gradients": "float32" if wide or case.precision == "fp32" else "bf16"}
+
+
+def row(case: Case) -> str:
+    """One line of the table."""
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(case._asdict())], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    predicted, measured = found["predicted"], found["measured"]
+    return (f"| {case.blocks} x {case.width} ({found['parameters'] / 1e6:.0f} M) | {case.images}{f' x {case.accumulation}' if case.accumulation > 1 else ''} "
+            f"| {case.precision}, {found['gradients']} gradients | {case.stage} | {'yes' if case.recompute else 'no'} | {found['states'] / MIB:.0f} "
+            f"| {found['activations'] / MIB:.0f} | {found['at_step'] / MIB:.0f} | {predicted / MIB:.0f} | {measured / MIB:.0f} "
+            f"| {predicted / measured - 1:+.0%} |")
+
+
+def main() -> None:
+    """Measure all cases and write the table."""
+    from benchmarks.timing import environment
+
+    about = environment("cpu")
+    lines = ["# Planned and measured memory", "", f"device {about['device']}, torch {about['torch']}, commit {about['commit']}; MiB of one process", "",
+             "| blocks x width | images | precision | ZeRO | blocks recomputed | states | activations | optimizer step | predicted peak | measured peak | error |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for case in CASES:
+        lines.append(row(case))
+        print(lines[-1], flush=True)
+    lines += ["", " ".join((__doc__ or "").split("\n\n")[-1].split()), "",
+              "States: weights, gradients, optimizer, teacher. Predicted: their sum and the larger of a micro-batch's activations and what the optimizer "
+              "step takes; gradients that do not outlast the step are not there when backward begins. On a GPU the kernels save less (see planning/activations.py); "
+              "their saved bytes are held to the formulas in tests/test_plan.py, a GPU's peak is not measured.", ""]
+    RESULTS.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(Case(**json.loads(sys.argv[2])))))
+    else:
+        main()

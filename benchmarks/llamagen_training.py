@@ -130,6 +130,11 @@ class PlainTraining:
                     mean.mul_(decay).add_(value, alpha=1 - decay)
         return loss.detach()
 
+    def state_bytes(self) -> int:
+        """Weights, AdamW's moments and the teacher: what stays between two steps."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*self.parameters, *moments, *(self.teacher.parameters() if self.teacher is not None else ())])
+
     def loss(self, batch: MicroBatch) -> Tensor:
         """All terms of one micro-batch."""
         method = self.method

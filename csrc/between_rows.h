@@ -1,5 +1,23 @@
-// What stands between a block's matrix products, one row at a time: residual add with RMSNorm, and SwiGLU. between_cpu.cpp includes this file once per
-// instruction set, inside a namespace of its own, after lanes.h. Knows no torch. Everything is computed in float32.
+// What stands between a block's matrix products, one row at a time, with its gradients: residual add with dropout and RMSNorm, and SwiGLU. between_cpu.cpp
+// includes this file once per instruction set, inside a namespace of its own, after lanes.h and dropout_row.h. Knows no torch. Everything is computed in float32.
+
+typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
+
+// lowbias32, as in dropout_row.h.
+STAR_FAST_INLINE UintLanes hash_of(UintLanes x) {
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+STAR_FAST_INLINE Lanes dropped(const Lanes& lanes, const DropoutRow& dropout, int e) {
+  UintLanes columns;
+  std::memcpy(&columns, dropout.column_hashes + e, sizeof(columns));
+  const IntLanes hash = same_bits<IntLanes>(hash_of(columns + dropout.row_hash));
+  return hash < dropout.limit ? lanes * dropout.scale : lanes * 0.0f;
+}
 
 STAR_FAST_INLINE Lanes rounded_to(const Lanes& lanes, const float*) { return lanes; }
 
@@ -9,21 +27,24 @@ STAR_FAST_INLINE Lanes rounded_to(const Lanes& lanes, const Bfloat16Bits*) {
   return load(bits);
 }
 
-// sum = round(residual + x); normed = round(round(sum / rms(sum)) * weight). `width` is a multiple of kLanes. `residual` may be null: then sum is x itself
-// and nothing is written to `sum`.
+// sum = round(residual + dropout(x)); normed = round(round(sum / rms(sum)) * weight). `width` is a multiple of kLanes. `residual` may be null; without a
+// residual and dropout the sum is x itself and nothing is written to `sum`.
 template <class T>
-static void add_rms_norm_row(const T* x, const T* residual, const T* weight, float eps, int width, T* normed, T* sum) {
+static void add_rms_norm_row(const T* x, const T* residual, const T* weight, float eps, int width, const DropoutRow& dropout, T* normed, T* sum) {
+  const bool separate = residual || dropout.column_hashes;
   Lanes squares = {};
   for (int e = 0; e < width; e += kLanes) {
     Lanes h = load(x + e);
-    if (residual) {
-      h = rounded_to(h + load(residual + e), x);
+    if (dropout.column_hashes) h = dropped(h, dropout, e);
+    if (residual) h += load(residual + e);
+    if (separate) {
+      h = rounded_to(h, x);
       store(h, sum + e);
     }
     squares += h * h;
   }
   const float scale = 1.0f / std::sqrt(sum_of(squares) / float(width) + eps);
-  const T* h_row = residual ? sum : x;
+  const T* h_row = separate ? sum : x;
   for (int e = 0; e < width; e += kLanes) store(rounded_to(load(h_row + e) * scale, x) * load(weight + e), normed + e);
 }
 
@@ -35,5 +56,45 @@ static void swiglu_row(const T* row, int width, T* out) {
     const Lanes small = exp_of(a < 0.0f ? a : -a);  // e^-|a|: never overflows
     const Lanes sigmoid = (a < 0.0f ? small : small * 0.0f + 1.0f) / (small + 1.0f);
     store(a * sigmoid * b, out + e);
+  }
+}
+
+// Gradients of add_rms_norm_row by its sum h and by x, and one row's share of the weight's, added to `dweight`. With n = h / rms(h):
+// dh = (dnormed * weight - n * mean(dnormed * weight * n)) / rms(h) + dsum, dx = dropout(dh). `dnormed` or `dsum` may be null, `dh` or `dx` too.
+template <class T>
+static void add_rms_norm_backward_row(const T* h, const T* weight, const T* dnormed, const T* dsum, float eps, int width, const DropoutRow& dropout, T* dh,
+                                      T* dx, float* dweight) {
+  float inverse = 0.0f, mean = 0.0f;
+  if (dnormed) {
+    Lanes squares = {};
+    for (int e = 0; e < width; e += kLanes) squares += load(h + e) * load(h + e);
+    inverse = 1.0f / std::sqrt(sum_of(squares) / float(width) + eps);
+    Lanes products = {};
+    for (int e = 0; e < width; e += kLanes) products += load(dnormed + e) * load(weight + e) * (load(h + e) * inverse);
+    mean = sum_of(products) / float(width);
+  }
+  for (int e = 0; e < width; e += kLanes) {
+    Lanes gradient = {};
+    if (dnormed) {
+      const Lanes n = load(h + e) * inverse, given = load(dnormed + e);
+      gradient = (given * load(weight + e) - n * mean) * inverse;
+      store(load(dweight + e) + given * rounded_to(n, h), dweight + e);
+    }
+    if (dsum) gradient += load(dsum + e);
+    if (dh) store(gradient, dh + e);
+    if (dx) store(dropout.column_hashes ? dropped(gradient, dropout, e) : gradient, dx + e);
+  }
+}
+
+// With s = sigmoid(a): da = dout * b * s * (1 + a * (1 - s)), db = dout * a * s; `drow` holds da, then db.
+template <class T>
+static void swiglu_backward_row(const T* row, const T* dout, int width, T* drow) {
+  for (int e = 0; e < width; e += kLanes) {
+    const Lanes a = load(row + e), b = load(row + width + e), given = load(dout + e);
+    const Lanes small = exp_of(a < 0.0f ? a : -a);
+    const Lanes whole = small + 1.0f;
+    const Lanes s = (a < 0.0f ? small : small * 0.0f + 1.0f) / whole, rest = (a < 0.0f ? small * 0.0f + 1.0f : small) / whole;  // rest = 1 - s
+    store(given * b * s * (a * rest + 1.0f), drow + e);
+    store(given * a * s, drow + width + e);
   }
 }

@@ -16,10 +16,18 @@ TORCH_LIBRARY(star_fast, m) {
   m.def(
       "decode_attention(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int position, Tensor? rotary, "
       "Tensor(e!) out) -> ()");
-  // CPU only, without gradients. x, residual, normed, sum (..., D) contiguous; weight (D). Without a residual there is no sum.
-  m.def("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!)? sum) -> ()");
-  // CPU only, without gradients. w1w3 (..., 2F), out (..., F), contiguous.
+  // CPU only. x, residual, normed, sum (..., D) contiguous; weight (D). Keys, limit and scale of the dropout mask; scale 0: none, then without a residual
+  // there is no sum.
+  m.def(
+      "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int row_key, int column_key, int limit, float scale, Tensor(a!) normed, "
+      "Tensor(b!)? sum) -> ()");
+  // CPU only. h is the sum above; gradients (..., D) contiguous; dweight (D) float32.
+  m.def(
+      "add_rms_norm_backward(Tensor h, Tensor weight, Tensor? dnormed, Tensor? dsum, float eps, int row_key, int column_key, int limit, float scale, "
+      "Tensor(a!)? dh, Tensor(b!)? dx, Tensor(c!) dweight) -> ()");
+  // CPU only. w1w3, dw1w3 (..., 2F), out, dout (..., F), contiguous.
   m.def("swiglu(Tensor w1w3, Tensor(a!) out) -> ()");
+  m.def("swiglu_backward(Tensor w1w3, Tensor dout, Tensor(a!) dw1w3) -> ()");
 }
 
 }  // namespace

@@ -130,11 +130,18 @@ class TrainConfig:
     epochs: float = 50.0  # passes over the training images (paper: 50 and 300); counts images, not views
     max_steps: int = 0  # optimizer steps; 0: from epochs
     precision: typing.Literal["bf16", "fp32"] = "bf16"  # of weights and activations; master weights are float32 (LlamaGen)
-    zero_stage: int = 1  # DeepSpeed ZeRO stage
+    gradient_precision: typing.Literal["fp32", "bf16"] = "fp32"  # in which gradients are accumulated and reduced (LlamaGen: fp32)
+    zero_stage: int = 1  # DeepSpeed ZeRO: 1 shards the optimizer and the teacher's masters, 2 the gradients too, 3 the weights too
+    offload_optimizer: bool = False  # keep this rank's masters and moments in host memory, and step there
     block_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
+    keep_attention: bool = False  # with block_checkpointing: keep what attention made and recompute the rest only
+    compile: bool = False  # torch.compile of the student's blocks
+    deepspeed: str = ""  # a DeepSpeed JSON of your own, laid over the derived one; what contradicts the fields above is refused
+    hang_minutes: float = 20.0  # a rank that makes no progress for so long says where it stands and ends; 0: never
     seed: int = 0  # of initial weights, masks, views, position sets and dropout
     save_every_steps: int = 1000  # steps between checkpoints; also saved at the end and on Ctrl-C
-    keep_checkpoints: int = 2  # older ones are removed
+    keep_checkpoints: int = 2  # the newest ones; older ones are removed
+    keep_every_steps: int = 0  # but those of every so many steps stay for good; 0: none
     log_every_steps: int = 10  # steps between lines of metrics.jsonl and TensorBoard
     validate_every_steps: int = 500  # steps between losses on the held-out split; 0: never
     tensorboard: bool = True
@@ -152,7 +159,14 @@ class TrainConfig:
         require(self.epochs > 0, "train.epochs", self.epochs, "more than 0")
         require(self.max_steps >= 0, "train.max_steps", self.max_steps, "0 (from train.epochs) or more")
         require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
-        require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2")
+        require(self.gradient_precision in ("fp32", "bf16"), "train.gradient_precision", self.gradient_precision, "'fp32' or 'bf16'")
+        require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require((self.precision, self.gradient_precision, self.zero_stage) != ("bf16", "fp32", 0), "train.zero_stage", self.zero_stage,
+                "1 or more, for float32 gradients of bf16 weights (on one rank it takes the same memory), or train.gradient_precision bf16")
+        require(self.zero_stage > 0 or not self.offload_optimizer, "train.offload_optimizer", self.offload_optimizer, "False with train.zero_stage 0")
+        require(self.block_checkpointing or not self.keep_attention, "train.keep_attention", self.keep_attention, "False without train.block_checkpointing")
+        require(self.hang_minutes >= 0, "train.hang_minutes", self.hang_minutes, "0 (never) or more")
+        require(self.keep_every_steps >= 0, "train.keep_every_steps", self.keep_every_steps, "0 (none) or more")
         for name in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(self.validate_every_steps >= 0, "train.validate_every_steps", self.validate_every_steps, "0 (never) or more")

@@ -5,6 +5,7 @@ No parameter is read outside this module's forward: under ZeRO-3 a weight exists
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -49,17 +50,23 @@ class Student(nn.Module):
         self.contrast_depth = contrast_depth
 
     def forward(self, tokens: Tensor, label: Tensor, targets: Tensor, keep: Tensor | None = None, teacher_last: Tensor | None = None,
-                keys: Tensor | None = None, positions: Tensor | None = None, row_offset: int = 0) -> Losses:
+                keys: Tensor | Callable[[], Tensor] | None = None, positions: Tensor | None = None, row_offset: int = 0, *, only_ar: bool = False) -> Losses:
         """The losses of one micro-batch of B images with M views each (sequence b*M + m is view m of image b).
 
         Args:
             tokens: (B*M, T-1) int64. label: (B*M,) int64, dropped ones are the null class. targets: (B*M, T) int64.
             keep: (B*M, T) bool, visible keys, or None.
             teacher_last: (B*M, T, D) the teacher's last features; None where L_MIM is off.
-            keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images; None where no contrast is on.
+            keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images, or a function that waits for them and returns
+                them; None where no contrast is on.
             positions: (K,) int64 the position set I, with `keys`.
             row_offset: key row of this rank's first image.
+            only_ar: the next-token loss alone, as validation wants it; the other terms are 0.
         """
+        if only_ar:
+            hidden = self.transformer(tokens, label, keep, logits=False).hidden
+            ar = objective.autoregressive_loss(hidden, self.transformer.output.weight, targets)
+            return Losses(ar, ar, *[ar.new_zeros(())] * 3)
         blocks = (self.contrast_depth,) if self.method.contrasts else ()
         out = self.transformer(tokens, label, keep, blocks=blocks, logits=False)
         anchor = None
@@ -67,4 +74,6 @@ class Student(nn.Module):
             # The projector acts on each position alone: project the K sampled ones only.
             slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)
             anchor = objective.slots_first(self.projector(slots_BMKD))
+        if callable(keys):
+            keys = keys()
         return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset)

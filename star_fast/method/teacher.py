@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,30 +33,41 @@ class Teacher:
         self.contrast_depth = contrast_depth
         self.masters: list[Tensor] = []
         self._copies: list[Tensor] | None = None
-        self._publish: Callable[[], None] = lambda: None
+        self._publish: Callable[[], list[Any]] = list
+        self._arrivals: list[Any] = []
 
-    def attach(self, masters: Sequence[Tensor], copies: Sequence[Tensor] | None, publish: Callable[[], None] = lambda: None) -> None:
+    def attach(self, masters: Sequence[Tensor], copies: Sequence[Tensor] | None, publish: Callable[[], list[Any]] = list) -> None:
         """Tell where the weights live.
 
         Args:
             masters: float32 tensors to average into. They may be `model`'s own parameters; then `copies` is None.
             copies: tensors of the same shapes in `model`'s dtype that receive the rounded masters.
-            publish: called after each update, to spread this rank's copies to all ranks' models.
+            publish: called after each update: starts to spread this rank's copies to all ranks' models, and returns what to wait for.
         """
         self.masters, self._copies, self._publish = list(masters), None if copies is None else list(copies), publish
 
     @torch.no_grad()
     def update(self, student_masters: Sequence[Tensor], step: int) -> None:
         """teacher += (1 - decay) * (student - teacher), once after optimizer step `step` (counted from 0)."""
-        ema_update(self.masters, list(student_masters), ema_decay(self.method, step), copy_to=self._copies)
-        self._publish()
+        self.settle()
+        near = self._copies is not None and self._copies[0].device == self.masters[0].device
+        ema_update(self.masters, list(student_masters), ema_decay(self.method, step), copy_to=self._copies if near else None)
+        if self._copies is not None and not near:  # masters in host memory
+            torch._foreach_copy_(self._copies, self.masters)
+        self._arrivals = self._publish()
+
+    def settle(self) -> None:
+        """Wait until `model` has arrived from all ranks."""
+        for arrival in self._arrivals:
+            arrival.wait()
+        self._arrivals = []
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Make `model` equal to `masters` (after these were loaded)."""
         if self._copies is not None:
             torch._foreach_copy_(self._copies, self.masters)
-        self._publish()
+        self._arrivals = self._publish()
 
     @torch.no_grad()
     def features(self, tokens: Tensor, label: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -63,8 +75,10 @@ class Teacher:
 
         Same tokens and same (possibly dropped) labels as the student's.
         """
+        self.settle()
         blocks = (self.contrast_depth,) if self.method.contrasts else ()
-        out = self.model(tokens, label, blocks=blocks, logits=False)
+        # Without L_MIM nothing is asked of the later blocks.
+        out = self.model(tokens, label, blocks=blocks, logits=False, last_block=0 if self.method.mim_weight else self.contrast_depth)
         slots = None
         if self.method.contrasts:
             slots = objective.slots_first(objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)).contiguous()

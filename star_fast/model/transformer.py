@@ -121,12 +121,20 @@ class Block(nn.Module):
         self.heads = config.heads
 
     def forward(self, normed_BTD: Tensor, residual_BTD: Tensor, keep_BT: Tensor | None, rotary: Tensor, dropout: float = 0.0,
-                seed: int = 0) -> tuple[Tensor, Tensor]:
-        """-> (what the feed-forward adds, the residual stream it is added to), both (B, T, D)."""
+                seed: int = 0, recompute_rest: bool = False) -> tuple[Tensor, Tensor]:
+        """-> (what the feed-forward adds, the residual stream it is added to), both (B, T, D).
+
+        With `recompute_rest` backward computes anew all but attention, whose input and output are kept.
+        """
         B, T, D = normed_BTD.shape
         qkv = self.attention.wqkv(normed_BTD).view(B, T, 3, self.heads, D // self.heads)
-        attended_BTD = self.attention.wo(masked_attention_qkv(qkv, keep_BT, rotary=rotary).reshape(B, T, D))
-        normed_BTD, residual_BTD = self.ffn_norm(attended_BTD, residual_BTD, dropout, seed)
+        attended_BTD = masked_attention_qkv(qkv, keep_BT, rotary=rotary).reshape(B, T, D)
+        if recompute_rest:
+            return checkpoint(self._rest, attended_BTD, residual_BTD, dropout, seed, use_reentrant=False, preserve_rng_state=False)
+        return self._rest(attended_BTD, residual_BTD, dropout, seed)
+
+    def _rest(self, attended_BTD: Tensor, residual_BTD: Tensor, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+        normed_BTD, residual_BTD = self.ffn_norm(self.attention.wo(attended_BTD), residual_BTD, dropout, seed)
         return self.feed_forward(normed_BTD), residual_BTD
 
     def step(self, normed_RD: Tensor, residual_RD: Tensor, cache: KVCache, position: int | Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +154,8 @@ class Transformer(nn.Module):
         if min(config.vocab, config.positions, config.num_classes) < 1:
             raise ValueError(f"Transformer: vocab, positions and num_classes must be set, got {config.vocab}, {config.positions}, {config.num_classes}")
         self.config = config
-        self.block_checkpointing = False
+        self.block_checkpointing = False  # recompute blocks in backward
+        self.keep_attention = False  # but not their attention
         self.cls_embedding = LabelEmbedding(config.num_classes, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.blocks))
@@ -184,7 +193,7 @@ class Transformer(nn.Module):
         return torch.cat([self.cls_embedding.embedding_table(label)[:, None], self.tok_embeddings(tokens)], dim=1)
 
     def forward(self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, *, blocks: Collection[int] = (),
-                logits: bool = True) -> TransformerOutput:
+                logits: bool = True, last_block: int = 0) -> TransformerOutput:
         """Features and, if asked, logits of image tokens 0 ... n.
 
         Args:
@@ -193,6 +202,7 @@ class Transformer(nn.Module):
             keep: (B, n+1) bool, False where a position is hidden as attention key; None hides nothing. keep[:, 0] is True.
             blocks: numbers (from 1) of the blocks whose outputs to return.
             logits: whether to multiply by the output matrix; training never does (ops.linear_cross_entropy does it in chunks).
+            last_block: number of the block to stop after, 0: the last. After an earlier one `last` is its output, and `hidden` is no model's.
 
         Raises:
             ValueError: too many tokens, rows of `label` and `tokens` differ, a block number that does not exist.
@@ -211,12 +221,12 @@ class Transformer(nn.Module):
         norms = [*(block.attention_norm for block in self.layers[1:]), self.norm]
         normed_BTD, residual_BTD = self.layers[0].attention_norm(self.embed(tokens, label), None, dropout, seeds[-1])
         features = {}
-        for index, (block, closing_norm) in enumerate(zip(self.layers, norms, strict=True)):
+        for index, (block, closing_norm) in enumerate(zip(self.layers[: last_block or None], norms[: last_block or None], strict=True)):
             arguments = (normed_BTD, residual_BTD, keep, rotary, dropout, seeds[2 * index])
-            if recompute:
+            if recompute and not self.keep_attention:
                 branch_BTD, residual_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                branch_BTD, residual_BTD = block(*arguments)
+                branch_BTD, residual_BTD = block(*arguments, recompute_rest=recompute)
             normed_BTD, residual_BTD = closing_norm(branch_BTD, residual_BTD, dropout, seeds[2 * index + 1])
             if index + 1 in blocks:
                 features[index + 1] = residual_BTD

@@ -1,7 +1,4 @@
-"""Why backend "cpp" serves a call of add_rms_norm or swiglu, and the two operators: one pass each for the rows of a decoding step on the CPU.
-
-Only (R, D) without gradients is served: training, whose tensors have three dimensions, computes the same with and without the extension, to the last bit.
-"""
+"""Which calls of add_rms_norm and swiglu backend "cpp" serves, and the operators behind it: one pass each way on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from star_fast import _C  # noqa: F401 (registers the operators; importing this 
 
 LANES = 16  # widths are multiples of this
 
-for _name in ("add_rms_norm", "swiglu"):
+for _name in ("add_rms_norm", "add_rms_norm_backward", "swiglu", "swiglu_backward"):
     if not hasattr(torch.ops.star_fast, _name):
         raise ImportError(f"star_fast._C is an older build without {_name}: build it again (python setup.py build_ext --inplace)")
 
@@ -23,12 +20,10 @@ for _name in ("add_rms_norm", "swiglu"):
         """Writes its outputs and returns nothing: no shape to tell."""
 
 
-def why_not_decoding_rows(x: Tensor, width: int, *others: Tensor | None) -> str | None:
-    """None if `x` is a decoding step's (R, ...) and nothing asks for a gradient, else the reason."""
+def why_not_rows(x: Tensor, width: int) -> str | None:
+    """None if the rows of `x` are on the CPU, of a dtype and a width that the extension has, else the reason."""
     if x.device.type != "cpu":
         return f"it runs on the CPU, the call is on {x.device}"
-    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16) or width % LANES or not x.numel():
-        return f"it takes the rows (R, D) of a decoding step in float32 or bfloat16, D a multiple of {LANES}, got {tuple(x.shape)} {x.dtype}"
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
-        return "it has no gradient"
+    if x.dtype not in (torch.float32, torch.bfloat16) or width % LANES or not x.numel():
+        return f"it takes rows of float32 or bfloat16 whose width is a multiple of {LANES}, got {tuple(x.shape)} {x.dtype}"
     return None

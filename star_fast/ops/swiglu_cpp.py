@@ -1,24 +1,40 @@
-"""Backend "cpp" of swiglu: the rows of a decoding step in one pass on the CPU (csrc/between_cpu.cpp)."""
+"""Backend "cpp" of swiglu: one pass on the CPU, and one pass back (csrc/between_cpu.cpp)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from star_fast.ops.between_cpp import why_not_decoding_rows
+from star_fast.ops.between_cpp import why_not_rows
 from star_fast.ops.dispatch import Launch
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w1w3: Tensor) -> Tensor:
+        w1w3 = w1w3.contiguous()
+        out = fake(w1w3)
+        torch.ops.star_fast.swiglu(w1w3, out)
+        ctx.save_for_backward(w1w3)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> Tensor:
+        (w1w3,) = ctx.saved_tensors
+        dw1w3 = torch.empty_like(w1w3)
+        torch.ops.star_fast.swiglu_backward(w1w3, dout.contiguous(), dw1w3)
+        return dw1w3
 
 
 def run(w1w3: Tensor) -> Tensor:
     """See ops/swiglu.py."""
-    out = fake(w1w3)
-    torch.ops.star_fast.swiglu(w1w3.contiguous(), out)
-    return out
+    return _SwiGLU.apply(w1w3)
 
 
 def why_not(w1w3: Tensor) -> str | None:
     """None if the extension can serve this call."""
-    return why_not_decoding_rows(w1w3, w1w3.shape[-1] // 2)
+    return why_not_rows(w1w3, w1w3.shape[-1] // 2)
 
 
 def fake(w1w3: Tensor) -> Tensor:

@@ -5,26 +5,30 @@ The ZeRO settings are derived from the run's config; nothing else in the project
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 
 from star_fast.config import RunConfig
-from star_fast.method import objective
 from star_fast.method.masking import dropout_seed
 from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
 from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
-from star_fast.training import deepspeed_files
+from star_fast.training import deepspeed_files, deepspeed_settings, zero1
 from star_fast.training.batches import MicroBatch
-from star_fast.training.masters import Masters
+from star_fast.training.host_memory import keep_freed_memory
+from star_fast.training.masters import masters_of
 from star_fast.training.ranks import import_deepspeed
 from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
 from star_fast.training.watch import Diverged
+
+Result = TypeVar("Result")
 
 
 def build_student(config: RunConfig) -> Student:
@@ -32,7 +36,7 @@ def build_student(config: RunConfig) -> Student:
     generator = torch.Generator().manual_seed(config.train.seed)
     transformer = Transformer(config.model)
     transformer.init_weights(generator)
-    transformer.block_checkpointing = config.train.block_checkpointing
+    transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
     projector = None
     if config.method.contrasts:
         projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
@@ -40,23 +44,23 @@ def build_student(config: RunConfig) -> Student:
     return Student(transformer, projector, config.method, config.contrast_depth)
 
 
-def clips_outside(config: RunConfig) -> bool:
-    """Whether the gradient norm is taken and clipped here: DeepSpeed clips float32 gradients without ZeRO too, but does not tell the norm."""
-    return config.train.precision == "fp32" and config.train.zero_stage == 0
+class Inside(nn.Module):
+    """What DeepSpeed is given: its forward runs a job among its own modules. Under ZeRO-3 a weight exists in there only, the teacher's too."""
 
+    def __init__(self, student: Student, teacher: Transformer | None = None) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
 
-def deepspeed_settings(config: RunConfig, micro_images: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run."""
-    return {
-        "train_micro_batch_size_per_gpu": micro_images,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if clips_outside(config) else config.optim.clip_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": config.train.zero_stage, "round_robin_gradients": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31 - 1,
-        "wall_clock_breakdown": False,
-    }
+    def forward(self, job: Callable[[], Result]) -> Result:
+        """The job's result."""
+        return job()
+
+    def train(self, mode: bool = True) -> Inside:
+        """As nn.Module's, but the teacher never trains."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
 
 def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
@@ -81,8 +85,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: tor
             from apex.optimizers import FusedAdam
             return FusedAdam(groups, adam_w_mode=True, **settings)
         except ImportError:
-            return torch.optim.AdamW(groups, fused=True, **settings)
-    return torch.optim.AdamW(groups, foreach=True, **settings)
+            pass
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 class Engine:
@@ -90,31 +94,61 @@ class Engine:
 
     def __init__(self, config: RunConfig, student: Student, device: torch.device, micro_images: int, accumulation: int) -> None:
         deepspeed = import_deepspeed()
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
-        teacher_source = student.transformer
-        groups = parameter_groups(student, config.optim.weight_decay)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=student.to(device), optimizer=build_optimizer(groups, config, device),
-            config=deepspeed_settings(config, micro_images, accumulation), dist_init_required=False)
-        self.files = deepspeed_files.take_over(self.deepspeed)
-        self.student, self.clips_here = student, clips_outside(config)
-        transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
-        self.masters = Masters(self.deepspeed.optimizer, student.transformer, transformer_groups)
+        self.student, self.clips_here = student, deepspeed_settings.clips_outside(config)
+        self.settings = deepspeed_settings.settings(config, micro_images, accumulation)
         self.teacher: Teacher | None = None
-        if config.method.has_teacher:
-            self.teacher = Teacher(teacher_source, config.method, config.contrast_depth)
+        module = Inside(student)
+        if config.train.zero_stage == 3:
+            # The output matrix is read by the student's forward, not by the layer's own. The teacher is sharded with the student.
+            deepspeed.zero.register_external_parameter(student, student.transformer.output.weight)
+            self._make_teacher()
+            module.teacher = self.teacher.model if self.teacher is not None else None
+        module.to(device)
+        groups = parameter_groups(student, config.optim.weight_decay)
+        transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
+        optimizer = build_optimizer(groups, config, device)
+        self.optimizer_name = f"{type(optimizer).__module__.split('.')[0]} {type(optimizer).__name__}"
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings, dist_init_required=False)
+        zero1.take_over(self.deepspeed.optimizer)
+        self.files = deepspeed_files.take_over(self.deepspeed)
+        self.masters = masters_of(self.deepspeed.optimizer, student.transformer, transformer_groups)
+        if self.teacher is None:
+            self._make_teacher()  # from weights in the working dtype
+        if self.teacher is not None:
             self.masters.attach(self.teacher)
+
+    def _make_teacher(self) -> None:
+        if self.config.method.has_teacher:
+            self.teacher = Teacher(self.student.transformer, self.config.method, self.config.contrast_depth)
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's weights, masters, optimizer moments and teacher: what stays between two steps, gradients left out."""
+        optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        tensors = [*self.student.parameters(), *(parameter for group in optimizer.param_groups for parameter in group["params"])]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        if self.teacher is not None:
+            tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
+        tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
+        return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
     def losses(self, batch: MicroBatch) -> Losses:
         """The student's losses on one micro-batch; the teacher runs first and hands over features only."""
+        self.settle()
         batch = batch.to(self.device)
         torch.manual_seed(dropout_seed(self.config.train.seed, self.rank, batch.images_seen))
+        return self.deepspeed(lambda: self._losses(batch))
+
+    def _losses(self, batch: MicroBatch) -> Losses:
         teacher_last = keys = None
         if self.teacher is not None:
             teacher_last, keys = self.teacher.features(batch.tokens, batch.label, batch.positions)
             keys = self._of_all_ranks(keys)
         images = batch.label.shape[0] // self.config.method.views
-        return self.deepspeed(batch.tokens, batch.label, batch.targets, batch.keep, teacher_last, keys, batch.positions, self.rank * images)
+        return self.student(batch.tokens, batch.label, batch.targets, batch.keep, teacher_last, keys, batch.positions, self.rank * images)
 
     def step(self, batches: list[MicroBatch], step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches.
@@ -131,24 +165,39 @@ class Engine:
             losses = self.losses(batch)
             self.deepspeed.backward(losses.total)
             if self.clips_here and index + 1 == len(batches):
-                grad_norm = clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm or float("inf"))
+                gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
+                grad_norm = zero1.global_norm(gradients)
+                zero1.scale_in_step(self.deepspeed.optimizer, gradients, grad_norm, self.config.optim.clip_norm)
             self.deepspeed.step()
             collected.append(torch.stack([term.detach().float() for term in losses]))
         if self.teacher is not None:
             self.teacher.update(self.masters.tensors(), step)
         return torch.stack(collected).mean(0), torch.as_tensor(self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm)
 
+    def settle(self) -> None:
+        """Wait until the weights of student and teacher that are on their way from other ranks have arrived."""
+        if hasattr(self.deepspeed.optimizer, "wait_for_weights"):
+            self.deepspeed.optimizer.wait_for_weights()
+        if self.teacher is not None:
+            self.teacher.settle()
+
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:
-        """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches of all ranks."""
-        self.student.eval()
+        """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches of all ranks.
+
+        Under ZeRO-3, where a forward pass is a collective, a rank with fewer batches joins in with one that does not count.
+        """
+        self.settle()
+        self.deepspeed.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            batch = batch.to(self.device)
-            out = self.student.transformer(batch.tokens, batch.label, logits=False)
-            mean = objective.autoregressive_loss(out.hidden, self.student.transformer.output.weight, batch.targets)
-            total += torch.tensor([mean.item() * batch.targets.numel(), batch.targets.numel()], dtype=torch.float64)
-        self.student.train()
+        idle = torch.zeros(1, self.config.model.positions, dtype=torch.int64)
+        for index in range(self._most(len(batches))):
+            counted = index < len(batches)
+            batch = (batches[index] if counted else MicroBatch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(self.device)
+            losses = self.deepspeed(lambda batch=batch: self.student(batch.tokens, batch.label, batch.targets, only_ar=True))
+            if counted:
+                total += torch.tensor([losses.ar.item() * batch.targets.numel(), batch.targets.numel()], dtype=torch.float64)
+        self.deepspeed.train()
         total = total.to(self.device)
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -159,6 +208,7 @@ class Engine:
 
         `what` stands before the message in place of the step.
         """
+        self.settle()
         problem = torch.zeros(2, device=self.device)
         for index, masters in enumerate((self.masters.tensors(), self.teacher.masters if self.teacher is not None else [])):
             # Smallest and largest value: NaN passes through both, and no temporary of the weights' size is made.
@@ -171,10 +221,23 @@ class Engine:
         if named:
             raise Diverged(f"{what or f'step {step}'}: {' and '.join(named)} weights are not finite", step)
 
-    def _of_all_ranks(self, keys: Tensor | None) -> Tensor | None:
-        """(S, B, D) -> (S, B_all, D), rank 0's images first."""
+    def _of_all_ranks(self, keys: Tensor | None) -> Tensor | Callable[[], Tensor] | None:
+        """(S, B, D) -> (S, B_all, D), rank 0's images first; on several ranks a function that waits for them, as they travel while the student runs."""
         if keys is None or self.ranks == 1:
             return keys
         gathered = keys.new_empty(self.ranks * keys.shape[0], *keys.shape[1:])
-        dist.all_gather_into_tensor(gathered, keys)
-        return gathered.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
+        arrival = dist.all_gather_into_tensor(gathered, keys, async_op=True)
+
+        def arrived() -> Tensor:
+            arrival.wait()
+            return gathered.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
+
+        return arrived
+
+    def _most(self, count: int) -> int:
+        """`count`, or under ZeRO-3 the largest of all ranks."""
+        if self.config.train.zero_stage < 3 or self.ranks == 1:
+            return count
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)

@@ -59,7 +59,7 @@ def test_student_forward(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_teacher_forward_and_update(fake_cuda: None) -> None:
     teacher = Teacher.__new__(Teacher)  # its copy would need a real model; what is traced is the forward pass and the update
-    teacher.model, teacher.method, teacher.contrast_depth = Transformer(MODEL).eval(), METHOD, 6
+    teacher.model, teacher.method, teacher.contrast_depth, teacher._arrivals = Transformer(MODEL).eval(), METHOD, 6, []
     data = batch()
     with dispatch.record() as calls:
         last, slots = teacher.features(data["tokens"], data["label"], torch.zeros(K, dtype=torch.int64))

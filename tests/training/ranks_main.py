@@ -42,7 +42,8 @@ def settings(store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro
     return resolve(RunConfig(
         ModelConfig(2, 2, 32, dropout=dropout), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup),
         OptimConfig(lr_per_256_images=0.03),
-        TrainConfig(images_per_step=8, micro_batch_images=micro, precision=precision, zero_stage=stage, seed=4)), store)
+        TrainConfig(images_per_step=8, micro_batch_images=micro, precision=precision, zero_stage=stage, seed=4,
+                    gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32")), store)
 
 
 def start(config: RunConfig, store: CodeStore, device: torch.device) -> tuple[Engine, Batches]:
@@ -56,6 +57,16 @@ def whole(engine: Engine, masters: list[Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in engine.masters.gather(masters)}
 
 
+def read(named: Any) -> dict[str, Tensor]:
+    """Copies of (name, parameter), which under ZeRO-3 are put together for the moment."""
+    import deepspeed
+
+    named = list(named)
+    sharded = any(hasattr(parameter, "ds_tensor") for _, parameter in named)
+    with deepspeed.zero.GatheredParameters([parameter for _, parameter in named], enabled=sharded):
+        return {name: parameter.detach().clone() for name, parameter in named}
+
+
 def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int) -> dict[str, Any]:
     """A few steps: mean losses of all ranks, student and teacher after each."""
     engine, batches = start(config, store, device)
@@ -67,9 +78,9 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int)
         terms.append(losses / engine.ranks)
         saved["student"].append(whole(engine, engine.masters.tensors()))
         saved["teacher"].append(whole(engine, engine.teacher.masters))
-    copies = dict(engine.teacher.model.named_parameters())
-    return saved | {"losses": torch.stack(terms), "copies": {name: value.detach().clone() for name, value in copies.items()},
-                    "trained": any(value.requires_grad or value.grad is not None for value in copies.values())}
+    engine.settle()
+    return saved | {"losses": torch.stack(terms), "copies": read(engine.teacher.model.named_parameters()),
+                    "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters())}
 
 
 def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Tensor]:
@@ -138,6 +149,8 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
     checkpoint.load(other, store, folder)
     seen["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, other.teacher.masters, strict=True))
     other.step(batches.step(2), 2, config.lr)
+    for one in (engine, other):
+        one.settle()
     pairs = [(engine.masters.tensors(), other.masters.tensors()), (engine.teacher.masters, other.teacher.masters),
              (list(engine.teacher.model.parameters()), list(other.teacher.model.parameters()))]
     seen["equal"] = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]

@@ -112,7 +112,7 @@ def test_teacher_is_the_closed_form_average(plain: dict[str, Any], two_ranks: li
     check_teacher(two_ranks[0]["accumulated"], 0.5, warmup=True)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9999, False), (0.5, True)])
 def test_teacher_in_bf16_training_moves_in_float32(one_rank: torch.device, store: CodeStore, stage: int, decay: float, warmup: bool) -> None:
     saved = ranks_main.train(settings(store, precision="bf16", stage=stage, micro=4, decay=decay, warmup=warmup), store, one_rank, 4)

@@ -13,10 +13,12 @@ from torch import Tensor
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.data.codes import CodeStore
 from star_fast.training.batches import Batches, resolve
-from star_fast.training.engine import Engine, build_student, clips_outside, deepspeed_settings
+from star_fast.training.deepspeed_settings import clips_outside, derived
+from star_fast.training.engine import Engine, build_student
 from star_fast.training.loop import learning_rate
 from tests.training.plain_trainer import PlainTrainer, micro_batches
 from tests.training.plain_trainer import learning_rate as plain_learning_rate
+from tests.training.ranks_main import read
 from tests.training.store import write_store
 
 STEPS = 8
@@ -43,9 +45,13 @@ def make_engine(one_rank: torch.device, store: CodeStore) -> Callable[..., tuple
 
 
 def changed(config: RunConfig, store: CodeStore, **changes: Any) -> RunConfig:
+    if changes.get("train__precision") == "bf16" and not changes.get("train__zero_stage", 0):
+        changes = {"train__gradient_precision": "bf16", **changes}  # all that DeepSpeed has without ZeRO
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, field = name.split("__")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+        sections.setdefault(section, {})[field] = value
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in sections.items()})
     return resolve(config, store)
 
 
@@ -58,7 +64,7 @@ def close(ours: Tensor, plain: Tensor, what: str, tolerance: float = 2e-5) -> No
     assert error <= tolerance * max(1.0, float(plain.detach().abs().max())), f"{what}: off by {error:.2e}"
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_steps_are_those_written_out_by_hand(make_engine: Callable, store: CodeStore, stage: int) -> None:
     engine, batches = make_engine(train__zero_stage=stage)
     plain = PlainTrainer(engine.config, store, build_student(engine.config), STEPS)
@@ -74,11 +80,11 @@ def test_steps_are_those_written_out_by_hand(make_engine: Callable, store: CodeS
             close(student[name], value, f"student's {name} after step {step}")
             close(teacher[name], mean, f"teacher's {name} after step {step}")
     assert clipped >= 3, "the case does not clip: it shows nothing about clipping"
-    for name, value in engine.student.projector.named_parameters():
+    for name, value in read(engine.student.projector.named_parameters()).items():
         close(value, plain.weights[f"projector.{name}"], f"projector's {name}")
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1)])
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1), ("bf16", 2), ("fp32", 3), ("bf16", 3)])
 def test_a_gradient_too_long_is_cut_to_the_clipping_norm(make_engine: Callable, precision: str, stage: int) -> None:
     """With eps 1, no decay and no memory a step of AdamW is -lr g / (|g| + 1): about the clipped gradient itself."""
     moved = {}
@@ -86,12 +92,12 @@ def test_a_gradient_too_long_is_cut_to_the_clipping_norm(make_engine: Callable, 
         engine, batches = make_engine(train__precision=precision, train__zero_stage=stage, optim__clip_norm=clip, optim__eps=1.0, optim__weight_decay=0.0,
                                       model__dropout=0.0)
         before = whole(engine, engine.masters.tensors())
-        projector = [value.detach().float().clone() for value in engine.student.projector.parameters()]
+        projector = read(engine.student.projector.named_parameters())
         norm = float(engine.step(batches.step(0), 0, 1.0)[1])
         after = whole(engine, engine.masters.tensors())
         parts = [after[name] - before[name] for name in before]
         if precision == "fp32":
-            parts += [value.detach().float() - old for value, old in zip(engine.student.projector.parameters(), projector, strict=True)]
+            parts += [value - projector[name] for name, value in read(engine.student.projector.named_parameters()).items()]
         moved[clip] = float(torch.cat([part.flatten() for part in parts]).norm())
         assert norm > 5 * 0.02, "not a gradient that must be clipped"
     assert moved[0.0] > 3 * 0.02
@@ -105,7 +111,7 @@ def test_one_of_the_two_clips(store: CodeStore, precision: str, stage: int, clip
     """Where the engine here takes the norm itself DeepSpeed must not cut the gradient once more."""
     config = changed(CONFIG, store, train__precision=precision, train__zero_stage=stage)
     assert clips_outside(config) == (clip == 0)
-    assert deepspeed_settings(config, 8, 3)["gradient_clipping"] == clip
+    assert derived(config, 8, 3)["gradient_clipping"] == clip
 
 
 def test_dropout_is_renewed_with_every_batch_and_names_seed_and_images(make_engine: Callable) -> None:

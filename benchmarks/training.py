@@ -1,0 +1,264 @@
+"""One optimizer step, end to end: star_fast against the same objective composed in plain PyTorch, and plain training against LlamaGen's way.
+
+    python benchmarks/training.py [--quick] [--profile] [--save] [--json FILE]
+
+Preset B, 4 images x 2 views (plain training: the same 8 sequences), bf16, dropout 0.1. Each candidate lives in a process of its own; they take turns step by
+step; medians. Memory is a process's peak from before the model is built; "above state" leaves out weights, gradients' masters, optimizer and teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import timing
+from benchmarks.devices import DEVICES
+from star_fast.config import RunConfig
+from star_fast.method import masking
+from star_fast.presets import plain, preset
+from star_fast.training.batches import MicroBatch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES, VIEWS = 4, 2
+OURS, COMPOSED, OURS_PLAIN, LLAMAGEN = "star_fast, ST-AR", "plain PyTorch, ST-AR", "star_fast, plain", "LlamaGen's way, plain"
+CANDIDATES = (OURS, COMPOSED, OURS_PLAIN, LLAMAGEN)
+WARM_UP_STEPS = 2
+
+
+def run_config(star: bool, size: str = "B", **train: Any) -> RunConfig:
+    """The benchmark's run: plain training keeps the views, so that both see as many sequences."""
+    config = preset(size)
+    if not star:
+        config = plain(config)
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, views=VIEWS))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=IMAGES, **train))
+
+
+def micro_batch(config: RunConfig, step: int) -> MicroBatch:
+    """Random codes with the masks, dropped labels and position set that training would draw."""
+    model, method, images = config.model, config.method, np.arange(IMAGES) + IMAGES * step
+    generator = torch.Generator().manual_seed(step)
+    targets = torch.randint(0, model.vocab, (IMAGES * VIEWS, model.positions), generator=generator)
+    label = torch.randint(0, model.num_classes, (IMAGES,), generator=generator).repeat_interleave(VIEWS)
+    keep = masking.key_mask(0, 0, images, VIEWS, model.positions, method.mask_ratio)
+    positions = torch.from_numpy(masking.position_set(0, step, model.positions, method.contrast_positions))
+    return MicroBatch(targets[:, :-1].contiguous(), label, targets, None if keep is None else torch.from_numpy(keep).flatten(0, 1), positions, IMAGES * step)
+
+
+def _kib(field: str) -> int:
+    """A line of this process's status (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+class Memory:
+    """Peak bytes since this was made: of the process on the CPU, of torch's allocator on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present size
+            self._before_kib = _kib("VmRSS")
+
+    def peak_bytes(self) -> int:
+        """So far."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * (_kib("VmHWM") - self._before_kib)
+
+
+def build(name: str, device: torch.device) -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
+    """One candidate: its step (number -> loss), its teacher's forward pass alone, the bytes of its lasting state, its config."""
+    from star_fast.training.engine import Engine, build_student
+
+    star = name in (OURS, COMPOSED)
+    config = run_config(star)
+    student = build_student(config)
+    torch.nn.init.normal_(student.transformer.output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+    batches = [[micro_batch(config, step)] for step in range(4)]
+    if name in (OURS, OURS_PLAIN):
+        engine = Engine(config, student, device, IMAGES, 1)
+
+        def step(number: int) -> float:
+            return float(engine.step(batches[number % 4], number, config.lr)[0][0])
+
+        def teacher(number: int) -> object:
+            batch = batches[number % 4][0].to(device)
+            return engine.teacher.features(batch.tokens, batch.label, batch.positions)
+
+        return step, teacher if star else None, engine.state_bytes, config
+    from benchmarks.llamagen_training import PlainTraining
+
+    training = PlainTraining(config, student, device)
+    del student
+    return lambda number: float(training.step(batches[number % 4], number)), None, training.state_bytes, config
+
+
+def work(name: str, threads: int, pipe: Connection) -> None:
+    """A candidate's process: builds, then answers "step", "teacher", "memory" and "profile" until "end"."""
+    torch.set_num_threads(threads)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(variable, None)
+    from star_fast.training.ranks import start_ranks
+
+    _, _, device = start_ranks()
+    memory = Memory(device)
+    step, teacher, state_bytes, _ = build(name, device)
+    losses = [step(number) for number in range(WARM_UP_STEPS)]
+    pipe.send(losses)
+    number = WARM_UP_STEPS
+    while (order := pipe.recv()) != "end":
+        if order == "memory":
+            pipe.send((memory.peak_bytes(), state_bytes()))
+        elif order == "profile":
+            pipe.send(breakdown(lambda: step(number), device))
+        else:
+            call = teacher if order == "teacher" else step
+            begin = time.perf_counter()
+            call(number)  # a loss is read back: nothing is still running on a device
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send(1e3 * (time.perf_counter() - begin))
+        number += 1
+
+
+def breakdown(call: Callable[[], object], device: torch.device, top: int = 16) -> list[tuple[str, float, float, int]]:
+    """(operator, ms of its own, share, calls) of one step, largest first (torch's profiler)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        call()
+    times = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total, row.count) for row in profiler.key_averages()}
+    total = sum(time for time, _ in times.values())
+    return [(key, time / 1e3, time / total, count) for key, (time, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]]
+
+
+def model_flops(config: RunConfig) -> tuple[float, float]:
+    """FLOPs of a step's matrix products: (student, teacher). Causal attention counted as half of the square."""
+    model, rows = config.model, IMAGES * VIEWS * config.model.positions
+    weights = model.blocks * (4 * model.width**2 + 3 * model.width * model.feed_forward)
+    attention = model.blocks * 2 * model.positions * model.width * rows  # scores and values, 2 * T/2 * D multiplications each a row
+    forward = 2.0 * rows * weights + attention
+    return 3 * (forward + 2.0 * rows * model.width * model.vocab), forward if config.method.has_teacher else 0.0
+
+
+def measure(names: list[str], repeats: int, threads: int, with_profile: bool) -> dict[str, Any]:
+    """Times in ms, peak and state bytes, first losses, the teacher's forward, and a profile of each candidate."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    found: dict[str, Any] = {name: {} for name in names}
+    for name in names:
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=work, args=(name, threads, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes[name] = pipe
+        processes.append(process)
+        found[name]["first_losses"] = pipe.recv()  # one builds at a time
+    times: dict[str, list[float]] = {name: [] for name in names}
+    teacher: list[float] = []
+    for _ in range(repeats):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            times[name].append(pipe.recv())
+        if OURS in pipes:
+            pipes[OURS].send("teacher")
+            teacher.append(pipes[OURS].recv())
+    for name, pipe in pipes.items():
+        lower, median, upper = statistics.quantiles(times[name], n=4)
+        pipe.send("memory")
+        peak, state = pipe.recv()
+        found[name] |= {"median_ms": median, "spread": (upper - lower) / median, "times_ms": times[name], "peak_bytes": peak, "state_bytes": state}
+        if with_profile:
+            pipe.send("profile")
+            found[name]["profile"] = pipe.recv()
+        pipe.send("end")
+    for process in processes:
+        process.join()
+    if teacher:
+        found[OURS]["teacher_ms"] = statistics.median(teacher)
+    return found
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    rows, gib = found["candidates"], 2**30
+    where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+    lines = ["# A training step", "", where + (" (quick: not to publish)" if found["quick"] else ""), "",
+             f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own take turns; medians of {found['repeats']}.",
+             "", "| | ms a step | spread | peak GiB | above state GiB | share of the product ceiling |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        student, teacher = model_flops(run_config(name in (OURS, COMPOSED)))
+        share = (student + teacher) / (1e6 * row["median_ms"]) / found["bf16_gflop_per_s"]
+        lines.append(f"| {name} | {row['median_ms']:.0f} | {row['spread']:.0%} | {row['peak_bytes'] / gib:.2f} | "
+                     f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {share:.0%} |")
+    lines.append("")
+    for mine, base in ((OURS, COMPOSED), (OURS_PLAIN, LLAMAGEN)):
+        if mine in rows and base in rows:
+            a, b = rows[mine], rows[base]
+            above = (a["peak_bytes"] - a["state_bytes"]) / (b["peak_bytes"] - b["state_bytes"])
+            lines.append(f"- {mine}: **{b['median_ms'] / a['median_ms']:.2f} x** as fast as {base}; peak memory {a['peak_bytes'] / b['peak_bytes']:.2f} of its, "
+                         f"above state {above:.2f} of its.")
+    if OURS in rows and OURS_PLAIN in rows:
+        a, b = rows[OURS], rows[OURS_PLAIN]
+        lines.append(f"- ST-AR costs {a['median_ms'] / b['median_ms'] - 1:+.0%} over plain training at equal views; the teacher's forward alone is "
+                     f"{a['teacher_ms'] / b['median_ms']:+.0%} ({a['teacher_ms']:.0f} ms).")
+    lines.append(f"- Product ceiling of this machine in this run: {found['bf16_gflop_per_s']:.0f} GFLOP/s in bf16 (2048 cubed).")
+    if found["mfu"] is not None:
+        lines.append(f"- MFU: {found['mfu']:.1%} of the data sheet's dense bf16 peak.")
+    for name, row in rows.items():
+        if "profile" in row:
+            lines += ["", f"One step of {name}, by torch's profiler:", "", "| operator | ms | share | calls |", "|---|---|---|---|"]
+            lines += [f"| {key} | {ms:.0f} | {share:.1%} | {count} |" for key, ms, share, count in row["profile"]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and with --save keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three repeats: a check that all runs, not a measurement to publish")
+    parser.add_argument("--profile", action="store_true", help="also where each candidate's time goes")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/training.{json,md}")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each candidate")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", type=int, nargs="*", default=list(range(len(CANDIDATES))), help="numbers of the candidates, from 0")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats = 3 if arguments.quick else arguments.repeats
+    bf16 = timing.ceilings(device, arguments.quick).bf16_gflop_per_s
+    candidates = measure([CANDIDATES[index] for index in arguments.only], repeats, arguments.threads, arguments.profile)
+    mfu = None
+    if device == "cuda" and OURS in candidates:
+        name = torch.cuda.get_device_name()
+        peak = next((known.bf16_flops_per_s for known in DEVICES if known.name in name), None)
+        mfu = None if peak is None else sum(model_flops(run_config(True))) / (candidates[OURS]["median_ms"] / 1e3) / peak
+    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "mfu": mfu,
+             "candidates": candidates}
+    print(text(found))
+    if arguments.save:
+        (RESULTS / "training.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "training.md").write_text(text(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""The C library's allocator, told to keep what training frees: the same large tensors are needed again a moment later."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of mallopt's parameters (malloc.h)
+
+
+def keep_freed_memory() -> bool:
+    """Never hand large blocks back to the system between two uses; returns whether the C library knows how (glibc does).
+
+    By default glibc maps every tensor beyond 32 MiB anew and unmaps it after, so that each use of its pages is a page fault: half of a step's time on the CPU.
+    The process then stays at its peak size, which training needs again in every step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))

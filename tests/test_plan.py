@@ -37,7 +37,7 @@ def with_train(config: RunConfig, **changes) -> RunConfig:
 def build(config: RunConfig) -> Student:
     transformer = Transformer(config.model)
     transformer.init_weights(torch.Generator().manual_seed(0))
-    transformer.block_checkpointing = config.train.block_checkpointing
+    transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
     projector = None
     if config.method.contrasts:
         projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
@@ -66,13 +66,16 @@ def test_parameters_are_those_of_the_modules(name: str) -> None:
         assert found.largest >= max(parameter.numel() for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_flops_are_those_that_torch_counts(recompute: bool) -> None:
+RECOMPUTE = {"none": {}, "blocks": {"block_checkpointing": True}, "all but attention": {"block_checkpointing": True, "keep_attention": True}}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_flops_are_those_that_torch_counts(recompute: str) -> None:
     """The whole step of student and teacher by the reference ops, whose products torch sees, those inside autograd functions too.
 
     Attention by its plain products: torch counts neither the CPU's fused attention nor causality, so `causal=False`.
     """
-    config, images = with_train(SMALL, block_checkpointing=recompute), 4
+    config, images = with_train(SMALL, **RECOMPUTE[recompute]), 4
     student, given = build(config), batch(config, images)
     teacher = Teacher(student.transformer, config.method, config.contrast_depth)
     counters = {name: FlopCounterMode(display=False) for name in ("teacher", "forward", "backward")}
@@ -103,13 +106,13 @@ def test_forward_flops_are_those_of_llamagen_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("backend", "precision", "recompute"), [
-    ("reference", "bf16", False), ("reference", "fp32", False), ("reference", "bf16", True), ("reference", "fp32", True), ("triton", "bf16", False),
-    ("triton", "bf16", True)])
-def test_saved_bytes_are_those_that_autograd_keeps(backend: str, precision: str, recompute: bool) -> None:
+    *(("reference", precision, recompute) for precision in ("bf16", "fp32") for recompute in RECOMPUTE),
+    *(("triton", "bf16", recompute) for recompute in RECOMPUTE)])
+def test_saved_bytes_are_those_that_autograd_keeps(backend: str, precision: str, recompute: str) -> None:
     """Bytes of all storages kept for backward at the end of the forward pass, weights not counted; the Triton kernels run in their interpreter."""
-    config = with_train(SMALL, precision=precision, block_checkpointing=recompute)
+    config = with_train(SMALL, precision=precision, **RECOMPUTE[recompute])
     if backend == "triton":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions=16))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions=16, blocks=2))
     student, given = build(config), batch(config, 3)
     teacher = Teacher(student.transformer, config.method, config.contrast_depth)
     lasting = {tensor.untyped_storage().data_ptr() for tensor in (*student.parameters(), *student.buffers())}
@@ -165,6 +168,14 @@ def test_largest_micro_batch_is_the_largest() -> None:
     assert tight.advice.peak_bytes <= (24 - plan.RESERVED_GIB) * GIB
 
 
+def test_offloaded_states_leave_the_gpu() -> None:
+    XL = preset("XL")
+    Q = sizes.parameters(XL).transformer
+    for stage, weights in ((1, 2 * Q), (2, 2 * Q), (3, 2 * Q // 8)):
+        held = states.states(with_train(XL, zero_stage=stage, offload_optimizer=True), stage, 8)
+        assert (held.optimizer, held.teacher, held.at_step) == (0, weights, 0)
+
+
 def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     arguments = ["plan", "--preset", "XL", "--gpus", "8", "--gpu-memory-gib", "80", "--json", str(tmp_path / "plan.json")]
     assert cli.main([*arguments, "--train.images-per-step", "512"]) == 0
@@ -189,7 +200,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capfd: pytest
     (["--gpu-memory-gib", "-5"], "--gpu-memory-gib: expected more than the 2 GiB"),
     (["--gpu-memory-gib", "nan"], "expected a finite number"),
     (["--gpu", "h50"], "--gpu: expected one of a100, h100, h200, b200, got 'h50'"),
-    (["--gpu-memory-gib", "8"], "nothing fits: one image on each of 8 GPUs needs"),
+    (["--gpu-memory-gib", "4"], "nothing fits: one image on each of 8 GPUs needs"),
     (["--train.micro-batch-images", "64"], "train.micro_batch_images: 8 GPUs x 64 images must divide train.images_per_step = 256"),
     (["--preset", "none"], "give one of them, once"),
     (["--train.images-per-step", "0"], "train.images_per_step"),

@@ -60,14 +60,16 @@ def activations(config: RunConfig, size: Micro, *, fused: bool = True) -> Activa
 def saved_block(config: RunConfig, size: Micro, fused: bool = True) -> tuple[int, int]:
     """Bytes that one block saves for backward, and bytes that are left of them when blocks are recomputed."""
     model, s, N = config.model, number_bytes(config), size.rows
-    D, F = model.width, model.feed_forward
+    D, F, lse = model.width, model.feed_forward, 4 * size.rows * model.heads
     if fused:
         # Twice: residual sum (D) and its norm (D). Attention: qkv (3D), out (D), one float32 a head. Feed-forward: packed product (2F), its gate's result (F).
-        return N * s * (8 * D + 3 * F) + 4 * N * model.heads, 2 * N * D * s
+        kept, attention = 2 * N * D * s, 4 * N * D * s + lse
+        return N * s * (8 * D + 3 * F) + lse, kept + (attention if config.train.keep_attention else 0)
     # Twice: the sum in float32, its norm before and after the weight, one float32 a row. Rotated q and k (2D). silu (F). A mask a block where keys are hidden.
     # Recomputed: the two inputs, the closing norm's three (in float32 the sum is one of the inputs).
     mask = N * model.positions * s if config.method.mask_ratio else 0
-    return N * s * (10 * D + 4 * F) + 8 * N * D + 4 * N * model.heads + 8 * N + mask, N * D * ((3 if s == 2 else 2) * s + 4) + 4 * N
+    kept, attention = N * D * ((3 if s == 2 else 2) * s + 4) + 4 * N, 6 * N * D * s + lse + mask
+    return N * s * (10 * D + 4 * F) + 8 * N * D + lse + 8 * N + mask, kept + (attention if config.train.keep_attention else 0)
 
 
 def _contrast(config: RunConfig, size: Micro, fused: bool) -> int:

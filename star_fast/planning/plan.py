@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     peak_bytes: int  # the most at any moment
     fits: bool
     largest_images: int  # images of the largest micro-batch that fits; 0: none
-    largest_images_recomputed: int  # the same with block checkpointing
+    largest_images_recomputed: int  # the same with block checkpointing (of attention too)
 
 
 class Advice(NamedTuple):
@@ -111,7 +111,7 @@ def _check(config: RunConfig, gpus: int, memory_gib: float) -> None:
 
 
 def _stage(config: RunConfig, stage: int, gpus: int, images: int, limit: int) -> Stage:
-    recomputed = dataclasses.replace(config, train=dataclasses.replace(config.train, block_checkpointing=True))
+    recomputed = dataclasses.replace(config, train=dataclasses.replace(config.train, block_checkpointing=True, keep_attention=False))
     peak = gpu_bytes(config, stage, gpus, images)
     return Stage(stage, _offered(config, stage), states(config, stage, gpus), activations(config, micro(config, images, gpus)), peak, peak <= limit,
                  _largest(config, stage, gpus, limit), _largest(recomputed, stage, gpus, limit))

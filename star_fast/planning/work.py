@@ -19,7 +19,7 @@ class Flops(NamedTuple):
 
     student: int  # forward and backward: three times the forward products
     teacher: int  # forward, without the output matrix
-    recomputed: int  # with block checkpointing: the blocks' forward once more, up to the last product, whose result nothing needs
+    recomputed: int  # with block checkpointing: the blocks' forward once more (or what keep_attention leaves), but for the last product: nothing needs it
 
     @property
     def total(self) -> int:
@@ -47,8 +47,12 @@ def step_flops(config: RunConfig, gpus: int, micro_images: int, *, causal: bool 
     blocks, rest = forward_flops(config, size, causal=causal)
     times = config.train.images_per_step // micro_images
     keys = 2 * size.pairs * size.images * size.keys * config.model.width
-    recomputed = blocks - config.model.blocks * 2 * size.rows * config.model.width * config.model.feed_forward
-    return Flops(times * (3 * (blocks + rest) - keys), times * blocks if config.method.has_teacher else 0,
+    D, F = config.model.width, config.model.feed_forward
+    a_number = config.model.blocks * 2 * size.rows  # FLOPs of all blocks for each number of a matrix
+    recomputed = a_number * (D * D + 2 * D * F) if config.train.keep_attention else blocks - a_number * D * F
+    # Without L_MIM the teacher stops at the contrasted block.
+    teacher = blocks if config.method.mim_weight else blocks * config.contrast_depth // config.model.blocks
+    return Flops(times * (3 * (blocks + rest) - keys), times * teacher if config.method.has_teacher else 0,
                  times * recomputed if config.train.block_checkpointing else 0)
 
 
@@ -71,7 +75,7 @@ def step_bytes(config: RunConfig, gpus: int, micro_images: int) -> int:
 def sent_bytes(config: RunConfig, gpus: int) -> int:
     """Bytes that one GPU sends for each step under ZeRO-1: gradients reduced (twice their size in a ring), new weights of student and teacher."""
     found, s = parameters(config), number_bytes(config)
-    wide = 4 if getattr(config.train, "gradient_precision", "fp32") == "fp32" else s
+    wide = 4 if config.train.gradient_precision == "fp32" else s
     return (2 * wide * found.student + s * (found.student + (found.transformer if config.method.has_teacher else 0))) * (gpus - 1) // gpus
 
 

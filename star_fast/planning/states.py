@@ -66,5 +66,5 @@ def states(config: RunConfig, stage: int, gpus: int, *, touched_only: bool = Fal
         return States(size * P, size * P, optimizer, teacher, max(0, default - P) * size, 0 if offload else size * P // gpus + 4 * P // gpus, False)
     if stage == 2:
         return States(size * P, shard, optimizer, teacher, passing, 0 if offload else upcast, False)
-    gathered = size * (min(P, GATHERED_NUMBERS) + max(block_weights(config.model), config.model.vocab * config.model.width) + min(P, AHEAD_NUMBERS))
-    return States(size * P // gpus, shard, optimizer, teacher, passing + (gathered if gpus > 1 else 0), 0 if offload else upcast, True)
+    gathered = size * min(P, GATHERED_NUMBERS + AHEAD_NUMBERS + max(block_weights(config.model), config.model.vocab * config.model.width))
+    return States(size * P // gpus, shard, optimizer, teacher, passing + gathered, 0 if offload else upcast, True)

@@ -27,12 +27,12 @@ def _memory(plan: Plan) -> list[str]:
     rows = [head, *(_stage(row) for row in plan.stages)]
     lines = [f"GiB on each GPU, micro-batches of {plan.micro_images} images, {train.precision}, {gradients} gradients, "
              f"{'blocks recomputed' if train.block_checkpointing else 'no block checkpointing'}:", *aligned(rows)]
-    lines += [f"  fits: peak + {RESERVED_GIB:g} GiB (CUDA, libraries, allocator: assumed) is within {plan.memory_gib:g} GiB; largest: images of the largest "
-              "micro-batch that fits; recomputing: with block checkpointing"]
+    lines += [f"  fits: peak + {RESERVED_GIB:g} GiB (assumed for CUDA, libraries, allocator) is within {plan.memory_gib:g} GiB",
+              "  largest: images of the largest micro-batch that fits; recomputing: the same with block checkpointing"]
     if any(row.peak_bytes > _within(row) for row in plan.stages):
         lines += ["  a peak above the sum of its row is reached in the optimizer step"]
     if left_out := [f"ZeRO-{row.stage}" for row in plan.stages if not row.offered]:
-        lines += [f"  {', '.join(left_out)}: not among the values of train.zero_stage; for comparison"]
+        lines += [f"  {', '.join(left_out)}: train.zero_stage does not take it with these settings; for comparison, with bf16 gradients"]
     return lines
 
 
@@ -67,11 +67,15 @@ def _advice(plan: Plan) -> list[str]:
 def _work(plan: Plan) -> list[str]:
     flops, full = plan.flops, plan.full_attention_flops
     rows = [["TFLOP a step, all GPUs:", "student", "teacher", "recomputed", "total"],
-            ["  attention counted causally", *(f"{part / 1e12:.{1 if part >= 1e13 else 4}f}" for part in (*flops, flops.total))],
-            ["  attention counted in full", *(f"{part / 1e12:.{1 if part >= 1e13 else 4}f}" for part in (*full, full.total))]]
+            ["  attention counted causally", *map(_tera, (*flops, flops.total))],
+            ["  attention counted in full", *map(_tera, (*full, full.total))]]
     memory_s, network = plan.bytes_a_gpu / plan.gpu.bytes_per_s, plan.sent_bytes_a_gpu / 1e9
     return [*aligned(rows), f"  memory traffic of a GPU: at least {plan.bytes_a_gpu / 1e9:.1f} GB a step, {1e3 * memory_s:.1f} ms at "
                             f"{plan.gpu.bytes_per_s / 1e12:g} TB/s; sent by a GPU: {network:.1f} GB a step (ZeRO-1)"]
+
+
+def _tera(flops: int) -> str:
+    return f"{flops / 1e12:.{1 if flops >= 1e13 else 4}f}" if flops else "0"
 
 
 def _speed(plan: Plan) -> list[str]:

@@ -24,7 +24,7 @@ from star_fast.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "STAR_FAST_BACKEND": "reference"}  # of the CPU's processes
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "STAR_FAST_BACKEND": "reference"}
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ import tyro
 
 from star_fast import __version__
 from star_fast.config import ConfigError, DataConfig, RunConfig, TokenizerConfig
-from star_fast.config_file import base_config, parse
+from star_fast.config_file import base_config, given, parse
 from star_fast.errors import printable
 from star_fast.guard import guarded
 from star_fast.presets import FOLDER_TOKENIZER, PRESETS, plain, preset
@@ -50,7 +50,7 @@ class PlanCommand:
     gpus: int = 8  # GPUs of the whole run
     gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
-    plain: bool = False  # LlamaGen's own training, the baseline
+    plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
     json: str = ""  # also write the plan to this file
 
 
@@ -108,7 +108,8 @@ def plan(arguments: list[str]) -> None:
 
     base, source, rest = base_config(arguments)
     command = parse(PlanCommand, rest, "star-fast plan", f"{PlanCommand.__doc__} This command line starts from {source}.", config=base)
-    config, assumed = sized(plain(command.config) if command.plain else command.config)
+    views = command.config.method.views if given(rest, "--method.views") else 1  # as in training: the baseline may see as many views as ST-AR
+    config, assumed = sized(plain(command.config, views) if command.plain else command.config)
     device = gpu(command.gpu)
     made = make_plan(config, command.gpus, command.gpu_memory_gib or device.memory_gib, device)
     if command.json:

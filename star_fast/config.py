@@ -55,16 +55,22 @@ class MethodConfig:
     views: int = 2  # augmented views of each image in a step, M (paper)
     mask_ratio: float = 0.25  # share of image positions hidden as attention keys, r (paper)
     mim_weight: float = 1.0  # alpha, weight of the masked-feature loss (paper); 0 switches it off
+    mim_positions: typing.Literal["all", "hidden"] = "all"  # which positions that loss averages over: all, or those that the key mask hides (choice)
     contrast_weight: float = 0.5  # beta, weight of the two contrastive losses together (paper); 0 switches both off
     step_contrast: bool = True  # the inter-step loss, L_step (paper)
     view_contrast: bool = True  # the inter-view loss, L_view (paper)
     contrast_positions: int = 4  # positions drawn per step for the contrastive losses, K (paper)
     contrast_depth: int = 0  # block whose output is contrasted, counted from 1 (paper: B 6, L 18, XL 18); 0: half the blocks
     temperature: float = 0.2  # tau of both contrastive losses (choice)
+    # Keys of the other images that an anchor is told from: those in its positive's slot (fused kernels), or those in all slots (plain torch) (choice)
+    negatives: typing.Literal["slot", "all_slots"] = "slot"
     ema_decay: float = 0.9999  # of the teacher, per optimizer step (paper)
     ema_warmup: bool = True  # decay = min(ema_decay, (1 + step) / (10 + step)) (choice)
     projector_width: int = 2048  # hidden width of the student's projector (choice)
     projector_layers: int = 3  # linear layers of the projector (choice)
+    # After each linear layer of the projector but the last, before its activation: nothing, or batch norm over the micro-batch of all ranks (choice)
+    projector_norm: typing.Literal["none", "batch"] = "none"
+    teacher_label: typing.Literal["same", "kept"] = "same"  # where the student's label is dropped the teacher gets: no label either, or the label (choice)
 
     def __post_init__(self) -> None:
         require_finite(self, "method")
@@ -78,6 +84,11 @@ class MethodConfig:
         require(0 <= self.ema_decay < 1, "method.ema_decay", self.ema_decay, "in [0, 1)")
         require(self.projector_width >= 1, "method.projector_width", self.projector_width, "at least 1")
         require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "at least 1")
+        for name, known in (("mim_positions", ("all", "hidden")), ("negatives", ("slot", "all_slots")), ("projector_norm", ("none", "batch")),
+                            ("teacher_label", ("same", "kept"))):
+            require(getattr(self, name) in known, f"method.{name}", getattr(self, name), " or ".join(map(repr, known)))
+        if self.mim_weight > 0 and self.mim_positions == "hidden":
+            require(self.mask_ratio > 0, "method.mim_positions", self.mim_positions, "'all', since method.mask_ratio 0 hides nothing")
         if self.contrast_weight > 0 and self.view_contrast:
             require(self.views >= 2, "method.views", self.views, "at least 2 for method.view_contrast (or switch that off)")
         if self.contrast_weight > 0 and self.step_contrast:
@@ -247,6 +258,9 @@ class RunConfig:
         if self.model.positions and self.method.contrasts:
             require(self.method.contrast_positions <= self.model.positions, "method.contrast_positions", self.method.contrast_positions,
                      f"at most model.positions = {self.model.positions}")
+        if self.model.positions and self.method.mim_weight > 0 and self.method.mim_positions == "hidden":
+            require(self.method.mask_ratio * (self.model.positions - 1) >= 1, "method.mim_positions", self.method.mim_positions,
+                    f"'all', since method.mask_ratio {self.method.mask_ratio:g} hides none of model.positions = {self.model.positions}")
 
     @property
     def contrast_depth(self) -> int:

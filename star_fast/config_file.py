@@ -131,6 +131,11 @@ def base_config(arguments: list[str]) -> tuple[RunConfig, str, list[str]]:
     return config or preset("tiny"), source, rest
 
 
+def given(arguments: list[str], option: str) -> bool:
+    """Whether a command line says `option`, as --option VALUE or --option=VALUE."""
+    return any(argument == option or argument.startswith(f"{option}=") for argument in arguments)
+
+
 def parse(command: Any, arguments: list[str], prog: str, description: str, **defaults: Any) -> Any:
     """An instance of the dataclass `command` from command-line arguments; every field is a flag (--name or --name.field).
 

@@ -70,6 +70,9 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name].config
 
 
-def plain(config: RunConfig) -> RunConfig:
-    """The same run without ST-AR: LlamaGen's own training, one view a step."""
-    return dataclasses.replace(config, method=dataclasses.replace(config.method, views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0))
+def plain(config: RunConfig, views: int = 1) -> RunConfig:
+    """The same run without ST-AR: LlamaGen's own training, with `views` views of each image a step. A run that is so already stays as it is."""
+    method = config.method
+    if not (method.mask_ratio or method.has_teacher):
+        return config
+    return dataclasses.replace(config, method=dataclasses.replace(method, views=views, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0))

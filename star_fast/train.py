@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from star_fast.config import RunConfig
-from star_fast.config_file import base_config, command_line, parse, write_config
+from star_fast.config_file import base_config, command_line, given, parse, write_config
 from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.locks import only_writer
@@ -38,8 +39,10 @@ class TrainCommand:
     config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
+    init_weights: str = ""  # which of --init's weights: of a model folder student (default) or teacher, of a LlamaGen file model (default), ema ...
+    init_class_names: str = ""  # names of --init's classes, one a line: a LlamaGen file has none, and classes of another data set are matched by name
     resume: bool = False  # go on from the run's newest checkpoint
-    plain: bool = False  # LlamaGen's own training, the baseline: no teacher, mask or contrast, one view a step
+    plain: bool = False  # LlamaGen's own training, the baseline: no teacher, mask or contrast, one view a step (or --method.views)
 
 
 def train(command: TrainCommand) -> Path:
@@ -50,6 +53,7 @@ def train(command: TrainCommand) -> Path:
     """
     from star_fast.data.codes import CodeStore
     from star_fast.method.student import Student
+    from star_fast.model.class_table import read_class_names
     from star_fast.model.weights import load_into
     from star_fast.training import checkpoint
     from star_fast.training.batches import Batches, resolve
@@ -62,6 +66,8 @@ def train(command: TrainCommand) -> Path:
     run = Path(command.run)
     if not command.config.data.codes:
         raise UserError("data.codes: expected the folder of a code store (made by `star-fast prepare`), got nothing; give --data.codes FOLDER")
+    if (command.init_weights or command.init_class_names) and not command.init:
+        raise UserError(f"--init-{'weights' if command.init_weights else 'class-names'}: expected with --init, which was not given")
     store = CodeStore.open(command.config.data.codes)
     config = resolve(plain(command.config) if command.plain else command.config, store)
     _find_checkpoint(run, command.resume)  # before anything is made
@@ -72,19 +78,23 @@ def train(command: TrainCommand) -> Path:
             remove_leftovers(run)
             checkpoint.clear_leftovers(run)
 
-        def set_up() -> tuple[Batches, Student]:
-            student = build_student(config)
+        def set_up() -> tuple[Batches, Student, list[str]]:
+            student, adapted = build_student(config), []
             if command.init and not command.resume:
-                load_into(student.transformer, command.init, tokenizer_hash=store.tokenizer_hash)
-            return Batches(store, config, rank, ranks), student
+                adapted = load_into(student.transformer, command.init, weights=command.init_weights, tokenizer_hash=store.tokenizer_hash,
+                                    class_names=store.class_names,
+                                    class_names_there=read_class_names(command.init_class_names) if command.init_class_names else None)
+            return Batches(store, config, rank, ranks), student, adapted
 
-        batches, student = together(set_up)
+        batches, student, adapted = together(set_up)
         engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
         earlier = checkpoint.load(engine, store, newest) if newest is not None else None
         first_step = earlier.step if earlier is not None else 0
         if rank == 0:
             write_config(config, run / "config.yaml")
             _announce(config, batches, student, device, ranks, first_step)
+            for line in adapted:
+                print(f"{printable(command.init)}: {printable(line)}", flush=True)
             if earlier is not None and (changed := checkpoint.changed_settings(earlier, config)):
                 print(f"Resuming with other settings than before: {', '.join(changed)}", flush=True)
         with interrupts() as stop:
@@ -122,6 +132,8 @@ def run_command(arguments: list[str], prog: str) -> None:
     """Parse a command line and train."""
     base, source, rest = base_config(arguments)
     command = parse(TrainCommand, rest, prog, f"{TrainCommand.__doc__} This command line starts from {source}.", config=base)
+    if command.plain and given(rest, "--method.views"):  # two views a step: the baseline that sees as many tokens as ST-AR
+        command = dataclasses.replace(command, config=plain(command.config, command.config.method.views))
     import torch.distributed as dist
 
     try:

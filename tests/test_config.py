@@ -107,6 +107,12 @@ def test_plain_switches_the_method_off() -> None:
     assert dataclasses.replace(config, method=preset("L").method) == preset("L")
 
 
+def test_plain_keeps_the_views_it_is_told_to() -> None:
+    both = plain(preset("L"), 2)
+    assert both.method.views == 2 and dataclasses.replace(both, method=plain(preset("L")).method) == plain(preset("L"))
+    assert plain(both) == both  # plain already
+
+
 def test_ablations_switch_each_loss_off_alone() -> None:
     assert MethodConfig(mim_weight=0).has_teacher
     assert not MethodConfig(contrast_weight=0).contrasts

@@ -40,7 +40,7 @@ def build(config: RunConfig) -> Student:
     transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
     projector = None
     if config.method.contrasts:
-        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
+        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers, config.method.projector_norm)
     return Student(transformer, projector, config.method, config.contrast_depth).to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
 
 
@@ -54,12 +54,38 @@ def batch(config: RunConfig, images: int) -> dict[str, Tensor]:
             "positions": torch.randperm(model.positions, generator=generator)[: method.contrast_positions]}
 
 
+def saved_and_counted(config: RunConfig, backend: str, images: int) -> tuple[int, int]:
+    """(bytes of all storages kept for backward at the end of the student's forward pass, weights not counted; FLOPs of one step as torch counts them)."""
+    student, given = build(config), batch(config, images)
+    teacher = Teacher(student.transformer, config.method, config.contrast_depth)
+    lasting = {tensor.untyped_storage().data_ptr() for tensor in (*student.parameters(), *student.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in lasting:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with dispatch.use_backend(backend):
+        last, keys = teacher.features(given["tokens"], given["label"], given["positions"])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            student(**given, teacher_last=last, keys=keys)
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        if backend == "triton":
+            return saved, 0
+        # Attention by its plain products: torch counts neither the CPU's fused attention nor causality.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            last, keys = teacher.features(given["tokens"], given["label"], given["positions"])
+            student(**given, teacher_last=last, keys=keys).total.backward()
+    return saved, counter.get_total_flops()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_those_of_the_modules(name: str) -> None:
     for config in (sizes.sized(preset(name))[0], plain(sizes.sized(preset(name))[0])):
         with torch.device("meta"):
             student = Transformer(config.model)
-            projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
+            projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers, config.method.projector_norm)
         found = sizes.parameters(config)
         assert found.transformer == sum(parameter.numel() for parameter in student.parameters())
         assert found.projector == (sum(parameter.numel() for parameter in projector.parameters()) if config.method.contrasts else 0)
@@ -113,23 +139,20 @@ def test_saved_bytes_are_those_that_autograd_keeps(backend: str, precision: str,
     config = with_train(SMALL, precision=precision, **RECOMPUTE[recompute])
     if backend == "triton":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions=16, blocks=2))
-    student, given = build(config), batch(config, 3)
-    teacher = Teacher(student.transformer, config.method, config.contrast_depth)
-    lasting = {tensor.untyped_storage().data_ptr() for tensor in (*student.parameters(), *student.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in lasting:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with dispatch.use_backend(backend):
-        last, keys = teacher.features(given["tokens"], given["label"], given["positions"])
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            student(**given, teacher_last=last, keys=keys)
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted, _ = saved_and_counted(config, backend, 3)
     predicted = activations.activations(config, sizes.micro(config, 3, 1), fused=backend == "triton").saved
     assert predicted == pytest.approx(counted, rel=0.03 if backend == "triton" else 0.1)
+
+
+@pytest.mark.parametrize("choices", [{"negatives": "all_slots"}, {"projector_norm": "batch"}, {"mim_positions": "hidden"}, {"mim_weight": 0.0}])
+def test_the_choices_of_the_method_count(choices: dict) -> None:
+    """Settings that most runs leave alone: parameters, FLOPs and saved bytes with each."""
+    config = dataclasses.replace(SMALL, method=dataclasses.replace(SMALL.method, contrast_positions=16, **choices))
+    assert sizes.parameters(config).student == sum(parameter.numel() for parameter in build(config).parameters())
+    kept, counted = saved_and_counted(config, "reference", 4)
+    predicted = work.step_flops(config, 1, 4, causal=False)
+    assert predicted.total == pytest.approx(counted, rel=0.01)
+    assert activations.activations(config, sizes.micro(config, 4, 1), fused=False).saved == pytest.approx(kept, rel=0.1)
 
 
 def test_chunk_of_logits_is_the_ops() -> None:

@@ -53,13 +53,18 @@ def choose_views(seed: int, epoch: int, images: np.ndarray, views: int, availabl
     return np.argsort(words, axis=1, kind="stable")[:, :views]
 
 
+def hidden_count(positions: int, ratio: float) -> int:
+    """How many of T positions the key mask hides in every view: floor(ratio * (T-1))."""
+    return int(np.floor(ratio * (positions - 1)))
+
+
 def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: int, ratio: float) -> np.ndarray | None:
     """Which positions are visible as attention keys: (B, M, T) bool, or None if nothing is hidden.
 
     For each view floor(ratio * (T-1)) of the image positions 1 ... T-1 are hidden, uniformly without replacement; position 0, the
     class, is always visible (docs/method.md section 2, Key mask).
     """
-    hidden = int(np.floor(ratio * (positions - 1)))
+    hidden = hidden_count(positions, ratio)
     if hidden == 0:
         return None
     words = random_words(seed, Purpose.KEY_MASK, epoch, images[:, None, None], np.arange(views)[:, None], np.arange(1, positions))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from star_fast.config import MethodConfig
+from star_fast.method.masking import hidden_count
+from star_fast.ops.all_slots_contrast import all_slots_contrast
 from star_fast.ops.feature_distance import feature_distance
 from star_fast.ops.linear_cross_entropy import linear_cross_entropy
 from star_fast.ops.slot_contrast import slot_contrast
@@ -37,9 +39,26 @@ def autoregressive_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
 
-def masked_feature_loss(student_last: Tensor, teacher_last: Tensor) -> Tensor:
-    """L_MIM: mean over all positions of 1 - cos(h, h^), both (B*M, T, D), outputs of the last block; no gradient to the teacher."""
-    return feature_distance(student_last.flatten(0, 1), teacher_last.flatten(0, 1))
+def masked_feature_loss(student_last: Tensor, teacher_last: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """L_MIM: mean over positions of 1 - cos(h, h^), both (B*M, T, D), outputs of the last block; no gradient to the teacher.
+
+    Args:
+        hidden: (B*M, n) int64, the positions of each sequence that count (see `hidden_positions`); None: all.
+    """
+    student, teacher = student_last.flatten(0, 1), teacher_last.flatten(0, 1)
+    if hidden is not None:
+        first = torch.arange(0, len(student), student_last.shape[1], device=hidden.device)  # row of each sequence's position 0
+        rows = (hidden + first[:, None]).flatten()
+        student, teacher = student.index_select(0, rows), teacher.index_select(0, rows)
+    return feature_distance(student, teacher)
+
+
+def hidden_positions(keep: Tensor, count: int) -> Tensor:
+    """The positions that a key mask hides, ascending: (B*M, T) bool, True where visible -> (B*M, count) int64.
+
+    Every row must hide exactly `count`: the number is known beforehand, so nothing waits for the device to count.
+    """
+    return keep.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def gather_slots(features: Tensor, positions: Tensor, views: int) -> Tensor:
@@ -62,20 +81,23 @@ def view_pairs(views: int, positions: int) -> list[tuple[int, int]]:
     return [(m * positions + i, n * positions + i) for i in range(positions) for m in range(views) for n in range(views) if m != n]
 
 
-def contrastive_losses(anchor: Tensor, key: Tensor, views: int, temperature: float, row_offset: int = 0, *, step: bool = True,
-                       view: bool = True) -> tuple[Tensor, Tensor]:
-    """L_step and L_view in one call of ops.slot_contrast: means of NCE(m,i -> m',j) over their pairs.
+def contrastive_losses(anchor: Tensor, key: Tensor, views: int, temperature: float, row_offset: int = 0, *, step: bool = True, view: bool = True,
+                       negatives: str = "slot") -> tuple[Tensor, Tensor]:
+    """L_step and L_view in one call of an op: means of NCE(m,i -> m',j) over their pairs.
 
     Args:
         anchor: (S, B, D) projected student features, slots as in `slots_first`.
         key: (S, B_all, D) teacher features of the images that all ranks hold in this micro-batch; no gradient.
         views: M. temperature: tau. row_offset: key row of this rank's first image.
         step, view: which terms are on; one that is off is 0.
+        negatives: the other images' keys in the denominator: "slot", those at (m', j) (ops.slot_contrast, fused on CUDA); "all_slots", those at all
+            S slots (ops.all_slots_contrast, plain torch on every device). Other slots of the same image are never negatives.
     """
     positions = anchor.shape[0] // views
     steps = step_pairs(views, positions) if step else []
     pairs = steps + (view_pairs(views, positions) if view else [])
-    per_pair = slot_contrast(anchor, key, torch.tensor(pairs, dtype=torch.int64, device=anchor.device), temperature, row_offset, reduction="pair")
+    contrast = {"slot": slot_contrast, "all_slots": all_slots_contrast}[negatives]
+    per_pair = contrast(anchor, key, torch.tensor(pairs, dtype=torch.int64, device=anchor.device), temperature, row_offset, reduction="pair")
     zero = per_pair.new_zeros(())
     return per_pair[: len(steps)].mean() if step else zero, per_pair[len(steps) :].mean() if view else zero
 
@@ -91,7 +113,7 @@ def weighted_sum(ar: Tensor, mim: Tensor, step: Tensor, view: Tensor, method: Me
 
 
 def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anchor: Tensor | None, teacher_last: Tensor | None,
-              key: Tensor | None, method: MethodConfig, row_offset: int = 0) -> Losses:
+              key: Tensor | None, method: MethodConfig, row_offset: int = 0, keep: Tensor | None = None) -> Losses:
     """All of ST-AR in one call, from features to the four terms and their sum; on CUDA each term is one fused op.
 
     Args:
@@ -99,11 +121,22 @@ def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anc
         last, teacher_last: (B*M, T, D) outputs of the last block of student and teacher; the teacher's None where L_MIM is off.
         anchor: (S, B, D) projected student features at the sampled positions; key: (S, B_all, D) the teacher's. None where no contrast is on.
         row_offset: key row of this rank's first image.
+        keep: (B*M, T) bool, the key mask; needed where `method.mim_positions` is "hidden".
     """
     ar = autoregressive_loss(hidden, weight, targets)
     mim = step = view = ar.new_zeros(())
     if method.mim_weight:
-        mim = masked_feature_loss(last, teacher_last)
+        mim = masked_feature_loss(last, teacher_last, _counted(method, keep))
     if method.contrasts:
-        step, view = contrastive_losses(anchor, key, method.views, method.temperature, row_offset, step=method.step_contrast, view=method.view_contrast)
+        step, view = contrastive_losses(anchor, key, method.views, method.temperature, row_offset, step=method.step_contrast, view=method.view_contrast,
+                                        negatives=method.negatives)
     return weighted_sum(ar, mim, step, view, method)
+
+
+def _counted(method: MethodConfig, keep: Tensor | None) -> Tensor | None:
+    """The positions that L_MIM averages over, None for all."""
+    if method.mim_positions == "all":
+        return None
+    if keep is None:
+        raise ValueError("objective: mim_positions 'hidden' needs the key mask, got none")
+    return hidden_positions(keep, hidden_count(keep.shape[1], method.mask_ratio))

@@ -13,27 +13,37 @@ from torch import Tensor, nn
 
 from star_fast.config import MethodConfig
 from star_fast.method import objective
+from star_fast.method.batch_norm import BatchNorm
 from star_fast.method.objective import Losses
 from star_fast.model.transformer import Transformer
 
 
 class Projector(nn.Sequential):
-    """f: an MLP on each sampled position, student side only: linear layers with biases, SiLU between, (..., D) -> (..., D)."""
+    """f: an MLP on each sampled position, student side only: linear layers with biases, SiLU between, (..., D) -> (..., D).
 
-    def __init__(self, width: int, hidden: int, layers: int) -> None:
+    With norm "batch" every hidden layer is linear, batch norm, SiLU; the output layer has no norm. Hidden layers then have no biases of their own: the
+    norm takes any away again.
+    """
+
+    def __init__(self, width: int, hidden: int, layers: int, norm: str = "none") -> None:
         sizes = [width, *[hidden] * (layers - 1), width]
         modules: list[nn.Module] = []
         for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            normed = norm == "batch" and index < layers - 1
             modules += [nn.SiLU()] if index else []
-            modules += [nn.Linear(fan_in, fan_out)]
+            modules += [nn.Linear(fan_in, fan_out, bias=not normed)]
+            modules += [BatchNorm(fan_out)] if normed else []
         super().__init__(*modules)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases."""
+        """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases; norms that scale by 1."""
         for module in self:
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
+            elif isinstance(module, BatchNorm):
+                module.weight.fill_(1.0)
+            if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
 
 
@@ -55,7 +65,7 @@ class Student(nn.Module):
 
         Args:
             tokens: (B*M, T-1) int64. label: (B*M,) int64, dropped ones are the null class. targets: (B*M, T) int64.
-            keep: (B*M, T) bool, visible keys, or None.
+            keep: (B*M, T) bool, visible keys, or None. Where `mim_positions` is "hidden" every row must hide masking.hidden_count of them.
             teacher_last: (B*M, T, D) the teacher's last features; None where L_MIM is off.
             keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images, or a function that waits for them and returns
                 them; None where no contrast is on.
@@ -71,9 +81,9 @@ class Student(nn.Module):
         out = self.transformer(tokens, label, keep, blocks=blocks, logits=False)
         anchor = None
         if self.method.contrasts:
-            # The projector acts on each position alone: project the K sampled ones only.
+            # The projector needs no other position than the K sampled ones: project these only.
             slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)
             anchor = objective.slots_first(self.projector(slots_BMKD))
         if callable(keys):
             keys = keys()
-        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset)
+        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset, keep)

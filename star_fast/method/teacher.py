@@ -73,7 +73,7 @@ class Teacher:
     def features(self, tokens: Tensor, label: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the losses compare with: (last features (B*M, T, D) or None, slots (S, B, D) at `positions` or None).
 
-        Same tokens and same (possibly dropped) labels as the student's.
+        Same tokens as the student's; labels too, dropped ones included, or the true ones (`method.teacher_label`).
         """
         self.settle()
         blocks = (self.contrast_depth,) if self.method.contrasts else ()

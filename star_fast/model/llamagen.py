@@ -32,6 +32,7 @@ from star_fast.storage import atomic_write_bytes, atomic_writer, parse_json
 
 log = logging.getLogger(__name__)
 
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
 WRAPPERS = ("model", "module", "state_dict")  # plain or DDP, DeepSpeed, others; FSDP files are bare. LlamaGen's own order
 DEFAULT_POSITIONS = 256  # 256 px at downsampling 16
 RELEASED_DOWNSAMPLING = 16
@@ -130,14 +131,26 @@ def load_tokenizer(path: str | Path, *, image_size: int = 256) -> VQTokenizer:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """Open a file and read what it describes, without running code from it. Raises UserError: missing, damaged, unsafe, or without weights."""
+def open_checkpoint(path: Path, wanted: str = "") -> Iterator[Checkpoint]:
+    """Open a file and read what it describes, without running code from it.
+
+    Args:
+        wanted: what the weights sit under, say "ema", which LlamaGen's training keeps beside "model"; "": the first of WRAPPERS, or the file is bare.
+
+    Raises:
+        UserError: missing, damaged, unsafe, or without weights, or without those that are wanted.
+    """
     with open_tensors(path, "expected a LlamaGen checkpoint (.pt or .safetensors)") as opened:
         content = opened.content
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: expected a dict of weights, got {type(content).__name__}; is it a LlamaGen checkpoint?")
-        weights = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-        if not weights or not all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in weights.items()):
+        if wanted:
+            held = [key for key, value in content.items() if isinstance(key, str) and _are_weights(value)]
+            if wanted not in held:
+                raise UserError(f"{path}: holds no weights {shown(wanted)}; it has "
+                                + (some(held) if held else "weights without a name" if _are_weights(content) else "none"))
+        weights = content[wanted] if wanted else next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        if not _are_weights(weights):
             raise UserError(f"{path}: expected tensors by name, bare or under {', '.join(map(repr, WRAPPERS))}; found {some([str(name) for name in weights])}")
         weights = dict(weights)
         if sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in weights.values()) > opened.file.size:
@@ -148,17 +161,21 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(weights, None if freqs_cis is None else freqs_cis.shape, args, opened.file)
 
 
-def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = None, positions: int | None = None) -> ModelConfig:
-    """The sizes of the transformer in a file, from the sources that `load_transformer` names. Raises UserError when they are missing or contradict."""
+def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = None, positions: int | None = None, *,
+                      default_positions: int = DEFAULT_POSITIONS) -> ModelConfig:
+    """The sizes of the transformer in a file, from the sources that `load_transformer` names; T is `default_positions` where none tells it.
+
+    Raises UserError when they are missing or contradict.
+    """
     weights, args = checkpoint.weights, checkpoint.args
     kind = args.get("gpt_type", "c2i")
     if any(name.startswith("cls_embedding.cap_proj") for name in weights) or (isinstance(kind, str) and kind != "c2i"):
         raise UserError(f"{path}: a text-conditional LlamaGen model; only class-conditional ones (c2i) can be loaded")
-    for name in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"):
+    for name in ("tok_embeddings.weight", CLASS_TABLE, "layers.0.attention.wqkv.weight"):
         if name not in weights or weights[name].ndim != 2:
             raise UserError(f"{path}: expected the weights of a LlamaGen transformer, but the matrix {name!r} is not among them; found {some(weights)}")
     vocab, width = weights["tok_embeddings.weight"].shape
-    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
+    num_classes = weights[CLASS_TABLE].shape[0] - 1
     numbers = {int(match[1]) for name in weights if (match := _LAYER.match(name))}
     blocks = len(numbers)
     if max(numbers) != blocks - 1:
@@ -178,7 +195,7 @@ def checkpoint_config(path: Path, checkpoint: Checkpoint, heads: int | None = No
         if width not in _HEADS_BY_WIDTH:
             raise UserError(f"{path}: nothing tells the number of heads of a model of width {width}; give heads: load_transformer(path, heads=...)")
         agreed["heads"] = (_HEADS_BY_WIDTH[width], "LlamaGen's table of widths")
-    agreed.setdefault("positions", (DEFAULT_POSITIONS, "LlamaGen's default"))
+    agreed.setdefault("positions", (default_positions, "LlamaGen's default" if default_positions == DEFAULT_POSITIONS else "the default given"))
     for name in ("heads", "positions"):
         log.info("%s: %s %d, from %s", path, name, *agreed[name])
     for name, least in (("positions", 1), ("vocab", 1), ("num_classes", 1)):
@@ -216,6 +233,10 @@ def safetensors_bytes(weights: Mapping[str, Tensor], config: ModelConfig) -> byt
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     # One entry: safetensors writes several in random order, and the same weights should make the same file.
     return safetensors.torch.save(tensors, metadata={"args": json.dumps(_args(config))})
+
+
+def _are_weights(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in content.items())
 
 
 def _json_args(path: Path, text: str) -> dict[str, Any]:

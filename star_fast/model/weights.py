@@ -25,7 +25,8 @@ from torch import Tensor
 from star_fast.config import ModelConfig
 from star_fast.errors import UserError
 from star_fast.model.bounded_file import read_small_json, shown
-from star_fast.model.llamagen import Checkpoint, checkpoint_config, open_checkpoint, read_transformer, safetensors_bytes
+from star_fast.model.class_table import match_classes
+from star_fast.model.llamagen import CLASS_TABLE, Checkpoint, checkpoint_config, open_checkpoint, read_transformer, safetensors_bytes
 from star_fast.model.tensor_files import require_finite, require_fit
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
@@ -182,40 +183,72 @@ def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.d
     return LoadedModel(transformer, about.class_names, tokenizer_folder if os.path.isdir(tokenizer_folder) else None, about.record, sha256)
 
 
-def load_into(transformer: Transformer, path: str | Path, *, weights: Weights = "student", tokenizer_hash: str = "") -> None:
+def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", tokenizer_hash: str = "", class_names: Sequence[str] | None = None,
+              class_names_there: Sequence[str] | None = None) -> list[str]:
     """Copy the weights at `path` (as for load_model) into `transformer`, casting to its dtype: how a run starts from given weights.
 
-    `tokenizer_hash` names the tokenizer whose codes will be trained on; a model folder that names another one is refused.
+    Class embeddings are matched by name (class_table.match_classes); rows that find no match stay as they are in `transformer`. The number of positions
+    may differ: the rotary table is computed, not stored.
+
+    Args:
+        weights: of a model folder "student" or "teacher"; of a LlamaGen file what its weights sit under, say "model" or "ema"; "": the student, or the
+            file's first of llamagen.WRAPPERS.
+        tokenizer_hash: names the tokenizer whose codes will be trained on; a model folder that names another one is refused.
+        class_names: of the classes that `transformer` will learn; None where not known.
+        class_names_there: of the classes that the weights have learnt, where the file cannot say or says otherwise.
+
+    Returns:
+        What was done to make the weights fit, a line each.
 
     Raises:
         UserError: as load_model; or the weights know the codes of another tokenizer, are of another size (which tensor, expected and found
-            shapes), or of another number of heads or positions. Then `transformer` is as it was.
+            shapes) or another number of heads, or the classes cannot be matched. Then `transformer` is as it was.
     """
-    folder = _model_folder(path, weights)
-    if folder is None:
-        path = Path(path)
-        with open_checkpoint(path) as checkpoint:
-            require_fit(transformer, checkpoint.weights, path)
-            # raises where the file contradicts ours
-            stored = _read_same(path, checkpoint, checkpoint_config(path, checkpoint, transformer.config.heads, transformer.config.positions), transformer)
-    else:
-        about = _read_config(folder)
-        trained_on = about.record.get("tokenizer_hash") or ""
-        if tokenizer_hash and trained_on and trained_on != tokenizer_hash:
-            raise UserError(f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer {tokenizer_hash[:12]}: the same "
-                            f"code means another image patch; prepare the codes with star-fast prepare --tokenizer {folder / TOKENIZER_FOLDER}")
-        with _open_weights(folder, weights, about) as (checkpoint, _):
-            require_fit(transformer, checkpoint.weights, checkpoint.file.path)
-            stored = _read_same(checkpoint.file.path, checkpoint, about.model, transformer)
-    transformer.load_state_dict(stored.state_dict())
+    path, here = Path(path), transformer.config
+    folder = _model_folder(path, "student")
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            checkpoint = stack.enter_context(open_checkpoint(path, weights))
+            _require_fit_but_classes(transformer, checkpoint, path)
+            config = checkpoint_config(path, checkpoint, here.heads, default_positions=here.positions)  # raises where the file contradicts ours
+        else:
+            about = _read_config(folder)
+            _require_same_codes(folder, about, tokenizer_hash)
+            kinds = [kind for kind, name in WEIGHTS_FILES.items() if os.path.lexists(folder / name)]
+            if weights and weights not in kinds:
+                raise UserError(f"{folder}: holds no weights {shown(weights)}; it has {', '.join(kinds)}")
+            checkpoint, _ = stack.enter_context(_open_weights(folder, weights or "student", about))
+            _require_fit_but_classes(transformer, checkpoint, checkpoint.file.path)
+            config, class_names_there = about.model, class_names_there or about.class_names
+        file = checkpoint.file.path
+        if config.heads != here.heads:
+            raise UserError(f"{file}: model.heads is {config.heads} there and {here.heads} here; the weights cannot be used")
+        if class_names_there is not None and len(class_names_there) != config.num_classes:
+            raise UserError(f"{file}: has {config.num_classes} classes, got {len(class_names_there)} names of them; give one name for each")
+        match = match_classes(file, config.num_classes, class_names_there, here.num_classes, class_names)
+        stored = read_transformer(file, checkpoint, config)
+    state = stored.state_dict()
+    state[CLASS_TABLE] = match.table(transformer.state_dict()[CLASS_TABLE], state[CLASS_TABLE])
+    transformer.load_state_dict(state)
+    told = [match.told] if match.told else []
+    if config.positions != here.positions:
+        told.append(f"positions: trained with {config.positions}, here {here.positions}; the rotary table is computed anew")
+    return told
 
 
-def _read_same(file: Path, checkpoint: Checkpoint, config: ModelConfig, transformer: Transformer) -> Transformer:
-    """What the file holds, if it is of the same heads and positions as `transformer`: these leave no trace in the weights' shapes."""
-    for name in ("heads", "positions"):
-        if getattr(config, name) != getattr(transformer.config, name):
-            raise UserError(f"{file}: model.{name} is {getattr(config, name)} there and {getattr(transformer.config, name)} here; the weights cannot be used")
-    return read_transformer(file, checkpoint, config)
+def _require_fit_but_classes(transformer: Transformer, checkpoint: Checkpoint, file: Path) -> None:
+    """The weights' names and shapes are those of `transformer`, except perhaps for the number of classes."""
+    weights, table = dict(checkpoint.weights), checkpoint.weights.get(CLASS_TABLE)
+    if table is not None and table.ndim == 2:
+        weights[CLASS_TABLE] = table._replace(shape=(transformer.config.num_classes + 1, table.shape[1]))
+    require_fit(transformer, weights, file)
+
+
+def _require_same_codes(folder: Path, about: _About, tokenizer_hash: str) -> None:
+    trained_on = about.record.get("tokenizer_hash") or ""
+    if tokenizer_hash and trained_on and trained_on != tokenizer_hash:
+        raise UserError(f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer {tokenizer_hash[:12]}: the same "
+                        f"code means another image patch; prepare the codes with star-fast prepare --tokenizer {folder / TOKENIZER_FOLDER}")
 
 
 def _model_folder(path: str | Path, weights: str) -> Path | None:

@@ -1,6 +1,7 @@
 """The operations, each with a plain-torch reference and fused backends behind one contract (see dispatch.py)."""
 
 from star_fast.ops.add_rms_norm import add_rms_norm
+from star_fast.ops.all_slots_contrast import all_slots_contrast
 from star_fast.ops.decode_attention import KVCache, decode_attention
 from star_fast.ops.dispatch import use_backend
 from star_fast.ops.ema_update import ema_update
@@ -11,5 +12,5 @@ from star_fast.ops.sample_tokens import sample_tokens
 from star_fast.ops.slot_contrast import slot_contrast
 from star_fast.ops.swiglu import swiglu
 
-__all__ = ["KVCache", "add_rms_norm", "decode_attention", "ema_update", "feature_distance", "linear_cross_entropy", "masked_attention",
-           "masked_attention_qkv", "sample_tokens", "slot_contrast", "swiglu", "use_backend"]
+__all__ = ["KVCache", "add_rms_norm", "all_slots_contrast", "decode_attention", "ema_update", "feature_distance", "linear_cross_entropy",
+           "masked_attention", "masked_attention_qkv", "sample_tokens", "slot_contrast", "swiglu", "use_backend"]

@@ -54,51 +54,56 @@ def slot_contrast(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float
     Source:
         ST-AR (arXiv 2509.15185), the inter-step and inter-view losses; InfoNCE: van den Oord et al. (arXiv 1807.03748).
     """
-    _check(anchor, key, pairs)
-    _check_numbers(anchor, key, temperature, row_offset, reduction)
+    check_call("slot_contrast", anchor, key, pairs, temperature, row_offset, reduction)
     return dispatch.call("slot_contrast", anchor.device, (anchor, key.detach(), pairs, float(temperature), row_offset), {"reduction": reduction},
                          backend=backend)
 
 
-def _check(anchor: Tensor, key: Tensor, pairs: Tensor) -> None:
+def check_call(op: str, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str) -> None:
+    """Raises TypeError or ValueError, in the name of `op`, for arguments that break the contract of `slot_contrast`."""
+    _check_tensors(op, anchor, key, pairs)
+    _check_numbers(op, anchor, key, temperature, row_offset, reduction)
+
+
+def _check_tensors(op: str, anchor: Tensor, key: Tensor, pairs: Tensor) -> None:
     if not anchor.is_floating_point():
-        raise TypeError(f"slot_contrast: anchor must be floating point, got {anchor.dtype}")
+        raise TypeError(f"{op}: anchor must be floating point, got {anchor.dtype}")
     if anchor.ndim != 3 or 0 in anchor.shape:
-        raise ValueError(f"slot_contrast: anchor must be (S, B, D) with S, B, D >= 1, got shape {tuple(anchor.shape)}")
+        raise ValueError(f"{op}: anchor must be (S, B, D) with S, B, D >= 1, got shape {tuple(anchor.shape)}")
     if key.ndim != 3 or key.shape[2] != anchor.shape[2] or 0 in key.shape:
-        raise ValueError(f"slot_contrast: key must be (S', B_all, D) with D = {anchor.shape[2]} like anchor, got shape {tuple(key.shape)}")
+        raise ValueError(f"{op}: key must be (S', B_all, D) with D = {anchor.shape[2]} like anchor, got shape {tuple(key.shape)}")
     if key.dtype != anchor.dtype or key.device != anchor.device:
-        raise ValueError(f"slot_contrast: key must be {anchor.dtype} on {anchor.device} like anchor, got {key.dtype} on {key.device}")
+        raise ValueError(f"{op}: key must be {anchor.dtype} on {anchor.device} like anchor, got {key.dtype} on {key.device}")
     if pairs.dtype != torch.int64:
-        raise TypeError(f"slot_contrast: pairs must be int64 (anchor slot, key slot), got {pairs.dtype}")
+        raise TypeError(f"{op}: pairs must be int64 (anchor slot, key slot), got {pairs.dtype}")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.device != anchor.device:
-        raise ValueError(f"slot_contrast: pairs must be (P, 2) with P >= 1 on {anchor.device} like anchor, got {tuple(pairs.shape)} on {pairs.device}")
+        raise ValueError(f"{op}: pairs must be (P, 2) with P >= 1 on {anchor.device} like anchor, got {tuple(pairs.shape)} on {pairs.device}")
     if pairs.device.type == "cpu" and not isinstance(pairs, FakeTensor):
         for column, (name, slots) in enumerate((("anchor", anchor.shape[0]), ("key", key.shape[0]))):
             low, high = (int(value) for value in torch.aminmax(pairs[:, column]))
             if low < 0 or high >= slots:
-                raise ValueError(f"slot_contrast: pairs[:, {column}] must name {name} slots 0 ... {slots - 1}, got values from {low} to {high}")
+                raise ValueError(f"{op}: pairs[:, {column}] must name {name} slots 0 ... {slots - 1}, got values from {low} to {high}")
 
 
-def _check_numbers(anchor: Tensor, key: Tensor, temperature: float, row_offset: int, reduction: str) -> None:
+def _check_numbers(op: str, anchor: Tensor, key: Tensor, temperature: float, row_offset: int, reduction: str) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"slot_contrast: temperature must be a Python number, got {type(temperature).__name__}")
+        raise TypeError(f"{op}: temperature must be a Python number, got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"slot_contrast: temperature must be finite and > 0, got {temperature}")
+        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
     if isinstance(row_offset, bool) or not isinstance(row_offset, int):
-        raise TypeError(f"slot_contrast: row_offset must be an int, got {type(row_offset).__name__}")
+        raise TypeError(f"{op}: row_offset must be an int, got {type(row_offset).__name__}")
     if not 0 <= row_offset <= key.shape[1] - anchor.shape[1]:
-        raise ValueError(f"slot_contrast: row_offset must be in 0 ... B_all - B = {key.shape[1]} - {anchor.shape[1]}, so that each anchor row has its key row, "
+        raise ValueError(f"{op}: row_offset must be in 0 ... B_all - B = {key.shape[1]} - {anchor.shape[1]}, so that each anchor row has its key row, "
                          f"got {row_offset}")
     if reduction not in ("mean", "pair"):
-        raise ValueError(f"slot_contrast: reduction must be 'mean' or 'pair', got {reduction!r}")
+        raise ValueError(f"{op}: reduction must be 'mean' or 'pair', got {reduction!r}")
 
 
 def reference(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> Tensor:
     """The formula, in plain torch: one batched product a chunk of pairs, log-sum-exp over the keys, the positive on the diagonal."""
     exact = torch.promote_types(anchor.dtype, torch.float32)
     anchor, key = anchor.to(exact), key.detach().to(exact)
-    z, k = anchor * _inverse_norm(anchor), key * inverse_norm(key)
+    z, k = anchor * differentiable_inverse_norm(anchor), key * inverse_norm(key)
     chunk = max(1, _SIMILARITY_BYTES // (4 * anchor.shape[1] * key.shape[1]))
     losses = []
     for anchor_slots, key_slots in zip(pairs[:, 0].split(chunk), pairs[:, 1].split(chunk), strict=True):
@@ -109,7 +114,7 @@ def reference(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, ro
     return losses.mean() if reduction == "mean" else losses
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
+def differentiable_inverse_norm(x: Tensor) -> Tensor:
     """`inverse_norm` with a gradient: the short vectors leave the square root before it, whose slope at 0 would be infinite."""
     squares = (x * x).sum(-1, keepdim=True)
     short = inverse_norm(x.detach()) == 0

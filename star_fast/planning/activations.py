@@ -40,7 +40,7 @@ def activations(config: RunConfig, size: Micro, *, fused: bool = True) -> Activa
     block, inputs = saved_block(config, size, fused)
     # The first norm keeps the embedded input, the output matrix the last norm's result, the two losses their indices and their gradient.
     outside = N * D * s + (N * D * s if fused else N * D * (4 + s)) + 17 * N + _contrast(config, size, fused)
-    outside += N * D * s if config.method.mim_weight else 0
+    outside += int(compared_share(config) * N) * D * s
     # Backward of a feed-forward: gradients of its product (F) and of its packed input (2F; the reference splits and joins: 6F), of two streams (2D).
     backward = N * s * (2 * D + (3 if fused else 6) * F) + s * 2 * F * D
     loss_rows = 2 * N * D * s  # the gradient by the hidden states, the teacher's last features
@@ -72,13 +72,24 @@ def saved_block(config: RunConfig, size: Micro, fused: bool = True) -> tuple[int
     return N * s * (10 * D + 4 * F) + 8 * N * D + lse + 8 * N + mask, kept + (attention if config.train.keep_attention else 0)
 
 
+def compared_share(config: RunConfig) -> float:
+    """Share of the rows that L_MIM compares, whose gradient its op keeps."""
+    method, T = config.method, config.model.positions
+    if not method.mim_weight:
+        return 0.0
+    return 1.0 if method.mim_positions == "all" else int(method.mask_ratio * (T - 1)) / T
+
+
 def _contrast(config: RunConfig, size: Micro, fused: bool) -> int:
-    """Projector (inputs, and each hidden layer before and after SiLU) and ops.slot_contrast."""
+    """Projector (inputs, and each hidden layer before and after SiLU, in batch norm twice in float32) and the contrastive op."""
     if not size.slots:
         return 0
     s, D = number_bytes(config), config.model.width
     hidden = sum(fan_out for _, fan_out in projector_layers(config.model, config.method)[:-1])
-    projected = size.slots * s * (D + 2 * hidden)
+    projected = size.slots * (s * (D + 2 * hidden) + (8 * hidden if config.method.projector_norm == "batch" else 0))
+    if config.method.negatives == "all_slots":  # plain torch everywhere, in float32: normed anchors and keys, similarities of all with all and their mask
+        slots = size.slots // size.images
+        return projected + 4 * D * (2 * size.slots + slots * size.keys) + 5 * size.slots * slots * size.keys
     if fused:  # one gradient block a pair
         return projected + size.pairs * size.images * D * s
     rows = size.pairs * size.images

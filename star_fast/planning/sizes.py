@@ -52,7 +52,9 @@ def parameters(config: RunConfig) -> Parameters:
     transformer = embeddings + model.blocks * (block_weights(model) + 2 * D) + D + model.vocab * D
     layers = projector_layers(model, config.method)
     largest = max(model.vocab * D, (model.num_classes + 1) * D, 2 * model.feed_forward * D, 3 * D * D, *(i * o for i, o in layers))
-    return Parameters(transformer, sum(i * o + o for i, o in layers), largest)
+    # Each layer has a bias; with batch norm the hidden ones have its weight and bias instead.
+    normed = sum(o for _, o in layers[:-1]) if config.method.projector_norm == "batch" else 0
+    return Parameters(transformer, sum(i * o + o for i, o in layers) + normed, largest)
 
 
 class Micro(NamedTuple):

@@ -33,8 +33,13 @@ def forward_flops(config: RunConfig, size: Micro, *, causal: bool = True) -> tup
     attended = T * (T + 1) // 2 if causal else T * T
     blocks = model.blocks * (2 * size.rows * block_weights(model) + 4 * size.sequences * attended * model.width)
     projected = 2 * size.slots * sum(fan_in * fan_out for fan_in, fan_out in projector_layers(model, config.method))
-    contrast = 2 * size.pairs * size.images * size.keys * model.width
-    return blocks, 2 * size.rows * model.width * model.vocab + projected + contrast
+    return blocks, 2 * size.rows * model.width * model.vocab + projected + contrast_flops(config, size)
+
+
+def contrast_flops(config: RunConfig, size: Micro) -> int:
+    """Anchors times keys: for each pair of slots, or of all slots with all."""
+    compared = size.pairs * size.images if config.method.negatives == "slot" else size.slots * size.slots // size.images
+    return 2 * compared * size.keys * config.model.width
 
 
 def step_flops(config: RunConfig, gpus: int, micro_images: int, *, causal: bool = True) -> Flops:
@@ -46,7 +51,7 @@ def step_flops(config: RunConfig, gpus: int, micro_images: int, *, causal: bool 
     size = micro(config, micro_images, gpus)
     blocks, rest = forward_flops(config, size, causal=causal)
     times = config.train.images_per_step // micro_images
-    keys = 2 * size.pairs * size.images * size.keys * config.model.width
+    keys = contrast_flops(config, size)
     D, F = config.model.width, config.model.feed_forward
     a_number = config.model.blocks * 2 * size.rows  # FLOPs of all blocks for each number of a matrix
     recomputed = a_number * (D * D + 2 * D * F) if config.train.keep_attention else blocks - a_number * D * F

@@ -25,6 +25,7 @@ class MicroBatch(NamedTuple):
     keep: Tensor | None  # (B*M, T) bool, visible keys
     positions: Tensor  # (K,) int64, the position set of this step
     images_seen: int  # by all ranks, before this micro-batch
+    teacher_label: Tensor | None = None  # (B*M,) int64, what the teacher gets instead of `label`; None: the same
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
@@ -92,10 +93,12 @@ class Batches:
         views = masking.choose_views(seed, epoch, images, method.views, len(self.store.views))
         targets = self.store.codes(images, views).flatten(0, 1)
         dropped = masking.label_drop(seed, epoch, images, method.views, model.label_dropout)
-        label = torch.from_numpy(np.where(dropped, model.num_classes, self.store.labels.numpy()[images][:, None]).astype(np.int64).ravel())
+        true = np.broadcast_to(self.store.labels.numpy()[images][:, None], dropped.shape)
+        label = torch.from_numpy(np.where(dropped, model.num_classes, true).astype(np.int64).ravel())
+        kept = torch.from_numpy(true.astype(np.int64).ravel()) if method.teacher_label == "kept" else None
         keep = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
         keep = None if keep is None else torch.from_numpy(keep).flatten(0, 1)
-        return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen)
+        return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen, kept)
 
     def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, micro-batches) for first <= step < end; the next step's are made in the background."""

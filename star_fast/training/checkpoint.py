@@ -296,11 +296,13 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
     change: the latter is how a run goes on that has diverged, and it is said."""
     free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "tensorboard",
                       "spike_deviations", "stop_on_spike"}, "data": {"codes"}, "tokenizer": None, "optim": None}
+    unsaid = to_dict(RunConfig())  # a setting that did not exist yet had the value that is its default now
     for section, values in wanted.items():
         ignored = free.get(section, set())
         for name, value in values.items() if ignored is not None else ():
-            if name not in ignored and found.get(section, {}).get(name) != value:
-                raise UserError(f"{where}: it was saved with {section}.{name} = {found.get(section, {}).get(name)!r}, this run has {value!r}; "
+            before = found.get(section, {}).get(name, unsaid[section][name])
+            if name not in ignored and before != value:
+                raise UserError(f"{where}: it was saved with {section}.{name} = {before!r}, this run has {value!r}; "
                                 "resume with the same settings, or start another run with --init")
 
 

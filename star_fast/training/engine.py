@@ -39,7 +39,7 @@ def build_student(config: RunConfig) -> Student:
     transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
     projector = None
     if config.method.contrasts:
-        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers)
+        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers, config.method.projector_norm)
         projector.init_weights(generator)
     return Student(transformer, projector, config.method, config.contrast_depth)
 
@@ -145,7 +145,8 @@ class Engine:
     def _losses(self, batch: MicroBatch) -> Losses:
         teacher_last = keys = None
         if self.teacher is not None:
-            teacher_last, keys = self.teacher.features(batch.tokens, batch.label, batch.positions)
+            label = batch.label if batch.teacher_label is None else batch.teacher_label
+            teacher_last, keys = self.teacher.features(batch.tokens, label, batch.positions)
             keys = self._of_all_ranks(keys)
         images = batch.label.shape[0] // self.config.method.views
         return self.student(batch.tokens, batch.label, batch.targets, batch.keep, teacher_last, keys, batch.positions, self.rank * images)

@@ -57,6 +57,20 @@ def test_student_forward(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(min(launch.grid) >= 1 for call in calls for launch in call.launches)
 
 
+def test_student_forward_with_everything_chosen_otherwise(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in it reads a number back from the device, which a fake one could not give; all_slots is the one op without a kernel."""
+    monkeypatch.setattr(transformer, "_dropout_seeds", lambda count: list(range(count)))
+    method = MethodConfig(mim_positions="hidden", negatives="all_slots", projector_norm="batch", teacher_label="kept")
+    student = Student(Transformer(MODEL), Projector(768, 2048, 3, "batch"), method, 6)
+    last, keys = torch.empty(B * M, T, 768, dtype=torch.bfloat16), torch.empty(M * K, B, 768, dtype=torch.bfloat16)
+    with dispatch.record() as calls, torch.no_grad():
+        losses = student(**batch(), teacher_last=last, keys=keys, positions=torch.zeros(K, dtype=torch.int64))
+    assert all(term.shape == () and term.device.type == "cuda" and term.dtype == torch.float32 for term in losses)
+    chosen = Counter((call.op, call.backend) for call in calls)
+    assert chosen["feature_distance", "triton"] == 1 and chosen["all_slots_contrast", "reference"] == 1
+    assert not any(op == "slot_contrast" for op, _ in chosen)
+
+
 def test_teacher_forward_and_update(fake_cuda: None) -> None:
     teacher = Teacher.__new__(Teacher)  # its copy would need a real model; what is traced is the forward pass and the update
     teacher.model, teacher.method, teacher.contrast_depth, teacher._arrivals = Transformer(MODEL).eval(), METHOD, 6, []

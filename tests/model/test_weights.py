@@ -182,10 +182,101 @@ def test_starting_from_given_weights(tmp_path: Path, released: bool) -> None:
     assert torch.equal(half.output.weight, source.output.weight.bfloat16())
 
     for changes, message in (({"width": 64}, "tok_embeddings.weight: expected (37, 64), found (37, 32)"), ({"blocks": 1}, "unexpected: layers.1."),
-                             ({"heads": 4}, "heads"), ({"positions": 25}, "positions")):
+                             ({"heads": 4}, "heads"), ({"vocab": 38}, "tok_embeddings.weight: expected (38, 32), found (37, 32)"),
+                             ({"num_classes": 4}, "weights of 3 classes, the data here has 4")):
         other = model(0, ModelConfig(**{**vars(SMALL), **changes}))
         before = {name: value.clone() for name, value in other.state_dict().items()}
         with pytest.raises(UserError) as caught:
             load_into(other, path)
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def refused(*arguments: object, **more: object) -> str:
+    """What load_into says, having changed nothing."""
+    target = arguments[0]
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_into(*arguments, **more)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    return str(caught.value)
+
+
+TABLE = "cls_embedding.embedding_table.weight"
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_starting_on_other_classes(tmp_path: Path, released: bool) -> None:
+    """Rows go by name, the null class's too, the rest of the weights as they are; what no name tells stays as it was drawn."""
+    source, path = model(5), tmp_path / ("x.pt" if released else "m")
+    save_transformer(source, path) if released else save_model(path, source, class_names=NAMES)
+    there = {"class_names_there": NAMES} if released else {}
+    names = ["größe", "two", "zero", "three", "Zero"]
+    target, drawn = (model(0, ModelConfig(**{**vars(SMALL), "num_classes": 5})) for _ in range(2))
+    assert load_into(target, path, class_names=names, **there) == ["class embeddings: 2 of 5 taken by name, 3 fresh: two, three, Zero"]
+    ours, theirs, fresh = (part.state_dict()[TABLE] for part in (target, source, drawn))
+    for row, expected in enumerate((theirs[2], fresh[1], theirs[0], fresh[3], fresh[4], theirs[3])):
+        assert torch.equal(ours[row], expected), row
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items() if name != TABLE)
+
+    load_into(turned := model(0), path, class_names=NAMES[::-1], **there)  # as many, in another order
+    assert torch.equal(turned.state_dict()[TABLE], theirs[[2, 1, 0, 3]])
+    assert load_into(same_ones := model(0), path, class_names=NAMES, **there) == []
+    assert same(same_ones, source)
+    load_into(half := model(0, target.config).bfloat16(), path, class_names=names, **there)
+    assert torch.equal(half.state_dict()[TABLE][2], theirs[0].bfloat16()) and half.state_dict()[TABLE].dtype == torch.bfloat16
+    assert "has 3 classes, got 2 names of them" in refused(model(0), path, class_names=NAMES, class_names_there=NAMES[:2])
+
+
+def test_starting_on_classes_whose_names_nobody_knows(tmp_path: Path) -> None:
+    source = model(5)
+    save_transformer(source, tmp_path / "x.pt")
+    assert load_into(target := model(0), tmp_path / "x.pt", class_names=["a", "b", "c"]) == [
+        "class embeddings: all 3 taken by number, since names are not known"]
+    assert same(target, source)
+    more = model(0, ModelConfig(**{**vars(SMALL), "num_classes": 4}))
+    assert "x.pt: weights of 3 classes, the data here has 4: give the names of its 3 classes with --init-class-names FILE" in refused(
+        more, tmp_path / "x.pt", class_names=["a", "b", "c", "d"])
+
+
+def test_starting_with_another_number_of_positions(tmp_path: Path) -> None:
+    source = model(5)
+    save_model(tmp_path / "m", source, class_names=NAMES)
+    save_transformer(source, tmp_path / "x.pt")
+    torch.save({"model": source.state_dict()}, tmp_path / "untold.pt")
+    torch.save({"model": source.state_dict()}, tmp_path / "c2i_own_384.pt")
+    for positions in (25, 4):
+        for name in ("m", "x.pt"):
+            target = model(0, ModelConfig(**{**vars(SMALL), "positions": positions}))
+            rotary = target.rotary.clone()
+            assert load_into(target, tmp_path / name, class_names=NAMES)[-1] == (
+                f"positions: trained with 16, here {positions}; the rotary table is computed anew")
+            assert same(target, source) and target.config.positions == positions
+            assert torch.equal(target.rotary, rotary) and torch.equal(rotary, Transformer(target.config).rotary)
+            assert target(torch.zeros(1, positions - 1, dtype=torch.int64), torch.tensor([0])).logits.shape == (1, positions, 37)
+        # A file that tells no positions contradicts none.
+        assert load_into(model(0, target.config), tmp_path / "untold.pt") == []
+
+
+def test_which_weights_to_start_from(tmp_path: Path) -> None:
+    plain, averaged = model(5), model(6)
+    torch.save({"model": plain.state_dict(), "ema": averaged.state_dict(), "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "steps": 9},
+               tmp_path / "trained.pt")
+    for wanted, expected in (("", plain), ("model", plain), ("ema", averaged)):
+        load_into(target := model(0), tmp_path / "trained.pt", weights=wanted)
+        assert same(target, expected)
+    for wanted in ("teacher", "student", "optimizer", "steps", "Model"):
+        assert f"trained.pt: holds no weights '{wanted}'; it has model, ema" in refused(model(0), tmp_path / "trained.pt", weights=wanted)
+    torch.save(plain.state_dict(), tmp_path / "bare.pt")
+    assert "bare.pt: holds no weights 'ema'; it has weights without a name" in refused(model(0), tmp_path / "bare.pt", weights="ema")
+    torch.save({"model": plain.state_dict(), "ema": {"x": torch.zeros(2)}}, tmp_path / "odd.pt")
+    assert "missing: cls_embedding" in refused(model(0), tmp_path / "odd.pt", weights="ema")
+
+    save_model(tmp_path / "both", plain, class_names=NAMES, teacher=averaged)
+    save_model(tmp_path / "one", plain, class_names=NAMES)
+    for wanted, expected in (("", plain), ("student", plain), ("teacher", averaged)):
+        load_into(target := model(0), tmp_path / "both", weights=wanted)
+        assert same(target, expected)
+    assert "both: holds no weights 'ema'; it has student, teacher" in refused(model(0), tmp_path / "both", weights="ema")
+    assert "one: holds no weights 'teacher'; it has student" in refused(model(0), tmp_path / "one", weights="teacher")

@@ -36,6 +36,7 @@ def sequences(store: CodeStore, config: RunConfig, step: int) -> list[dict[str, 
             targets = store.codes([image], [chosen[view]])[0, 0]
             label = config.model.num_classes if dropped[view] else int(store.labels[image])
             made.append({"image": torch.tensor(image), "tokens": targets[:-1], "targets": targets, "label": torch.tensor(label),
+                         "true": torch.tensor(int(store.labels[image])),
                          "keep": torch.ones(len(targets), dtype=torch.bool) if keep is None else torch.from_numpy(keep[0, view])})
     return made
 
@@ -80,15 +81,23 @@ class PlainTrainer:
         """(total, ar, mim, step, view) of one micro-batch, with a graph behind them."""
         method, depth = self.config.method, self.config.contrast_depth
         with torch.no_grad():
-            seen_all = self.teacher(batch["tokens"], batch["label"], blocks=(depth,), logits=False)
+            told = batch["true"] if method.teacher_label == "kept" else batch["label"]
+            seen_all = self.teacher(batch["tokens"], told, blocks=(depth,), logits=False)
         torch.manual_seed(masking.dropout_seed(self.config.train.seed, 0, int(batch["images_seen"])))
         out = self.student(batch["tokens"], batch["label"], batch["keep"], blocks=(depth,))
         ar = F.cross_entropy(out.logits.flatten(0, 1), batch["targets"].flatten())
-        mim = (1 - F.cosine_similarity(out.last, seen_all.last, dim=-1)).mean()
-        z, k = (F.normalize(x[:, positions], dim=-1).unflatten(0, (-1, method.views)) for x in (self.projected(out.features[depth]), seen_all.features[depth]))
+        distance = 1 - F.cosine_similarity(out.last, seen_all.last, dim=-1)
+        mim = distance.mean() if method.mim_positions == "all" else distance[~batch["keep"]].mean()
+        z, k = (F.normalize(x, dim=-1).unflatten(0, (-1, method.views)) for x in (self.projected(out.features[depth][:, positions]),
+                                                                                  seen_all.features[depth][:, positions]))
 
         def nce(m: int, i: int, n: int, j: int) -> Tensor:
-            return F.cross_entropy(z[:, m, i] @ k[:, n, j].T / method.temperature, torch.arange(len(z)))
+            logits = z[:, m, i] @ k[:, n, j].T / method.temperature
+            if method.negatives == "slot":
+                return F.cross_entropy(logits, torch.arange(len(z)))
+            rows = [torch.cat([logits[b, b : b + 1]] + [z[b, m, i] @ k[other].flatten(0, 1).T / method.temperature for other in range(len(z)) if other != b])
+                    for b in range(len(z))]
+            return F.cross_entropy(torch.stack(rows), torch.zeros(len(z), dtype=torch.int64))
 
         M, K = method.views, len(positions)
         step = torch.stack([nce(m, i, m, j) for m in range(M) for i in range(K) for j in range(K) if i != j]).mean()
@@ -96,10 +105,12 @@ class PlainTrainer:
         return torch.stack([ar + method.mim_weight * mim + method.contrast_weight * (step + view) / 2, ar, mim, step, view])
 
     def projected(self, x: Tensor) -> Tensor:
-        """Linear layers with SiLU between, by their weights alone."""
-        layers = [module for module in self.projector if hasattr(module, "weight")]
+        """Linear layers with SiLU between, or batch norm over all rows and SiLU, by their weights alone."""
+        layers, norms = ([module for module in self.projector if hasattr(module, "weight") and module.weight.ndim == rank] for rank in (2, 1))
         for number, layer in enumerate(layers):
             x = F.linear(x if number == 0 else x * torch.sigmoid(x), layer.weight, layer.bias)
+            if number < len(norms):
+                x = F.batch_norm(x.flatten(0, 1), None, None, norms[number].weight, norms[number].bias, training=True).view_as(x)
         return x
 
     def step(self, step: int) -> tuple[Tensor, float]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
+from star_fast.method.batch_norm import BatchNorm
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
@@ -33,14 +34,15 @@ from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
 
+CHOICES = {"mim_positions": "hidden", "negatives": "all_slots", "projector_norm": "batch", "teacher_label": "kept"}  # none of them the default
 LATE_S = 0.4  # how late a rank is made to come where the others must wait for it: a race that is lost shows, one that is won costs this much
 
 
 def settings(store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro: int = 0, dropout: float = 0.0, decay: float = 0.9999,
-             warmup: bool = False) -> RunConfig:
-    """Eight images a step."""
+             warmup: bool = False, **choices: str) -> RunConfig:
+    """Eight images a step; `choices` are settings of the method."""
     return resolve(RunConfig(
-        ModelConfig(2, 2, 32, dropout=dropout), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup),
+        ModelConfig(2, 2, 32, dropout=dropout), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup, **choices),
         OptimConfig(lr_per_256_images=0.03),
         TrainConfig(images_per_step=8, micro_batch_images=micro, precision=precision, zero_stage=stage, seed=4,
                     gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32")), store)
@@ -88,6 +90,21 @@ def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict
     engine, batches = start(config, store, device)
     engine.deepspeed.backward(engine.losses(batches.step(0)[0]).total)
     return {name: value.grad.clone() for name, value in engine.student.named_parameters()}
+
+
+def normed(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Batch norm in float64 of this rank's rows, of which rank 0 has more than the others: outputs, and the gradients of a sum over all ranks."""
+    norm = BatchNorm(4).double()
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = (torch.randn(11, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    starts = [0, *(8 + (11 - 8) * other // max(1, ranks - 1) for other in range(ranks))] if ranks > 1 else [0, 11]
+    mine = slice(starts[rank], starts[rank + 1])
+    x = rows[mine].clone().requires_grad_()
+    out = norm(x)
+    (out * weights[mine]).sum().backward()
+    return {"out": out.detach(), "rows": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
 
 
 def validation(config: RunConfig, store: CodeStore, device: torch.device) -> float:
@@ -214,6 +231,9 @@ def main() -> None:
         "accumulated": train(settings(store, micro=4 // ranks, decay=0.5, warmup=True), store, device, 6),
         "bf16": train(settings(store, precision="bf16", stage=2, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
         "gradients": gradients(settings(store), store, device),
+        "choices": train(settings(store, **CHOICES), store, device, 6),
+        "choices_gradients": gradients(settings(store, **CHOICES), store, device),
+        "normed": normed(rank, ranks),
         "validation": validation(settings(store), store, device),
         "own_loss": own_loss(settings(store, dropout=0.3), store, device),
         "log_line": log_line(folder),

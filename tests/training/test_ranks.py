@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -64,6 +65,28 @@ def test_two_ranks_have_the_gradient_of_one(one_rank: torch.device, store: CodeS
         for name, expected in alone.items():
             error = (seen["gradients"][name] - expected).norm() / expected.norm().clamp(min=1e-12)
             assert error <= 1e-6, f"{name}: relative error {error:.2e}"
+
+
+def test_two_ranks_choosing_otherwise_have_gradient_and_losses_of_one(one_rank: torch.device, store: CodeStore, two_ranks: list[dict[str, Any]]) -> None:
+    """Above all the projector's batch norm, over the rows of both ranks, and the negatives of all slots of both ranks' images."""
+    alone = ranks_main.gradients(settings(store, **ranks_main.CHOICES), store, one_rank)
+    for seen in two_ranks:
+        assert alone.keys() == seen["choices_gradients"].keys()
+        for name, expected in alone.items():
+            error = (seen["choices_gradients"][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+            assert error <= 2e-6, f"{name}: relative error {error:.2e}"
+    losses = ranks_main.train(settings(store, **ranks_main.CHOICES), store, one_rank, 6)["losses"]
+    torch.testing.assert_close(two_ranks[0]["choices"]["losses"], losses, rtol=0, atol=1e-5)
+    assert abs(losses[0, 3].item() - math.log(1 + 7 * 2 * 3)) < 0.7  # seven other images, two views and three positions of each
+
+
+def test_batch_norm_of_two_ranks_is_that_of_all_their_rows(two_ranks: list[dict[str, Any]]) -> None:
+    seen, alone = [seen["normed"] for seen in two_ranks], ranks_main.normed(0, 1)
+    assert [len(one["out"]) for one in seen] == [8, 3]
+    for name in ("out", "rows"):
+        torch.testing.assert_close(torch.cat([one[name] for one in seen]), alone[name], rtol=1e-12, atol=1e-13)
+    for name in ("weight", "bias"):  # each rank's share, which the engine adds up as any parameter's
+        torch.testing.assert_close(sum(one[name] for one in seen), alone[name], rtol=1e-12, atol=1e-13)
 
 
 def test_two_ranks_have_the_losses_of_one_with_the_keys_of_both(plain: dict[str, Any], two_ranks: list[dict[str, Any]]) -> None:

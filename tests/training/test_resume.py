@@ -124,6 +124,18 @@ def test_another_model_stage_or_number_of_ranks_is_refused(saved) -> None:
     assert checkpoint.check(folder, SimpleNamespace(config=longer, ranks=1, rank=0), STORE).step == 5
 
 
+def test_a_setting_that_an_older_checkpoint_does_not_know_had_its_default(saved) -> None:
+    folder, engine = saved
+    record = json.loads((folder / "complete.json").read_text())
+    for name in ("mim_positions", "negatives", "projector_norm", "teacher_label"):
+        del record["config"]["method"][name]
+    (folder / "complete.json").write_text(json.dumps(record))
+    assert checkpoint.check(folder, engine, STORE).step == 5
+    other = dataclasses.replace(engine.config, method=dataclasses.replace(engine.config.method, negatives="all_slots"))
+    with pytest.raises(UserError, match=r"saved with method\.negatives = 'slot', this run has 'all_slots'"):
+        checkpoint.check(folder, SimpleNamespace(config=other, ranks=1, rank=0), STORE)
+
+
 def test_codes_of_another_tokenizer_are_refused(saved) -> None:
     other = Codes(**{**vars(STORE), "tokenizer_hash": "c" * 64})
     with pytest.raises(UserError, match=r"code store of tokenizer aaaaaaaaaaaa, codes has cccccccccccc; give the code store"):

@@ -26,13 +26,14 @@ def _memory(plan: Plan) -> list[str]:
     head = ["", "weights", "gradients", "optimizer", "teacher", "activations", "logits", "loss", "buffers", "peak", "fits", "largest", "recomputing"]
     rows = [head, *(_stage(row) for row in plan.stages)]
     lines = [f"GiB on each GPU, micro-batches of {plan.micro_images} images, {train.precision}, {gradients} gradients, "
-             f"{'blocks recomputed' if train.block_checkpointing else 'no block checkpointing'}:", *aligned(rows)]
+             f"{'blocks recomputed' if train.block_checkpointing else 'no block checkpointing'}"
+             f"{', optimizer in host memory' if train.offload_optimizer else ''}:", *aligned(rows)]
     lines += [f"  fits: peak + {RESERVED_GIB:g} GiB (assumed for CUDA, libraries, allocator) is within {plan.memory_gib:g} GiB",
               "  largest: images of the largest micro-batch that fits; recomputing: the same with block checkpointing"]
     if any(row.peak_bytes > _within(row) for row in plan.stages):
         lines += ["  a peak above the sum of its row is reached in the optimizer step"]
     if left_out := [f"ZeRO-{row.stage}" for row in plan.stages if not row.offered]:
-        lines += [f"  {', '.join(left_out)}: train.zero_stage does not take it with these settings; for comparison, with bf16 gradients"]
+        lines += [f"  {', '.join(left_out)}: train.zero_stage does not take it with these settings; for comparison (ZeRO-0: with bf16 gradients)"]
     return lines
 
 

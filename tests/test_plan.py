@@ -144,7 +144,8 @@ def test_saved_bytes_are_those_that_autograd_keeps(backend: str, precision: str,
     assert predicted == pytest.approx(counted, rel=0.03 if backend == "triton" else 0.1)
 
 
-@pytest.mark.parametrize("choices", [{"negatives": "all_slots"}, {"projector_norm": "batch"}, {"mim_positions": "hidden"}, {"mim_weight": 0.0}])
+@pytest.mark.parametrize("choices", [{"negatives": "all_slots"}, {"projector_norm": "batch"}, {"mim_positions": "hidden"}, {"mim_weight": 0.0},
+                                     {"projector_layers": 1}, {"projector_layers": 5, "projector_norm": "batch"}])
 def test_the_choices_of_the_method_count(choices: dict) -> None:
     """Settings that most runs leave alone: parameters, FLOPs and saved bytes with each."""
     config = dataclasses.replace(SMALL, method=dataclasses.replace(SMALL.method, contrast_positions=16, **choices))
@@ -221,6 +222,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capfd: pytest
     (["--gpus", "0"], "--gpus: expected at least 1, got 0"),
     (["--gpus", "3"], "train.images_per_step: expected a multiple of the 3 GPUs, got 256"),
     (["--gpu-memory-gib", "-5"], "--gpu-memory-gib: expected more than the 2 GiB"),
+    (["--gpu-memory-gib", "1e308"], "--gpu-memory-gib: expected at most 1048576"),
     (["--gpu-memory-gib", "nan"], "expected a finite number"),
     (["--gpu", "h50"], "--gpu: expected one of a100, h100, h200, b200, got 'h50'"),
     (["--gpu-memory-gib", "4"], "nothing fits: one image on each of 8 GPUs needs"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from star_fast.config import RunConfig
-from star_fast.planning.sizes import Micro, number_bytes, projector_layers
+from star_fast.planning.sizes import Micro, number_bytes, projector
 
 LOGITS_CHUNK_BYTES = 2**25  # of ops/linear_cross_entropy.py and ops/triton/tiles.py
 PARTIAL_BYTES = 2**24  # a block of the weight gradient on its way to the float32 sum (ops/linear_cross_entropy.py)
@@ -85,7 +85,7 @@ def _contrast(config: RunConfig, size: Micro, fused: bool) -> int:
     if not size.slots:
         return 0
     s, D = number_bytes(config), config.model.width
-    hidden = sum(fan_out for _, fan_out in projector_layers(config.model, config.method)[:-1])
+    hidden = projector(config.model, config.method).hidden
     projected = size.slots * (s * (D + 2 * hidden) + (8 * hidden if config.method.projector_norm == "batch" else 0))
     if config.method.negatives == "all_slots":  # plain torch everywhere, in float32: normed anchors and keys, similarities of all with all and their mask
         slots = size.slots // size.images

@@ -16,6 +16,7 @@ from star_fast.planning.work import Flops, Speed, sent_bytes, speed, step_bytes,
 RESERVED_GIB = 2.0  # CUDA context, libraries' workspaces, NCCL's buffers, what the allocator cannot use: an assumption, not in the tables
 SHARES = (0.4, 0.5, 0.6)  # of the peak: what trainers of such models report
 SAMPLED_IMAGES = 64  # `star-fast sample --batch-images`, its default
+_MOST_GIB = 2**20  # no GPU will have more for a while; floats overflow far above
 _MOST_IMAGES = 2**20  # of a micro-batch: where the search ends
 
 
@@ -104,6 +105,8 @@ def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu) -> Plan
 def _check(config: RunConfig, gpus: int, memory_gib: float) -> None:
     if gpus < 1:
         raise UserError(f"--gpus: expected at least 1, got {gpus}")
+    if memory_gib > _MOST_GIB:
+        raise UserError(f"--gpu-memory-gib: expected at most {_MOST_GIB}, got {memory_gib:g}")
     if not memory_gib > RESERVED_GIB:
         raise UserError(f"--gpu-memory-gib: expected more than the {RESERVED_GIB:g} GiB that CUDA and its libraries take, got {memory_gib:g}")
     if config.train.images_per_step % gpus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 from typing import NamedTuple
 
 from star_fast.config import MethodConfig, ModelConfig, RunConfig
@@ -33,11 +32,22 @@ def sized(config: RunConfig) -> tuple[RunConfig, str]:
     return config, f"assumed, since the code store decides: {', '.join(f'model.{name} {value}' for name, value in taken.items())}" if taken else ""
 
 
-def projector_layers(model: ModelConfig, method: MethodConfig) -> list[tuple[int, int]]:
-    """(fan in, fan out) of each linear layer of the projector; none where no contrastive loss is on."""
+class Projector(NamedTuple):
+    """The projector's numbers; all 0 where no contrastive loss is on."""
+
+    matrices: int  # numbers in its matrices
+    hidden: int  # widths of its hidden layers together
+    largest: int  # numbers of the largest matrix
+
+
+def projector(model: ModelConfig, method: MethodConfig) -> Projector:
+    """Sizes of method.student.Projector, without a list of its layers: there may be any number."""
     if not method.contrasts:
-        return []
-    return list(pairwise([model.width, *[method.projector_width] * (method.projector_layers - 1), model.width]))
+        return Projector(0, 0, 0)
+    D, W, inner = model.width, method.projector_width, method.projector_layers - 2
+    if inner < 0:
+        return Projector(D * D, 0, D * D)
+    return Projector(2 * D * W + inner * W * W, (inner + 1) * W, max(D * W, W * W if inner else 0))
 
 
 def block_weights(model: ModelConfig) -> int:
@@ -50,11 +60,11 @@ def parameters(config: RunConfig) -> Parameters:
     model, D = config.model, config.model.width
     embeddings = (model.num_classes + 1 + model.vocab) * D
     transformer = embeddings + model.blocks * (block_weights(model) + 2 * D) + D + model.vocab * D
-    layers = projector_layers(model, config.method)
-    largest = max(model.vocab * D, (model.num_classes + 1) * D, 2 * model.feed_forward * D, 3 * D * D, *(i * o for i, o in layers))
-    # Each layer has a bias; with batch norm the hidden ones have its weight and bias instead.
-    normed = sum(o for _, o in layers[:-1]) if config.method.projector_norm == "batch" else 0
-    return Parameters(transformer, sum(i * o + o for i, o in layers) + normed, largest)
+    own = projector(model, config.method)
+    biases = own.hidden + D if own.matrices else 0  # with batch norm the hidden ones are its biases, and it has as many weights
+    normed = own.hidden if config.method.projector_norm == "batch" else 0
+    largest = max(model.vocab * D, (model.num_classes + 1) * D, 2 * model.feed_forward * D, 3 * D * D, own.largest)
+    return Parameters(transformer, own.matrices + biases + normed, largest)
 
 
 class Micro(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from star_fast.config import RunConfig
-from star_fast.planning.sizes import Micro, block_weights, micro, number_bytes, parameters, projector_layers
+from star_fast.planning.sizes import Micro, block_weights, micro, number_bytes, parameters, projector
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -32,7 +32,7 @@ def forward_flops(config: RunConfig, size: Micro, *, causal: bool = True) -> tup
     model, T = config.model, config.model.positions
     attended = T * (T + 1) // 2 if causal else T * T
     blocks = model.blocks * (2 * size.rows * block_weights(model) + 4 * size.sequences * attended * model.width)
-    projected = 2 * size.slots * sum(fan_in * fan_out for fan_in, fan_out in projector_layers(model, config.method))
+    projected = 2 * size.slots * projector(model, config.method).matrices
     return blocks, 2 * size.rows * model.width * model.vocab + projected + contrast_flops(config, size)
 
 

@@ -124,6 +124,13 @@ def train(arguments: list[str]) -> None:
     run_command(arguments, "star-fast train")
 
 
+def convert(arguments: list[str]) -> None:
+    """star-fast convert ..."""
+    from star_fast.training.conversion import ConvertCommand, run_convert
+
+    run_convert(parse(ConvertCommand, arguments, "star-fast convert", ConvertCommand.__doc__ or "", run=tyro.MISSING))
+
+
 def sample(arguments: list[str]) -> None:
     """star-fast sample ..."""
     from star_fast.generation.sample import SampleConfig, sample_images
@@ -165,6 +172,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
+    "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
     "report": (report, "run folder -> one HTML page with every picture and figure"),

@@ -99,7 +99,7 @@ def train(command: TrainCommand) -> Path:
                 print(f"Resuming with other settings than before: {', '.join(changed)}", flush=True)
         with interrupts() as stop:
             done = run_loop(engine, batches, run, first_step, stop=stop, earlier=earlier.telemetry if earlier is not None else None)
-            folder = export(engine, store, run, done)
+            folder = export(engine, store, run / "model", done)
     if rank == 0:
         finished = done >= batches.total_steps
         print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {printable(folder)}"

@@ -7,32 +7,32 @@ sha256 of each file in complete.json, and renamed last. Before anything of it is
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from star_fast.config import RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.errors import ConfigError, UserError
 from star_fast.records import require, to_dict
 from star_fast.storage import atomic_write_json, explain_write_errors, read_record, require_regular, sha256_of_file, sync_folder
+from star_fast.training import shards
 from star_fast.training.engine import Engine
-from star_fast.training.ranks import agree, together
+from star_fast.training.export import export
+from star_fast.training.ranks import together
 
-FORMAT = 2
+FORMAT = 3
+ANY_RANKS = 0  # as number of ranks: put together for any number and ZeRO stage (star-fast convert)
 RECORD_FILE = "complete.json"
+MODEL_FOLDER = "model"  # student and teacher as plain safetensors, for every command that takes a model
 _NAME = re.compile(r"step-(\d{7,15})")
-_REMOVE = "the checkpoint is damaged: remove this folder to resume from the one before"
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,14 @@ def finished(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
+def step_of(folder: Path) -> int:
+    """Of a checkpoint's folder: how many steps were finished."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    return max(finished(run), key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+    return max(finished(run), key=step_of, default=None)
 
 
 def clear_leftovers(run: Path) -> None:
@@ -132,22 +137,21 @@ def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int, tele
     temporary = final.with_suffix(".tmp")
     main = engine.rank == 0
     try:
-        together(lambda: _empty(temporary) if main else None)
-        engine.files.begin()
-        engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-        agree(engine.files.problem)
-        together(lambda: _save_teacher(engine, temporary))
+        together(lambda: empty(temporary) if main else None)
+        together(lambda: shards.save(engine, temporary))
+        export(engine, store, temporary / MODEL_FOLDER, step)
         files = _gather(together(lambda: _describe(temporary, _listing(temporary)[engine.rank::engine.ranks])))
         record = CheckpointRecord(FORMAT, step, engine.ranks, engine.config.train.zero_stage, torch.__version__, to_dict(engine.config),
                                   codes_identity(store), files, telemetry or TelemetryRecord())
-        together(lambda: _complete(temporary, final, record) if main else None)
+        together(lambda: complete(temporary, final, record) if main else None)
     except UserError:
         if main:  # a full disk gets its room back
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if main:
+        every = engine.config.train.keep_every_steps
         for old in finished(run)[:-keep]:
-            if old != spare:
+            if old != spare and not (every and step_of(old) % every == 0):
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
@@ -163,11 +167,12 @@ def check(folder: Path, engine: Engine, store: CodeStore) -> CheckpointRecord:
     record = read_record(folder / RECORD_FILE, CheckpointRecord, "not a complete checkpoint: remove this folder to resume from the one before")
     if record.format != FORMAT:
         raise UserError(f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}")
-    _check_files(folder, record, engine.rank, engine.ranks)
-    if (record.ranks, record.zero_stage) != (engine.ranks, engine.config.train.zero_stage):
-        raise UserError(f"{folder}: saved by {record.ranks} ranks with ZeRO stage {record.zero_stage}, this run has {engine.ranks} ranks with "
-                        f"stage {engine.config.train.zero_stage}; resume with the same, or start from its weights with --init {folder.parent.parent / 'model'}")
-    _same_run(record.config, to_dict(engine.config), folder)
+    check_files(folder, record, engine.rank, engine.ranks)
+    if record.ranks != ANY_RANKS and (record.ranks, record.zero_stage) != (engine.ranks, engine.config.train.zero_stage):
+        run = folder.parent.parent
+        raise UserError(f"{folder}: saved by {record.ranks} ranks with ZeRO stage {record.zero_stage}, this run has {engine.ranks} ranks with stage "
+                        f"{engine.config.train.zero_stage}; resume with the same, or make it fit any number with: star-fast convert {run} --out {run}-any")
+    _same_run(record.config, to_dict(engine.config), folder, any_ranks=record.ranks == ANY_RANKS)
     found = codes_identity(store)
     if record.codes != found:
         what = "tokenizer" if record.codes.tokenizer != found.tokenizer else "codes"
@@ -183,73 +188,22 @@ def load(engine: Engine, store: CodeStore, folder: Path) -> CheckpointRecord:
         AgreedError: see check; or its weights are not finite.
     """
 
-    def read() -> tuple[CheckpointRecord, list[Tensor]]:
+    def read() -> tuple[CheckpointRecord, Callable[[], None]]:
         record = check(folder, engine, store)
-        engine.files.open(folder / "deepspeed", engine.rank)
-        return record, _read_teacher(engine, folder)
+        return record, shards.read(engine, folder, whole=record.ranks == ANY_RANKS)
 
-    record, teacher = together(read)
-    agree(_load_into_deepspeed(engine, folder))
-    if engine.teacher is not None:
-        for master, saved in zip(engine.teacher.masters, teacher, strict=True):
-            master.copy_(saved)
-        engine.teacher.refresh()
+    record, put = together(read)
+    put()
+    engine.publish()
     engine.require_finite(record.step, f"{folder}: as saved")
     return record
 
 
-def _load_into_deepspeed(engine: Engine, folder: Path) -> str | None:
-    """What is wrong with the content of DeepSpeed's files, which nobody but DeepSpeed knows; None if nothing is."""
-    try:
-        loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
-    except Exception as error:  # of a file that was rewritten, hash and all: a missing key, another shape, a kind it does not expect
-        return f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {_REMOVE}"
-    return f"{folder}: DeepSpeed finds nothing to load in it; {_REMOVE}" if loaded is None else None
-
-
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Make an empty folder. Raises StorageError."""
     with explain_write_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-
-
-def _teacher_file(engine: Engine, folder: Path) -> Path:
-    return folder / f"teacher-{engine.rank if engine.masters.sharded else 0:05d}.safetensors"
-
-
-def _save_teacher(engine: Engine, folder: Path) -> None:
-    """This rank's shard of the teacher's masters; whole masters are rank 0's to save."""
-    if engine.teacher is None or not (engine.masters.sharded or engine.rank == 0):
-        return
-    path = _teacher_file(engine, folder)
-    with explain_write_errors(path):
-        try:
-            save_file({str(index): tensor.contiguous() for index, tensor in enumerate(engine.teacher.masters)}, path)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _read_teacher(engine: Engine, folder: Path) -> list[Tensor]:
-    """The saved masters, in order. Raises UserError unless they are float32 of this run's shapes: nothing is broadcast."""
-    if engine.teacher is None:
-        return []
-    path = _teacher_file(engine, folder)
-    require_regular(path, _REMOVE)
-    try:
-        saved = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file; {_REMOVE}") from error
-    masters = engine.teacher.masters
-    names = [str(index) for index in range(len(masters))]
-    if sorted(saved) != sorted(names):
-        raise UserError(f"{path}: expected {len(masters)} tensors, it holds {len(saved)}; {_REMOVE}")
-    for name, master in zip(names, masters, strict=True):
-        if saved[name].shape != master.shape or saved[name].dtype != master.dtype:
-            raise UserError(f"{path}: tensor {name} should be {master.dtype} {tuple(master.shape)}, it is {saved[name].dtype} "
-                            f"{tuple(saved[name].shape)}; {_REMOVE}")
-    return [saved[name] for name in names]
 
 
 def _listing(folder: Path) -> list[str]:
@@ -261,6 +215,11 @@ def _describe(folder: Path, names: list[str]) -> dict[str, FileRecord]:
     return {name: FileRecord((folder / name).stat().st_size, sha256_of_file(folder / name)) for name in names}
 
 
+def describe(folder: Path) -> dict[str, FileRecord]:
+    """Every file below `folder` with its size and hash."""
+    return _describe(folder, _listing(folder))
+
+
 def _gather(mine: dict[str, FileRecord]) -> dict[str, FileRecord]:
     """The shares of all ranks, by name."""
     shares = [mine] * dist.get_world_size()
@@ -268,7 +227,7 @@ def _gather(mine: dict[str, FileRecord]) -> dict[str, FileRecord]:
     return dict(sorted((name, file) for share in shares for name, file in share.items()))
 
 
-def _complete(temporary: Path, final: Path, record: CheckpointRecord) -> None:
+def complete(temporary: Path, final: Path, record: CheckpointRecord) -> None:
     """List what is there, flush the names to disk, and give the folder its final name."""
     with explain_write_errors(final):
         atomic_write_json(temporary / RECORD_FILE, to_dict(record))
@@ -278,25 +237,28 @@ def _complete(temporary: Path, final: Path, record: CheckpointRecord) -> None:
         sync_folder(final.parent)
 
 
-def _check_files(folder: Path, record: CheckpointRecord, rank: int, ranks: int) -> None:
+def check_files(folder: Path, record: CheckpointRecord, rank: int = 0, ranks: int = 1) -> None:
     """Names and sizes of all files, and the content of every ranks-th: together the ranks read all of it."""
     there = set(_listing(folder)) - {RECORD_FILE}
     for name in sorted(there - set(record.files)):
         raise UserError(f"{folder}: {name} is not part of the checkpoint; remove that file, or this folder to resume from the one before")
     for index, (name, file) in enumerate(record.files.items()):
-        size = require_regular(folder / name, _REMOVE)
+        size = require_regular(folder / name, shards.DAMAGED)
         if size != file.bytes:
-            raise UserError(f"{folder}: {name} should have {file.bytes} bytes, it has {size}; {_REMOVE}")
+            raise UserError(f"{folder}: {name} should have {file.bytes} bytes, it has {size}; {shards.DAMAGED}")
         if index % ranks == rank and sha256_of_file(folder / name) != file.sha256:
-            raise UserError(f"{folder}: {name} is not the file that was saved (its sha256 differs); {_REMOVE}")
+            raise UserError(f"{folder}: {name} is not the file that was saved (its sha256 differs); {shards.DAMAGED}")
 
 
-def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path, any_ranks: bool = False) -> None:
     """Settings that would make a resume something else than the same run must agree. How long it lasts, what is logged and the optimizer's settings may
     change: the latter is how a run goes on that has diverged, and it is said."""
-    free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "tensorboard",
-                      "spike_deviations", "stop_on_spike"}, "data": {"codes"}, "tokenizer": None, "optim": None}
+    free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps", "log_every_steps", "validate_every_steps",
+                      "tensorboard", "spike_deviations", "stop_on_spike", "hang_minutes", "block_checkpointing", "keep_attention"},
+            "data": {"codes"}, "tokenizer": None, "optim": None}
     unsaid = to_dict(RunConfig())  # a setting that did not exist yet had the value that is its default now
+    if any_ranks:  # how the work is dealt out may change too
+        free["train"] |= {"zero_stage", "gradient_precision", "offload_optimizer", "micro_batch_images"}
     for section, values in wanted.items():
         ignored = free.get(section, set())
         for name, value in values.items() if ignored is not None else ():

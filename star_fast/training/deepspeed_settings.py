@@ -79,7 +79,8 @@ def _laid_over(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[
     for name in _DECIDED:
         wanted, found = _at(ours, name), _at(theirs, name)
         if found not in (None, "auto", wanted):
-            raise ConfigError(f"train.deepspeed: {printable(path)} sets {name} = {printable(str(found))}, the run's config gives {wanted!r}: change one of them")
+            raise ConfigError(f"train.deepspeed: {printable(path)} sets {name} = {printable(str(found))}, the run's config gives {wanted!r}: "
+                              "change one of them")
     ranks_times = theirs.get("train_batch_size")
     if ranks_times not in (None, "auto"):
         raise ConfigError(f"train.deepspeed: {printable(path)} sets train_batch_size: leave it out, --train.images-per-step says it")

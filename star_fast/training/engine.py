@@ -20,7 +20,7 @@ from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
 from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
-from star_fast.training import deepspeed_files, deepspeed_settings, zero1
+from star_fast.training import deepspeed_settings, zero1
 from star_fast.training.batches import MicroBatch
 from star_fast.training.host_memory import keep_freed_memory
 from star_fast.training.masters import masters_of
@@ -97,6 +97,9 @@ class Engine:
         if device.type == "cpu":
             keep_freed_memory()
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
+        self.doing: Callable[[str], None] = lambda what: None  # told what begins within a step
+        # A signal to one rank is for all: asked each step, over the hosts, so that no GPU waits.
+        self.hosts = dist.new_group(backend="gloo") if device.type == "cuda" and self.ranks > 1 else None
         self.student, self.clips_here = student, deepspeed_settings.clips_outside(config)
         self.settings = deepspeed_settings.settings(config, micro_images, accumulation)
         self.teacher: Teacher | None = None
@@ -107,15 +110,12 @@ class Engine:
             self._make_teacher()
             module.teacher = self.teacher.model if self.teacher is not None else None
         module.to(device)
-        groups = parameter_groups(student, config.optim.weight_decay)
-        transformer_groups = list(range(len(groups) - (2 if student.projector is not None else 0)))
-        optimizer = build_optimizer(groups, config, device)
+        optimizer = build_optimizer(parameter_groups(student, config.optim.weight_decay), config, device)
         self.optimizer_name = f"{type(optimizer).__module__.split('.')[0]} {type(optimizer).__name__}"
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings, dist_init_required=False)
         zero1.take_over(self.deepspeed.optimizer)
-        self.files = deepspeed_files.take_over(self.deepspeed)
-        self.masters = masters_of(self.deepspeed.optimizer, student.transformer, transformer_groups)
+        self.masters = masters_of(self.deepspeed.optimizer, student)
         if self.teacher is None:
             self._make_teacher()  # from weights in the working dtype
         if self.teacher is not None:
@@ -127,9 +127,8 @@ class Engine:
 
     def state_bytes(self) -> int:
         """Bytes of this rank's weights, masters, optimizer moments and teacher: what stays between two steps, gradients left out."""
-        optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
-        tensors = [*self.student.parameters(), *(parameter for group in optimizer.param_groups for parameter in group["params"])]
-        tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors = [*self.student.parameters(), *(shard.tensor for shard in self.masters.shards())]
+        tensors += [value for state in self.deepspeed.basic_optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         if self.teacher is not None:
             tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
         tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
@@ -163,8 +162,11 @@ class Engine:
         self.deepspeed.train()
         collected, grad_norm = [], None
         for index, batch in enumerate(batches):
+            self.doing(f"forward pass of micro-batch {index + 1}, with the all-gather of the teacher's keys")
             losses = self.losses(batch)
+            self.doing(f"backward pass of micro-batch {index + 1}, with the reduction of its gradients")
             self.deepspeed.backward(losses.total)
+            self.doing("optimizer step, with the all-gather of the weights")
             if self.clips_here and index + 1 == len(batches):
                 gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
                 grad_norm = zero1.global_norm(gradients)
@@ -175,12 +177,27 @@ class Engine:
             self.teacher.update(self.masters.tensors(), step)
         return torch.stack(collected).mean(0), torch.as_tensor(self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm)
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank. A collective of the hosts."""
+        if self.ranks == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        dist.all_reduce(found, group=self.hosts)
+        return bool(found.item())
+
     def settle(self) -> None:
         """Wait until the weights of student and teacher that are on their way from other ranks have arrived."""
         if hasattr(self.deepspeed.optimizer, "wait_for_weights"):
             self.deepspeed.optimizer.wait_for_weights()
         if self.teacher is not None:
             self.teacher.settle()
+
+    def publish(self) -> None:
+        """After the masters of student and teacher were loaded: make the weights that work equal to them. A collective."""
+        self.masters.publish()
+        if self.teacher is not None:
+            self.teacher.refresh()
+        self.settle()
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:

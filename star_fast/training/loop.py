@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from star_fast.config import RunConfig
 from star_fast.ops import error_flag
 from star_fast.storage import atomic_write_json
@@ -23,6 +20,7 @@ from star_fast.training.engine import Engine
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
+from star_fast.training.watchdog import Watchdog
 
 _ONE_REQUEST_S = 5.0  # launchers pass a Ctrl-C on, some twice and as another signal: within this time it all is one request to stop
 
@@ -61,29 +59,36 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int, *, stop:
     done = first_step
 
     def save() -> None:
+        dog.at(done, "saving, with the gathering of the weights")
         telemetry.read()
         # While the loss is up on a spike the last checkpoint from before it outlives the count of those kept.
         spare = max((folder for folder in checkpoint.finished(run) if watch.episode and folder < checkpoint.step_folder(run, watch.episode)), default=None)
         checkpoint.save(engine, batches.store, run, done, config.train.keep_checkpoints,
                         TelemetryRecord(telemetry.rows, watch.window, watch.episode), spare)
 
+    dog = Watchdog(engine.rank, config.train.hang_minutes)
+    engine.doing = lambda what: dog.at(done + 1, what)
     try:
-        for step, micro_batches in batches.steps(first_step, total):
-            lr = learning_rate(config, step, total)
-            losses, grad_norm = engine.step(micro_batches, step, lr)
-            telemetry.step(step, losses, grad_norm, lr)
-            done = step + 1
-            at_log = done % config.train.log_every_steps == 0  # where numbers are read back from the device anyway
-            if at_log and engine.device.type == "cuda":
-                error_flag.raise_if_set(engine.device)
-            if validates and (done % config.train.validate_every_steps == 0 or done == total):
-                telemetry.validation(done, engine.evaluate(validation))
-            if _any_rank(stop, engine, at_log):
-                break
-            if done % config.train.save_every_steps == 0:
+        with dog:
+            for step, micro_batches in batches.steps(first_step, total):
+                lr = learning_rate(config, step, total)
+                losses, grad_norm = engine.step(micro_batches, step, lr)
+                dog.at(step + 1, "noting the losses, with their mean over all ranks")
+                telemetry.step(step, losses, grad_norm, lr)
+                done = step + 1
+                if done % config.train.log_every_steps == 0 and engine.device.type == "cuda":  # where numbers are read back from the device anyway
+                    error_flag.raise_if_set(engine.device)
+                if validates and (done % config.train.validate_every_steps == 0 or done == total):
+                    dog.at(done, "validation")
+                    telemetry.validation(done, engine.evaluate(validation))
+                dog.at(done, "asking all ranks whether to stop")
+                if engine.any_rank(bool(stop)):
+                    break
+                if done % config.train.save_every_steps == 0:
+                    save()
+                dog.at(done + 1, "reading its codes")
+            if done > first_step:
                 save()
-        if done > first_step:
-            save()
     except Diverged as error:
         raise _explained(error, engine, batches, run) from error
     finally:
@@ -129,14 +134,3 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _any_rank(stop: Sequence[int], engine: Engine, at_log: bool) -> bool:
-    """Whether any rank was told to stop; on GPUs asked only where the loop reads numbers back anyway."""
-    if engine.ranks == 1:
-        return bool(stop)
-    if engine.device.type == "cuda" and not at_log:
-        return False
-    flag = torch.tensor([len(stop)], device=engine.device)
-    dist.all_reduce(flag)
-    return bool(flag.item())

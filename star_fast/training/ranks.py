@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ def import_deepspeed() -> Any:
         raise UserError(f"Training needs DeepSpeed, which cannot be imported ({error}): install it with "
                         "pip install --no-build-isolation 'star_fast[train]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The names that came instead do not exist in all versions of torch that are supported.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return deepspeed
 
 

@@ -37,7 +37,7 @@ class Telemetry:
                  watch: LossWatch, rows: list[list[float]] | None = None, stop_on_spike: bool = False) -> None:
         self.folder, self.images_per_step, self.log_every, self.main = folder, images_per_step, log_every, main
         self.watch, self.stop_on_spike, self.spike = watch, stop_on_spike, 0.0
-        self.rows, self.pending, self.done = list(rows or []), [], first_step
+        self.rows, self.pending, self.norms, self.done = list(rows or []), [], [], first_step
         self.grad_norm: Tensor | float = 0.0
         self.since = self.begun = time.perf_counter()
         self.timed = 0  # steps since `since`
@@ -59,9 +59,11 @@ class Telemetry:
         """Note one step: `losses` (5,) in the order of TERMS, this rank's; `step` counts from 0.
 
         Raises:
-            Diverged: at a log line, of any step since the last: a loss was not finite, or it has jumped and the run is set to stop.
+            Diverged: at a log line, of any step since the last: a loss or the gradient's norm was not finite, or the loss has jumped and the run is set
+                to stop.
         """
         self.pending.append(losses)
+        self.norms.append(torch.as_tensor(grad_norm))
         self.grad_norm, self.done = grad_norm, step + 1
         self.timed += 1
         if self.done % self.log_every and self.done < self.bar.total:
@@ -84,7 +86,8 @@ class Telemetry:
         """Read the losses noted since the last time, averaged over ranks: a collective, and the one host sync of an interval. Raises Diverged."""
         if not self.pending:
             return
-        means = torch.stack(self.pending)
+        means, norms = torch.stack(self.pending), torch.stack(self.norms)
+        self.norms.clear()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()
@@ -95,6 +98,9 @@ class Telemetry:
             self.rows.append(row)
             if above is not None:
                 self._report_spike(step, row[0], above)
+        for step, norm in enumerate(norms.tolist(), first):  # AdamW has skipped such a step
+            if not math.isfinite(norm):
+                raise Diverged(f"step {step}: the gradient's norm is not finite ({norm:.4g}), the losses are", step)
 
     def validation(self, step: int, loss: float) -> None:
         """Note the held-out next-token loss (nats) after `step` steps. Raises Diverged if it is not finite."""

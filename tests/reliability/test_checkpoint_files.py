@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from star_fast.model.weights import WEIGHTS_FILES, load_model
 from star_fast.storage import sha256_of_file
 from star_fast.train import main as train_main
 from star_fast.training import checkpoint
@@ -64,46 +64,34 @@ class Payload:
         return os.mkdir, (str(self.canary),)
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_resume_runs_no_foreign_code(resumable: Training, tmp_path: Path, name: str, legacy: bool) -> None:
+@pytest.mark.parametrize("name", ["optimizer-00000.safetensors", "teacher-00000.safetensors"])
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_resume_runs_no_foreign_code(resumable: Training, tmp_path: Path, name: str, kind: str) -> None:
     folder = checkpoint.latest(resumable.run)
-    target, canary = folder / "deepspeed" / name, tmp_path / "executed"
-    content = torch.load(target, weights_only=False)
-    if legacy:
-        target.write_bytes(pickle.dumps(Payload(canary)))
+    canary = tmp_path / "executed"
+    if kind == "pickle":
+        (folder / name).write_bytes(pickle.dumps(Payload(canary)))
     else:
-        torch.save({**content, "extra": Payload(canary)}, target)
+        torch.save({"0.master": Payload(canary)}, folder / name)
     record_anew(folder)
     status, line = resumable(*RESUME)
     assert (status, canary.exists()) == (2, False)
     assert name in line
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
-@pytest.mark.parametrize("content", [{}, [1, 2], {"module": {"x": torch.zeros(2)}}])
-def test_a_file_that_holds_something_else_is_one_line(resumable: Training, name: str, content: object) -> None:
-    folder = checkpoint.latest(resumable.run)
-    torch.save(content, folder / "deepspeed" / name)
-    record_anew(folder)
-    status, line = resumable(*RESUME)
-    assert status == 2
-    assert "DeepSpeed cannot load it" in line
-
-
 def test_a_file_of_equal_size_is_noticed_by_its_hash(resumable: Training) -> None:
     folder = checkpoint.latest(resumable.run)
-    target = folder / "deepspeed/mp_rank_00_model_states.pt"
+    target = folder / "optimizer-00000.safetensors"
     data = bytearray(target.read_bytes())
     data[len(data) // 2] ^= 1
     target.write_bytes(data)
     status, line = resumable(*RESUME)
     assert status == 2
-    assert "mp_rank_00_model_states.pt is not the file that was saved" in line
+    assert "optimizer-00000.safetensors is not the file that was saved" in line
 
 
 def test_a_file_that_was_added_is_refused(resumable: Training) -> None:
-    (checkpoint.latest(resumable.run) / "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    (checkpoint.latest(resumable.run) / "optimizer-00001.safetensors").write_bytes(b"x")
     status, line = resumable(*RESUME)
     assert status == 2
     assert "is not part of the checkpoint" in line
@@ -114,26 +102,28 @@ def test_checkpoints_hold_no_scripts(finished: Path) -> None:
 
 
 def reshape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["0"] = tensors["0"][:1]
+    name = next(name for name, tensor in tensors.items() if tensor.ndim)
+    tensors[name] = tensors[name][:1]
 
 
 def poison(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["0"][3] = float("nan")
+    next(tensor for name, tensor in tensors.items() if name.endswith(("teacher", "master")))[3] = float("nan")
 
 
 def retype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["0"] = tensors["0"].double()
+    tensors[next(iter(tensors))] = tensors[next(iter(tensors))].double()
 
 
 def drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["0"]
+    del tensors[next(iter(tensors))]
 
 
-@pytest.mark.parametrize(("damage", "said"), [(reshape, "tensor 0 should be"), (retype, "tensor 0 should be"), (drop, "expected 2 tensors, it holds 1"),
-                                              (poison, "the teacher's weights are not finite")])
-def test_a_damaged_teacher_is_refused(resumable: Training, damage: Callable[[dict], None], said: str) -> None:
+@pytest.mark.parametrize("of", ["teacher", "optimizer"])
+@pytest.mark.parametrize(("damage", "said"), [(reshape, "should be torch.float32"), (retype, "should be torch.float32"), (drop, "tensors, it holds"),
+                                              (poison, "weights are not finite")])
+def test_a_damaged_shard_is_refused(resumable: Training, of: str, damage: Callable[[dict], None], said: str) -> None:
     folder = checkpoint.latest(resumable.run)
-    file = folder / "teacher-00000.safetensors"
+    file = folder / f"{of}-00000.safetensors"
     tensors = load_file(file)
     damage(tensors)
     save_file(tensors, file)
@@ -143,7 +133,7 @@ def test_a_damaged_teacher_is_refused(resumable: Training, damage: Callable[[dic
     assert said in line
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 2}', "[" * 100000, '{"format": 2, "step": 1e400}', '{"format": NaN}'])
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 3}', "[" * 100000, '{"format": 3, "step": 1e400}', '{"format": NaN}'])
 def test_a_damaged_record_is_one_line(resumable: Training, text: str) -> None:
     (checkpoint.latest(resumable.run) / "complete.json").write_text(text)
     status, line = resumable(*RESUME)
@@ -161,8 +151,13 @@ def test_a_record_of_wrong_kinds_is_one_line(resumable: Training, field: str, va
     assert field in line
 
 
-def test_zip_entries_of_a_checkpoint_are_stored(finished: Path) -> None:
-    """What DeepSpeed's stand-in writes is an ordinary torch file."""
-    for path in (finished / "run").rglob("*.pt"):
-        with zipfile.ZipFile(path) as archive:
-            assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+def test_every_checkpoint_holds_a_model_that_loads(finished: Path) -> None:
+    """Student and teacher as plain safetensors, equal to the exported ones where it is the last step."""
+    folders = checkpoint.finished(finished / "run")
+    assert len(folders) == 2
+    for name in ("student", "teacher"):
+        first, last = (load_file(folder / "model" / WEIGHTS_FILES[name]) for folder in folders)
+        exported = load_file(finished / "run/model" / WEIGHTS_FILES[name])
+        assert all(torch.equal(last[key], exported[key]) for key in exported)
+        assert any(not torch.equal(first[key], last[key]) for key in exported)
+        assert load_model(folders[0] / "model", weights=name).transformer.config.blocks == 2

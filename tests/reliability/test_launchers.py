@@ -63,15 +63,49 @@ def test_ctrl_c_under_a_launcher_loses_no_step(launcher: str, tmp_path: Path) ->
     assert (tmp_path / "run/model/model.safetensors").exists(), output[-3000:]
 
 
-def test_a_rank_whose_peer_dies_says_so_in_one_line(tmp_path: Path) -> None:
-    write_store(tmp_path / "codes")
+def two_ranks(folder: Path, *more: str) -> list[subprocess.Popen]:
+    """Two ranks as srun starts them: by the environment alone."""
+    write_store(folder / "codes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [subprocess.Popen([sys.executable, ROOT / "star_fast/train.py", *SMALL, "--data.codes", "codes", "--run", "run", "--train.max-steps", "100000"],
-                              cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
-                                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for rank in ("0", "1")]
+    return [subprocess.Popen([sys.executable, ROOT / "star_fast/train.py", *SMALL, "--data.codes", "codes", "--run", "run", "--train.max-steps", "100000",
+                              "--train.save-every-steps", "100000", *more],
+                             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
+                                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in ("0", "1")]
+
+
+def test_sigterm_to_one_rank_lets_all_save_the_same_step_and_end_well(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 2, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run")) == steps_logged(tmp_path / "run") >= 2
+    assert "go on with --resume" in outputs[0]
+
+
+def test_a_hang_is_said_by_every_rank_and_ends(tmp_path: Path) -> None:
+    """A rank that is stopped, as one on a machine that is gone would be, keeps the other one waiting in a collective."""
+    ranks = two_ranks(tmp_path, "--train.hang-minutes", "0.1")
+    try:
+        wait_for(lambda: steps_logged(tmp_path / "run") >= 2, ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        output = ranks[0].communicate(timeout=PATIENCE_S)[0]
+        ranks[1].send_signal(signal.SIGCONT)
+        ranks[1].communicate(timeout=PATIENCE_S)
+    finally:
+        ranks[1].kill()
+    assert ranks[0].returncode == 75, output[-3000:]
+    said = next(line for line in output.splitlines() if "no progress for 0." in line)
+    last = steps_logged(tmp_path / "run")
+    assert said.startswith("rank 0:") and any(f"in step {step}: " in said for step in (last, last + 1)), said
+    assert "engine.py" in output or "loop.py" in output or "telemetry.py" in output
+
+
+def test_a_rank_whose_peer_dies_says_so_in_one_line(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 2, ranks[0])
     ranks[1].kill()
     output = ranks[0].communicate(timeout=PATIENCE_S)[0]

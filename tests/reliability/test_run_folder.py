@@ -12,7 +12,7 @@ import pytest
 
 from star_fast.locks import only_writer
 from star_fast.storage import sha256_of_file
-from star_fast.training import checkpoint
+from star_fast.training import checkpoint, shards
 from tests.reliability.training_job import SMALL, Training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,11 +71,11 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(trainin
 def test_the_error_of_safetensors_on_a_full_disk_is_understood(monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
     from safetensors import SafetensorError
 
-    def full(tensors: dict, path: Path) -> None:
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     status, line = training("--train.max-steps", "2")
     assert status == 2
     assert "the disk is full" in line

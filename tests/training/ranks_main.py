@@ -25,7 +25,7 @@ from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, 
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.method.batch_norm import BatchNorm
-from star_fast.training import checkpoint
+from star_fast.training import checkpoint, shards
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
 from star_fast.training.export import export
@@ -172,7 +172,7 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
              (list(engine.teacher.model.parameters()), list(other.teacher.model.parameters()))]
     seen["equal"] = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     with slow(os, "rename") if engine.rank == 0 else slow(os, "replace"):
-        seen["model_on_return"] = (export(engine, store, run, 3) / "config.json").exists()
+        seen["model_on_return"] = (export(engine, store, run / "model", 3) / "config.json").exists()
     return seen
 
 
@@ -195,11 +195,11 @@ def faults(config: RunConfig, store: CodeStore, device: torch.device, run: Path)
         raise UserError("the disk is full")
 
     seen: dict[str, Any] = {}
-    for name, on in (("_save_teacher", engine.ranks - 1), ("_describe", engine.ranks - 1), ("_complete", 0)):
-        original = getattr(checkpoint, name)
-        setattr(checkpoint, name, full if engine.rank == on else original)
+    for owner, name, on in ((shards, "_write", engine.ranks - 1), (checkpoint, "_describe", engine.ranks - 1), (checkpoint, "complete", 0)):
+        original = getattr(owner, name)
+        setattr(owner, name, full if engine.rank == on else original)
         seen[name] = told(lambda: checkpoint.save(engine, store, run, 1, 1)), sorted(path.name for path in (run / "checkpoints").iterdir())
-        setattr(checkpoint, name, original)
+        setattr(owner, name, original)
     folder = checkpoint.save(engine, store, run, 1, 1)
     seen["damaged"] = {}
     for name in checkpoint._listing(folder):

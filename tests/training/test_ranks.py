@@ -174,10 +174,10 @@ def test_a_sharded_checkpoint_is_whole_on_every_rank_however_late_one_comes(two_
 def test_what_is_wrong_on_one_rank_stops_all_of_them(two_ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(two_ranks):
         faults = seen["faults"]
-        for name in ("_save_teacher", "_describe"):
+        for name in ("_write", "_describe"):
             assert faults[name] == ("rank 1: the disk is full", []), f"rank {rank}, {name}"
-        assert faults["_complete"] == ("the disk is full", []), f"rank {rank}"
-        assert len(faults["damaged"]) == 5  # two of DeepSpeed's shards, its model states, two shards of the teacher
+        assert faults["complete"] == ("the disk is full", []), f"rank {rank}"
+        assert len(faults["damaged"]) == 7  # two shards of the student and two of the teacher; the model: its config, student, teacher
         for name, told in faults["damaged"].items():
             assert f"{name} is not the file that was saved" in told, f"rank {rank}"
         assert faults["whole"] == "nothing"

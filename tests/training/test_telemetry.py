@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from star_fast.training.telemetry import Telemetry
-from star_fast.training.watch import LossWatch
+from star_fast.training.watch import Diverged, LossWatch
 
 
 class Clock:
@@ -76,3 +76,13 @@ def test_a_new_run_begins_a_new_file(tmp_path: Path, clock: Clock) -> None:
     told.step(0, torch.ones(5), torch.tensor(0.0), 0.1)
     told.close()
     assert [(line["step"], line["time_s"]) for line in lines(tmp_path)] == [(1, 3.0)]
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_at_the_next_log_line_by_its_step(tmp_path: Path, clock: Clock) -> None:
+    """AdamW has skipped it on the device: losses stay finite."""
+    noted = telemetry(tmp_path)
+    for step in range(3):
+        noted.step(step, torch.ones(5), torch.tensor(float("inf") if step == 1 else 1.0), 0.1)
+    with pytest.raises(Diverged, match="step 2: the gradient's norm is not finite"):
+        noted.step(3, torch.ones(5), torch.tensor(1.0), 0.1)
+    noted.close()

@@ -15,11 +15,11 @@ import torch
 import tyro
 
 from star_fast import __version__
-from star_fast.config import ConfigError, DataConfig, TokenizerConfig
-from star_fast.config_file import parse
+from star_fast.config import ConfigError, DataConfig, RunConfig, TokenizerConfig
+from star_fast.config_file import base_config, given, parse
 from star_fast.errors import printable
 from star_fast.guard import guarded
-from star_fast.presets import FOLDER_TOKENIZER, PRESETS, preset
+from star_fast.presets import FOLDER_TOKENIZER, PRESETS, plain, preset
 from star_fast.records import require
 
 
@@ -37,6 +37,21 @@ class PrepareCommand:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """What a training run will need, predicted: memory by part and ZeRO stage, micro-batch, FLOPs, days. Settings as for training."""
+
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    # Taken out of the command line before the rest is read, as in training.
+    preset: str = "tiny"  # settings to start from: a name that `star-fast presets` lists
+    config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
+    gpus: int = 8  # GPUs of the whole run
+    gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
+    gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
+    plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
+    json: str = ""  # also write the plan to this file
 
 
 def prepare(arguments: list[str]) -> None:
@@ -81,6 +96,25 @@ def _as_typed(message: str) -> str:
     sections = {"tokenizer": "--new-tokenizer", "data": "--data"}
     message = re.sub(r"^(tokenizer|data)\.(\w+)", lambda found: f"{sections[found[1]]}.{found[2].replace('_', '-')}", message)
     return re.sub(r"^(tokenizer|seed|device):", r"--\1:", message)
+
+
+def plan(arguments: list[str]) -> None:
+    """star-fast plan --preset NAME ..."""
+    from star_fast.planning.gpus import gpu
+    from star_fast.planning.plan import as_record, make_plan
+    from star_fast.planning.sizes import sized
+    from star_fast.planning.tables import text
+    from star_fast.storage import atomic_write_json
+
+    base, source, rest = base_config(arguments)
+    command = parse(PlanCommand, rest, "star-fast plan", f"{PlanCommand.__doc__} This command line starts from {source}.", config=base)
+    views = command.config.method.views if given(rest, "--method.views") else 1  # as in training: the baseline may see as many views as ST-AR
+    config, assumed = sized(plain(command.config, views) if command.plain else command.config)
+    device = gpu(command.gpu)
+    made = make_plan(config, command.gpus, command.gpu_memory_gib or device.memory_gib, device)
+    if command.json:
+        atomic_write_json(command.json, as_record(made))
+    print(text(made, printable(f"{source}{', plain' if command.plain else ''}"), assumed))
 
 
 def train(arguments: list[str]) -> None:
@@ -129,12 +163,14 @@ def presets(arguments: list[str]) -> None:
     """star-fast presets."""
     for name, row in PRESETS.items():
         model, settings = row.config.model, row.config.train
-        print(f"{name:5} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.images_per_step} images a step, "
-              f"ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}\n      {row.command}")
+        own = f" | LlamaGen's own: lr {row.llamagen}" if row.config.model.num_classes else ""
+        print(f"{name:6} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.epochs:g} epochs, {settings.images_per_step} images a "
+              f"step, lr {row.config.lr:g}, ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}{own}\n       {row.command}")
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
+    "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),

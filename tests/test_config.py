@@ -22,7 +22,8 @@ def test_presets_survive_yaml(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks", "heads", "width", "depth", "hidden"), [
-    ("B", 12, 12, 768, 6, 2048), ("L", 24, 16, 1024, 18, 2816), ("XL", 36, 20, 1280, 18, 3584), ("XXL", 48, 24, 1536, 24, 4096),
+    ("B", 12, 12, 768, 6, 2048), ("B-300", 12, 12, 768, 6, 2048), ("L-300", 24, 16, 1024, 18, 2816), ("XL-300", 36, 20, 1280, 18, 3584),
+    ("L", 24, 16, 1024, 18, 2816), ("XL", 36, 20, 1280, 18, 3584), ("XXL", 48, 24, 1536, 24, 4096),
     ("3B", 24, 32, 3200, 12, 8704)])
 def test_presets_have_the_papers_values(name: str, blocks: int, heads: int, width: int, depth: int, hidden: int) -> None:
     config = preset(name)
@@ -32,6 +33,16 @@ def test_presets_have_the_papers_values(name: str, blocks: int, heads: int, widt
     assert (method.views, method.mask_ratio, method.mim_weight, method.contrast_weight) == (2, 0.25, 1.0, 0.5)
     assert (method.contrast_positions, method.temperature, method.ema_decay) == (4, 0.2, 0.9999)
     assert (config.lr, optim.beta1, optim.beta2, optim.weight_decay, optim.clip_norm, optim.schedule) == (1e-4, 0.9, 0.95, 0.05, 1.0, "constant")
+
+
+def test_presets_name_the_epochs_of_the_papers_table() -> None:
+    """Rows of its Table 1: FID with ST-AR, and of plain LlamaGen where the same resolution was trained."""
+    rows = {"B": (50, "26.58", "31.35"), "L": (50, "12.59", "21.81"), "XL": (50, "9.81", "19.42"), "B-300": (300, "18.44", "26.26"),
+            "L-300": (300, "9.38", "13.45"), "XL-300": (300, "6.20", "not comparable")}
+    for name, (epochs, *figures) in rows.items():
+        assert PRESETS[name].config.train.epochs == epochs
+        assert all(figure in PRESETS[name].paper for figure in figures)
+        assert f"--preset {name} " in PRESETS[name].command
 
 
 def test_every_field_can_be_overridden_from_the_command_line() -> None:

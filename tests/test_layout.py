@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": {"training", "data", "model", "method", "ops", "config", "records", "storage", "locks", "errors"},
     "generation": {"generation", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
+    "planning": {"planning", "config", "errors"},
     "doctor": set(),
 }
 ENTRANCES = {"cli", "train", "demo"}  # may import everything; nobody imports them

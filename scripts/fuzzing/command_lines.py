@@ -69,7 +69,8 @@ def options_of(command: Any, renamed: dict[str, str] | None = None, prefix: str 
 OPTIONS: dict[str, dict[str, Any]] = {
     "prepare": dict(options_of(cli.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)),
     "probe": dict(options_of(ProbeConfig)), "report": dict(options_of(ReportConfig)),
-    "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {}}
+    "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {},
+    "plan": dict(options_of(cli.PlanCommand, {"config": "", "config_file": "config"}))}
 OPTIONS["prepare"].pop("--source")
 OPTIONS["train.py"] = OPTIONS["train"] | {"--local_rank": int, "--local-rank": int}
 
@@ -79,6 +80,8 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     hint, kind = OPTIONS[command].get(option, str), random.random()
     if kind < 0.06:
         return [random.choice((*WORDS, *NUMBERS))]
+    if option == "--json":
+        return [random.choice(("out/plan.json", "out/plan.json", "/proc/new.json", "/dev/null/x.json"))]
     if option in ("--out", "--run") and command in ("prepare", "sample", "train", "train.py"):
         return [random.choice(FILES_TO_WRITE if command == "sample" else PLACES)]
     if option in ("--model", "--tokenizer", "--run", "--codes", "--source", "--against", "--config", "--init", "--data.codes"):
@@ -103,7 +106,8 @@ _WRITTEN["train"] = _WRITTEN["train.py"] = ("few/.lock", "store/.lock", "unfinis
 
 def subjects() -> list[Subject]:
     """One for each command, one for what is no command."""
-    shares = {"prepare": 0.7, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "doctor": 0.1, "presets": 0.1, "": 0.3}
+    shares = {"prepare": 0.7, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "plan": 0.4, "doctor": 0.1, "presets": 0.1,
+              "": 0.3}
     return [Subject(f"command line: {name or 'others'}", f"{'star_fast/train.py' if name == 'train.py' else f'star-fast {name}'.rstrip()}", _maker(name), _read,
                     share,
                     clean=("out", *_WRITTEN.get(name, ()))) for name, share in shares.items()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from star_fast.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
+from star_fast.presets import preset
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -28,7 +30,7 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 
 class Case(NamedTuple):
-    """One configuration: T 256, V 4096, two views, one rank."""
+    """One configuration: T 256, V 4096, two views, one rank; or a preset at its real size, with so many images."""
 
     blocks: int
     heads: int
@@ -39,9 +41,13 @@ class Case(NamedTuple):
     gradients: str = "fp32"
     recompute: bool = False
     accumulation: int = 1
+    preset: str = ""
 
     def config(self) -> RunConfig:
         """The same as settings."""
+        if self.preset:
+            named = preset(self.preset)
+            return dataclasses.replace(named, train=dataclasses.replace(named.train, images_per_step=self.images, micro_batch_images=self.images))
         return RunConfig(ModelConfig(self.blocks, self.heads, self.width, vocab=4096, positions=256, num_classes=100), MethodConfig(projector_width=512),
                          train=TrainConfig(images_per_step=self.images * self.accumulation, micro_batch_images=self.images, precision=self.precision,
                                            gradient_precision=self.gradients, zero_stage=self.stage, block_checkpointing=self.recompute))
@@ -57,6 +63,8 @@ CASES = [
     Case(4, 12, 768, 4, "bf16", 3),
     Case(8, 8, 512, 4, "bf16", 0, "bf16"),
     Case(6, 8, 384, 6, "fp32", 0),
+    Case(24, 16, 1024, 1, "bf16", 1, preset="L"),
+    Case(36, 20, 1280, 1, "bf16", 1, preset="XL"),  # needs 21 GiB
 ]
 
 
@@ -90,7 +98,8 @@ def measure(case: Case) -> dict[str, Any]:
         keep[:, 0] = True
         return [MicroBatch(targets[:, :-1].contiguous(), torch.zeros(rows, dtype=torch.int64), targets, keep, torch.arange(4), 0)] * count
 
-    tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=1, heads=2, width=32, vocab=64))
+    tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=1, heads=2, width=32, vocab=64),
+                               method=dataclasses.replace(config.method, contrast_depth=1))
     warm = Engine(tiny, build_student(tiny), device, case.images, 1)
     warm.step(batches(tiny, 1), 0, 1e-4)
     del warm
@@ -103,11 +112,11 @@ def measure(case: Case) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    engine.step(given, 1, 1e-4)
+    losses = engine.step(given, 1, 1e-4)[0].tolist()
     measured = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     found, held = parameters(config), states(config, case.stage, 1, touched_only=not on_gpu)
     work = activations(config, micro(config, case.images, 1), fused=on_gpu)
-    return {"parameters": found.student, "measured": measured, "predicted": peak_bytes(held, work, accumulating=case.accumulation > 1),
+    return {"finite": all(map(math.isfinite, losses)), "parameters": found.student, "measured": measured, "predicted": peak_bytes(held, work, accumulating=case.accumulation > 1),
             "states": held.weights + held.gradients + held.optimizer + held.teacher, "activations": work.total, "at_step": held.at_step}
 
 
@@ -119,7 +128,9 @@ def row(case: Case, on_gpu: bool) -> str:
         raise SystemExit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
     predicted, measured = found["predicted"], found["measured"]
-    cells = [f"{case.blocks} x {case.width} ({found['parameters'] / 1e6:.0f} M)", f"{case.images}{f' x {case.accumulation}' if case.accumulation > 1 else ''}",
+    if not found["finite"]:
+        raise SystemExit(f"{case}: losses are not finite")
+    cells = [f"{f'{case.preset}: ' if case.preset else ''}{case.blocks} x {case.width} ({found['parameters'] / 1e6:.0f} M)", f"{case.images}{f' x {case.accumulation}' if case.accumulation > 1 else ''}",
              f"{case.precision}{', bf16 gradients' if case.gradients == 'bf16' else ''}", str(case.stage), "yes" if case.recompute else "no",
              *(f"{found[name] / MIB:.0f}" for name in ("states", "activations", "at_step", "predicted", "measured")), f"{predicted / measured - 1:+.0%}"]
     return f"| {' | '.join(cells)} |"

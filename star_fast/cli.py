@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from star_fast import __version__
@@ -21,6 +20,7 @@ from star_fast.errors import printable
 from star_fast.guard import guarded
 from star_fast.presets import FOLDER_TOKENIZER, PRESETS, plain, preset
 from star_fast.records import require
+from star_fast.waiting import bound_spinning
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (see guard.guarded)."""
+    bound_spinning()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -190,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()))
         return 0 if arguments else 2
     if arguments[0] == "--version":
+        import torch
+
         print(f"star_fast {__version__}, torch {torch.__version__}")
         return 0
     if arguments[0] not in COMMANDS:

@@ -81,8 +81,13 @@ def view_pairs(views: int, positions: int) -> list[tuple[int, int]]:
     return [(m * positions + i, n * positions + i) for i in range(positions) for m in range(views) for n in range(views) if m != n]
 
 
+def pair_table(views: int, positions: int, step: bool = True, view: bool = True) -> Tensor:
+    """(anchor slot, key slot) of L_step's pairs, then L_view's: (P, 2) int64."""
+    return torch.tensor((step_pairs(views, positions) if step else []) + (view_pairs(views, positions) if view else []), dtype=torch.int64)
+
+
 def contrastive_losses(anchor: Tensor, key: Tensor, views: int, temperature: float, row_offset: int = 0, *, step: bool = True, view: bool = True,
-                       negatives: str = "slot") -> tuple[Tensor, Tensor]:
+                       negatives: str = "slot", pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """L_step and L_view in one call of an op: means of NCE(m,i -> m',j) over their pairs.
 
     Args:
@@ -92,14 +97,16 @@ def contrastive_losses(anchor: Tensor, key: Tensor, views: int, temperature: flo
         step, view: which terms are on; one that is off is 0.
         negatives: the other images' keys in the denominator: "slot", those at (m', j) (ops.slot_contrast, fused on CUDA); "all_slots", those at all
             S slots (ops.all_slots_contrast, plain torch on every device). Other slots of the same image are never negatives.
+        pairs: `pair_table` on the features' device, where a caller keeps it; None: made here.
     """
     positions = anchor.shape[0] // views
-    steps = step_pairs(views, positions) if step else []
-    pairs = steps + (view_pairs(views, positions) if view else [])
+    steps = views * positions * (positions - 1) if step else 0
+    if pairs is None:
+        pairs = pair_table(views, positions, step, view).to(anchor.device)
     contrast = {"slot": slot_contrast, "all_slots": all_slots_contrast}[negatives]
-    per_pair = contrast(anchor, key, torch.tensor(pairs, dtype=torch.int64, device=anchor.device), temperature, row_offset, reduction="pair")
+    per_pair = contrast(anchor, key, pairs, temperature, row_offset, reduction="pair")
     zero = per_pair.new_zeros(())
-    return per_pair[: len(steps)].mean() if step else zero, per_pair[len(steps) :].mean() if view else zero
+    return per_pair[:steps].mean() if step else zero, per_pair[steps:].mean() if view else zero
 
 
 def weighted_sum(ar: Tensor, mim: Tensor, step: Tensor, view: Tensor, method: MethodConfig) -> Losses:
@@ -113,7 +120,7 @@ def weighted_sum(ar: Tensor, mim: Tensor, step: Tensor, view: Tensor, method: Me
 
 
 def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anchor: Tensor | None, teacher_last: Tensor | None,
-              key: Tensor | None, method: MethodConfig, row_offset: int = 0, keep: Tensor | None = None) -> Losses:
+              key: Tensor | None, method: MethodConfig, row_offset: int = 0, keep: Tensor | None = None, pairs: Tensor | None = None) -> Losses:
     """All of ST-AR in one call, from features to the four terms and their sum; on CUDA each term is one fused op.
 
     Args:
@@ -122,6 +129,7 @@ def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anc
         anchor: (S, B, D) projected student features at the sampled positions; key: (S, B_all, D) the teacher's. None where no contrast is on.
         row_offset: key row of this rank's first image.
         keep: (B*M, T) bool, the key mask; needed where `method.mim_positions` is "hidden".
+        pairs: see contrastive_losses.
     """
     ar = autoregressive_loss(hidden, weight, targets)
     mim = step = view = ar.new_zeros(())
@@ -129,7 +137,7 @@ def objective(hidden: Tensor, weight: Tensor, targets: Tensor, last: Tensor, anc
         mim = masked_feature_loss(last, teacher_last, _counted(method, keep))
     if method.contrasts:
         step, view = contrastive_losses(anchor, key, method.views, method.temperature, row_offset, step=method.step_contrast, view=method.view_contrast,
-                                        negatives=method.negatives)
+                                        negatives=method.negatives, pairs=pairs)
     return weighted_sum(ar, mim, step, view, method)
 
 

@@ -58,6 +58,8 @@ class Student(nn.Module):
         self.projector = projector
         self.method = method
         self.contrast_depth = contrast_depth
+        pairs = objective.pair_table(method.views, method.contrast_positions, method.step_contrast, method.view_contrast) if method.contrasts else None
+        self.register_buffer("pairs", pairs, persistent=False)  # on the device once, not copied there in every step
 
     def forward(self, tokens: Tensor, label: Tensor, targets: Tensor, keep: Tensor | None = None, teacher_last: Tensor | None = None,
                 keys: Tensor | Callable[[], Tensor] | None = None, positions: Tensor | None = None, row_offset: int = 0, *, only_ar: bool = False) -> Losses:
@@ -86,4 +88,5 @@ class Student(nn.Module):
             anchor = objective.slots_first(self.projector(slots_BMKD))
         if callable(keys):
             keys = keys()
-        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset, keep)
+        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset, keep,
+                                   self.pairs)

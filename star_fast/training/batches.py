@@ -31,6 +31,12 @@ class MicroBatch(NamedTuple):
         """The same on `device`."""
         return MicroBatch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
 
+    def pinned(self) -> MicroBatch:
+        """The same in memory that a GPU copies from without waiting; without a GPU as it is."""
+        if not torch.cuda.is_available():
+            return self
+        return MicroBatch(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
+
 
 def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
     """`config` with the sizes that follow from the codes filled in.
@@ -85,7 +91,7 @@ class Batches:
         epoch, global_batch = step // self.steps_per_epoch, self.images_of(step)
         positions = torch.from_numpy(masking.position_set(seed, step, config.model.positions, config.method.contrast_positions))
         seen = step * config.train.images_per_step
-        return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images)
+        return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images).pinned()
                 for index, images in enumerate(global_batch)]
 
     def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:

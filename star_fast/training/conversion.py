@@ -45,6 +45,8 @@ def convert(command: ConvertCommand) -> Path:
     checkpoint.check_files(source, record)
     if record.ranks == ANY_RANKS:
         raise UserError(f"{source}: fits any number of ranks already; go on from it with --resume --run {run}")
+    if out.resolve() == run.resolve():
+        raise UserError(f"--out: expected another folder than the run's own, got {out}")
     final = checkpoint.step_folder(out, record.step)
     with only_writer(out, "a conversion"):
         if checkpoint.latest(out) is not None:

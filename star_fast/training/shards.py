@@ -86,9 +86,12 @@ def put_together(source: Path, target: Path) -> list[str]:
         if files:
             with ExitStack() as stack:
                 opened = [stack.enter_context(_open(file)) for file in files]
-                tensors = _joined(opened, files, kind)
-                if kind == "master":
-                    tensors[STEP] = opened[0].get_tensor(f"0.{STEP}")
+                try:
+                    tensors = _joined(opened, files, kind)
+                    if kind == "master":
+                        tensors[STEP] = opened[0].get_tensor(f"0.{STEP}")
+                except (SafetensorError, RuntimeError, KeyError) as error:  # a missing tensor, one of another size, a shape that fits no memory
+                    raise UserError(f"{source}: its {prefix} files do not fit together ({' '.join(str(error).split())[:120]}); {DAMAGED}") from error
                 names.append(f"{kind}.safetensors")
                 _save(tensors, target / names[-1], None)
     return names
@@ -99,15 +102,16 @@ def _joined(opened: list[Any], files: list[Path], kind: str) -> dict[str, Tensor
     covered: dict[str, int] = {}
     for file, path in zip(opened, files, strict=True):
         layout, shapes = _layout(file, path)
+        for name, shape in shapes.items():
+            tensors.setdefault(name, torch.empty(shape, dtype=torch.float32))
         for index, pieces in enumerate(layout):
             flat = file.get_tensor(f"{index}.{kind}").view(-1)
             for name, first, count, place in pieces:
-                whole = tensors.setdefault(name, torch.empty(shapes[name], dtype=torch.float32))
-                whole.view(-1)[first : first + count] = flat[place : place + count]
+                tensors[name].view(-1)[first : first + count] = flat[place : place + count]
                 covered[name] = covered.get(name, 0) + count
     for name, whole in tensors.items():
-        if covered[name] != whole.numel():
-            raise UserError(f"{files[0].parent}: {covered[name]} of {whole.numel()} elements of {name} are there; {DAMAGED}")
+        if covered.get(name, 0) != whole.numel():
+            raise UserError(f"{files[0].parent}: {covered.get(name, 0)} of {whole.numel()} elements of {name} are there; {DAMAGED}")
     return tensors
 
 

@@ -158,9 +158,10 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
     for step, micro in batches.steps(0, 2):
         engine.step(micro, step, config.lr)
     saved = [value.clone() for value in engine.teacher.masters]
+    seen: dict[str, Any] = {"student": whole(engine, engine.masters.tensors()), "teacher": whole(engine, engine.teacher.masters)}
     with slow(engine.deepspeed, "save_checkpoint", after=True) if engine.rank == last else slow(os, "replace"):
         folder = checkpoint.save(engine, store, run, 2, 1)
-    seen = {"there_on_return": (folder / "complete.json").exists()}  # here as on every rank
+    seen["there_on_return"] = (folder / "complete.json").exists()  # here as on every rank
     engine.step(batches.step(2), 2, config.lr)
     other, _ = start(dataclasses.replace(config), store, device)
     checkpoint.load(other, store, folder)

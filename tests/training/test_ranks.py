@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from star_fast.data.codes import CodeStore
+from star_fast.errors import UserError
+from star_fast.storage import sha256_of_file
+from star_fast.training import checkpoint
+from star_fast.training.conversion import ConvertCommand, run_convert
 from tests.training import ranks_main
 from tests.training.ranks_main import settings
 from tests.training.store import write_store
@@ -168,7 +176,7 @@ def test_a_log_line_has_the_mean_of_all_ranks(two_ranks: list[dict[str, Any]]) -
 
 def test_a_sharded_checkpoint_is_whole_on_every_rank_however_late_one_comes(two_ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(two_ranks):
-        assert seen["saved"] == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"
+        assert {name: value for name, value in seen["saved"].items() if name not in ("student", "teacher")} == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"
 
 
 def test_what_is_wrong_on_one_rank_stops_all_of_them(two_ranks: list[dict[str, Any]]) -> None:
@@ -182,3 +190,51 @@ def test_what_is_wrong_on_one_rank_stops_all_of_them(two_ranks: list[dict[str, A
             assert f"{name} is not the file that was saved" in told, f"rank {rank}"
         assert faults["whole"] == "nothing"
         assert faults["infinite"] == "step 1: the student's weights are not finite", f"rank {rank}"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_another_stage(one_rank: torch.device, store: CodeStore, folder: Path, tmp_path: Path, stage: int,
+                                                                     two_ranks: list[dict[str, Any]], capsys: pytest.CaptureFixture) -> None:
+    """Every master, moment and average is where its parameter is; what was saved on two ranks is refused as it is."""
+    engine, batches = ranks_main.start(settings(store, precision="bf16", stage=stage, dropout=0.2), store, one_rank)
+    with pytest.raises(UserError, match=r"saved by 2 ranks with ZeRO stage 1, this run has 1 ranks .* star-fast convert"):
+        checkpoint.load(engine, store, checkpoint.latest(folder / "run"))
+    run_convert(ConvertCommand(str(folder / "run"), str(tmp_path / "any")))
+    assert "saved by 2 ranks with ZeRO-1, now for any number and stage" in capsys.readouterr().out
+    assert checkpoint.load(engine, store, checkpoint.latest(tmp_path / "any")).step == 2
+    for who, masters in (("student", engine.masters.tensors()), ("teacher", engine.teacher.masters)):
+        for name, value in ranks_main.whole(engine, masters).items():
+            assert torch.equal(value, two_ranks[0]["saved"][who][name]), f"{who} {name}"
+    working = ranks_main.read(engine.student.transformer.named_parameters())
+    assert all(torch.equal(working[name], value.bfloat16()) for name, value in two_ranks[0]["saved"]["student"].items())
+    moments = [engine.deepspeed.basic_optimizer.state[shard.tensor] for shard in engine.masters.shards()]
+    assert all(float(state["step"]) == 2 and state["exp_avg_sq"].abs().max() > 0 for state in moments)
+    engine.step(batches.step(2), 2, 0.01)
+    assert checkpoint.finished(checkpoint.save(engine, store, tmp_path / "next", 3, 1).parent.parent)
+
+
+@pytest.mark.parametrize(("damage", "said"), [("cover", "elements of"), ("layout", "do not say what its shards hold"), ("gone", "should have|not found")])
+def test_a_damaged_checkpoint_is_not_put_together(folder: Path, tmp_path: Path, two_ranks: list[dict[str, Any]], damage: str, said: str) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    source = checkpoint.latest(run)
+    file = source / "optimizer-00001.safetensors"
+    if damage == "gone":
+        file.unlink()
+    else:
+        with safe_open(file, "pt") as opened:
+            layout = json.loads(opened.metadata()["layout"])
+        layout["shards"][0] = layout["shards"][0][:1] if damage == "cover" else [["x", -1, 2]]
+        save_file(load_file(file), file, {"layout": json.dumps(layout)})
+        record = json.loads((source / "complete.json").read_text())
+        record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+        (source / "complete.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=said):
+        run_convert(ConvertCommand(str(run), str(tmp_path / "any")))
+    assert not checkpoint.finished(tmp_path / "any") and not list((tmp_path / "any").rglob("*.tmp"))
+
+
+def test_what_cannot_be_converted_is_one_line(folder: Path, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
+    for command, said in ((ConvertCommand(str(tmp_path / "none"), "x"), "complete ones: none"), (ConvertCommand(str(folder / "run"), "x", 7), "of step 7"),
+                          (ConvertCommand(str(folder / "run")), "--out: expected the folder"), (ConvertCommand(str(folder / "run"), str(folder / "run")), "")):
+        with pytest.raises(UserError, match=said):
+            run_convert(command)

@@ -1,6 +1,7 @@
 """Kill a job again and again, start it again, and compare all that it leaves with an unbroken run's, byte by byte.
 
-    python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments
+    python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments, of all ranks
+    python scripts/kill_and_resume.py --subject training --kills 30 --ranks 2 --one-rank    of a random rank
     python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL at every fsync, rename and removal of a file, one after the other
 
 Exit status 0: after every kill that landed the job ended with equal files, and none besides.
@@ -36,6 +37,7 @@ STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: w
 KILLS_IN_A_ROW = 10  # at most, before the job may end and is looked at
 LATEST = 0.7  # of an unbroken run's time: the last moment of a random kill
 _PATIENCE_S = 300
+_LAUNCHER_S = 20  # after so long a launcher kills what is left of a job
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -85,14 +87,14 @@ class Killer:
         if first != self.expected:
             self.faults.append(f"two unbroken runs differ: {self._difference(first, self.expected)}")
 
-    def kill_at_random(self, kills: int) -> None:
-        """Kill at random moments, up to KILLS_IN_A_ROW times on the way to one result, until `kills` have landed."""
+    def kill_at_random(self, kills: int, one_rank: bool = False) -> None:
+        """Kill all ranks or a random one at random moments, up to KILLS_IN_A_ROW times on the way to one result, until `kills` have landed."""
         while self.kills < kills and not self.faults:
             self.work = self._new_work()
             for _ in range(self.random.randint(1, KILLS_IN_A_ROW)):
                 self._start()
                 time.sleep(self.random.random() * LATEST * self.whole_s)
-                landed = self._kill_all()
+                landed = self._kill_one() if one_rank else self._kill_all()
                 self.kills += landed
                 if not landed or self.kills == kills:  # it had ended already
                     break
@@ -154,6 +156,15 @@ class Killer:
             process.kill()
             process.join()
 
+    def _kill_one(self) -> bool:
+        """Kill a random rank; the others end by themselves, or, where they have not met yet, as a launcher ends them. Whether it was still at work."""
+        chosen = self.random.choice(self.job)
+        chosen.kill()
+        chosen.join()
+        for process in self.job:
+            process.join(_LAUNCHER_S)
+        return self._kill_all()
+
     def _kill_all(self) -> bool:
         """Whether any rank was still at work. One that ended by itself must have ended well."""
         for process in self.random.sample(self.job, len(self.job)):
@@ -190,6 +201,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--every-sync", action="store_true", help="instead, at every fsync, rename and removal")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the job; the unbroken run has as many")
+    parser.add_argument("--one-rank", action="store_true", help="kill a random rank only, as a machine that is lost would")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
     if SUBJECTS[arguments.subject].single and arguments.ranks > 1:
@@ -198,8 +210,9 @@ def main() -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing of what it wrote, synced or not: no disk is needed
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-", dir=memory) as folder:
         killer = Killer(arguments.subject, arguments.ranks, arguments.every_sync, Path(folder), arguments.seed)
-        killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(arguments.kills)
+        killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(arguments.kills, arguments.one_rank)
     how = "at every fsync, rename and removal" if arguments.every_sync else f"at random moments (seed {arguments.seed})"
+    how = f"of a random rank {how}" if arguments.one_rank else how
     print(f"{arguments.subject} on {arguments.ranks} ranks: {killer.kills} kills {how}, {killer.compared} results compared, "
           f"{'all equal' if not killer.faults else 'NOT EQUAL'}, {time.perf_counter() - started:.0f} s")
     print("\n".join(killer.faults), end="\n" if killer.faults else "")

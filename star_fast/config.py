@@ -146,7 +146,7 @@ class TrainConfig:
     offload_optimizer: bool = False  # keep this rank's masters and moments in host memory, and step there
     block_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
     keep_attention: bool = False  # with block_checkpointing: keep what attention made and recompute the rest only
-    compile: bool = False  # torch.compile of the student's blocks
+    compile: bool = False  # torch.compile of the student's feed-forwards; the rest is one op of ours between two products already
     deepspeed: str = ""  # a DeepSpeed JSON of your own, laid over the derived one; what contradicts the fields above is refused
     hang_minutes: float = 20.0  # a rank that makes no progress for so long says where it stands and ends; 0: never
     seed: int = 0  # of initial weights, masks, views, position sets and dropout

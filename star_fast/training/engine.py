@@ -37,6 +37,9 @@ def build_student(config: RunConfig) -> Student:
     transformer = Transformer(config.model)
     transformer.init_weights(generator)
     transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
+    if config.train.compile:
+        for block in transformer.layers:  # what is left between our own ops; a block's dropout seeds would compile it anew each step
+            block.feed_forward.compile()
     projector = None
     if config.method.contrasts:
         projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers, config.method.projector_norm)

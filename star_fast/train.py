@@ -23,7 +23,7 @@ from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.locks import only_writer
 from star_fast.presets import plain
-from star_fast.storage import remove_leftovers
+from star_fast.storage import atomic_write_json, remove_leftovers
 from star_fast.waiting import bound_spinning
 
 # What gloo, NCCL and torch's store say when the process at the other end has gone.
@@ -93,7 +93,8 @@ def train(command: TrainCommand) -> Path:
         first_step = earlier.step if earlier is not None else 0
         if rank == 0:
             write_config(config, run / "config.yaml")
-            _announce(config, batches, student, device, ranks, first_step)
+            atomic_write_json(run / "deepspeed.json", engine.settings)
+            _announce(config, batches, student, device, ranks, first_step, engine.optimizer_name)
             for line in adapted:
                 print(f"{printable(command.init)}: {printable(line)}", flush=True)
             if earlier is not None and (changed := checkpoint.changed_settings(earlier, config)):
@@ -120,13 +121,13 @@ def _find_checkpoint(run: Path, resume: bool) -> Path | None:
     return newest
 
 
-def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks: int, first_step: int) -> None:
-    parameters = sum(parameter.numel() for parameter in student.transformer.parameters())
+def _announce(config: RunConfig, batches: Any, student: Any, device: Any, ranks: int, first_step: int, optimizer: str) -> None:
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.transformer.parameters())
     method = "ST-AR" if config.method.has_teacher else "plain next-token training"
     print(f"{method}: {parameters / 1e6:.1f} M parameters, {len(batches.images)} training images x {config.method.views} views, "
           f"steps {first_step} to {batches.total_steps} of {config.train.images_per_step} images ({batches.steps_per_epoch} steps an epoch, "
           f"{batches.dropped_per_epoch} images of each epoch left over), {ranks} x {device.type}, {config.train.precision}, "
-          f"ZeRO-{config.train.zero_stage}", flush=True)
+          f"ZeRO-{config.train.zero_stage}, {optimizer}", flush=True)
 
 
 def run_command(arguments: list[str], prog: str) -> None:

@@ -54,6 +54,8 @@ def start_ranks() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if ranks > 1:  # ranks that compile the same kernel at once would write one file, often over a network
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache" / f"rank-{local_rank}"))
     if not dist.is_initialized():
         deepspeed = import_deepspeed()
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))
 
-from benchmarks import timing
-from star_fast.waiting import SPINS
+from benchmarks import timing  # noqa: E402 (needs the path above)
+from star_fast.waiting import SPINS  # noqa: E402
 
 WAYS = {"OpenMP's default": {"GOMP_SPINCOUNT": "300000"}, f"bounded ({SPINS} spins, ours)": {}, "no spinning": {"GOMP_SPINCOUNT": "0"}}
 
@@ -57,8 +56,8 @@ def main() -> None:
                 found.setdefault((way, busy), []).append(images_per_s(arguments.codes, environment, steps, busy))
     where = ", ".join(f"{key} {value}" for key, value in timing.environment("cpu").items())
     default = statistics.median(found["OpenMP's default", False])
-    lines = ["# A busy neighbour", "", where, "", f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} turns.",
-             "", "| threads wait | alone | share of the default's | with a neighbour | share of alone |", "|---|---|---|---|---|"]
+    lines = ["# A busy neighbour", "", where, "",
+             f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} turns.", "", "| threads wait | alone | share of the default's | with a neighbour | share of alone |", "|---|---|---|---|---|"]
     for way in WAYS:
         alone, busy = (statistics.median(found[way, is_busy]) for is_busy in (False, True))
         lines.append(f"| {way} | {alone:.0f} | {alone / default:.0%} | {busy:.0f} | {busy / alone:.0%} |")

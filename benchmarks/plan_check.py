@@ -116,7 +116,8 @@ def measure(case: Case) -> dict[str, Any]:
     measured = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     found, held = parameters(config), states(config, case.stage, 1, touched_only=not on_gpu)
     work = activations(config, micro(config, case.images, 1), fused=on_gpu)
-    return {"finite": all(map(math.isfinite, losses)), "parameters": found.student, "measured": measured, "predicted": peak_bytes(held, work, accumulating=case.accumulation > 1),
+    return {"finite": all(map(math.isfinite, losses)), "parameters": found.student, "measured": measured,
+            "predicted": peak_bytes(held, work, accumulating=case.accumulation > 1),
             "states": held.weights + held.gradients + held.optimizer + held.teacher, "activations": work.total, "at_step": held.at_step}
 
 
@@ -130,7 +131,8 @@ def row(case: Case, on_gpu: bool) -> str:
     predicted, measured = found["predicted"], found["measured"]
     if not found["finite"]:
         raise SystemExit(f"{case}: losses are not finite")
-    cells = [f"{f'{case.preset}: ' if case.preset else ''}{case.blocks} x {case.width} ({found['parameters'] / 1e6:.0f} M)", f"{case.images}{f' x {case.accumulation}' if case.accumulation > 1 else ''}",
+    size = f"{f'{case.preset}: ' if case.preset else ''}{case.blocks} x {case.width} ({found['parameters'] / 1e6:.0f} M)"
+    cells = [size, f"{case.images}{f' x {case.accumulation}' if case.accumulation > 1 else ''}",
              f"{case.precision}{', bf16 gradients' if case.gradients == 'bf16' else ''}", str(case.stage), "yes" if case.recompute else "no",
              *(f"{found[name] / MIB:.0f}" for name in ("states", "activations", "at_step", "predicted", "measured")), f"{predicted / measured - 1:+.0%}"]
     return f"| {' | '.join(cells)} |"

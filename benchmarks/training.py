@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -127,7 +128,7 @@ def work(name: str, threads: int, pipe: Connection) -> None:
         if order == "memory":
             pipe.send((memory.peak_bytes(), state_bytes()))
         elif order == "profile":
-            pipe.send(breakdown(lambda: step(number), device))
+            pipe.send(breakdown(functools.partial(step, number), device))
         else:
             call = teacher if order == "teacher" else step
             begin = time.perf_counter()
@@ -136,6 +137,22 @@ def work(name: str, threads: int, pipe: Connection) -> None:
                 torch.cuda.synchronize()
             pipe.send(1e3 * (time.perf_counter() - begin))
         number += 1
+
+
+def difference(threads: int, pipe: Connection) -> None:
+    """A process: how far the losses of both ST-AR candidates are apart over three steps of a small model, in float32 without dropout."""
+    torch.set_num_threads(threads)
+    from benchmarks.llamagen_training import PlainTraining
+    from star_fast.training.engine import Engine, build_student
+    from star_fast.training.ranks import start_ranks
+
+    _, _, device = start_ranks()
+    config = run_config(True, precision="fp32", zero_stage=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=2, heads=4, width=128, vocab=512, dropout=0.0),
+                                 method=dataclasses.replace(config.method, contrast_depth=1))
+    ours, composed = Engine(config, build_student(config), device, IMAGES, 1), PlainTraining(config, build_student(config), device, torch.float32)
+    batches = [[micro_batch(config, step)] for step in range(3)]
+    pipe.send(max(abs(float(ours.step(batch, step, config.lr)[0][0]) - float(composed.step(batch, step))) for step, batch in enumerate(batches)))
 
 
 def breakdown(call: Callable[[], object], device: torch.device, top: int = 16) -> list[tuple[str, float, float, int]]:
@@ -201,8 +218,9 @@ def text(found: dict[str, Any]) -> str:
     rows, gib = found["candidates"], 2**30
     where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
     lines = ["# A training step", "", where + (" (quick: not to publish)" if found["quick"] else ""), "",
-             f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own take turns; medians of {found['repeats']}.",
-             "", "| | ms a step | spread | peak GiB | above state GiB | share of the product ceiling |", "|---|---|---|---|---|---|"]
+             f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own take turns; medians of "
+             f"{found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to {found['apart']:.0e}).", "",
+             "| | ms a step | spread | peak GiB | above state GiB | share of the product ceiling |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         student, teacher = model_flops(run_config(name in (OURS, COMPOSED)))
         share = (student + teacher) / (1e6 * row["median_ms"]) / found["bf16_gflop_per_s"]
@@ -213,8 +231,8 @@ def text(found: dict[str, Any]) -> str:
         if mine in rows and base in rows:
             a, b = rows[mine], rows[base]
             above = (a["peak_bytes"] - a["state_bytes"]) / (b["peak_bytes"] - b["state_bytes"])
-            lines.append(f"- {mine}: **{b['median_ms'] / a['median_ms']:.2f} x** as fast as {base}; peak memory {a['peak_bytes'] / b['peak_bytes']:.2f} of its, "
-                         f"above state {above:.2f} of its.")
+            lines.append(f"- {mine}: **{b['median_ms'] / a['median_ms']:.2f} x** as fast as {base}; peak memory "
+                         f"{a['peak_bytes'] / b['peak_bytes']:.2f} of its, above state {above:.2f} of its.")
     if OURS in rows and OURS_PLAIN in rows:
         a, b = rows[OURS], rows[OURS_PLAIN]
         lines.append(f"- ST-AR costs {a['median_ms'] / b['median_ms'] - 1:+.0%} over plain training at equal views; the teacher's forward alone is "
@@ -244,13 +262,21 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     repeats = 3 if arguments.quick else arguments.repeats
     bf16 = timing.ceilings(device, arguments.quick).bf16_gflop_per_s
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    checking = context.Process(target=difference, args=(arguments.threads, theirs))
+    checking.start()
+    apart = pipe.recv()
+    checking.join()
+    if not apart < 1e-4:
+        sys.exit(f"the candidates do not compute the same: losses are {apart:.1e} apart")
     candidates = measure([CANDIDATES[index] for index in arguments.only], repeats, arguments.threads, arguments.profile)
     mfu = None
     if device == "cuda" and OURS in candidates:
         name = torch.cuda.get_device_name()
         peak = next((known.bf16_flops_per_s for known in DEVICES if known.name in name), None)
         mfu = None if peak is None else sum(model_flops(run_config(True))) / (candidates[OURS]["median_ms"] / 1e3) / peak
-    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "mfu": mfu,
+    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "apart": apart, "mfu": mfu,
              "candidates": candidates}
     print(text(found))
     if arguments.save:

@@ -10,6 +10,7 @@ run that goes from 2 ranks to 4 to 1: its held-out loss before and after each co
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import socket
@@ -215,10 +216,10 @@ def text(found: dict[int, dict[str, Any]], hand: Tensor, moved: list[tuple[int, 
     plain, lines, good = found[1], [], True
     lines += ["# Ranks and ZeRO stages", "", "    python scripts/ranks_and_zero.py --save", "",
               f"torch {torch.__version__}, CPU, gloo. A model of 2 blocks and width 32, 8 images x 2 views a step, teacher's decay 0.9 with warm-up.", "",
-              f"Float32, dropout 0, against one rank without ZeRO. Bounds: gradients 1e-6, losses 1e-5. Accumulation: two micro-batches of 4 images over all "
+              "Float32, dropout 0, against one rank without ZeRO. Bounds: gradients 1e-6, losses 1e-5. Accumulation: two micro-batches of 4 images over all "
               "ranks, against the loop written out by hand in tests/training/plain_trainer.py.", "",
-              f"| ranks | ZeRO | gradients of step 1, relative | losses of {STEPS} steps | accumulation, losses of 6 steps | teacher after {STEPS} steps, relative | "
-              "bf16: teacher off its closed form, relative |", "|---|---|---|---|---|---|---|"]
+              f"| ranks | ZeRO | gradients of step 1, relative | losses of {STEPS} steps | accumulation, losses of 6 steps | teacher after {STEPS} steps, "
+              "relative | bf16: teacher off its closed form, relative |", "|---|---|---|---|---|---|---|"]
     for ranks, seen in found.items():
         for stage in STAGES:
             gradient = relative(seen["gradients", stage], plain["gradients", 0])
@@ -229,7 +230,7 @@ def text(found: dict[int, dict[str, Any]], hand: Tensor, moved: list[tuple[int, 
             lines.append(f"| {ranks} | {stage} | {gradient:.1e} | {loss:.1e} | {hands:.1e} | {teacher:.1e} | {closed:.1e} |")
     lines += ["", "A run that goes from 2 ranks (ZeRO-2) to 4 (ZeRO-3) to 1 (ZeRO-1) in bf16, by `star-fast convert`: held-out loss before and after the move.",
               "", "| move | before | after |", "|---|---|---|"]
-    for (old, a), (new, b) in zip(moved, moved[1:], strict=False):
+    for (old, a), (new, b) in itertools.pairwise(moved):
         good &= abs(a["after"] - b["before"]) <= 1e-6
         lines.append(f"| {old} -> {new} ranks | {a['after']:.7f} | {b['before']:.7f} |")
     ours, theirs = (torch.tensor(values) for values in curve.values())

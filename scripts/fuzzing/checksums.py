@@ -90,5 +90,5 @@ def _described(folder: Path, names: list[str] | tuple[str, ...]) -> dict[str, di
 
 CLASSIFIER, MODEL, TOKENIZER = Fit("classifier.json", _classifier), Fit("config.json", _model), Fit("tokenizer.json", _tokenizer)
 STATE, STORE, PROGRESS = Fit("unfinished.json", _state), Fit("manifest.json", _store), Fit("progress.json", _progress)
-CHECKPOINT, WITHIN_CHECKPOINT = Fit("complete.json", _checkpoint), Fit("../complete.json", lambda folder: _checkpoint(folder.parent))
+CHECKPOINT = Fit("complete.json", _checkpoint)
 PART, SAMPLES = Fit("batch-0000003.npy", _part), Fit("done.json", _samples)

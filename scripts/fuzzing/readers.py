@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from star_fast.records import from_dict
 from star_fast.storage import remove_leftovers
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
+from star_fast.training.conversion import ConvertCommand, convert
 from star_fast.training.engine import Engine, build_student
 from star_fast.training.ranks import start_ranks
 from star_fast.training.telemetry import Telemetry
@@ -155,6 +157,12 @@ def resume(place: Path, case: Case) -> None:
         raise UserError("nothing to resume")
     resumed, codes = engine()
     checkpoint.changed_settings(checkpoint.load(resumed, codes, newest), resumed.config)
+
+
+def put_together(place: Path, case: Case) -> None:
+    """conversion.convert (star-fast convert)"""
+    shutil.rmtree("converted", ignore_errors=True)
+    convert(ConvertCommand("run", "converted"))
 
 
 def run_folder(place: Path, case: Case) -> None:

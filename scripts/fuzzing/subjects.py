@@ -55,10 +55,9 @@ ROWS = (
     Row("tokenizer/tokenizer.safetensors", "run/model/tokenizer/tokenizer.safetensors", readers.tokenizer, 2, fit=checksums.TOKENIZER),
     Row("checkpoint/complete.json", f"{_CHECKPOINT}/complete.json", readers.resume, 2, fit=checksums.CHECKPOINT, start=readers.engine),
     Row("checkpoint/teacher.safetensors", f"{_CHECKPOINT}/teacher-00000.safetensors", readers.resume, 0.5, fit=checksums.CHECKPOINT, start=readers.engine),
-    Row("checkpoint/model_states.pt", f"{_CHECKPOINT}/deepspeed/mp_rank_00_model_states.pt", readers.resume, 1.5, fit=checksums.WITHIN_CHECKPOINT,
-        damage=tensor_damage.damaged_state, start=readers.engine),
-    Row("checkpoint/optim_states.pt", f"{_CHECKPOINT}/deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", readers.resume, 1.5,
-        fit=checksums.WITHIN_CHECKPOINT, damage=tensor_damage.damaged_state, start=readers.engine),
+    Row("checkpoint/optimizer.safetensors", f"{_CHECKPOINT}/optimizer-00000.safetensors", readers.resume, 2, fit=checksums.CHECKPOINT, start=readers.engine),
+    Row("checkpoint/optimizer.safetensors, convert", f"{_CHECKPOINT}/optimizer-00000.safetensors", readers.put_together, 1, fit=checksums.CHECKPOINT),
+    Row("checkpoint/complete.json, convert", f"{_CHECKPOINT}/complete.json", readers.put_together, 0.5, fit=checksums.CHECKPOINT),
     Row("store/manifest.json", "store/manifest.json", readers.store, 5, fit=checksums.STORE),
     Row("store/keys.jsonl", "store/keys.jsonl", readers.store, 2, fit=checksums.STORE),
     Row("store/labels.bin", "store/labels.bin", readers.store, 1.5, fit=checksums.STORE),
@@ -146,8 +145,8 @@ def _image_maker(pictures: dict[str, bytes], others: list[bytes]) -> Callable[[R
 
 
 _ODD_PLACES = (
-    "run/checkpoints/step-0000009", "run/checkpoints/step-0000009.tmp", "run/checkpoints/step-0000003/x", "run/checkpoints/step-0000003/deepspeed/x",
-    "run/checkpoints/step-99999999999999999999", "run/checkpoints/step-x", "run/checkpoints/x", f"{_CHECKPOINT}/deepspeed", "run/checkpoints", "run/.lock",
+    "run/checkpoints/step-0000009", "run/checkpoints/step-0000009.tmp", "run/checkpoints/step-0000003/x", "run/checkpoints/step-0000003/model/x",
+    "run/checkpoints/step-99999999999999999999", "run/checkpoints/step-x", "run/checkpoints/x", f"{_CHECKPOINT}/model", "run/checkpoints", "run/.lock",
     "run/.config.yaml.1.tmp", "run/.model.1.tmp", "run/.model.1.old", "run/.checkpoints.1.tmp", "run/model", "run/model/x", "run/model/tokenizer",
     "run/config.yaml", "run/metrics.jsonl")
 

@@ -27,11 +27,6 @@ _NAMES = ("layers.99999999999999999999.ffn.w1.weight", "layers.-1.x", "layers.1e
           "\x1b[31m", "a\nb", "layers.5000000.attention_norm.weight", "cls_embedding.cap_proj.fc1.weight")
 
 
-def damaged_state(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
-    """The same for a nested record of tensors and numbers, as DeepSpeed saves it."""
-    return damaged_torch(random, data, other, damaged_object)
-
-
 def damaged_torch(random: Random, data: bytes, other: bytes, damage: Callable[[Random, Any], tuple[str, Any]] | None = None) -> tuple[str, bytes]:
     """A torch file: another object in it, saved well; or its pickle replaced; or its zip file damaged."""
     way = random.choice(("object", "object", "object", "call", "call", "bomb", "operation", "operation", "pickle bytes", "zip", "zip", "old", "tar"))
@@ -116,27 +111,6 @@ def damaged_weights(random: Random, content: dict[str, Any]) -> tuple[str, Any]:
         rest |= {random.choice(("model", "module", "state_dict", "optimizer", "steps", "freqs_cis", "args")): odd_value(random)}
         change = f"weights under {wrapper!r}, beside {str(rest)[:80]!r}"
     return change, {**rest, wrapper: weights} if wrapper else {**weights, **rest}
-
-
-def damaged_object(random: Random, content: Any) -> tuple[str, Any]:
-    """The object with one thing somewhere inside it changed, left out or renamed; what is around it is copied."""
-    if isinstance(content, (Mapping, list, tuple)) and len(content) and random.random() < 0.93:
-        keys = list(content) if isinstance(content, Mapping) else range(len(content))
-        key, way = random.choice(keys), random.choice(("in",) * 8 + ("drop", "rename"))
-        copied: Any = dict(content) if isinstance(content, Mapping) else list(content)
-        change, inner = damaged_object(random, copied[key])
-        if way == "in" or not isinstance(content, Mapping):
-            copied[key] = inner
-        else:
-            del copied[key]
-            change = way
-            if way == "rename":
-                copied[random.choice((*_NAMES, 0, None))] = inner
-        return f"{str(key)[:30]}.{change}", type(content)(copied) if type(content) in (tuple, list, dict) else copied
-    if isinstance(content, torch.Tensor) and random.random() < 0.8:
-        return damaged_tensor(random, content)
-    value = odd_value(random)
-    return f"= {str(value)[:40]}", value
 
 
 def odd_value(random: Random) -> Any:

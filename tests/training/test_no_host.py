@@ -58,7 +58,8 @@ def test_the_net_catches_what_waits() -> None:
     assert not net.found
 
 
-@pytest.mark.parametrize("method", [MethodConfig(contrast_positions=3, projector_width=24), MethodConfig(views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0),
+@pytest.mark.parametrize("method", [MethodConfig(contrast_positions=3, projector_width=24),
+                                    MethodConfig(views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0),
                                     MethodConfig(contrast_positions=3, projector_width=24, mim_positions="hidden", negatives="all_slots",
                                                  projector_norm="batch", teacher_label="kept")], ids=["ST-AR", "plain", "choices"])
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("fp32", 0)])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import json
+import math
 import os
 import shutil
 import socket
@@ -176,7 +176,8 @@ def test_a_log_line_has_the_mean_of_all_ranks(two_ranks: list[dict[str, Any]]) -
 
 def test_a_sharded_checkpoint_is_whole_on_every_rank_however_late_one_comes(two_ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(two_ranks):
-        assert {name: value for name, value in seen["saved"].items() if name not in ("student", "teacher")} == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"
+        found = {name: value for name, value in seen["saved"].items() if name not in ("student", "teacher")}
+        assert found == {"there_on_return": True, "loaded": True, "equal": [True, True, True], "model_on_return": True}, f"rank {rank}"
 
 
 def test_what_is_wrong_on_one_rank_stops_all_of_them(two_ranks: list[dict[str, Any]]) -> None:

@@ -51,9 +51,10 @@ def test_each_field_is_in_the_json(train: dict[str, Any], wanted: dict[str, Any]
 
 
 def test_a_json_of_ones_own_is_laid_over(tmp_path: Path) -> None:
-    own = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 5}, "train_batch_size": "auto", "fp16": {"enabled": False}}
+    tuned = {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 5}
+    own = {"zero_optimization": {"stage": 2, **tuned}, "train_batch_size": "auto", "fp16": {"enabled": False}}
     found = settings(with_file(tmp_path, own, zero_stage=2), 4, 2)
-    assert found["zero_optimization"] == {**derived(config(zero_stage=2), 4, 2)["zero_optimization"], "reduce_bucket_size": 1000, "stage3_max_live_parameters": 5}
+    assert found["zero_optimization"] == {**derived(config(zero_stage=2), 4, 2)["zero_optimization"], **tuned}
     assert found["bf16"]["enabled"] is True
 
 

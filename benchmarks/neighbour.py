@@ -57,7 +57,8 @@ def main() -> None:
     where = ", ".join(f"{key} {value}" for key, value in timing.environment("cpu").items())
     default = statistics.median(found["OpenMP's default", False])
     lines = ["# A busy neighbour", "", where, "",
-             f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} turns.", "", "| threads wait | alone | share of the default's | with a neighbour | share of alone |", "|---|---|---|---|---|"]
+             f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} turns.", "",
+             "| threads wait | alone | share of the default's | with a neighbour | share of alone |", "|---|---|---|---|---|"]
     for way in WAYS:
         alone, busy = (statistics.median(found[way, is_busy]) for is_busy in (False, True))
         lines.append(f"| {way} | {alone:.0f} | {alone / default:.0%} | {busy:.0f} | {busy / alone:.0%} |")

@@ -84,6 +84,12 @@ for subject in $subjects; do
   stage "benchmark $subject" "$python" benchmarks/throughput.py --subject "$subject"
 done
 stage "benchmark sampling" "$python" benchmarks/sampling.py
+if has deepspeed; then
+  stage "benchmark training" "$python" benchmarks/training.py --profile
+  stage "planned and measured memory" "$python" benchmarks/plan_check.py
+else
+  note "benchmark training" "skipped: deepspeed is not installed" 0
+fi
 
 {
   echo "# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"

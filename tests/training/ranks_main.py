@@ -25,7 +25,7 @@ from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, 
 from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.method.batch_norm import BatchNorm
-from star_fast.training import checkpoint, shards
+from star_fast.training import checkpoint, shards, zero1
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
 from star_fast.training.export import export
@@ -83,6 +83,16 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int)
     engine.settle()
     return saved | {"losses": torch.stack(terms), "copies": read(engine.teacher.model.named_parameters()),
                     "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters())}
+
+
+def in_small_buckets(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Any]:
+    """The same, gradients travelling in many small pieces: in every order that backward may finish them the sums are the same."""
+    usual, zero1._BUCKET_ELEMENTS = zero1._BUCKET_ELEMENTS, 700
+    try:
+        assert len(start(config, store, device)[0].deepspeed.optimizer._buckets) > 10
+        return train(config, store, device, 4)
+    finally:
+        zero1._BUCKET_ELEMENTS = usual
 
 
 def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Tensor]:
@@ -231,6 +241,8 @@ def main() -> None:
         "plain": train(settings(store), store, device, 20),
         "accumulated": train(settings(store, micro=4 // ranks, decay=0.5, warmup=True), store, device, 6),
         "bf16": train(settings(store, precision="bf16", stage=2, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
+        "zero1": train(settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
+        "zero1, small buckets": in_small_buckets(settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device),
         "gradients": gradients(settings(store), store, device),
         "choices": train(settings(store, **CHOICES), store, device, 6),
         "choices_gradients": gradients(settings(store, **CHOICES), store, device),

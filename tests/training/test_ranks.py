@@ -157,6 +157,19 @@ def test_teacher_under_zero_2_is_whole_on_every_rank(two_ranks: list[dict[str, A
         check_copies(two_ranks[0]["bf16"], seen["bf16"]["copies"])
 
 
+def test_two_ranks_of_zero_1_with_float32_gradients_train_as_one(one_rank: torch.device, store: CodeStore, two_ranks: list[dict[str, Any]]) -> None:
+    """Accumulating over two micro-batches; the weights of student and teacher have arrived when they are read."""
+    alone = ranks_main.train(settings(store, precision="bf16", stage=1, micro=4, decay=0.5, warmup=True), store, one_rank, 4)
+    for seen in two_ranks:
+        check_teacher(seen["zero1"], 0.5, warmup=True)
+        check_copies(two_ranks[0]["zero1"], seen["zero1"]["copies"])
+        torch.testing.assert_close(seen["zero1"]["losses"], alone["losses"], rtol=0, atol=5e-3)
+        for name, value in alone["student"][-1].items():
+            moved = (value - alone["student"][0][name]).norm()
+            assert (seen["zero1"]["student"][-1][name] - value).norm() <= 0.1 * moved + 1e-6, name
+            assert torch.equal(seen["zero1, small buckets"]["student"][-1][name], seen["zero1"]["student"][-1][name]), name
+
+
 def test_ranks_drop_different_activations(two_ranks: list[dict[str, Any]]) -> None:
     first, second = (seen["own_loss"] for seen in two_ranks)
     assert first != second

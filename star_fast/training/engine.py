@@ -231,7 +231,8 @@ class Engine:
         """
         self.settle()
         problem = torch.zeros(2, device=self.device)
-        for index, masters in enumerate((self.masters.tensors(), self.teacher.masters if self.teacher is not None else [])):
+        students = [shard.tensor.detach() for shard in self.masters.shards()]  # the projector's too
+        for index, masters in enumerate((students, self.teacher.masters if self.teacher is not None else [])):
             # Smallest and largest value: NaN passes through both, and no temporary of the weights' size is made.
             ends = [end for master in masters if master.numel() for end in torch.aminmax(master)]
             if ends:

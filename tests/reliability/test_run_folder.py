@@ -68,6 +68,11 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(trainin
         subprocess.run(["umount", disk], check=True)
 
 
+def test_some_checkpoints_stay_for_good(training: Training) -> None:
+    assert training("--train.max-steps", "10", "--train.save-every-steps", "2", "--train.keep-checkpoints", "1", "--train.keep-every-steps", "4")[0] == 0
+    assert [checkpoint.step_of(folder) for folder in checkpoint.finished(training.run)] == [4, 8, 10]
+
+
 def test_the_error_of_safetensors_on_a_full_disk_is_understood(monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
     from safetensors import SafetensorError
 

@@ -149,7 +149,7 @@ def test_an_unfinished_checkpoint_does_not_count(saved) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "line"), [
-    (["--preset", "huge"], "preset: expected one of tiny, B, L, XL, XXL, 3B, B-300, L-300, XL-300, got 'huge'"),
+    (["--preset", "huge"], "preset: expected one of tiny, B, B-300, L, L-300, XL, XL-300, XXL, 3B, got 'huge'"),
     (["--config", "absent.yaml"], "absent.yaml: no such config file"),
     (["--preset", "tiny", "--data.codes", "absent"], "absent/manifest.json: not found"),
     (["--preset", "tiny", "--method.views", "0"], "method.views: expected at least 1, got 0"),

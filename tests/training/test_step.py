@@ -243,3 +243,15 @@ def test_learning_rate_step_by_step(store: CodeStore, schedule: str, warmup: int
         assert rates[:5] == pytest.approx([peak / 4, peak / 2, 3 * peak / 4, peak, peak])
     if schedule == "cosine":
         assert learning_rate(config, 12, 12) == pytest.approx(peak / 10)  # the cosine would be over just after the last step
+
+
+def test_without_l_mim_the_teacher_stops_at_the_block_that_is_contrasted(make_engine: Callable) -> None:
+    """And hands over the same features."""
+    engine, batches = make_engine(method__mim_weight=0.0, method__contrast_depth=1, train__micro_batch_images=0)
+    whole, _ = make_engine(method__contrast_depth=1, train__micro_batch_images=0)
+    batch, ran = batches.step(0)[0], []
+    for number, block in enumerate(engine.teacher.model.layers, 1):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    last, slots = engine.teacher.features(batch.tokens, batch.label, batch.positions)
+    assert last is None and ran == [1]
+    assert torch.equal(slots, whole.teacher.features(batch.tokens, batch.label, batch.positions)[1])

@@ -166,7 +166,8 @@ def check(folder: Path, engine: Engine, store: CodeStore) -> CheckpointRecord:
     """
     record = read_record(folder / RECORD_FILE, CheckpointRecord, "not a complete checkpoint: remove this folder to resume from the one before")
     if record.format != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}")
+        raise UserError(f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}; go on with the version that saved it, or start "
+                        f"another run from its weights with --init {folder.parent.parent / 'model'}")
     check_files(folder, record, engine.rank, engine.ranks)
     if record.ranks != ANY_RANKS and (record.ranks, record.zero_stage) != (engine.ranks, engine.config.train.zero_stage):
         run = folder.parent.parent

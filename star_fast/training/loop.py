@@ -17,6 +17,7 @@ from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
 from star_fast.training.checkpoint import TelemetryRecord
 from star_fast.training.engine import Engine
+from star_fast.training.host_memory import give_back
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
@@ -65,6 +66,7 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int, *, stop:
         spare = max((folder for folder in checkpoint.finished(run) if watch.episode and folder < checkpoint.step_folder(run, watch.episode)), default=None)
         checkpoint.save(engine, batches.store, run, done, config.train.keep_checkpoints,
                         TelemetryRecord(telemetry.rows, watch.window, watch.episode), spare)
+        give_back()
 
     dog = Watchdog(engine.rank, config.train.hang_minutes)
     engine.doing = lambda what: dog.at(done + 1, what)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from star_fast.planning.gpus import GPUS
+
 
 class Device(NamedTuple):
     """Published peaks of one GPU."""
@@ -31,12 +33,9 @@ class Multiprocessor(NamedTuple):
     count: int  # multiprocessors of the GPU
 
 
-DEVICES = [
-    Device("A100", 80, 2.039e12, 312e12, 19.5e12),
-    Device("H100", 90, 3.35e12, 989e12, 67e12),
-    Device("H200", 90, 4.8e12, 989e12, 67e12),
-    Device("B200", 100, 8.0e12, 2250e12, 75e12),
-]
+# Memory and tensor-core peaks are planning's; compute capability and ordinary arithmetic (fp32) are added here.
+DEVICES = [Device(name, capability, GPUS[name.lower()].bytes_per_s, GPUS[name.lower()].bf16_flops_per_s, fp32_flops_per_s)
+           for name, capability, fp32_flops_per_s in (("A100", 80, 19.5e12), ("H100", 90, 67e12), ("H200", 90, 67e12), ("B200", 100, 75e12))]
 
 MULTIPROCESSORS = {
     80: Multiprocessor(65536, 2048, 32, 164 * 1024, 163 * 1024, 108),

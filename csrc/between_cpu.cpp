@@ -77,11 +77,11 @@ T* row_to(const MaybeTensor& t, int64_t row, int64_t width) {
 struct Dropout {
   Dropout(int64_t width, int64_t row_key, int64_t column_key, int64_t limit, double scale)
       : row_key(uint32_t(row_key)), limit(int32_t(limit)), scale(float(scale)), column_hashes(scale == 0.0 ? 0 : width) {
-    for (size_t column = 0; column < column_hashes.size(); ++column) column_hashes[column] = hash_of_one(uint32_t(column) ^ uint32_t(column_key));
+    for (size_t column = 0; column < column_hashes.size(); ++column) column_hashes[column] = hash_of(uint32_t(column) ^ uint32_t(column_key));
   }
 
   DropoutRow of(int64_t row) const {
-    return {column_hashes.empty() ? nullptr : column_hashes.data(), hash_of_one(uint32_t(row) ^ row_key), limit, scale};
+    return {column_hashes.empty() ? nullptr : column_hashes.data(), hash_of(uint32_t(row) ^ row_key), limit, scale};
   }
 
   uint32_t row_key;

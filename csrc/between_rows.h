@@ -3,15 +3,6 @@
 
 typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
 
-// lowbias32, as in dropout_row.h.
-STAR_FAST_INLINE UintLanes hash_of(UintLanes x) {
-  x ^= x >> 16;
-  x *= 0x7FEB352Du;
-  x ^= x >> 15;
-  x *= 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
 STAR_FAST_INLINE Lanes dropped(const Lanes& lanes, const DropoutRow& dropout, int e) {
   UintLanes columns;
   std::memcpy(&columns, dropout.column_hashes + e, sizeof(columns));

@@ -13,8 +13,10 @@ struct DropoutRow {
   float scale;
 };
 
-// lowbias32 (github.com/skeeto/hash-prospector).
-inline uint32_t hash_of_one(uint32_t x) {
+// lowbias32 (github.com/skeeto/hash-prospector) of an unsigned 32-bit number, or of a vector of them; inlined, so that it is compiled for its caller's
+// instructions.
+template <class Word>
+static inline __attribute__((always_inline)) Word hash_of(Word x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= x >> 15;

@@ -25,12 +25,8 @@ def all_slots_contrast(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: 
     There is no kernel for it: plain torch on every device. A backend asked for by name raises.
 
     Args:
-        anchor: (S, B, D) float: S anchor slots of this rank's B images. S, B, D >= 1.
-        key: (S', B_all, D), dtype and device of `anchor`: the key slots of all ranks' images.
-        pairs: (P, 2) int64 on the device of `anchor`: (anchor slot, key slot), P >= 1.
-        temperature: a number > 0, tau.
-        row_offset: the key row that holds this rank's first image; 0 <= row_offset <= B_all - B.
-        reduction: "mean" over pairs, or "pair": one value each.
+        anchor, key, pairs, temperature, row_offset, reduction: as of slot_contrast: (S, B, D), (S', B_all, D), (P, 2) int64, a number > 0,
+            0 <= row_offset <= B_all - B, "mean" or "pair".
         backend: None or "reference".
 
     Returns:

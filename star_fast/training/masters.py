@@ -132,6 +132,11 @@ class FlatMasters(Masters):
             found.append(Shard(tensor, pieces))
         return found
 
+    def tensors(self) -> list[Tensor]:
+        """See Masters. Asked in every step, so without the pieces."""
+        shards = getattr(self._optimizer, self._shards_name)
+        return [tensor.detach() for tensor, (_, members) in zip(shards, self._flats, strict=True) if members[0][0].startswith(TRANSFORMER)]
+
     def publish(self) -> None:
         """See Masters."""
         self._optimizer.update_lp_params()

@@ -1,4 +1,4 @@
-"""ZeRO-1 with float32 gradients and no waste: what replaces the step of DeepSpeed's BF16_Optimizer, whose layout and checkpoints it keeps.
+"""ZeRO-1 with float32 gradients and no waste: what replaces the step of DeepSpeed's BF16_Optimizer, whose layout it keeps.
 
 DeepSpeed's own step reads the gradient norm back to the host, scans and clips the gradients in passes of their own, zeroes their buffers and reduces them only
 after backward. Here a gradient goes straight into its float32 place as backward makes it and travels while backward goes on; norm, clipping and the check for

@@ -92,9 +92,10 @@ def run_convert(command: ConvertCommand) -> None:
     micro = before.config["train"]["micro_batch_images"]
     negatives = f"{micro} images of each rank: {micro * before.ranks} until now, with R ranks {micro} x R" if micro else \
         "images_per_step, whatever the number of ranks, while train.micro_batch_images is 0"
-    print(printable(
-        f"{folder}: step {record.step}, saved by {before.ranks} ranks with ZeRO-{before.zero_stage}, now for any number and stage.\n"
-        f"Unchanged: weights, teacher, AdamW's moments, order of the images, views, masks, positions and learning rate.\n"
-        f"Changes with the number of ranks: which activations dropout drops; the rounding of sums over ranks; a contrast sees {negatives}.\n"
-        f"Go on: deepspeed star_fast/train.py --config {Path(command.out) / 'config.yaml'} --resume --run {command.out}   [--train.zero-stage N]"))
+    for line in (
+            f"{folder}: step {record.step}, saved by {before.ranks} ranks with ZeRO-{before.zero_stage}, now for any number and stage.",
+            "Unchanged: weights, teacher, AdamW's moments, order of the images, views, masks, positions and learning rate.",
+            f"Changes with the number of ranks: which activations dropout drops; the rounding of sums over ranks; a contrast sees {negatives}.",
+            f"Go on: deepspeed star_fast/train.py --config {Path(command.out) / 'config.yaml'} --resume --run {command.out}   [--train.zero-stage N]"):
+        print(printable(line))
 

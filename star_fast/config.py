@@ -229,14 +229,17 @@ class DataConfig:
     codes: str = ""  # the code store: a folder written by `star-fast prepare`
     # "ten-crop": four corners and centre, each with its mirror image (LlamaGen); "small-affine": small rotations, shifts, scalings.
     views: typing.Literal["ten-crop", "small-affine"] = "ten-crop"
-    crop_range: float = 1.1  # ten-crop: images are resized to int(image_size * crop_range) first (LlamaGen: 1.1 or 1.05)
+    # ten-crop: images are resized to int(image_size * range) first; ten views for each range (LlamaGen: 1.1 and 1.05; the paper: "ten crops")
+    crop_ranges: tuple[float, ...] = (1.1,)
     affine_views: int = 8  # small-affine: views of each image
     held_out_share: float = 0.1  # share of each class held out from all training (choice)
 
     def __post_init__(self) -> None:
         require_finite(self, "data")
         require(self.views in ("ten-crop", "small-affine"), "data.views", self.views, "'ten-crop' or 'small-affine'")
-        require(self.crop_range >= 1, "data.crop_range", self.crop_range, "at least 1")
+        ranges = self.crop_ranges
+        require(1 <= len(ranges) <= 16 and 1 <= min(ranges) <= max(ranges) <= 2**14 and len(set(ranges)) == len(ranges), "data.crop_ranges", ranges,
+                "up to 16 different numbers of 1 ... 16384")
         require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
         require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -197,11 +197,16 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces. Raises StorageError when it cannot be read."""
+def sha256_of_file(path: str | Path, seen: Callable[[int], object] | None = None) -> str:
+    """Hexadecimal sha256 of a file, read in pieces; `seen` is told how many bytes each had. Raises StorageError when it cannot be read."""
     require_regular(path, "expected a file to take the sha256 of")
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(2**20):
+                digest.update(block)
+                if seen is not None:
+                    seen(len(block))
+        return digest.hexdigest()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -3,14 +3,13 @@
     codes.bin      uint16 little-endian, (images, views, T)
     labels.bin     int32 little-endian, (images,)
     keys.jsonl     one JSON string per image: its name within the source
+    skipped.csv    key and reason of every image of the source that is not in the store
     manifest.json  everything else; written last, so a folder without it is unfinished
     progress.json  while it is unfinished: how much of each file counts, and its sha256
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,35 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from star_fast.data.manifest import (
     CODES_FILE,
     DAMAGED,
     FILES,
-    FORMAT,
-    FORMAT_VERSION,
     HINT,
     KEYS_FILE,
     LABELS_FILE,
     MANIFEST_FILE,
     PROGRESS_FILE,
-    differences,
-    is_finished,
+    SKIPPED_FILE,
     read_manifest,
-    read_progress,
 )
-from star_fast.data.sources import DataError, split_indices
-from star_fast.storage import (
-    StorageError,
-    atomic_write_json,
-    explain_write_errors,
-    parse_json,
-    read_bytes,
-    remove_leftovers,
-    require_regular,
-    sha256_of_bytes,
-    sha256_of_file,
-)
+from star_fast.data.sources import DataError
+from star_fast.data.views import plain_view
+from star_fast.storage import StorageError, parse_json, read_bytes, require_regular, sha256_of_bytes, sha256_of_file
 
 _VERIFIED_BYTES = 2**24  # of codes.bin, looked at at once
 
@@ -56,7 +43,8 @@ class CodeStore:
     """A finished store, opened for reading. Rows are numbered 0 ... images-1; views as in `views`.
 
     Attributes: path; manifest (dict); views, class_names (tuples of str); positions (T); grid (h, w); image_size (pixels); codebook (V);
-    tokenizer_hash (sha256 of the tokenizer's weights); labels, train_indices, held_out_indices (int64 tensors).
+    tokenizer_hash (sha256 of the tokenizer's weights); plain_view (the view that shows an image as it is: the centre crop of ten-crop codes, else view 0);
+    labels, train_indices, held_out_indices (int64 tensors).
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], codes: np.ndarray, labels: np.ndarray) -> None:
@@ -69,6 +57,7 @@ class CodeStore:
         self.image_size: int = manifest["image_size"]
         self.codebook: int = manifest["codebook"]
         self.tokenizer_hash: str = manifest["tokenizer_sha256"]
+        self.plain_view = plain_view(self.views)
         self.labels = torch.from_numpy(labels.astype(np.int64))
         held_out = torch.zeros(len(labels), dtype=torch.bool)
         held_out[torch.tensor(manifest["split"]["held_out"], dtype=torch.int64)] = True
@@ -144,11 +133,17 @@ class CodeStore:
                 raise StorageError(f"{path}, line {number}: expected the name of an image as a JSON string, got {line[:60]!r}; {DAMAGED}")
         return keys
 
-    def verify(self) -> None:
+    def source_indices(self) -> np.ndarray:
+        """(images,) int64: the number, in the source, of the image that each row stands for."""
+        skipped = [entry["index"] for entry in self.manifest["skipped"] if entry.get("index", -1) >= 0]
+        return np.delete(np.arange(len(self) + len(skipped)), skipped)
+
+    def verify(self, progress: bool = False) -> None:
         """Read every file whole: its sha256 must be the manifest's, codes and keys what they may be. Raises StorageError at the first fault."""
-        for name in FILES:
-            if sha256_of_file(self.path / name) != self.manifest["files"][name]["sha256"]:
-                raise StorageError(f"{self.path / name}: damaged (its sha256 is not the manifest's); copy it again or prepare the codes again")
+        for name in (*FILES, *(name for name in (SKIPPED_FILE,) if name in self.manifest["files"])):  # stores of earlier versions have no list
+            with tqdm(total=self.manifest["files"][name]["bytes"], desc=name, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
+                if sha256_of_file(self.path / name, bar.update) != self.manifest["files"][name]["sha256"]:
+                    raise StorageError(f"{self.path / name}: damaged (its sha256 is not the manifest's); copy it again or prepare the codes again")
         self.keys()
         rows = max(1, _VERIFIED_BYTES // self._codes[0].nbytes)
         for start in range(0, len(self), rows):
@@ -163,121 +158,6 @@ def class_index(class_names: Sequence[str], name: str) -> int:
         return list(class_names).index(name)
     more = f" ... ({len(class_names)} in all)" if len(class_names) > 20 else ""
     raise DataError(f"no class is named {name!r}; there are: {', '.join(class_names[:20])}{more}")
-
-
-class StoreWriter:
-    """Writes a store chunk by chunk; killed at any moment, it goes on from the last chunk that was recorded, to the same bytes.
-
-    Args:
-        out: folder of the store.
-        about: the manifest's entries that are known beforehand. They identify the job: another job's folder is refused.
-
-    Attributes: complete (the folder already holds this job's finished store); next_index (the first source image not yet recorded).
-
-    Raises:
-        StorageError: `out` holds a store, finished or not, of another job, or cannot be written.
-    """
-
-    def __init__(self, out: str | Path, about: dict[str, Any]) -> None:
-        self.out, self.about = Path(out), about
-        self._job = sha256_of_bytes(json.dumps(about, sort_keys=True).encode())
-        self._hashes = {name: hashlib.sha256() for name in FILES}
-        self._bytes = dict.fromkeys(FILES, 0)
-        self.next_index, self.rows, self.skipped = 0, 0, []
-        self.complete = is_finished(self.out)
-        if self.complete:
-            self._require_same(read_manifest(self.out)[0])
-            return
-        expected = {}
-        if os.path.exists(self.out / PROGRESS_FILE):
-            progress = read_progress(self.out)
-            if progress["job_sha256"] != self._job:
-                self._require_same(progress["about"], begun=True)
-            self.next_index, self.rows, self.skipped, self._bytes = (progress[name] for name in ("next_index", "rows", "skipped", "bytes"))
-            expected = progress["sha256"]
-        with explain_write_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                self._cut(name, expected.get(name, ""))
-
-    def _require_same(self, there: dict[str, Any], *, begun: bool = False) -> None:
-        """Refuse a folder whose store is of another job than ours, naming what differs; of a begun one it is known that something does."""
-        what = differences(there, self._about_but_classes() if begun else self.about)
-        if what or begun:
-            raise StorageError(f"{self.out}: already holds codes of another source, tokenizer, view setting or split "
-                               f"({what or 'other classes, or begun by another version of star_fast'}); choose another folder or delete this one")
-
-    def _cut(self, name: str, sha256: str) -> None:
-        """Drop what was written after the last record, and check what was before; or start the file."""
-        path, size, known = self.out / name, self._bytes[name], os.path.lexists(self.out / name)
-        if known:
-            require_regular(path, f"delete {self.out} to start afresh")
-        with open(path, "r+b" if known else "wb") as file:
-            if file.seek(0, os.SEEK_END) < size:
-                raise StorageError(f"{path}: shorter than {PROGRESS_FILE} recorded; delete {self.out} to start afresh")
-            file.truncate(size)
-            file.seek(0)
-            while known and (block := file.read(2**20)):
-                self._hashes[name].update(block)
-        if sha256 and self._hashes[name].hexdigest() != sha256:
-            raise StorageError(f"{path}: damaged (its bytes are not the ones that {PROGRESS_FILE} recorded); delete {self.out} to start afresh")
-
-    def append(self, codes: np.ndarray, labels: Sequence[int], keys: Sequence[str], next_index: int, skipped: Sequence[dict[str, Any]] = ()) -> None:
-        """Record a chunk: codes (n, A, T) of n source images with labels and keys, what was skipped ({"index", "key", "reason"}), where to go on."""
-        expected = (len(labels), len(self.about["views"]), self.about["positions"])
-        if codes.shape != expected or len(keys) != len(labels):
-            raise DataError(f"code store: expected codes {expected} and {len(labels)} keys, got {codes.shape} and {len(keys)}")
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.about["codebook"]:
-            raise DataError(f"code store: codes must lie in 0 ... {self.about['codebook'] - 1}, got {codes.min()} ... {codes.max()}")
-        content = {CODES_FILE: codes.astype("<u2").tobytes(), LABELS_FILE: np.asarray(labels, dtype="<i4").tobytes(),
-                   KEYS_FILE: "".join(json.dumps(key) + "\n" for key in keys).encode()}
-        for name, data in content.items():
-            with explain_write_errors(self.out / name), open(self.out / name, "ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, data in content.items():
-            self._hashes[name].update(data)
-        self.next_index, self.rows = next_index, self.rows + len(labels)
-        self._bytes = {name: self._bytes[name] + len(data) for name, data in content.items()}
-        self.skipped = [*self.skipped, *skipped]
-        record = {"job_sha256": self._job, "next_index": next_index, "rows": self.rows, "skipped": self.skipped, "bytes": self._bytes,
-                  "sha256": {name: digest.hexdigest() for name, digest in self._hashes.items()},
-                  "about": self._about_but_classes()}
-        atomic_write_json(self.out / PROGRESS_FILE, record)
-
-    def _about_but_classes(self) -> dict[str, Any]:
-        """There may be many classes, and progress is written often."""
-        return {name: value for name, value in self.about.items() if name != "class_names"}
-
-    def finish(self, source_labels: np.ndarray, held_out_share: float, skipped_before: Sequence[dict[str, Any]] = ()) -> CodeStore:
-        """Write the manifest and open the store.
-
-        The split is that of the source, `split_indices(source_labels, held_out_share)`; images that could not be read are then left out of it.
-
-        Raises:
-            StorageError: a file is not what was written to it, or the images are not those of `source_labels`.
-        """
-        if not self.complete:
-            if self.next_index != len(source_labels) or not self.rows:
-                raise StorageError(f"{self.out}: holds {self.rows} of {self.next_index} images, expected {len(source_labels)} to be through; "
-                                   "delete it to start afresh")
-            gone = np.zeros(len(source_labels), dtype=bool)
-            gone[[entry["index"] for entry in self.skipped]] = True
-            held_out = np.zeros(len(source_labels), dtype=bool)
-            held_out[split_indices(source_labels, held_out_share)[1]] = True
-            files = {name: {"bytes": self._bytes[name], "sha256": digest.hexdigest()} for name, digest in self._hashes.items()}
-            for name, about in files.items():
-                if sha256_of_file(self.out / name) != about["sha256"]:
-                    raise StorageError(f"{self.out / name}: damaged (its bytes are not the ones that were written); delete {self.out} to start afresh")
-            atomic_write_json(self.out / MANIFEST_FILE, {
-                "format": FORMAT, "format_version": FORMAT_VERSION, "images": self.rows, **self.about,
-                "split": {"held_out_share": held_out_share, "held_out": np.flatnonzero(held_out[~gone]).tolist()},
-                "skipped": [{"key": entry["key"], "reason": entry["reason"]} for entry in [*skipped_before, *self.skipped]],
-                "files": files, "job_sha256": self._job})
-        (self.out / PROGRESS_FILE).unlink(missing_ok=True)
-        remove_leftovers(self.out, (PROGRESS_FILE, MANIFEST_FILE))
-        return CodeStore.open(self.out)
 
 
 def _checked(path: Path, size: int, read: bool = False) -> bytes:

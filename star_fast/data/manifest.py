@@ -15,10 +15,11 @@ FORMAT = "star_fast code store"
 FORMAT_VERSION = 1
 MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "progress.json"
 CODES_FILE, LABELS_FILE, KEYS_FILE = FILES = ("codes.bin", "labels.bin", "keys.jsonl")
+SKIPPED_FILE = "skipped.csv"
 HINT = "a code store is a folder written by `star-fast prepare`"
 DAMAGED = "copy it again or prepare the codes again"
 _MOST_SIDE = 2**20  # pixels of an image
-_ADDED_LATER = {"pixels"}  # entries that finished stores of earlier versions lack; nothing else about them is different
+_ADDED_LATER = {"pixels", "precision"}  # entries that finished stores of earlier versions lack; nothing else about them is different
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SkippedRecord:
 
     key: str
     reason: str
+    index: int = -1  # its number in the source; -1: left out before the source was numbered
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ def read_progress(path: Path) -> dict[str, Any]:
     progress = read_json(file, hint)
     record = to_record(progress, file, Progress, hint, ignore_unknown=True)
     return {**progress, "sha256": record.sha256, "about": record.about}
+
+
+def recorded_until(path: Path) -> int:
+    """How many source images the store in folder `path` has got through so far; 0 where there is none yet."""
+    if is_finished(path) or not os.path.exists(path / PROGRESS_FILE):
+        return 0
+    try:
+        return read_progress(path)["next_index"]
+    except StorageError:  # removed this very moment by the rank that finished the store; what is damaged is that rank's to say
+        return 0
 
 
 def tokenizer_of(path: Path) -> str:

@@ -1,16 +1,15 @@
-"""Source -> views -> tokenizer -> code store; resumable; with a list of what was skipped. Also the import of LlamaGen's pre-extracted codes."""
+"""Source -> views -> tokenizer -> code store, on any number of ranks; resumable; with a list of what was skipped."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL
@@ -19,67 +18,153 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_fast.config import DataConfig, TokenizerConfig
-from star_fast.data.codes import CodeStore, StoreWriter
-from star_fast.data.manifest import FILES, MANIFEST_FILE, PROGRESS_FILE, is_finished
+from star_fast.data.chunks import EncodedChunk, read_chunks, read_part, write_part
+from star_fast.data.codes import CodeStore
+from star_fast.data.encoding import Encoder, codes_that_differ
+from star_fast.data.manifest import FILES, MANIFEST_FILE, PROGRESS_FILE, SKIPPED_FILE, is_finished, recorded_until
 from star_fast.data.sources import DataError, ImageSource, UnreadableImage, stable_permutation
-from star_fast.data.views import MOST_VIEWS, TEN_CROP_VIEWS, ImageViews, check_view_settings, read_views, view_names, view_settings
+from star_fast.data.store_writer import StoreWriter, job_hash
+from star_fast.data.views import check_view_settings, plain_view, read_views, view_names, view_settings
 from star_fast.errors import UserError, printable
 from star_fast.locks import LOCK_FILE, only_writer
-from star_fast.model.tokenizer import VQTokenizer, from_uint8
-from star_fast.storage import read_bytes, remove_leftovers, sha256_of_bytes
+from star_fast.model.tokenizer import VQTokenizer
+from star_fast.storage import remove_leftovers
 
-_MOST_CLASSES = 2**20  # that are named here, where nobody names them
-_MOST_NPY_BYTES = 2**26  # of one image's codes
+PARTS_FOLDER = "parts"  # within an unfinished store: chunks that ranks have encoded ahead of their turn
 _PIXELS = "upright by EXIF, 16 bits scaled by the white level"  # how files became pixels: a store begun under another rule cannot be finished under this one
+_COMPARED_IMAGES = 32  # encoded in float32 too, to say what bf16 changes
+_POLL_S, _PATIENCE_S = 0.05, 3600.0  # of a rank for the others: it gives up when nothing was recorded for so long
 
 
-class _Chunk(NamedTuple):
-    """Consecutive images of a source, decoded and cut into views."""
+def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: DataConfig, *, seed: int = 0, precision: str = "fp32", chunk_images: int = 64,
+            batch_views: int = 64, workers: int = 2, rank: int = 0, ranks: int = 1, progress: bool = True) -> CodeStore:
+    """Encode every view of every image of `source` into a code store in folder `out`, and open it. Every rank of a job calls it.
 
-    views: list[np.ndarray]  # of each readable image: (A, C, H, W) uint8
-    labels: list[int]
-    keys: list[str]
-    skipped: list[dict[str, Any]]  # {"index", "key", "reason"}
-    end: int  # the source index after the chunk
-
-
-def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: DataConfig, *, seed: int = 0, chunk_images: int = 64, batch_views: int = 64,
-            workers: int = 2, progress: bool = True) -> CodeStore:
-    """Encode every view of every image of `source` into a code store in folder `out`, and open it.
-
-    Killed at any moment and called again with the same arguments it goes on, and ends with the same bytes as an unbroken run. A folder
-    that already holds this very store is opened at once.
+    Images are dealt to the ranks in whole chunks. Rank 0 writes the store; a chunk whose turn has not come is kept in a file of its own meanwhile.
+    Killed at any moment and called again with the same arguments, on any number of ranks, it goes on, and ends with the same bytes as an unbroken run
+    of one rank. A folder that already holds this very store is opened at once.
 
     Args:
         tokenizer: float32, in eval mode, on the device to encode on; its config gives image size and channels.
         data: which views, and the share of images held out.
         seed: of small-affine views.
+        precision: "fp32", or "bf16": faster and not quite the same codes; the manifest then says which share of them differs.
         chunk_images: images between two records on disk. batch_views: views encoded at once. workers: threads that decode and crop.
 
     Raises:
         DataError: no image could be read; the tokenizer is not float32. ConfigError: view settings that ask for absurd sizes. StorageError: see StoreWriter.
-        Busy: another job is writing to `out`.
+        Busy: another job is writing to `out`. UserError: the other ranks are gone.
     """
     config = tokenizer.config
     if tokenizer.dtype != torch.float32:
         raise DataError(f"prepare: the tokenizer must be float32, got {tokenizer.dtype}: a rounded tokenizer gives other codes than the one its hash names")
     check_view_settings(data, config.image_size, config.image_channels)
-    with writing(out):
+    with writing(out, rank):
         side = config.image_size // config.downsampling
-        writer = StoreWriter(out, {
+        about = {
             "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
             "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
             "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}", "pixels": _PIXELS,
-            "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views})
+            "precision": precision, "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views}
+        job = _Job(source, Path(out), tokenizer, data, seed, about, workers, rank, ranks, progress)
+        with explain_out_of_memory(f"encode {batch_views} views of {config.image_size} pixels at once"):
+            return job.encode_and_finish() if rank == 0 else job.encode_and_wait()
+
+
+class _Job:
+    """One rank's part in making a store."""
+
+    def __init__(self, source: ImageSource, out: Path, tokenizer: VQTokenizer, data: DataConfig, seed: int, about: dict[str, Any], workers: int, rank: int,
+                 ranks: int, progress: bool) -> None:
+        self.source, self.out, self.tokenizer, self.data, self.seed, self.about = source, out, tokenizer, data, seed, about
+        self.workers, self.rank, self.ranks, self.progress = workers, rank, ranks, progress
+        self.chunk_images: int = about["chunk_images"]
+        self.name = job_hash(about)
+
+    def encode_and_finish(self) -> CodeStore:
+        """Rank 0: its own chunks, and the store."""
+        writer = StoreWriter(self.out, self.about)
+        more = {}
         if not writer.complete:
-            with explain_out_of_memory(f"encode {batch_views} views of {config.image_size} pixels at once"):
-                _encode(source, writer, tokenizer, data, seed, chunk_images, batch_views, workers, progress)
-        return writer.finish(source.labels, data.held_out_share, source.skipped)
+            with tqdm(total=len(self.source), initial=writer.next_index, desc="codes", unit="image", disable=not self.progress, dynamic_ncols=True) as bar:
+                self._append_parts(writer, bar)
+                for chunk in self._encoded(writer.next_index):
+                    if chunk.start == writer.next_index:
+                        self._append(writer, chunk, bar)
+                    else:
+                        write_part(self._part(chunk.end), chunk, self.name)
+                    self._append_parts(writer, bar)
+                self._append_others(writer, bar)
+            if writer.rows == 0:
+                first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
+                raise DataError(f"prepare: none of the {len(self.source)} images could be read{first}")
+            if self.about["precision"] == "bf16":
+                more["bf16"] = codes_that_differ(self.tokenizer, self._plain_views(), self.about["batch_views"])
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.out / PARTS_FOLDER)
+        return writer.finish(self.source.labels, self.data.held_out_share, self.source.skipped, more=more)
+
+    def encode_and_wait(self) -> CodeStore:
+        """Another rank: its own chunks, each in a file of its own; then wait for rank 0 to finish the store."""
+        if not is_finished(self.out):
+            for chunk in self._encoded(recorded_until(self.out)):
+                write_part(self._part(chunk.end), chunk, self.name)
+        self._wait(lambda: is_finished(self.out), "rank 0 has")
+        return CodeStore.open(self.out)
+
+    def _encoded(self, first: int) -> Iterator[EncodedChunk]:
+        """This rank's chunks from source image `first` on, but those that are there already."""
+        starts = range(0, len(self.source), self.chunk_images)
+        spans = [(start, min(start + self.chunk_images, len(self.source))) for start in starts[self.rank:: self.ranks] if start >= first]
+        spans = [span for span in spans if self._read(span[1]) is None]
+        encoder = Encoder(self.tokenizer, self.about["precision"], self.about["batch_views"])
+        for chunk in read_chunks(self.source, spans, self.data, self.tokenizer.config, self.seed, self.workers):
+            shape = (len(chunk.views), len(self.about["views"]), self.about["positions"])
+            codes = encoder(np.concatenate(chunk.views)).reshape(shape) if chunk.views else np.zeros(shape, dtype=np.int64)
+            yield EncodedChunk(codes, chunk.labels, chunk.keys, chunk.skipped, chunk.start, chunk.end)
+
+    def _append(self, writer: StoreWriter, chunk: EncodedChunk, bar: tqdm) -> None:
+        writer.append(chunk.codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
+        self._part(chunk.end).unlink(missing_ok=True)
+        bar.update(chunk.end - bar.n)
+        bar.set_postfix(skipped=len(writer.skipped))
+
+    def _append_parts(self, writer: StoreWriter, bar: tqdm) -> bool:
+        """Move the chunks whose turn has come from files of their own into the store; whether there was one."""
+        found = False
+        while writer.next_index < len(self.source) and (chunk := self._read(min(writer.next_index + self.chunk_images, len(self.source)))) is not None:
+            self._append(writer, chunk, bar)
+            found = True
+        return found
+
+    def _append_others(self, writer: StoreWriter, bar: tqdm) -> None:
+        while writer.next_index < len(self.source):
+            self._wait(lambda: self._append_parts(writer, bar), f"the ranks that encode images from {writer.next_index} on have")
+
+    def _wait(self, until: Callable[[], bool], who: str) -> None:
+        end, seen = time.monotonic() + _PATIENCE_S, -1
+        while not until():
+            if (now := recorded_until(self.out)) != seen:
+                end, seen = time.monotonic() + _PATIENCE_S, now
+            if time.monotonic() > end:
+                raise UserError(f"{self.out}: {who} not come on for {_PATIENCE_S / 60:g} minutes; see what it said last, and run the same command again")
+            time.sleep(_POLL_S)
+
+    def _part(self, end: int) -> Path:
+        return self.out / PARTS_FOLDER / f"until-{end:08d}"
+
+    def _read(self, end: int) -> EncodedChunk | None:
+        return read_part(self._part(end), self.name, len(self.about["views"]), self.about["positions"])
+
+    def _plain_views(self) -> Tensor:
+        """(N, C, H, W) uint8: one view of each of the first images that can be read."""
+        indices = np.arange(min(len(self.source), 2 * _COMPARED_IMAGES))
+        return collect_views(self.source, indices, self.data, self.tokenizer.config, seed=self.seed, plain_only=True, progress=False)[:_COMPARED_IMAGES]
 
 
 @contextmanager
-def writing(out: str | Path) -> Iterator[None]:
-    """Hold `out` for the one job that makes its codes, and clear what dead ones left half-written. A finished store is only read: nothing is held.
+def writing(out: str | Path, rank: int = 0) -> Iterator[None]:
+    """Hold `out` for the one job that makes its codes; rank 0 clears what dead ones left half-written. A finished store is only read: nothing is held.
 
     Raises:
         Busy: another job is writing there. DataError: no file system knows such a name.
@@ -87,10 +172,10 @@ def writing(out: str | Path) -> Iterator[None]:
     if "\0" in str(out):
         raise DataError(f"{out}: expected the name of a folder, got a null byte in it")
     with nullcontext() if is_finished(out) else only_writer(out, "preparing codes"):
-        if not is_finished(out):
-            remove_leftovers(out, (*FILES, MANIFEST_FILE, PROGRESS_FILE))
+        if not is_finished(out) and rank == 0:
+            remove_leftovers(out, (*FILES, SKIPPED_FILE, MANIFEST_FILE, PROGRESS_FILE))
         yield
-        if is_finished(out):
+        if is_finished(out) and rank == 0:
             with suppress(OSError):
                 (Path(out) / LOCK_FILE).unlink()  # whoever waits for it looks again, and finds the finished store
 
@@ -107,24 +192,6 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
         raise
 
 
-def _encode(source: ImageSource, writer: StoreWriter, tokenizer: VQTokenizer, data: DataConfig, seed: int, chunk_images: int, batch_views: int, workers: int,
-            progress: bool) -> None:
-    config, device = tokenizer.config, next(tokenizer.parameters()).device
-    with tqdm(total=len(source), initial=writer.next_index, desc="codes", unit="image", disable=not progress, dynamic_ncols=True) as bar:
-        for chunk in _chunks(source, writer.next_index, chunk_images, data, config, seed, workers):
-            codes = np.zeros((0, len(view_names(data)), config.positions), dtype=np.int64)
-            if chunk.views:
-                flat = torch.from_numpy(np.concatenate(chunk.views))
-                parts = [tokenizer.encode(from_uint8(part.to(device))).cpu() for part in flat.split(batch_views)]
-                codes = torch.cat(parts).view(len(chunk.views), -1, config.positions).numpy()
-            writer.append(codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
-            bar.update(chunk.end - bar.n)
-            bar.set_postfix(skipped=len(writer.skipped))
-    if writer.rows == 0:
-        first = f"; the first: {writer.skipped[0]['key']}: {writer.skipped[0]['reason']}" if writer.skipped else ""
-        raise DataError(f"prepare: none of the {len(source)} images could be read{first}")
-
-
 def skipped_report(store: CodeStore, most: int = 10) -> str:
     """What a store left out, for people: one line per file, `most` at most; empty when nothing was skipped."""
     skipped = store.manifest["skipped"]
@@ -134,8 +201,8 @@ def skipped_report(store: CodeStore, most: int = 10) -> str:
 
 
 def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, config: TokenizerConfig, *, seed: int = 0, limit_bytes: int = 2**31,
-                  first_view_only: bool = False, progress: bool = True) -> Tensor:
-    """Views (N, C, H, W) uint8 of the source images `indices`, held in memory: what a tokenizer or a classifier trains on.
+                  plain_only: bool = False, progress: bool = True) -> Tensor:
+    """Views (N, C, H, W) uint8 of the source images `indices`, held in memory: what a tokenizer or a classifier trains on; all, or the plain one alone.
 
     Where all views take more than `limit_bytes`, a fixed random part of them is taken. Unreadable images are left out.
 
@@ -144,7 +211,9 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     """
     check_view_settings(data, config.image_size, config.image_channels)
     indices = np.asarray(indices)
-    per_image = 1 if first_view_only else len(view_names(data))
+    names = view_names(data)
+    kinds = [plain_view(names)] if plain_only else list(range(len(names)))
+    per_image = len(kinds)
     shape = (config.image_channels, config.image_size, config.image_size)
     chosen = np.sort(stable_permutation(len(indices) * per_image, seed)[:max(1, limit_bytes // math.prod(shape))])
     with explain_out_of_memory(f"hold {len(chosen)} views of {config.image_size} pixels"):
@@ -152,7 +221,7 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     filled, reason = 0, ""
     with tqdm(total=len(chosen), desc="views", unit="view", disable=not progress, dynamic_ncols=True) as bar:
         for place, group in groupby(chosen.tolist(), key=lambda pair: pair // per_image):
-            wanted, index = [pair % per_image for pair in group], int(indices[place])
+            wanted, index = [kinds[pair % per_image] for pair in group], int(indices[place])
             bar.update(len(wanted))
             try:
                 views[filled: filled + len(wanted)] = read_views(source, index, data, config.image_size, config.image_channels, seed, wanted).views
@@ -163,97 +232,3 @@ def collect_views(source: ImageSource, indices: np.ndarray, data: DataConfig, co
     if not filled:
         raise DataError(f"none of the {len(indices)} images could be read{reason}")
     return torch.from_numpy(views[:filled])
-
-
-def import_llamagen_codes(root: str | Path, out: str | Path, tokenizer_hash: str, *, codebook: int = 16384, image_size: int = 256,
-                          image_channels: int = 3, class_names: tuple[str, ...] | None = None, held_out_share: float = 0.0,
-                          chunk_images: int = 1024, progress: bool = True) -> CodeStore:
-    """Make a code store of the files that LlamaGen's extraction writes: imagenet{S}_codes/{i}.npy (1, A, T) and imagenet{S}_labels/{i}.npy (1,).
-
-    Args:
-        tokenizer_hash: `weights_hash()` of the released tokenizer that made the codes.
-        class_names: in the order of the labels; None names them 'class 0', 'class 1' ...
-
-    Raises:
-        DataError: no files, a number missing in their sequence, a damaged file, a shape or label that does not fit. StorageError: see StoreWriter.
-        Busy: another job is writing to `out`.
-    """
-    root = Path(root)
-    codes_folder, labels_folder = (root / f"imagenet{image_size}_{what}" for what in ("codes", "labels"))
-    numbers = sorted(int(path.stem) for path in codes_folder.glob("*.npy") if re.fullmatch("0|[1-9][0-9]*", path.stem))
-    if not numbers:
-        raise DataError(f"{codes_folder}: no code files; expected 0.npy, 1.npy ... as LlamaGen's extract_codes_c2i.py writes them")
-    if numbers[-1] != len(numbers) - 1:
-        gap = next(i for i, number in enumerate(numbers) if i != number)
-        raise DataError(f"{codes_folder}: {gap}.npy is missing although {numbers[-1]}.npy exists; complete the extraction first")
-    labels = np.array([_label(labels_folder / f"{i}.npy") for i in numbers], dtype=np.int64)
-    classes = len(class_names) if class_names is not None else min(int(labels.max()) + 1, _MOST_CLASSES)
-    if not 0 <= labels.min() <= labels.max() < classes:
-        raise DataError(f"{labels_folder}: labels must lie in 0 ... {classes - 1}, got {labels.min()} ... {labels.max()}")
-    names = class_names if class_names is not None else tuple(f"class {i}" for i in range(classes))
-    shape = _load(codes_folder / "0.npy").shape
-    side = math.isqrt(shape[-1]) if shape else 0
-    if len(shape) != 3 or shape[0] != 1 or not 1 <= shape[1] <= MOST_VIEWS or not side or side * side != shape[2]:
-        raise DataError(f"{codes_folder / '0.npy'}: expected shape (1, views, T) with square T, got {shape}")
-    views = {10: TEN_CROP_VIEWS, 2: ("centre", "mirrored centre")}.get(shape[1], tuple(f"view {view}" for view in range(shape[1])))
-    with writing(out):
-        writer = StoreWriter(out, {
-            "views": views, "view_settings": {"kind": "as extracted by LlamaGen"}, "positions": shape[2], "grid": (side, side), "image_size": image_size,
-            "image_channels": image_channels, "codebook": codebook, "class_names": names, "tokenizer_sha256": tokenizer_hash,
-            "source": {"kind": "LlamaGen codes", "folder": root.resolve().name, "images": len(numbers), "sha256_of_labels": sha256_of_bytes(labels.tobytes())},
-            "held_out_share": held_out_share, "chunk_images": chunk_images})
-        starts = range(writer.next_index, 0 if writer.complete else len(numbers), chunk_images)
-        with tqdm(starts, desc="import", unit=f"{chunk_images} images", disable=not progress, dynamic_ncols=True) as bar:
-            for start in bar:
-                chunk = numbers[start: start + chunk_images]
-                arrays = [_load(codes_folder / f"{i}.npy") for i in chunk]
-                if wrong := next((i for i, array in zip(chunk, arrays, strict=True) if array.shape != shape), None):
-                    raise DataError(f"{codes_folder / f'{wrong}.npy'}: expected shape {shape} as in 0.npy, got {arrays[wrong - start].shape}")
-                writer.append(np.concatenate(arrays).astype(np.int64), labels[chunk].tolist(), [f"{i}.npy" for i in chunk], start + len(chunk))
-        return writer.finish(labels, held_out_share)
-
-
-def _label(path: Path) -> int:
-    label = _load(path)
-    if label.size != 1 or not -1 <= (value := int(label.reshape(()))) < 2**31:
-        raise DataError(f"{path}: expected one label below 2^31, got {label.reshape(-1)[:3]} of shape {label.shape}")
-    return value
-
-
-def _load(path: Path) -> np.ndarray:
-    """The whole numbers in a .npy file. What its header asks for must be what the file holds: nothing is allocated on its word."""
-    try:
-        data = io.BytesIO(read_bytes(path, "complete the extraction first", _MOST_NPY_BYTES))
-        version = np.lib.format.read_magic(data)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, by_columns, dtype = read_header(data)
-        content = data.read()
-        if dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize != len(content) or min(shape, default=0) < 0:
-            raise ValueError(f"{len(content)} bytes cannot be whole numbers {dtype} of shape {shape}")
-        return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if by_columns else "C")
-    except Exception as error:  # the header is a Python literal, and NumPy's readers of it fail in many ways
-        raise DataError(f"{path}: missing or not a NumPy file ({' '.join(str(error).split())[:200]}); complete the extraction first") from error
-
-
-def _chunks(source: ImageSource, start: int, size: int, data: DataConfig, config: TokenizerConfig, seed: int, workers: int) -> Iterator[_Chunk]:
-    """The chunks from `start` on, in order; the next one is decoded by `workers` threads while the caller encodes the present one."""
-
-    def read(index: int) -> ImageViews | UnreadableImage:
-        try:
-            return read_views(source, index, data, config.image_size, config.image_channels, seed)
-        except UnreadableImage as error:
-            return error
-
-    with ThreadPoolExecutor(workers) as pool:
-        def submit(first: int) -> list[Future]:
-            return [pool.submit(read, index) for index in range(first, min(first + size, len(source)))]
-
-        pending = submit(start)
-        while pending:
-            following = submit(start + len(pending))
-            results = [future.result() for future in pending]
-            good = [result for result in results if not isinstance(result, UnreadableImage)]
-            bad = [{"index": start + i, "key": result.key, "reason": result.reason} for i, result in enumerate(results) if isinstance(result, UnreadableImage)]
-            start += len(pending)
-            yield _Chunk([views for views, _, _ in good], [label for _, label, _ in good], [key for _, _, key in good], bad, start)
-            pending = following

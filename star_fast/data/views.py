@@ -1,7 +1,8 @@
 """The views of an image, in plain PIL and torch: the definition of correct for every faster pipeline.
 
-'ten-crop': ADM's centre crop to int(image_size * crop_range), then the four corners and the centre, then the same five of the mirrored
-image (LlamaGen's extraction). 'small-affine': small rotations, shifts and scalings without mirror, for images such as digits.
+An image becomes squares first, ADM's centre crops of the sizes that `square_sizes` names; views are cut from these. 'ten-crop': of the square of
+int(image_size * crop_range) pixels the four corners and the centre, then the same five of its mirror image (LlamaGen's extraction), for each crop
+range. 'small-affine': small rotations, shifts and scalings without mirror of the square of the views' own size, for images such as digits.
 """
 
 from __future__ import annotations
@@ -42,21 +43,38 @@ def check_view_settings(data: DataConfig, image_size: int, channels: int) -> Non
         raise ConfigError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
     if data.views == "small-affine" and data.affine_views > MOST_VIEWS:
         raise ConfigError(f"data.affine_views: expected at most {MOST_VIEWS}, got {data.affine_views}")
-    if data.views == "ten-crop" and image_size * data.crop_range > MOST_SIDE:
-        raise ConfigError(f"data.crop_range: expected images resized to at most {MOST_SIDE} pixels, got {data.crop_range!r} times {image_size}")
+    if (most := max(data.crop_ranges)) * image_size > MOST_SIDE and data.views == "ten-crop":
+        raise ConfigError(f"data.crop_ranges: expected images resized to at most {MOST_SIDE} pixels, got {most!r} times {image_size}")
 
 
 def view_names(data: DataConfig) -> tuple[str, ...]:
     """One name for each view that `make_views` returns, in its order."""
     if data.views == "ten-crop":
-        return TEN_CROP_VIEWS
+        return ten_crop_names(data.crop_ranges)
     return ("identity", *(f"affine {view}" for view in range(1, data.affine_views)))
+
+
+def ten_crop_names(crop_ranges: Sequence[float]) -> tuple[str, ...]:
+    """Of the ten crops at each range; with several the range is part of the name."""
+    if len(crop_ranges) == 1:
+        return TEN_CROP_VIEWS
+    return tuple(f"{name}, range {crop_range:g}" for crop_range in crop_ranges for name in TEN_CROP_VIEWS)
+
+
+def plain_view(names: Sequence[str]) -> int:
+    """The number of the view that shows an image as it is: the centre crop (of the first range), or the identity; 0 where none is named so."""
+    return next((number for number, name in enumerate(names) if name == "identity" or name.split(",")[0] == "centre"), 0)
+
+
+def square_sizes(data: DataConfig, image_size: int) -> tuple[int, ...]:
+    """Pixels a side of the centre crops that an image's views are cut from, one for each crop range (LlamaGen: cut to whole numbers)."""
+    return tuple(int(image_size * crop_range) for crop_range in data.crop_ranges) if data.views == "ten-crop" else (image_size,)
 
 
 def view_settings(data: DataConfig, seed: int) -> dict[str, object]:
     """Everything that the views depend on, for the code store's manifest."""
     if data.views == "ten-crop":
-        return {"kind": data.views, "crop_range": data.crop_range}
+        return {"kind": data.views, "crop_ranges": list(data.crop_ranges)}
     return {"kind": data.views, "seed": seed, "max_rotation_degrees": MAX_ROTATION_DEGREES, "max_shift_share": MAX_SHIFT_SHARE, "max_scaling": MAX_SCALING}
 
 
@@ -87,30 +105,42 @@ def make_views(image: Image.Image, image_index: int, data: DataConfig, image_siz
         image_size: pixels of a view's side.
 
     Returns:
-        (A, C, H, W) uint8; A = 10 for ten-crop, data.affine_views for small-affine, the number of those asked for; (C, H, W) with a single `only`.
+        (A, C, H, W) uint8; A = 10 for each crop range of ten-crop, data.affine_views for small-affine, or the number of those asked for; (C, H, W) with a
+        single `only`.
 
     Raises:
         DataError: channels other than 1 or 3. RefusedImage: a strip so long and thin that resizing it would take gigabytes, or no known white level.
     """
+    squares = make_squares(image, square_sizes(data, image_size), channels)
+    return cut_views(squares, image_index, data, image_size, seed, only)
+
+
+def make_squares(image: Image.Image, sizes: Sequence[int], channels: int) -> list[np.ndarray]:
+    """ADM's centre crop of an image to each size: (C, S, S) uint8 each. Raises as `make_views`."""
     if channels not in _MODES:
         raise DataError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
-    _require_shape(image, int(image_size * data.crop_range) if data.views == "ten-crop" else image_size)
+    for size in sizes:
+        require_shape(image.size, size)
     image = _in_mode(eight_bit(image), _MODES[channels])
+    return [_to_array(centre_crop(image, size)) for size in sizes]
+
+
+def cut_views(squares: Sequence[np.ndarray], image_index: int, data: DataConfig, image_size: int, seed: int = 0,
+              only: int | Sequence[int] | None = None) -> np.ndarray:
+    """The views of one image from its squares (C, S, S) uint8, one for each of `square_sizes`; arguments and result as of `make_views`."""
     wanted = range(len(view_names(data))) if only is None else (only,) if isinstance(only, int) else only
     if data.views == "ten-crop":
-        crops = ten_crop(centre_crop(image, int(image_size * data.crop_range)), image_size)
-        views = [_to_array(crops[view]) for view in wanted]
+        views = [_ten_crop(squares[view // 10], image_size, view % 10) for view in wanted]
     else:
-        base = _to_array(centre_crop(image, image_size))
-        views = [base if view == 0 else small_affine(base, image_index, view, seed) for view in wanted]
-    return views[0] if isinstance(only, int) else np.stack(views)
+        views = [squares[0] if view == 0 else small_affine(squares[0], image_index, view, seed) for view in wanted]
+    return np.ascontiguousarray(views[0]) if isinstance(only, int) else np.stack(views)
 
 
-def _require_shape(image: Image.Image, size: int) -> None:
-    """Refuse what the resize to a shorter side of `size` would blow up: of a 100000 x 1 strip it makes a hundred thousand squares."""
-    longer, shorter = max(image.size), max(1, min(image.size))
+def require_shape(shape: tuple[int, int], size: int) -> None:
+    """Refuse an image of (width, height) that the resize to a shorter side of `size` would blow up: of a 100000 x 1 strip it makes 100000 squares."""
+    longer, shorter = max(shape), max(1, min(shape))
     if size * size * longer > max(MOST_RESIZED_PIXELS, MOST_RESIZED_SQUARES * size * size) * shorter:
-        raise RefusedImage(f"{image.width} x {image.height} pixels: too long and thin to be cut into squares of {size} pixels")
+        raise RefusedImage(f"{shape[0]} x {shape[1]} pixels: too long and thin to be cut into squares of {size} pixels")
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -133,16 +163,16 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right, centre; then the same five crops of the mirrored image.
+def _ten_crop(square: np.ndarray, size: int, crop: int) -> np.ndarray:
+    """Crop number 0 ... 9 of a square (C, S, S): top left, top right, bottom left, bottom right, centre; then the same five of the mirrored square.
 
-    So view 5 is the mirror of view 1, 6 of 0, 7 of 3 and 8 of 2. The centre starts at round(margin / 2), halves to the even neighbour (as
-    torchvision does); where the margin is odd (281 - 256 = 25) view 9 is the mirror of a crop one pixel beside view 4.
+    So crop 5 is the mirror of crop 1, 6 of 0, 7 of 3 and 8 of 2. The centre starts at round(margin / 2), halves to the even neighbour (as
+    torchvision does); where the margin is odd (281 - 256 = 25) crop 9 is the mirror of a crop one pixel beside crop 4.
     """
-    right, bottom = image.width - size, image.height - size
-    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
-    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return [whole.crop((x, y, x + size, y + size)) for whole in (image, mirrored) for x, y in corners]
+    margin = square.shape[-1] - size
+    x, y = ((0, 0), (margin, 0), (0, margin), (margin, margin), (round(margin / 2),) * 2)[crop % 5]
+    mirrored = square if crop < 5 else square[:, :, ::-1]
+    return mirrored[:, y: y + size, x: x + size]
 
 
 def affine_parameters(seed: int, image_index: int, view: int) -> tuple[float, float, float, float]:

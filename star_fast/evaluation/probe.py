@@ -25,7 +25,7 @@ from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
 from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_memory, require_ranges
-from star_fast.evaluation.runs import codes_of, only_report, open_run, plain_view, spread
+from star_fast.evaluation.runs import codes_of, only_report, open_run, spread
 from star_fast.generation.device import pick_device
 from star_fast.model.transformer import Transformer
 from star_fast.records import require
@@ -172,7 +172,7 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
         raise UserError("probe: the code store holds no images out; prepare it again with a held-out share above 0")
     if not 1 <= depth <= model.config.blocks:
         raise UserError(f"{option('depth')}: expected a block number 1 ... {model.config.blocks}, got {depth}")
-    plain = plain_view(store)
+    plain = store.plain_view
     views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
     positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
     images = len(train) * len(views) + len(held)

@@ -21,7 +21,6 @@ from star_fast.data.sources import BUILT_IN, ImageSource, UnreadableImage, open_
 from star_fast.data.views import make_views
 from star_fast.errors import UserError, printable
 from star_fast.evaluation.limits import require_memory
-from star_fast.evaluation.runs import plain_view
 from star_fast.records import require
 from star_fast.storage import to_record
 
@@ -36,12 +35,20 @@ class StoredViews:
     """How a store's views were made: the manifest's view_settings."""
 
     kind: Literal["ten-crop", "small-affine"]
-    crop_range: float = 1.0  # ten-crop
+    crop_ranges: tuple[float, ...] = ()  # ten-crop
+    crop_range: float = 0.0  # what stores made by earlier versions have instead
     seed: int = 0  # small-affine
 
     def __post_init__(self) -> None:
-        require(1 <= self.crop_range <= _MOST_SIDE, "crop_range", self.crop_range, f"1 ... {_MOST_SIDE}")
+        if self.kind == "ten-crop":
+            ranges = self.ranges
+            require(1 <= min(ranges) <= max(ranges) <= _MOST_SIDE, "crop_ranges", ranges, f"numbers of 1 ... {_MOST_SIDE}")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    @property
+    def ranges(self) -> tuple[float, ...]:
+        """The crop ranges."""
+        return self.crop_ranges or (self.crop_range,)
 
 
 def stored_views(store: CodeStore) -> StoredViews:
@@ -51,13 +58,15 @@ def stored_views(store: CodeStore) -> StoredViews:
 
 
 class RealImages:
-    """Reads the plain view (see runs.plain_view) of the images that a store's rows stand for, cut as the store's own settings say."""
+    """Reads the plain view (see CodeStore) of the images that a store's rows stand for, cut as the store's own settings say."""
 
     def __init__(self, store: CodeStore, source: ImageSource) -> None:
         views = stored_views(store)
-        self.store, self.source, self.view, self.seed = store, source, plain_view(store), views.seed
-        self.data = DataConfig(views=views.kind, crop_range=views.crop_range, affine_views=len(store.views))
-        require(store.image_size * views.crop_range <= _MOST_SIDE, f"{store.path}/manifest.json: crop_range", views.crop_range,
+        self.store, self.source, self.view, self.seed = store, source, store.plain_view, views.seed
+        self.data = DataConfig(views=views.kind, affine_views=len(store.views))
+        if views.kind == "ten-crop":
+            self.data = DataConfig(views=views.kind, crop_ranges=views.ranges)
+            require(store.image_size * max(views.ranges) <= _MOST_SIDE, f"{store.path}/manifest.json: crop_ranges", views.ranges,
                 f"images of at most {_MOST_SIDE} pixels before they are cropped to {store.image_size}")
         self.channels: int = store.manifest.get("image_channels", 3)
         found, expected = source.description(), store.manifest["source"]

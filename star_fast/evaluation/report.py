@@ -27,7 +27,7 @@ from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_me
 from star_fast.evaluation.probe import ProbeConfig, probe
 from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
 from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
-from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, plain_view, read_metrics, spread
+from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, read_metrics, spread
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
 from star_fast.generation.device import pick_device
 from star_fast.generation.label_plan import find_classes
@@ -246,14 +246,14 @@ def _attend(material: Material) -> None:
     run, config, model = material.run, material.config, material.run.model.transformer.to(material.device).eval()
     rows = spread(run.store.held_out_indices, ATTENTION_AVERAGE_IMAGES)
     labels = run.store.labels[rows].to(material.device)
-    mean = attention_maps.mean_attention(model, codes_of(run.store, rows, plain_view(run.store)).to(material.device), labels)
+    mean = attention_maps.mean_attention(model, codes_of(run.store, rows, run.store.plain_view).to(material.device), labels)
     material.figures["attention"] = {"images": len(rows), **dataclasses.asdict(attention_maps.attention_shares(mean))}
     chosen = [int((material.row_labels == label).nonzero()[0]) for label in spread(material.row_labels.unique(), config.attention_images)]
     queries = attention_maps.query_positions(run.store.positions, config.attention_queries)
     for index in chosen:
         row = material.rows[index : index + 1]
         label = run.store.labels[row]
-        probs = attention_maps.last_block_attention(model, codes_of(run.store, row, plain_view(run.store)).to(material.device), label.to(material.device))
+        probs = attention_maps.last_block_attention(model, codes_of(run.store, row, run.store.plain_view).to(material.device), label.to(material.device))
         name = run.store.class_names[int(label)]
         material.attention.append(report_sections.AttentionExample(name, material.reconstruction.images[index], probs[0].cpu(), queries))
 

@@ -146,11 +146,6 @@ def _metrics_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in vars(record).items() if name in values}
 
 
-def plain_view(store: CodeStore) -> int:
-    """The view that alters an image least: the centre crop of ten-crop codes, else view 0."""
-    return store.views.index("centre") if "centre" in store.views else 0
-
-
 @contextmanager
 def only_report(folder: Path, job: str, files: Sequence[str]) -> Iterator[None]:
     """One report or probe of a run at a time; what dead ones left half-written of `files` is removed. Raises Busy when another is at it."""

@@ -14,7 +14,7 @@ from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation.classifier import Verdict
 from star_fast.evaluation.frechet import frechet_distance_of_features
-from star_fast.evaluation.runs import codes_of, plain_view
+from star_fast.evaluation.runs import codes_of
 from star_fast.generation.decoder import generate
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.transformer import Transformer
@@ -63,7 +63,7 @@ class Reconstruction:
 
 def reconstruct_held_out(store: CodeStore, tokenizer: VQTokenizer, rows: Tensor) -> Reconstruction:
     """Decode the stored codes (plain view) of the store's rows."""
-    codes = codes_of(store, rows, plain_view(store))
+    codes = codes_of(store, rows, store.plain_view)
     return Reconstruction(rows, decode(tokenizer, codes), len(codes.unique()), store.codebook)
 
 

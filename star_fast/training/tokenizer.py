@@ -259,7 +259,7 @@ def train_tokenizer_on(source: ImageSource, config: TokenizerConfig, data: DataC
     _require_possible(config, torch.device(device))
     train, held_out = split_indices(source.labels, data.held_out_share)
     images = collect_views(source, train, data, config, limit_bytes=limit_bytes, progress=progress)
-    unseen = collect_views(source, held_out, data, config, limit_bytes=limit_bytes // 8, first_view_only=True, progress=progress) if len(held_out) else None
+    unseen = collect_views(source, held_out, data, config, limit_bytes=limit_bytes // 8, plain_only=True, progress=progress) if len(held_out) else None
     return train_tokenizer(images, config, seed=seed, out=out, held_out=unseen, device=device, progress=progress, trained_on=_about(source, data))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from star_fast.data.codes import CodeStore, StoreWriter
+from star_fast.data.codes import CodeStore
 from star_fast.data.sources import DataError, split_indices
+from star_fast.data.store_writer import StoreWriter
 from star_fast.storage import StorageError
 
 LABELS = np.array([0, 1, 2] * 10)
@@ -45,7 +46,8 @@ def test_round_trip_is_bitwise(store: CodeStore) -> None:
                        torch.from_numpy(CODES[np.array(rows)[[5, 28, 5]][:, None], [[1, 0], [0, 0], [1, 1]]]))
     assert store.labels.tolist() == LABELS[rows].tolist()
     assert store.keys() == [f"image {i}\n" for i in rows]
-    assert store.manifest["skipped"] == [{"key": "image 11", "reason": "damaged"}]
+    assert store.manifest["skipped"] == [{"index": 11, "key": "image 11", "reason": "damaged"}] and store.source_indices().tolist() == rows
+    assert (store.path / "skipped.csv").read_text() == "key,reason\nimage 11,damaged\n"
     store.verify()
 
 
@@ -88,7 +90,7 @@ def test_an_interrupted_store_goes_on_to_the_same_bytes(tmp_path: Path, store: C
     writer = StoreWriter(out, ABOUT)
     assert writer.next_index == stop and not writer.complete
     write(out).finish(LABELS, 0.2)
-    assert sorted(path.name for path in out.iterdir()) == ["codes.bin", "keys.jsonl", "labels.bin", "manifest.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["codes.bin", "keys.jsonl", "labels.bin", "manifest.json", "skipped.csv"]
     for path in store.path.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert StoreWriter(out, ABOUT).complete

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from star_fast.config import DataConfig
-from star_fast.data.codes import StoreWriter
-from star_fast.data.prepare import collect_views, import_llamagen_codes, prepare
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import collect_views, prepare
 from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder
+from star_fast.data.store_writer import StoreWriter
 from star_fast.data.views import affine_parameters, make_views, small_affine
 from star_fast.storage import StorageError
 from tests.data.pictures import TINY, make_folder, picture, tiny_tokenizer
@@ -22,7 +23,7 @@ from tests.data.test_prepare import write_llamagen
 from tests.disk_events import watch_disk
 
 AFFINE = DataConfig(views="small-affine", affine_views=3, held_out_share=0.25)
-TEN_CROP = DataConfig(views="ten-crop", crop_range=1.3, held_out_share=0.25)
+TEN_CROP = DataConfig(views="ten-crop", crop_ranges=(1.3,), held_out_share=0.25)
 
 
 def run(folder: Path, out: Path, data: DataConfig, **more: Any) -> Any:
@@ -39,7 +40,7 @@ def test_what_a_source_leaves_out_before_it_is_read_is_in_the_stores_list(tmp_pa
 
 
 @pytest.mark.parametrize(("data", "changed", "seeds"), [
-    (AFFINE, AFFINE, (0, 1)), (AFFINE, replace(AFFINE, affine_views=4), (0, 0)), (TEN_CROP, replace(TEN_CROP, crop_range=1.2), (0, 0)),
+    (AFFINE, AFFINE, (0, 1)), (AFFINE, replace(AFFINE, affine_views=4), (0, 0)), (TEN_CROP, replace(TEN_CROP, crop_ranges=(1.2,)), (0, 0)),
     (TEN_CROP, replace(TEN_CROP, held_out_share=0.3), (0, 0))])
 def test_a_store_of_other_views_or_another_split_is_not_taken_for_ours(tmp_path: Path, data: DataConfig, changed: DataConfig, seeds: tuple[int, int]) -> None:
     images = make_folder(tmp_path / "images", {"oak": 3, "elm": 2})

@@ -17,7 +17,8 @@ from PIL import Image
 
 from star_fast.config import ConfigError, DataConfig
 from star_fast.data.codes import CodeStore
-from star_fast.data.prepare import collect_views, explain_out_of_memory, import_llamagen_codes, prepare, skipped_report
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import collect_views, explain_out_of_memory, prepare, skipped_report
 from star_fast.data.sources import DataError, ImageFolder, UnreadableImage, split_indices
 from star_fast.data.views import RefusedImage, make_views
 from star_fast.errors import UserError
@@ -26,7 +27,7 @@ from star_fast.model.tokenizer import VQTokenizer, from_uint8
 from star_fast.storage import StorageError
 from tests.data.pictures import TINY, make_folder, picture, tiny_tokenizer
 
-TEN_CROP = DataConfig(views="ten-crop", crop_range=1.3, held_out_share=0.25)
+TEN_CROP = DataConfig(views="ten-crop", crop_ranges=(1.3,), held_out_share=0.25)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_views_in_memory_are_of_the_images_asked_for(folder: Path) -> None:
     views = collect_views(watched, wanted, TEN_CROP, TINY, progress=False)
     expected = np.concatenate([make_views(source[i].image, i, TEN_CROP, 16, 3) for i in (1, 3, 8)])
     assert torch.equal(views, torch.from_numpy(expected)) and sorted(set(opened)) == [1, 3, 6, 8]
-    assert collect_views(source, wanted, TEN_CROP, TINY, first_view_only=True, progress=False).shape == (3, 3, 16, 16)
+    assert collect_views(source, wanted, TEN_CROP, TINY, plain_only=True, progress=False).shape == (3, 3, 16, 16)
     part = collect_views(source, wanted[[0, 1, 3]], TEN_CROP, TINY, limit_bytes=7 * 3 * 16 * 16, progress=False)
     assert len(part) == 7 and {view.numpy().tobytes() for view in part} < {view.tobytes() for view in expected}
     with pytest.raises(UnreadableImage):
@@ -250,7 +251,8 @@ def test_one_odd_image_is_skipped_whatever_it_does(tmp_path: Path, monkeypatch: 
 
 
 def test_settings_at_fault_are_not_taken_for_bad_images(folder: Path, tmp_path: Path) -> None:
-    for data, field in ((DataConfig(views="small-affine", affine_views=10**15), r"data\.affine_views"), (DataConfig(crop_range=1e9), r"data\.crop_range")):
+    for data, field in ((DataConfig(views="small-affine", affine_views=10**15), r"data\.affine_views"),
+                        (DataConfig(crop_ranges=(16000.0,)), r"data\.crop_ranges")):
         with pytest.raises(ConfigError, match=field):
             run(folder, tmp_path / "store", tiny_tokenizer(), data)
         with pytest.raises(ConfigError, match=field):
@@ -282,7 +284,7 @@ def test_one_writer_a_store(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (out / name).write_bytes(b"a dead job's")
     (out / ".notes.77.tmp").write_bytes(b"not ours")
     store = run(folder, out, tiny_tokenizer())
-    assert {path.name for path in out.iterdir()} == {"codes.bin", "labels.bin", "keys.jsonl", "manifest.json", ".notes.77.tmp"}
+    assert {path.name for path in out.iterdir()} == {"codes.bin", "labels.bin", "keys.jsonl", "skipped.csv", "manifest.json", ".notes.77.tmp"}
     monkeypatch.setattr("star_fast.locks.job_identity", lambda: "process 1 on another")
     with only_writer(out, "preparing codes"):
         monkeypatch.undo()

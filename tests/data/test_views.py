@@ -11,7 +11,7 @@ from PIL import Image
 from star_fast.config import DataConfig
 from star_fast.data import views as definition
 from star_fast.data.sources import DataError
-from star_fast.data.views import TEN_CROP_VIEWS, affine_parameters, centre_crop, make_views, small_affine, ten_crop, view_names
+from star_fast.data.views import TEN_CROP_VIEWS, affine_parameters, centre_crop, make_views, plain_view, small_affine, view_names
 from tests.data.pictures import picture
 
 
@@ -21,8 +21,13 @@ def coordinates(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.full_like(x, 7)], -1).astype(np.uint8))
 
 
+def ten_crop(image: Image.Image, size: int) -> list[np.ndarray]:
+    """The ten views (H, W, C) of a square image that is brought to its own size."""
+    return list(make_views(image, 0, DataConfig(crop_ranges=(image.width / size,)), size, 3).transpose(0, 2, 3, 1))
+
+
 def test_ten_crop_order_and_places() -> None:
-    crops = [np.asarray(crop) for crop in ten_crop(coordinates(21, 21), 16)]
+    crops = ten_crop(coordinates(21, 21), 16)
     assert len(crops) == len(TEN_CROP_VIEWS) == 10
     corners = [(crop[0, 0, 0], crop[0, 0, 1]) for crop in crops[:5]]
     assert corners == [(0, 0), (5, 0), (0, 5), (5, 5), (2, 2)]  # the centre: 2.5 goes to the even 2
@@ -37,7 +42,20 @@ def test_ten_crop_is_torchvisions() -> None:
     for side, size in ((281, 256), (268, 256), (23, 16)):
         image = picture(side, side, 3)
         for ours, theirs in zip(ten_crop(image, size), transforms.ten_crop(image, [size, size]), strict=True):
-            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+            assert np.array_equal(ours, np.asarray(theirs))
+
+
+def test_views_of_several_crop_ranges() -> None:
+    transforms = pytest.importorskip("torchvision.transforms.functional")
+    image, data = picture(400, 330, 5), DataConfig(crop_ranges=(1.1, 1.05))
+    views, names = make_views(image, 0, data, 256, 3), view_names(data)
+    assert views.shape == (20, 3, 256, 256) and len(set(names)) == 20
+    expected = [crop for side in (281, 268) for crop in transforms.ten_crop(centre_crop(image, side), [256, 256])]
+    for view, crop in zip(views, expected, strict=True):
+        assert np.array_equal(view.transpose(1, 2, 0), np.asarray(crop))
+    assert names[0] == "top left, range 1.1" and names[14] == "centre, range 1.05" and names[19] == "mirrored centre, range 1.05"
+    assert plain_view(names) == 4 == plain_view(TEN_CROP_VIEWS) and plain_view(("identity", "affine 1")) == 0 == plain_view(("view 0", "view 1"))
+    assert np.array_equal(make_views(image, 0, data, 256, 3, only=(14, 3)), views[[14, 3]])
 
 
 def test_box_halving_then_bicubic_then_the_middle() -> None:
@@ -61,7 +79,7 @@ def test_box_halving_then_bicubic_then_the_middle() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
 def test_ten_crop_views_of_any_mode(mode: str) -> None:
-    data = DataConfig(crop_range=1.1)
+    data = DataConfig(crop_ranges=(1.1,))
     image = picture(50, 40, 4, mode)
     views = make_views(image, 0, data, 16, 3)
     assert views.shape == (10, 3, 16, 16) and views.dtype == np.uint8 and len(view_names(data)) == 10

@@ -19,7 +19,7 @@ from star_fast.evaluation.real_images import RealImages, open_real_images, why_u
 from star_fast.model.tokenizer import VQTokenizer
 from tests.evaluation.conftest import TOKENIZER
 
-TEN_CROP = DataConfig(views="ten-crop", crop_range=1.5, held_out_share=0.3)
+TEN_CROP = DataConfig(views="ten-crop", crop_ranges=(1.5,), held_out_share=0.3)
 AFFINE = DataConfig(views="small-affine", affine_views=3, held_out_share=0.3)
 
 
@@ -74,8 +74,8 @@ def test_imported_codes_have_no_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("settings", "says"), [
     ({"kind": "no such views"}, "kind: expected 'ten-crop' or 'small-affine'"), (None, "expected a mapping"),
-    ({"kind": "ten-crop", "crop_range": 1e300}, "crop_range"), ({"kind": "ten-crop", "crop_range": 16000.0}, "crop_range"),
-    ({"kind": "ten-crop", "crop_range": 10**400}, "crop_range"), ({"kind": "small-affine", "seed": -1}, "seed")])
+    ({"kind": "ten-crop", "crop_ranges": [1e300]}, "crop_range"), ({"kind": "ten-crop", "crop_ranges": [16000.0]}, "crop_range"),
+    ({"kind": "ten-crop", "crop_ranges": [10**400]}, "crop_range"), ({"kind": "small-affine", "seed": -1}, "seed")])
 def test_view_settings_that_cannot_be(settings: object, says: str, pictures: Path, tmp_path: Path) -> None:
     store = store_of(pictures, tmp_path / "codes", AFFINE, 0)
     store.manifest["view_settings"] = settings

@@ -106,7 +106,7 @@ def test_a_second_job_is_told_who_is_at_work(images: Path, tmp_path: Path, monke
     (["--new-tokenizer.steps", "61"], "--new-tokenizer.steps: {out}/tokenizer holds a tokenizer with 60, asked for is 61"),
     (["--new-tokenizer.lr", "0.1"], "--new-tokenizer.lr: "), (["--seed", "1"], "--seed: {out}/tokenizer holds a tokenizer trained with 0, asked for is 1"),
     (["--data.held-out-share", "0.4"], "(held_out_share: 0.1 there, 0.4 here)"),
-    (["--data.crop-range", "1.5"], "(view_settings.crop_range: 1.1 there, 1.5 here)")])
+    (["--data.crop-ranges", "1.5"], "(view_settings.crop_ranges: [1.1] there, [1.5] here)")])
 def test_changed_settings_on_a_finished_store_are_named(images: Path, store: Path, more: list[str], line: str, capfd: pytest.CaptureFixture) -> None:
     before = content(store)
     assert line.format(out=store) in refusal(command(images, store, *more), capfd)
@@ -129,7 +129,7 @@ def test_another_tokenizer_does_not_replace_the_stores_own(images: Path, store: 
      "--new-tokenizer.image-size: expected a multiple of the downsampling 2, got 15"),
     (["--new-tokenizer.image-channels", "2"], "--new-tokenizer.image-channels: expected 1 (gray) or 3 (RGB), got 2"),
     (["--new-tokenizer.base-channels", "4096"], "--new-tokenizer.base-channels: training "),
-    (["--data.crop-range", "0.5"], "--data.crop-range: expected at least 1"),
+    (["--data.crop-ranges", "0.5"], "--data.crop-ranges: expected up to 16 different numbers of 1 ... 16384"),
     (["--data.views", "small-affine", "--data.affine-views", "1000000000000000"], "--data.affine-views: expected at most 4096"),
     (["--seed", "-1"], "--seed: expected a whole number from 0"), (["--seed", "1" + "0" * 30], "--seed: expected a whole number from 0"),
     (["--device", "foo"], "device: expected cpu"), (["--out", "a\0b"], "null byte"), (["--out", "x" * 300], "File name too long"),
@@ -192,7 +192,7 @@ def test_bytes_damaged_between_a_kill_and_the_next_start(images: Path, prepared:
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("star_fast.data.codes.StoreWriter.finish", kill)
+        patched.setattr("star_fast.data.store_writer.StoreWriter.finish", kill)
         with pytest.raises(Killed):
             cli.main(command(images, tmp_path))
     before = (tmp_path / "codes.bin").read_bytes()

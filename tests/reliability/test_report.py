@@ -69,7 +69,7 @@ def figures_of(run: Path) -> dict[str, Any]:
 
 def test_real_images_are_the_stores_whatever_the_runs_settings(run: Path, reported: Path, finished_run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"] |= {"views": "ten-crop", "crop_range": 2.0, "affine_views": 5}
+    config["data"] |= {"views": "ten-crop", "crop_ranges": [2.0], "affine_views": 5}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     shutil.rmtree(run / "classifier")
     write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))

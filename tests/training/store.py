@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from star_fast.data.codes import CodeStore, StoreWriter
+from star_fast.data.codes import CodeStore
+from star_fast.data.store_writer import StoreWriter
 
 CLASSES, VIEWS, GRID, VOCAB = ("round", "square", "long"), 4, 4, 16
 

@@ -90,7 +90,7 @@ def test_no_held_out_image_is_opened_for_training(tmp_path: Path, monkeypatch: p
             return super().__getitem__(index)
 
     source = Watched(make_folder(tmp_path / "images", {"a": 6, "b": 4}))
-    data = DataConfig(crop_range=1.2, held_out_share=0.3)
+    data = DataConfig(crop_ranges=(1.2,), held_out_share=0.3)
     train, held_out = split_indices(source.labels, 0.3)
     given: dict[str, torch.Tensor] = {}
 
@@ -119,7 +119,7 @@ def test_sizes_that_no_machine_holds() -> None:
 
 
 ONE_STEP = replace(TINY, steps=1, images_per_step=4)
-FEW = DataConfig(crop_range=1.2, held_out_share=0.3)
+FEW = DataConfig(crop_ranges=(1.2,), held_out_share=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +143,15 @@ def test_a_kept_tokenizer_is_used_for_the_same_settings_only(tmp_path: Path, fol
         choose(folder, tmp_path, seed=7)
     with pytest.raises(UserError, match=r"other images, views or split \(held_out_share: 0\.3 there, 0\.0 here\)"):  # it has learnt from what is now held out
         choose(folder, tmp_path, data=replace(FEW, held_out_share=0.0))
-    with pytest.raises(UserError, match=r"view_settings\.crop_range: 1\.2 there, 1\.5 here"):
-        choose(folder, tmp_path, data=replace(FEW, crop_range=1.5))
+    with pytest.raises(UserError, match=r"view_settings\.crop_ranges: \[1\.2\] there, \[1\.5\] here"):
+        choose(folder, tmp_path, data=replace(FEW, crop_ranges=(1.5,)))
 
 
 def test_a_tokenizer_folder_of_an_earlier_version_is_used(tmp_path: Path, folder: Path) -> None:
     first = choose(folder, tmp_path).weights_hash()
     path = tmp_path / "tokenizer" / "training.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "trained_on"}))
-    assert choose(folder, tmp_path, data=replace(FEW, crop_range=1.5)).weights_hash() == first
+    assert choose(folder, tmp_path, data=replace(FEW, crop_ranges=(1.5,))).weights_hash() == first
     path.unlink()  # a tokenizer that was given
     assert choose(folder, tmp_path, replace(ONE_STEP, steps=600), asked=False).weights_hash() == first
     with pytest.raises(ConfigError, match=r"^tokenizer\.steps"):

@@ -232,7 +232,15 @@ class DataConfig:
     # ten-crop: images are resized to int(image_size * range) first; ten views for each range (LlamaGen: 1.1 and 1.05; the paper: "ten crops")
     crop_ranges: tuple[float, ...] = (1.1,)
     affine_views: int = 8  # small-affine: views of each image
+    # Who decodes JPEGs: Pillow; DALI on the CPU, to the same pixels in less time; or DALI on a GPU, nearly the same pixels (its decoder rounds otherwise).
+    decoder: typing.Literal["pillow", "dali", "dali-gpu"] = "pillow"
     held_out_share: float = 0.1  # share of each class held out from all training (choice)
+    # Training on random crops that are drawn afresh in each epoch and encoded while it trains, instead of the views in the code store (choice)
+    online: bool = False
+    images: str = ""  # online: the folder that the codes were made of; empty: where `star-fast prepare` found it
+    crop_area: tuple[float, float] = (0.6, 1.0)  # online: share of an image's area, evenly between these (choice; torchvision: 0.08 to 1)
+    crop_aspect: tuple[float, float] = (1.0, 1.0)  # online: width over height of a crop, evenly in the logarithm (choice; torchvision: 3/4 to 4/3)
+    mirror: bool = True  # online: mirror half of the crops, as ten-crop does
 
     def __post_init__(self) -> None:
         require_finite(self, "data")
@@ -240,7 +248,12 @@ class DataConfig:
         ranges = self.crop_ranges
         require(1 <= len(ranges) <= 16 and 1 <= min(ranges) <= max(ranges) <= 2**14 and len(set(ranges)) == len(ranges), "data.crop_ranges", ranges,
                 "up to 16 different numbers of 1 ... 16384")
+        require(self.decoder in ("pillow", "dali", "dali-gpu"), "data.decoder", self.decoder, "'pillow', 'dali' or 'dali-gpu'")
         require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
+        for name, most in (("crop_area", 1.0), ("crop_aspect", 1e3)):
+            low, high = getattr(self, name)
+            require(0 < low <= high <= most, f"data.{name}", (low, high), f"two rising numbers above 0, up to {most:g}")
+        require(not self.images or self.online, "data.images", self.images, "nothing without data.online")
         require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
 
 

@@ -85,7 +85,7 @@ def train(command: TrainCommand) -> Path:
                 adapted = load_into(student.transformer, command.init, weights=command.init_weights, tokenizer_hash=store.tokenizer_hash,
                                     class_names=store.class_names,
                                     class_names_there=read_class_names(command.init_class_names) if command.init_class_names else None)
-            return Batches(store, config, rank, ranks), student, adapted
+            return Batches(store, config, rank, ranks, _online_codes(config, store, device) if config.data.online else None), student, adapted
 
         batches, student, adapted = together(set_up)
         engine = Engine(config, student, device, batches.micro_images, batches.accumulation)
@@ -107,6 +107,21 @@ def train(command: TrainCommand) -> Path:
         print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {printable(folder)}"
               + ("" if finished else f"; go on with --resume --run {printable(run)}"), flush=True)
     return folder
+
+
+def _online_codes(config: RunConfig, store: Any, device: Any) -> Any:
+    """What draws and encodes fresh views of the store's images. Raises UserError where images or tokenizer are not there."""
+    from star_fast.data.online import OnlineCodes
+    from star_fast.data.origin import Origin, images_of
+    from star_fast.model.tokenizer import VQTokenizer
+
+    source = images_of(store, Origin(config.data.images) if config.data.images else None)
+    if source is None:
+        raise UserError(f"data.images: expected the folder that {store.path} was made of, which the store does not know; give --data.images FOLDER")
+    folder = store.path / "tokenizer"
+    if not folder.exists():
+        raise UserError(f"{folder}: not found; training on fresh views needs the tokenizer that made the codes, which `star-fast prepare` keeps there")
+    return OnlineCodes(store, source, VQTokenizer.load(folder), config.data, config.train.seed, device)
 
 
 def _find_checkpoint(run: Path, resume: bool) -> Path | None:

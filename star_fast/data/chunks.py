@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from star_fast.config import DataConfig, TokenizerConfig
 from star_fast.data.manifest import SkippedSoFarRecord
-from star_fast.data.sources import ImageSource, UnreadableImage
-from star_fast.data.views import ImageViews, read_views
+from star_fast.data.sources import UnreadableImage
+from star_fast.data.view_reading import ViewReader
+from star_fast.data.views import ImageViews
 from star_fast.storage import StorageError, atomic_write_bytes, parse_json, read_bytes, sha256_of_bytes, to_record
 
 
@@ -29,17 +29,11 @@ class Chunk(NamedTuple):
     end: int  # the source index after the chunk
 
 
-def read_chunks(source: ImageSource, spans: Sequence[tuple[int, int]], data: DataConfig, config: TokenizerConfig, seed: int, workers: int) -> Iterator[Chunk]:
+def read_chunks(reader: ViewReader, spans: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
     """The chunks of source images `spans` [(start, end)], in order; the next one is made in the background while the caller uses the present one."""
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as ahead:
-        def read(index: int) -> ImageViews | UnreadableImage:
-            try:
-                return read_views(source, index, data, config.image_size, config.image_channels, seed)
-            except UnreadableImage as error:
-                return error
-
+    with ThreadPoolExecutor(1) as ahead:
         def chunk(start: int, end: int) -> Chunk:
-            return _as_chunk(list(pool.map(read, range(start, end))), start, end)
+            return _as_chunk(reader(range(start, end)), start, end)
 
         pending = ahead.submit(chunk, *spans[0]) if spans else None
         for following in [*spans[1:], None]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from star_fast.data.encoding import Encoder, codes_that_differ
 from star_fast.data.manifest import FILES, MANIFEST_FILE, PROGRESS_FILE, SKIPPED_FILE, is_finished, recorded_until
 from star_fast.data.sources import DataError, ImageSource, UnreadableImage, stable_permutation
 from star_fast.data.store_writer import StoreWriter, job_hash
+from star_fast.data.view_reading import ViewReader, view_reader
 from star_fast.data.views import check_view_settings, plain_view, read_views, view_names, view_settings
 from star_fast.errors import UserError, printable
 from star_fast.locks import LOCK_FILE, only_writer
@@ -61,12 +61,13 @@ def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: 
     check_view_settings(data, config.image_size, config.image_channels)
     with writing(out, rank):
         side = config.image_size // config.downsampling
+        reader = view_reader(source, data, config.image_size, config.image_channels, seed=seed, workers=workers)
         about = {
             "views": view_names(data), "view_settings": view_settings(data, seed), "positions": config.positions, "grid": (side, side),
             "image_size": config.image_size, "image_channels": config.image_channels, "codebook": config.codebook, "class_names": source.class_names,
-            "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": f"Pillow {PIL.__version__}", "pixels": _PIXELS,
+            "tokenizer_sha256": tokenizer.weights_hash(), "source": source.description(), "decoder": reader.decoder, "pixels": _PIXELS,
             "precision": precision, "held_out_share": data.held_out_share, "chunk_images": chunk_images, "batch_views": batch_views}
-        job = _Job(source, Path(out), tokenizer, data, seed, about, workers, rank, ranks, progress)
+        job = _Job(source, Path(out), tokenizer, reader, data, seed, about, rank, ranks, progress)
         with explain_out_of_memory(f"encode {batch_views} views of {config.image_size} pixels at once"):
             return job.encode_and_finish() if rank == 0 else job.encode_and_wait()
 
@@ -74,10 +75,10 @@ def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: 
 class _Job:
     """One rank's part in making a store."""
 
-    def __init__(self, source: ImageSource, out: Path, tokenizer: VQTokenizer, data: DataConfig, seed: int, about: dict[str, Any], workers: int, rank: int,
-                 ranks: int, progress: bool) -> None:
-        self.source, self.out, self.tokenizer, self.data, self.seed, self.about = source, out, tokenizer, data, seed, about
-        self.workers, self.rank, self.ranks, self.progress = workers, rank, ranks, progress
+    def __init__(self, source: ImageSource, out: Path, tokenizer: VQTokenizer, reader: ViewReader, data: DataConfig, seed: int, about: dict[str, Any],
+                 rank: int, ranks: int, progress: bool) -> None:
+        self.source, self.out, self.tokenizer, self.reader, self.data, self.seed, self.about = source, out, tokenizer, reader, data, seed, about
+        self.rank, self.ranks, self.progress = rank, ranks, progress
         self.chunk_images: int = about["chunk_images"]
         self.name = job_hash(about)
 
@@ -118,7 +119,7 @@ class _Job:
         spans = [(start, min(start + self.chunk_images, len(self.source))) for start in starts[self.rank:: self.ranks] if start >= first]
         spans = [span for span in spans if self._read(span[1]) is None]
         encoder = Encoder(self.tokenizer, self.about["precision"], self.about["batch_views"])
-        for chunk in read_chunks(self.source, spans, self.data, self.tokenizer.config, self.seed, self.workers):
+        for chunk in read_chunks(self.reader, spans):
             shape = (len(chunk.views), len(self.about["views"]), self.about["positions"])
             codes = encoder(np.concatenate(chunk.views)).reshape(shape) if chunk.views else np.zeros(shape, dtype=np.int64)
             yield EncodedChunk(codes, chunk.labels, chunk.keys, chunk.skipped, chunk.start, chunk.end)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from star_fast.config import DataConfig
 from star_fast.data.codes import CodeStore
+from star_fast.data.origin import require_same_images
 from star_fast.data.sources import BUILT_IN, ImageSource, UnreadableImage, open_source
 from star_fast.data.views import make_views
 from star_fast.errors import UserError, printable
@@ -69,12 +70,10 @@ class RealImages:
             require(store.image_size * max(views.ranges) <= _MOST_SIDE, f"{store.path}/manifest.json: crop_ranges", views.ranges,
                 f"images of at most {_MOST_SIDE} pixels before they are cropped to {store.image_size}")
         self.channels: int = store.manifest.get("image_channels", 3)
-        found, expected = source.description(), store.manifest["source"]
-        if found != expected:
-            differing = ", ".join(f"{key} {expected.get(key)!r} there and {found.get(key)!r} here" for key in sorted({*found, *expected})
-                                  if found.get(key) != expected.get(key))
-            raise UserError(f"source: not the images that {store.path} was made of ({differing}); give the folder that was given to `star-fast prepare`")
-        self._indices = _source_indices(store, source)
+        require_same_images(store, source, "source")
+        self._indices = store.source_indices()
+        if len(source) <= self._indices[-1]:
+            raise UserError(f"source: holds {len(source)} images, fewer than {store.path} was made of")
 
     def read(self, rows: Tensor, title: str = "real images") -> Tensor:
         """(N, C, H, W) uint8 of the store's rows (N,)."""
@@ -83,7 +82,7 @@ class RealImages:
                        "use fewer: --classifier.max-images")
         images = np.empty(shape, dtype=np.uint8)
         for place, row in enumerate(tqdm(rows.tolist(), desc=title, unit="image", leave=False)):
-            index = self._indices[row]
+            index = int(self._indices[row])
             try:
                 images[place] = make_views(self.source[index].image, index, self.data, self.store.image_size, self.channels, self.seed, only=self.view)
             except UnreadableImage as error:
@@ -117,17 +116,3 @@ def why_unknown(store: CodeStore) -> str:
         return "the codes were imported as extracted by LlamaGen; the images behind them are not recorded."
     return "the real images behind the codes are not known. Give the folder that the codes were made of: --source."
 
-
-def _source_indices(store: CodeStore, source: ImageSource) -> list[int]:
-    """The source index of each row: the same numbers unless images were skipped; then by name."""
-    if len(source) == len(store):
-        return list(range(len(store)))
-    names = getattr(source, "files", None)
-    if names is None:
-        raise UserError(f"source: holds {len(source)} images, {store.path} {len(store)}; expected the images that the codes were made of")
-    place = {name: index for index, name in enumerate(names)}
-    keys = store.keys()
-    missing = [key for key in keys if key not in place]
-    if missing:
-        raise UserError(f"source: {missing[0]} and {len(missing) - 1} more images that {store.path} was made of are not there")
-    return [place[key] for key in keys]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from star_fast.config import ConfigError, RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.method import masking
+
+Codes = Callable[[int, np.ndarray, int], Tensor]
 
 
 class MicroBatch(NamedTuple):
@@ -49,7 +51,7 @@ def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
         given = getattr(config.model, name)
         if given not in (0, value):
             raise ConfigError(f"model.{name}: expected {value} (the code store {store.path}), got {given}; leave it at 0 to take the store's")
-    if config.method.views > len(store.views):
+    if config.method.views > len(store.views) and not config.data.online:
         raise ConfigError(f"method.views: expected at most {len(store.views)}, the views that {store.path} holds of each image, got {config.method.views}")
     if config.train.images_per_step > len(store.train_indices):
         raise ConfigError(f"train.images_per_step: expected at most {len(store.train_indices)}, the training images of {store.path}, "
@@ -58,9 +60,13 @@ def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
 
 
 class Batches:
-    """The micro-batches of a run, addressed by optimizer step, so that a resumed run continues where it stopped."""
+    """The micro-batches of a run, addressed by optimizer step, so that a resumed run continues where it stopped.
 
-    def __init__(self, store: CodeStore, config: RunConfig, rank: int = 0, ranks: int = 1) -> None:
+    Args:
+        codes: (epoch, rows (B,), M) -> (B, M, T) int64, codes of M views of each row in that epoch; None: different ones of the store's views.
+    """
+
+    def __init__(self, store: CodeStore, config: RunConfig, rank: int = 0, ranks: int = 1, codes: Codes | None = None) -> None:
         train = config.train
         if train.images_per_step % ranks:
             raise ConfigError(f"train.images_per_step: expected a multiple of the {ranks} ranks, got {train.images_per_step}")
@@ -69,6 +75,8 @@ class Batches:
             raise ConfigError(f"train.micro_batch_images: {ranks} ranks x {self.micro_images} images must divide train.images_per_step = "
                               f"{train.images_per_step}")
         self.store, self.config, self.rank, self.ranks = store, config, rank, ranks
+        self._codes = codes or self._stored_codes
+        self.seconds: Mapping[str, float] = getattr(codes, "seconds", {})  # that making them has taken so far, by part
         self.accumulation = train.images_per_step // (ranks * self.micro_images)
         self.images = store.train_indices.numpy()
         self.steps_per_epoch = len(self.images) // train.images_per_step
@@ -94,10 +102,12 @@ class Batches:
         return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images).pinned()
                 for index, images in enumerate(global_batch)]
 
+    def _stored_codes(self, epoch: int, images: np.ndarray, views: int) -> Tensor:
+        return self.store.codes(images, masking.choose_views(self.config.train.seed, epoch, images, views, len(self.store.views)))
+
     def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:
         model, method, seed = self.config.model, self.config.method, self.config.train.seed
-        views = masking.choose_views(seed, epoch, images, method.views, len(self.store.views))
-        targets = self.store.codes(images, views).flatten(0, 1)
+        targets = self._codes(epoch, images, method.views).flatten(0, 1)
         dropped = masking.label_drop(seed, epoch, images, method.views, model.label_dropout)
         true = np.broadcast_to(self.store.labels.numpy()[images][:, None], dropped.shape)
         label = torch.from_numpy(np.where(dropped, model.num_classes, true).astype(np.int64).ravel())

@@ -53,7 +53,7 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int, *, stop:
     watch = LossWatch(config.train.spike_deviations, list(earlier.window), earlier.episode)
     telemetry = Telemetry(run, first_step, total, config.train.images_per_step, log_every=config.train.log_every_steps,
                           main=engine.rank == 0, tensorboard=config.train.tensorboard, watch=watch, rows=earlier.rows,
-                          stop_on_spike=config.train.stop_on_spike)
+                          stop_on_spike=config.train.stop_on_spike, background=batches.seconds)
     # Whether to validate must not depend on the rank: with few held-out images a rank may have none and still joins the sum.
     validates = bool(config.train.validate_every_steps and len(batches.store.held_out_indices))
     validation = held_out_batches(batches.store, config, engine.rank, engine.ranks) if validates else []
@@ -72,7 +72,7 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int, *, stop:
     engine.doing = lambda what: dog.at(done + 1, what)
     try:
         with dog:
-            for step, micro_batches in batches.steps(first_step, total):
+            for step, micro_batches in telemetry.waiting_for(batches.steps(first_step, total)):
                 lr = learning_rate(config, step, total)
                 losses, grad_norm = engine.step(micro_batches, step, lr)
                 dog.at(step + 1, "noting the losses, with their mean over all ranks")

@@ -6,9 +6,9 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from star_fast.storage import atomic_write_bytes, explain_write_errors, json_byt
 from star_fast.training.watch import Diverged, LossWatch
 
 _MOST_LINE_BYTES = 2**16
+Batch = TypeVar("Batch")
 TERMS = ("loss", "ar", "mim", "step_contrast", "view_contrast")
 
 
@@ -31,16 +32,19 @@ class Telemetry:
         folder: the run's. first_step, total_steps: where the run begins and ends. main: whether this rank writes.
         watch: judges every loss that is read. rows: losses of the steps since the last log line, of a checkpoint that is resumed.
         stop_on_spike: whether a jump of the loss ends the run.
+        background: seconds spent so far, by name, on what is made in the background; each line says how many a step took.
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, images_per_step: int, *, log_every: int, main: bool, tensorboard: bool,
-                 watch: LossWatch, rows: list[list[float]] | None = None, stop_on_spike: bool = False) -> None:
+                 watch: LossWatch, rows: list[list[float]] | None = None, stop_on_spike: bool = False, background: Mapping[str, float] | None = None) -> None:
         self.folder, self.images_per_step, self.log_every, self.main = folder, images_per_step, log_every, main
         self.watch, self.stop_on_spike, self.spike = watch, stop_on_spike, 0.0
         self.rows, self.pending, self.norms, self.done = list(rows or []), [], [], first_step
         self.grad_norm: Tensor | float = 0.0
         self.since = self.begun = time.perf_counter()
         self.timed = 0  # steps since `since`
+        self.waited_s = 0.0  # for batches, since `since`
+        self.background, self.told = background or {}, dict(background or {})
         self.earlier_s = 0.0
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not main, dynamic_ncols=True)
         self.board = None
@@ -74,13 +78,28 @@ class Telemetry:
         self.rows.clear()
         now = time.perf_counter()
         images_per_s = self.timed * self.images_per_step / (now - self.since)
-        self.since, self.timed = now, 0
+        seconds = {"data_s": self.waited_s / self.timed} | {name: (value - self.told[name]) / self.timed for name, value in self.background.items()}
+        self._start_interval(now)
         self.bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in values.items()) + f" | {images_per_s:.0f} images/s", refresh=False)
         self.bar.update(1)
         spike = {"spike_deviations": self.spike} if self.spike else {}
         self.spike = 0.0
         self._write({"step": self.done, "images": self.done * self.images_per_step, **values, "lr": lr, "grad_norm": float(self.grad_norm), **spike,
-                     "images_per_s": images_per_s, "time_s": self.earlier_s + now - self.begun})
+                     "images_per_s": images_per_s, **seconds, "time_s": self.earlier_s + now - self.begun})
+
+    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; counts the time that each is waited for."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited_s += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _start_interval(self, now: float) -> None:
+        self.since, self.timed, self.waited_s, self.told = now, 0, 0.0, dict(self.background)
 
     def read(self) -> None:
         """Read the losses noted since the last time, averaged over ranks: a collective, and the one host sync of an interval. Raises Diverged."""
@@ -107,7 +126,7 @@ class Telemetry:
         if not math.isfinite(loss):
             raise Diverged(f"step {step}: the loss on held-out images is not finite ({loss:.4g})", step)
         self._write({"step": step, "images": step * self.images_per_step, "val_ar": loss})
-        self.since, self.timed = time.perf_counter(), 0  # validation is not training time
+        self._start_interval(time.perf_counter())  # validation is not training time
 
     def _report_spike(self, step: int, loss: float, above: float) -> None:
         self.spike = above

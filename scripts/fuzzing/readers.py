@@ -18,7 +18,8 @@ from scripts.fuzzing.trial import Case
 from star_fast.config import DataConfig
 from star_fast.config_file import read_config
 from star_fast.data.codes import CodeStore
-from star_fast.data.prepare import collect_views, import_llamagen_codes, prepare, skipped_report
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import collect_views, prepare, skipped_report
 from star_fast.data.sources import ImageFolder
 from star_fast.errors import UserError, printable
 from star_fast.evaluation import plots, report_comparison

@@ -13,7 +13,8 @@ import torch
 
 from star_fast.config import DataConfig
 from star_fast.data.codes import StoreWriter
-from star_fast.data.prepare import collect_views, import_llamagen_codes, prepare
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import collect_views, prepare
 from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder
 from star_fast.data.views import affine_parameters, make_views, small_affine
 from star_fast.storage import StorageError

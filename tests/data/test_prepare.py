@@ -17,7 +17,8 @@ from PIL import Image
 
 from star_fast.config import ConfigError, DataConfig
 from star_fast.data.codes import CodeStore
-from star_fast.data.prepare import collect_views, explain_out_of_memory, import_llamagen_codes, prepare, skipped_report
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import collect_views, explain_out_of_memory, prepare, skipped_report
 from star_fast.data.sources import DataError, ImageFolder, UnreadableImage, split_indices
 from star_fast.data.views import RefusedImage, make_views
 from star_fast.errors import UserError

@@ -11,7 +11,8 @@ from PIL import Image
 
 from star_fast.config import DataConfig
 from star_fast.data.codes import CodeStore
-from star_fast.data.prepare import import_llamagen_codes, prepare
+from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.prepare import prepare
 from star_fast.data.sources import open_source
 from star_fast.data.views import make_views
 from star_fast.errors import UserError

@@ -79,8 +79,8 @@ class _Joined(Sequence[str]):
 def _matched(train: Sequence[str], held_out: Sequence[str]) -> np.ndarray:
     """The training label of each held-out class."""
     places = {name: place for place, name in enumerate(train)}
-    if all(map(is_number, held_out)) and not any(name in places for name in held_out) and all(int(name) < len(train) for name in held_out):
-        return np.array([int(name) for name in held_out], dtype=np.int64)
+    if all(map(is_number, held_out)) and not any(name in places for name in held_out):
+        places = {name: int(name) for name in held_out if int(name) < len(train)}
     if unknown := [name for name in held_out if name not in places]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise DataError(f"held-out source: its class {unknown[0]!r}{more} is none of the {len(train)} classes of the training images "

@@ -94,8 +94,11 @@ def _number(field: bytes) -> int:
     """A size: octal digits, or from GNU tar a binary number after the byte 0x80; -1 for what is neither."""
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
-    digits = field.replace(b"\0", b" ").strip()
-    return int(digits, 8) if digits and all(48 <= digit < 56 for digit in digits) else -1 if digits else 0
+    digits = field.strip(b"\0 ")
+    try:
+        return int(digits, 8) if digits.isdigit() else -1 if digits else 0
+    except ValueError:  # 8 or 9
+        return -1
 
 
 def _name(header: bytes) -> bytes:

@@ -15,8 +15,6 @@ _MOST_BYTES = 2**23  # the names of 200 000 classes
 _HINT = f"expected a text file with one class name a line, in the order of the class numbers, or the word {IMAGENET}"
 _FIRST_FIELD = re.compile(r"([^\s,]+)\s*[\s,]\s*(.*)")
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
-# The classes whose word another class has too, and the WordNet ids that tell them apart.
-_IMAGENET_TWINS = {134: "n02012849", 517: "n03126707", 638: "n03710637", 639: "n03710721"}
 
 
 def read_class_names(path: str | Path) -> list[str]:
@@ -74,7 +72,7 @@ def imagenet_names() -> list[str]:
         raise UserError(f"class names {IMAGENET!r}: they come with torchvision, which is not installed: pip install 'star_fast[eval]', or give a "
                         "file") from error
     names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    return unique(names, [_IMAGENET_TWINS.get(number, str(number)) for number in range(len(names))])
+    return unique(names, [str(number) for number in range(len(names))])  # the same two words named two classes each before torchvision told them apart
 
 
 def names_for_model(names: Sequence[str], given: str) -> list[str]:

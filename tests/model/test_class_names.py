@@ -35,9 +35,7 @@ def test_imagenets_names_are_all_there_and_all_different() -> None:
     pytest.importorskip("torchvision")
     names = imagenet_names()
     assert len(names) == len(set(names)) == 1000
-    assert {number: names[number] for number in (0, 1, 207, 517, 999)} == {0: "tench", 1: "goldfish", 207: "golden retriever", 517: "crane (n03126707)",
-                                                                           999: "toilet tissue"}
-    assert [name for name in names if "(" in name] == ["crane (n02012849)", "crane (n03126707)", "maillot (n03710637)", "maillot (n03710721)"]
+    assert [names[number] for number in (0, 1, 207, 517, 999)] == ["tench", "goldfish", "golden retriever", "crane", "toilet tissue"]
     assert read_class_names("imagenet") == names
     assert names_for_model([str(number) for number in range(1000)], "imagenet") == names
 

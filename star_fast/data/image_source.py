@@ -80,7 +80,7 @@ def read_sample(read: Callable[[], Image.Image], label: int, key: str, place: st
         raise
     except Exception as error:  # Pillow's decoders fail with a dozen exception types on damaged files
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = _FILE_OBJECT.sub("", str(error).replace(f"{place}/", ""))
+        text = _FILE_OBJECT.sub("", str(error).replace(f"{place}/", "").removeprefix(f"{key}: "))
         raise UnreadableImage(key, kind + " ".join(text.split())) from error
 
 
@@ -89,7 +89,7 @@ def read_file(folder: Path, key: str) -> bytes:
     try:
         return read_bytes(folder / key, "expected an image file", MOST_FILE_BYTES)
     except StorageError as error:
-        raise UnreadableImage(key, str(error).replace(f"{folder}/", "")) from error
+        raise UnreadableImage(key, str(error).replace(f"{folder}/", "").removeprefix(f"{key}: ")) from error
 
 
 def ordered_classes(texts: Sequence[str], numbers: Sequence[int] | np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:

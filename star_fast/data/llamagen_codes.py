@@ -22,8 +22,8 @@ from star_fast.data.codes import CodeStore, StoreWriter
 from star_fast.data.image_source import DataError
 from star_fast.data.prepare import writing
 from star_fast.data.views import MOST_VIEWS, TEN_CROP_VIEWS
-from star_fast.locks import only_writer
-from star_fast.storage import atomic_write_json, explain_write_errors, read_bytes, read_json, sha256_of_bytes, temporary_beside
+from star_fast.locks import LOCK_FILE, only_writer
+from star_fast.storage import atomic_write_json, explain_write_errors, read_bytes, read_json, remove_leftovers, sha256_of_bytes, temporary_beside
 
 RANGES = ("1.1", "1.05")  # of the root and of its sibling
 _PROGRESS_FILE = "unfinished.json"
@@ -127,6 +127,7 @@ def export_llamagen_codes(store: CodeStore, root: str | Path, *, sibling: str | 
         with explain_write_errors(root):
             for folder in (folder for pair in folders for folder in pair):
                 folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(folder)
         atomic_write_json(root / _PROGRESS_FILE, {**job, "next": start})
         with tqdm(total=len(store), initial=start, desc="export", unit="image", disable=not progress, dynamic_ncols=True) as bar:
             for first in range(start, len(store), _EXPORT_CHUNK):
@@ -141,6 +142,7 @@ def export_llamagen_codes(store: CodeStore, root: str | Path, *, sibling: str | 
                 atomic_write_json(root / _PROGRESS_FILE, {**job, "next": rows.stop})
         with explain_write_errors(root):
             (root / _PROGRESS_FILE).unlink()
+            (root / LOCK_FILE).unlink(missing_ok=True)
     return roots
 
 

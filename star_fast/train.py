@@ -54,7 +54,7 @@ def train(command: TrainCommand) -> Path:
     """
     from star_fast.data.codes import CodeStore
     from star_fast.method.student import Student
-    from star_fast.model.class_table import read_class_names
+    from star_fast.model.class_names import read_class_names
     from star_fast.model.weights import load_into
     from star_fast.training import checkpoint
     from star_fast.training.batches import Batches, resolve

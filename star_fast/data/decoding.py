@@ -6,7 +6,9 @@ white level are refused. Palette, CMYK, Lab and 1-bit images stay what they are:
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -38,8 +40,18 @@ def read_image(path: str | Path) -> Image.Image:
         MemoryError: the machine cannot hold its pixels. On damaged files Pillow raises exceptions of a dozen other types.
     """
     size = require_regular(path, "expected an image file")
-    with Image.open(path, formats=FORMATS) as image:
-        _require_modest(image, path, size)
+    with open(path, "rb") as file:
+        return _decode(file, size)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """`read_image` of a file whose bytes these are."""
+    return _decode(io.BytesIO(data), len(data))
+
+
+def _decode(file: BinaryIO, size: int) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        _require_modest(image, file, size)
         white = _white_level(image)
         try:
             image.load()
@@ -57,7 +69,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     return image if white is None else _scaled(image, white)
 
 
-def _require_modest(image: Image.Image, path: str | Path, size: int) -> None:
+def _require_modest(image: Image.Image, file: BinaryIO, size: int) -> None:
     """Refuse an opened, not yet decoded image that would take memory or time out of all proportion to its file."""
     pixels = image.width * image.height
     shape = f"{image.width} x {image.height} pixels"
@@ -66,16 +78,17 @@ def _require_modest(image: Image.Image, path: str | Path, size: int) -> None:
     most = FREE_PIXELS + PIXELS_A_BYTE * size
     if pixels > most:
         raise RefusedImage(f"{shape} from a file of {size:,} bytes; at most {most:,} are taken for meant")
-    if image.info.get("progressive") and pixels * (scans := _jpeg_scans(path)) > _USUAL_SCANS * most:
+    if image.info.get("progressive") and pixels * (scans := _jpeg_scans(file)) > _USUAL_SCANS * most:
         raise RefusedImage(f"{shape} drawn {scans} times over by a file of {size:,} bytes")
 
 
-def _jpeg_scans(path: str | Path) -> int:
-    count, last = 0, b""
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            count += (last + block).count(b"\xff\xda")
-            last = block[-1:]
+def _jpeg_scans(file: BinaryIO) -> int:
+    count, last, place = 0, b"", file.tell()
+    file.seek(0)
+    while block := file.read(2**20):
+        count += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    file.seek(place)
     return count
 
 

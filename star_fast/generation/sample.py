@@ -20,6 +20,7 @@ from star_fast.generation.label_plan import Plan, find_classes
 from star_fast.generation.products import Products
 from star_fast.generation.record import JobPlan
 from star_fast.generation.sampling import Sampling
+from star_fast.model.class_names import names_for_model
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import LoadedModel, load_model
@@ -41,6 +42,7 @@ class SampleConfig:
     weights: Literal["student", "teacher"] = "student"  # which weights of the model folder
     images: int = 100  # how many
     classes: tuple[str, ...] = ()  # names or numbers; empty: all
+    class_names: str = ""  # of a model whose classes are only numbers, as in released files: a file with one name a line, or imagenet
     labels: Plan = "balanced"  # balanced: the classes in turn; random: each image's class drawn uniformly (LlamaGen)
     guidance: float = 2.0  # scale of classifier-free guidance; 1 switches it off
     cfg_interval: int = -1  # n >= 0: only image tokens 0 ... n+1 are guided; -1: all
@@ -111,9 +113,10 @@ def sample_images(config: SampleConfig) -> SampleResult:
             raise UserError(f"{config.out}: a folder; expected a name for the file of images")
     loaded = load_model(_model(config), weights=config.weights)
     tokenizer = _tokenizer_for(config, loaded)
-    classes = find_classes(config.classes, loaded.class_names)
+    class_names = names_for_model(loaded.class_names, config.class_names)
+    classes = find_classes(config.classes, class_names)
     drawer = Drawer(config, loaded.transformer, tokenizer, device)
-    job = Job(config, drawer, _plan(config, loaded, tokenizer, drawer, classes), classes, loaded.class_names, rank, ranks)
+    job = Job(config, drawer, _plan(config, loaded, tokenizer, drawer, classes), classes, class_names, rank, ranks)
     outcome = job.do()
     if rank == 0:
         print(printable(_summary(job, outcome)), flush=True)

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from star_fast.errors import UserError
 from star_fast.model.tensor_files import some
-from star_fast.storage import read_bytes
-
-_MOST_BYTES = 2**23  # the names of 200 000 classes
-_HINT = "expected a text file with one class name a line, in the order of the class numbers"
 
 
 class ClassMatch(NamedTuple):
@@ -30,23 +26,6 @@ class ClassMatch(NamedTuple):
         there = [row for row in self.rows if row is not None]
         table[torch.tensor([*here, len(self.rows)])] = stored[torch.tensor([*there, len(stored) - 1])].to(table.dtype)
         return table
-
-
-def read_class_names(path: str | Path) -> list[str]:
-    """The names in a file: one a line, UTF-8, in the order of the class numbers; spaces around a name and empty lines at the end don't count.
-
-    Raises:
-        UserError: no such file, too large, not UTF-8, or a line without a name.
-    """
-    try:
-        lines = read_bytes(path, _HINT, _MOST_BYTES).decode("utf-8-sig").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; {_HINT}") from error
-    names = [line.strip() for line in lines]
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise UserError(f"{path}, line {number}: no name; {_HINT}")
-    return names
 
 
 def match_classes(source: str | Path, there: int, names_there: Sequence[str] | None, here: int, names_here: Sequence[str] | None) -> ClassMatch:

@@ -131,3 +131,38 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 5000, tmp_path / "no" / "such"):
         with pytest.raises(DataError, match="not a folder"):
             open_source(name)
+
+
+def test_a_root_with_train_and_val_is_noticed(tmp_path: Path) -> None:
+    root = tmp_path / "my set"
+    make_folder(root / "train", {"a": 1, "b": 1})
+    make_folder(root / "val", {"a": 1})
+    with pytest.raises(DataError, match=r"holds train/ and val/, which are parts of a data set and not classes; .*: "
+                                        r"star-fast prepare '.*my set/train' --held-out-source '.*my set/val'$"):
+        open_source(root)
+    (root / "val").rename(root / "Validation")
+    (root / "test").mkdir()
+    (root / "Annotations").mkdir()
+    with pytest.raises(DataError, match="holds train/ and Validation/"):
+        open_source(root)
+    for name in ("Validation", "test", "Annotations"):
+        (root / name).rename(tmp_path / name)
+    with pytest.raises(DataError, match=r"holds train/, which are parts .*: star-fast prepare '.*my set/train'$"):
+        open_source(root)
+    (root / "plane").mkdir()
+    picture(9, 9, 0).save(root / "plane" / "x.png")
+    assert open_source(root).class_names == ("plane", "train")  # nothing else says that it is no class
+    picture(9, 9, 0).save(root / "train" / "engine.png")
+    make_folder(root / "val", {"a": 1})
+    assert open_source(root).class_names == ("plane", "train", "val")  # a folder of images is a class whatever its name
+
+
+def test_the_files_as_they_are_stored(tmp_path: Path, digits: BuiltinDigits) -> None:
+    make_folder(tmp_path, {"a": 2})
+    (tmp_path / "a" / "01.png").write_bytes(b"no image, but bytes")
+    source = ImageFolder(tmp_path)
+    assert [source.encoded(index) for index in range(2)] == [(tmp_path / key).read_bytes() for key in ("a/00.png", "a/01.png")]
+    (tmp_path / "a" / "00.png").unlink()
+    with pytest.raises(UnreadableImage, match=r"^a/00\.png: not found; expected an image file$"):
+        source.encoded(0)
+    assert digits.encoded(3) is None and digits.files[3] == digits[3].key

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from star_fast.errors import UserError
-from star_fast.model.class_table import ClassMatch, match_classes, read_class_names
+from star_fast.model.class_table import ClassMatch, match_classes
 
 
 @pytest.mark.parametrize(("theirs", "ours", "rows", "told"), [
@@ -39,16 +37,3 @@ def test_the_table() -> None:
     assert table.tolist() == [[2, 3], [-1, -1], [0, 1], [4, 5]] and table.dtype == torch.float32
     assert (fresh == -1).all()
     assert ClassMatch((None,), "").table(fresh[:2], stored).tolist() == [[-1, -1], [4, 5]]
-
-
-def test_names_in_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "names.txt"
-    file.write_bytes("\ufeffgoldfish, Carassius auratus\r\n größe \n\tthird one\n\n".encode())
-    assert read_class_names(file) == ["goldfish, Carassius auratus", "größe", "third one"]
-    for data, message in ((b"a\n\nb\n", r"names\.txt, line 2: no name; expected a text file with one class name a line"), (b"", "line 1: no name"),
-                          (b"\xff\xfe", r"names\.txt: not UTF-8 text"), (b"a" * (2**23 + 1), "expected at most")):
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=message):
-            read_class_names(file)
-    with pytest.raises(UserError, match="not found"):
-        read_class_names(tmp_path / "absent.txt")

@@ -6,7 +6,10 @@ white level are refused. Palette, CMYK, Lab and 1-bit images stay what they are:
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -22,6 +25,7 @@ PIXELS_A_BYTE = 128  # beyond that; photographs have 1 to 50
 _USUAL_SCANS = 10  # of a progressive JPEG; each is work on all its pixels
 _BLOCK_VALUES = 2**20  # scaled to 8 bits at once
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+_FILE_OBJECT = re.compile(r" ?<_io\.\w+ .*>", re.DOTALL)
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
             6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -38,17 +42,60 @@ def read_image(path: str | Path) -> Image.Image:
         MemoryError: the machine cannot hold its pixels. On damaged files Pillow raises exceptions of a dozen other types.
     """
     size = require_regular(path, "expected an image file")
-    with Image.open(path, formats=FORMATS) as image:
-        _require_modest(image, path, size)
+    with open(path, "rb") as file:
+        return _decode(file, size)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """`read_image` of a file whose bytes these are."""
+    return _decode(io.BytesIO(data), len(data))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image in the bytes of a file, its header read and held against their number, nothing decoded: for decoders other than Pillow's."""
+    return _open(io.BytesIO(data), len(data))
+
+
+def is_upright(opened: Image.Image) -> bool:
+    """Whether `upright` would leave an image as it is."""
+    return _orientation(opened) not in _UPRIGHT
+
+
+def upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
+    """`pixels`, decoded from the file that was `opened`, turned as its EXIF data say."""
+    turn = _UPRIGHT.get(_orientation(opened))
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image was refused, in one line that is the same in every run: Pillow names an open file by its address in memory."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + " ".join(_FILE_OBJECT.sub("", str(error)).split())
+
+
+def _open(file: BinaryIO, size: int) -> Image.Image:
+    image = Image.open(file, formats=FORMATS)
+    _require_modest(image, file, size)
+    return image
+
+
+def _decode(file: BinaryIO, size: int) -> Image.Image:
+    with _open(file, size) as image:
         white = _white_level(image)
         try:
             image.load()
         except MemoryError as error:
             np.empty(12 * image.width * image.height, dtype=np.uint8)  # raises MemoryError too where the machine, not the file, is to blame
             raise RefusedImage("its decoder asks for far more memory than its pixels take") from error
-        turn = _UPRIGHT.get(_orientation(image))
-        pixels = image if white is None else _scaled(image, white)
-    return pixels if turn is None else pixels.transpose(turn)
+        return upright(image if white is None else _scaled(image, white), image)
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image as gray (channels 1) or RGB (channels 3), 8 bits a channel; transparency is dropped, as LlamaGen does."""
+    image, mode = eight_bit(image), {1: "L", 3: "RGB"}[channels]
+    if image.mode == "LAB":  # Pillow knows the way to RGB alone
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
@@ -57,7 +104,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     return image if white is None else _scaled(image, white)
 
 
-def _require_modest(image: Image.Image, path: str | Path, size: int) -> None:
+def _require_modest(image: Image.Image, file: BinaryIO, size: int) -> None:
     """Refuse an opened, not yet decoded image that would take memory or time out of all proportion to its file."""
     pixels = image.width * image.height
     shape = f"{image.width} x {image.height} pixels"
@@ -66,16 +113,17 @@ def _require_modest(image: Image.Image, path: str | Path, size: int) -> None:
     most = FREE_PIXELS + PIXELS_A_BYTE * size
     if pixels > most:
         raise RefusedImage(f"{shape} from a file of {size:,} bytes; at most {most:,} are taken for meant")
-    if image.info.get("progressive") and pixels * (scans := _jpeg_scans(path)) > _USUAL_SCANS * most:
+    if image.info.get("progressive") and pixels * (scans := _jpeg_scans(file)) > _USUAL_SCANS * most:
         raise RefusedImage(f"{shape} drawn {scans} times over by a file of {size:,} bytes")
 
 
-def _jpeg_scans(path: str | Path) -> int:
-    count, last = 0, b""
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            count += (last + block).count(b"\xff\xda")
-            last = block[-1:]
+def _jpeg_scans(file: BinaryIO) -> int:
+    count, last, place = 0, b"", file.tell()
+    file.seek(0)
+    while block := file.read(2**20):
+        count += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    file.seek(place)
     return count
 
 

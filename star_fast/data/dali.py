@@ -20,7 +20,7 @@ from torch import Tensor
 
 from star_fast.config import ConfigError
 from star_fast.data.augment import Augmentation, augment, crop_box
-from star_fast.data.dali_pipelines import ENCODED, Device, crops_pipeline, decode_pipeline, require_dali, square_shape, squares_pipeline
+from star_fast.data.dali_pipelines import ENCODED, Device, as_tensor, crops_pipeline, decode_pipeline, require_dali, square_shape, squares_pipeline
 from star_fast.data.decoding import decode_image, is_upright, open_image, reason_of, upright
 from star_fast.data.jpeg_markers import is_whole_jpeg
 from star_fast.data.sources import DataError
@@ -124,9 +124,9 @@ class DaliViews(ABC):
             half = len(files) // 2
             return [views for part in (slice(half), slice(half, None)) for views in self._by_dali(files[part], opened[part], keys[part])]
         if self.device == "mixed":
-            batches = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2).contiguous() for output in outputs]
+            made = [_done([as_tensor(output[place]) for output in outputs]) for place in range(len(files))]
             torch.cuda.current_stream().synchronize()  # DALI uses its memory again
-            return [_done([batch[place] for batch in batches]) for place in range(len(files))]
+            return made
         images = [Image.fromarray(np.asarray(outputs[0].at(place))) for place in range(len(files))]  # copies: DALI uses its memory again
         return [self._pool.submit(self._by_decoded, image, header, key) for image, header, key in zip(images, opened, keys, strict=True)]
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from star_fast.errors import UserError
 
@@ -75,6 +76,11 @@ def square_shape(width: int, height: int, size: int) -> np.ndarray:
     """What `squares_pipeline` must know of an image: its height, and width and height when its shorter side is `size`; (3,) float32."""
     scale = size / min(width, height)
     return np.array([height, round(width * scale), round(height * scale)], dtype=np.float32)
+
+
+def as_tensor(view: Any) -> Tensor:
+    """An image (S, S, C) of an output as a tensor (C, S, S) of its own, where it lies."""
+    return torch.from_dlpack(view).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _pipeline(device: Device, batch_images: int, threads: int) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from star_fast.config import ConfigError
@@ -19,6 +21,7 @@ from tests.data.pictures import picture
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'star_fast[data]')")
 
+from star_fast.data import dali
 from star_fast.data.dali import DaliAugment, DaliSquares, Refused
 from star_fast.data.dali_pipelines import ENCODED, crops_pipeline, square_shape, squares_pipeline
 
@@ -195,6 +198,50 @@ def test_the_crop_graph_for_a_gpu_run_on_the_cpu() -> None:
     for view, output in enumerate(pipeline.run()):
         largest, share = levels(output.as_array(), expected[:, view].transpose(0, 2, 3, 1))
         assert largest <= 9 and share < 2e-3
+
+
+@pytest.fixture
+def gpu_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the path for a GPU but its device: the graphs run on the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr("torch.Tensor.cuda", lambda tensor: tensor)
+    monkeypatch.setattr(dali, "squares_pipeline", lambda sizes, channels, device, *rest: squares_pipeline(sizes, channels, "cpu", *rest))
+    monkeypatch.setattr(dali, "crops_pipeline", lambda views, size, channels, device, *rest: crops_pipeline(views, size, channels, "cpu", *rest))
+
+
+def compare(found: list[object], expected: list[object], most: int) -> None:
+    for views, exact in zip(found, expected, strict=True):
+        assert isinstance(views, Refused) == isinstance(exact, Refused)
+        if isinstance(exact, Refused):
+            assert views == exact
+            continue
+        for view, right in zip(views, exact, strict=True):
+            assert isinstance(view, torch.Tensor) and view.is_contiguous() and tuple(view.shape) == right.shape
+            assert levels(view.numpy(), right)[0] <= most
+
+
+@pytest.mark.usefixtures("gpu_on_the_cpu")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_who_decodes_what_for_a_gpu(channels: int) -> None:
+    files = [*ALL.values(), *damaged(48)]
+    for_gpu, plain = DaliSquares(SIZES, channels, device="mixed", batch_images=5), DaliSquares(SIZES, channels)
+    first = for_gpu(list(ALL.values()))
+    to_pillow = ["halved", "halved for the smaller size alone", *(f"EXIF {number}" for number in range(2, 9))]
+    assert for_gpu.counts == {"dali": len(BY_DALI) - len(to_pillow), "pillow": len(BY_PILLOW) + len(to_pillow), "refused": len(REFUSED)}
+    compare(for_gpu(files), plain(files), most=8)
+    names = list(ALL)
+    for name in [*to_pillow, *BY_PILLOW]:
+        assert all(np.array_equal(a, b) for a, b in zip(first[names.index(name)], plain([ALL[name]])[0], strict=True)), name
+
+
+@pytest.mark.usefixtures("gpu_on_the_cpu")
+def test_augmentation_for_a_gpu() -> None:
+    files, indices = list(ALL.values()), range(100, 100 + len(ALL))
+    for_gpu, plain = (DaliAugment(Augmentation(area=(0.3, 1.0)), 2, 32, 3, seed=5, device=device, batch_images=5) for device in ("mixed", "cpu"))
+    compare(for_gpu(files, indices, 2), plain(files, indices, 2), most=12)
+    assert for_gpu.counts["dali"] == plain.counts["dali"] - 7 > 10  # turned by EXIF
 
 
 def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ or YCbCr. All others go to Pillow within the same call, and so does what DALI re
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -54,8 +55,10 @@ class DaliViews(ABC):
         counts: images so far that came from 'dali', from 'pillow', and that were 'refused'.
 
     Raises:
-        UserError: DALI is not installed, or no GPU is there for "mixed". ConfigError: a device or number of channels that there is not.
+        UserError: DALI is not installed or does not work, or no GPU is there for "mixed". ConfigError: a device or number of channels that there is not.
     """
+
+    _any_key: Any = None  # such as `_views` takes
 
     def __init__(self, channels: int, device: Device, batch_images: int, threads: int) -> None:
         if channels not in (1, 3):
@@ -67,8 +70,21 @@ class DaliViews(ABC):
             raise UserError("device: 'mixed' decodes on a GPU, and none was found; take 'cpu'")
         self.channels, self.device, self.batch_images, self.threads = channels, device, batch_images, threads
         self.counts: Counter[str] = Counter(dali=0, pillow=0, refused=0)
-        self._pipeline = self._new_pipeline()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
+        self._require_working()
+
+    def _require_working(self) -> None:
+        """Decode one sound image: what DALI refuses later is then the image's fault, and Pillow has its say; else all would silently go to Pillow."""
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(file, "JPEG")
+        try:
+            self._pipeline = self._new_pipeline()
+            works = self._by_dali([file.getvalue()], [open_image(file.getvalue())], [self._any_key])[0] is not None
+            why = "it refuses a sound JPEG"
+        except RuntimeError as error:
+            works, why = False, " ".join(str(error).split())[:300]
+        if not works:
+            raise UserError(f"DALI does not work here (device {self.device!r}): {why}; decode with Pillow, or look at its installation")
 
     def _new_pipeline(self) -> Any:
         return self._gpu_pipeline() if self.device == "mixed" else decode_pipeline(self.batch_images, self.threads)
@@ -189,6 +205,8 @@ class DaliAugment(DaliViews):
 
     On the CPU the arrays are those of `augment`, bit for bit; on a GPU the crops are the same, their pixels nearly.
     """
+
+    _any_key = (0, 0)
 
     def __init__(self, settings: Augmentation, views: int, image_size: int, channels: int, seed: int, *, device: Device = "cpu", batch_images: int = 16,
                  threads: int = 2) -> None:

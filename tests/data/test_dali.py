@@ -252,6 +252,17 @@ def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="'mixed' decodes on a GPU, and none was found"):
         DaliSquares(SIZES, 3, device="mixed")
+    with monkeypatch.context() as broken:
+        broken.setattr(dali, "decode_pipeline", lambda *_: SimpleNamespace(feed_input=lambda *_: None, run=lambda: 1 / 0))
+        with pytest.raises(ZeroDivisionError):  # not an answer of DALI's: nothing is hidden
+            DaliSquares(SIZES, 3)
+
+        def refuse() -> None:
+            raise RuntimeError("no codec")
+
+        broken.setattr(dali, "decode_pipeline", lambda *_: SimpleNamespace(feed_input=lambda *_: None, run=refuse))
+        with pytest.raises(UserError, match=r"DALI does not work here \(device 'cpu'\): it refuses a sound JPEG"):
+            DaliSquares(SIZES, 3)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "nvidia.dali" else find(name, package))
     with pytest.raises(UserError, match=r"DALI is not installed; install it with pip install 'star_fast\[data\]'"):

@@ -90,6 +90,11 @@ if has deepspeed; then
 else
   note "benchmark training" "skipped: deepspeed is not installed" 0
 fi
+if has nvidia.dali && has torchvision && has sklearn; then
+  stage "benchmark loading" "$python" benchmarks/loading.py
+else
+  note "benchmark loading" "skipped: nvidia.dali, torchvision or scikit-learn is not installed" 0
+fi
 
 {
   echo "# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"

@@ -2,7 +2,7 @@
 # Set-up, then every test that needs no GPU. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh
+scripts/setup.sh --tests
 export PATH="$PWD/.venv/bin:$PATH"
 # One thread a worker: two cores are shared by two test processes.
 export OMP_NUM_THREADS=1

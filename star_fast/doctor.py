@@ -38,7 +38,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("tensorboard", _version("tensorboard"), "curves in TensorBoard; metrics.jsonl is written without it"),
         ("flash-attn", _compiled("flash_attn", "flash_attn_2_cuda"), "unmasked attention on a GPU (teacher, plain training); else torch's SDPA"),
         ("apex", _compiled("apex.optimizers", "amp_C"), "fused AdamW on a GPU; else torch's fused AdamW. From source: github.com/NVIDIA/apex"),
-        ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "image decoding and crops on a GPU; else Pillow"),
+        ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "image decoding, on a GPU too; else Pillow. Install: pip install 'star_fast[data]'"),
         ("torch-fidelity", _version("torch-fidelity"), "Inception features for FID"),
     ]
 

@@ -7,6 +7,7 @@ white level are refused. Palette, CMYK, Lab and 1-bit images stay what they are:
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ PIXELS_A_BYTE = 128  # beyond that; photographs have 1 to 50
 _USUAL_SCANS = 10  # of a progressive JPEG; each is work on all its pixels
 _BLOCK_VALUES = 2**20  # scaled to 8 bits at once
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+_FILE_OBJECT = re.compile(r" ?<_io\.\w+ .*>", re.DOTALL)
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
             6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -49,18 +51,51 @@ def decode_image(data: bytes) -> Image.Image:
     return _decode(io.BytesIO(data), len(data))
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The image in the bytes of a file, its header read and held against their number, nothing decoded: for decoders other than Pillow's."""
+    return _open(io.BytesIO(data), len(data))
+
+
+def is_upright(opened: Image.Image) -> bool:
+    """Whether `upright` would leave an image as it is."""
+    return _orientation(opened) not in _UPRIGHT
+
+
+def upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
+    """`pixels`, decoded from the file that was `opened`, turned as its EXIF data say."""
+    turn = _UPRIGHT.get(_orientation(opened))
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image was refused, in one line that is the same in every run: Pillow names an open file by its address in memory."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + " ".join(_FILE_OBJECT.sub("", str(error)).split())
+
+
+def _open(file: BinaryIO, size: int) -> Image.Image:
+    image = Image.open(file, formats=FORMATS)
+    _require_modest(image, file, size)
+    return image
+
+
 def _decode(file: BinaryIO, size: int) -> Image.Image:
-    with Image.open(file, formats=FORMATS) as image:
-        _require_modest(image, file, size)
+    with _open(file, size) as image:
         white = _white_level(image)
         try:
             image.load()
         except MemoryError as error:
             np.empty(12 * image.width * image.height, dtype=np.uint8)  # raises MemoryError too where the machine, not the file, is to blame
             raise RefusedImage("its decoder asks for far more memory than its pixels take") from error
-        turn = _UPRIGHT.get(_orientation(image))
-        pixels = image if white is None else _scaled(image, white)
-    return pixels if turn is None else pixels.transpose(turn)
+        return upright(image if white is None else _scaled(image, white), image)
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image as gray (channels 1) or RGB (channels 3), 8 bits a channel; transparency is dropped, as LlamaGen does."""
+    image, mode = eight_bit(image), {1: "L", 3: "RGB"}[channels]
+    if image.mode == "LAB":  # Pillow knows the way to RGB alone
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def eight_bit(image: Image.Image) -> Image.Image:

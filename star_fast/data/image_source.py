@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from star_fast.data.decoding import reason_of
 from star_fast.errors import UserError
 from star_fast.storage import StorageError, read_bytes
 
@@ -17,7 +17,6 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".t
 MOST_FILE_BYTES = 2**30  # of one image's file where it is read whole: the largest image there may be, uncompressed, with 16 bits a channel
 _MOST_CLASSES = 1000  # beyond that a set in which most images have a class of their own is taken for one of captions
 _MOST_DIGITS = 18
-_FILE_OBJECT = re.compile(r" ?<_io\.\w+ .*>", re.DOTALL)  # Pillow names an open file so, with an address in memory: other words in each run
 
 
 class DataError(UserError, ValueError):
@@ -79,9 +78,7 @@ def read_sample(read: Callable[[], Image.Image], label: int, key: str, place: st
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders fail with a dozen exception types on damaged files
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = _FILE_OBJECT.sub("", str(error).replace(f"{place}/", "").removeprefix(f"{key}: "))
-        raise UnreadableImage(key, kind + " ".join(text.split())) from error
+        raise UnreadableImage(key, reason_of(error).replace(f"{place}/", "").removeprefix(f"{key}: ")) from error
 
 
 def read_file(folder: Path, key: str) -> bytes:

@@ -21,7 +21,7 @@ from star_fast.data.chunks import EncodedChunk, read_chunks, read_part, write_pa
 from star_fast.data.codes import CodeStore
 from star_fast.data.encoding import Encoder, codes_that_differ
 from star_fast.data.manifest import FILES, MANIFEST_FILE, PROGRESS_FILE, SKIPPED_FILE, is_finished, recorded_until
-from star_fast.data.sources import DataError, ImageSource, UnreadableImage, stable_permutation
+from star_fast.data.sources import DataError, ImageSource, UnreadableImage, split_of, stable_permutation
 from star_fast.data.store_writer import StoreWriter, job_hash
 from star_fast.data.view_reading import ViewReader, view_reader
 from star_fast.data.views import check_view_settings, plain_view, read_views, view_names, view_settings
@@ -103,7 +103,8 @@ class _Job:
                 more["bf16"] = codes_that_differ(self.tokenizer, self._plain_views(), self.about["batch_views"])
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.out / PARTS_FOLDER)
-        return writer.finish(self.source.labels, self.data.held_out_share, self.source.skipped, more=more)
+        return writer.finish(self.source.labels, self.data.held_out_share, self.source.skipped, more=more,
+                             held_out=split_of(self.source, self.data.held_out_share)[1])
 
     def encode_and_wait(self) -> CodeStore:
         """Another rank: its own chunks, each in a file of its own; then wait for rank 0 to finish the store."""

@@ -63,7 +63,8 @@ class _Dali(_Pillow):
     """Files decoded by DALI, squares cut as `views.make_squares` cuts them; images without a file of their own by Pillow."""
 
     def __init__(self, source: ImageSource, data: DataConfig, image_size: int, channels: int, seed: int, workers: int) -> None:
-        from star_fast.data.dali import DaliSquares, dali_version
+        from star_fast.data.dali import DaliSquares
+        from star_fast.data.dali_pipelines import dali_version
 
         super().__init__(source, data, image_size, channels, seed, workers)
         device = "mixed" if data.decoder == "dali-gpu" else "cpu"

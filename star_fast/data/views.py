@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from star_fast.config import ConfigError, DataConfig
-from star_fast.data.decoding import RefusedImage, eight_bit
+from star_fast.data.decoding import RefusedImage, in_channels, reason_of
 from star_fast.data.sources import DataError, ImageSource, UnreadableImage, random_bits
 
 TEN_CROP_VIEWS = tuple(mirror + place for mirror in ("", "mirrored ") for place in ("top left", "top right", "bottom left", "bottom right", "centre"))
@@ -26,7 +26,6 @@ MAX_SHIFT_SHARE = 0.07  # of the image's side
 MAX_SCALING = 1.1  # scalings lie between 1 / 1.1 and 1.1, evenly in the logarithm
 MOST_RESIZED_PIXELS, MOST_RESIZED_SQUARES = 2**24, 8  # of an image brought to the size that views are cut from: the larger of the two
 MOST_VIEWS, MOST_SIDE = 2**12, 2**14  # of one image; pixels of the crop that views are cut from
-_MODES = {1: "L", 3: "RGB"}
 
 
 class ImageViews(NamedTuple):
@@ -39,7 +38,7 @@ class ImageViews(NamedTuple):
 
 def check_view_settings(data: DataConfig, image_size: int, channels: int) -> None:
     """Raise ConfigError for settings that no image could be cut into views with: then not one image is at fault."""
-    if channels not in _MODES:
+    if channels not in (1, 3):
         raise ConfigError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
     if data.views == "small-affine" and data.affine_views > MOST_VIEWS:
         raise ConfigError(f"data.affine_views: expected at most {MOST_VIEWS}, got {data.affine_views}")
@@ -91,8 +90,7 @@ def read_views(source: ImageSource, index: int, data: DataConfig, image_size: in
     except MemoryError as error:
         raise DataError(f"{sample.key}: the memory that is free does not hold its views; free some, then run the same command") from error
     except Exception as error:  # what one odd image does must not end the job
-        kind = "" if isinstance(error, RefusedImage) else f"{type(error).__name__}: "
-        raise UnreadableImage(sample.key, kind + " ".join(str(error).split())) from error
+        raise UnreadableImage(sample.key, reason_of(error)) from error
 
 
 def make_views(image: Image.Image, image_index: int, data: DataConfig, image_size: int, channels: int, seed: int = 0,
@@ -117,11 +115,11 @@ def make_views(image: Image.Image, image_index: int, data: DataConfig, image_siz
 
 def make_squares(image: Image.Image, sizes: Sequence[int], channels: int) -> list[np.ndarray]:
     """ADM's centre crop of an image to each size: (C, S, S) uint8 each. Raises as `make_views`."""
-    if channels not in _MODES:
+    if channels not in (1, 3):
         raise DataError(f"tokenizer.image_channels: expected 1 (gray) or 3 (RGB), got {channels}")
     for size in sizes:
         require_shape(image.size, size)
-    image = _in_mode(eight_bit(image), _MODES[channels])
+    image = in_channels(image, channels)
     return [_to_array(centre_crop(image, size)) for size in sizes]
 
 
@@ -141,13 +139,6 @@ def require_shape(shape: tuple[int, int], size: int) -> None:
     longer, shorter = max(shape), max(1, min(shape))
     if size * size * longer > max(MOST_RESIZED_PIXELS, MOST_RESIZED_SQUARES * size * size) * shorter:
         raise RefusedImage(f"{shape[0]} x {shape[1]} pixels: too long and thin to be cut into squares of {size} pixels")
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in mode L or RGB."""
-    if image.mode == "LAB":  # Pillow knows the way to RGB alone
-        image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 
 from star_fast.config import DataConfig
 from star_fast.data import decoding
-from star_fast.data.decoding import RefusedImage, eight_bit, read_image
+from star_fast.data.decoding import RefusedImage, decode_image, eight_bit, is_upright, open_image, read_image, reason_of
 from star_fast.data.views import make_views
 from star_fast.storage import StorageError
 from tests.data.pictures import picture
@@ -158,6 +158,30 @@ def test_a_progressive_jpeg_cannot_be_drawn_a_thousand_times(tmp_path: Path) -> 
         read(tmp_path, whole)
     with pytest.raises(RefusedImage, match=r"3000 x 3000 pixels drawn 10\d\d times over"):
         read(tmp_path, whole[:-2] + whole[last:-2] * 1000 + whole[-2:])
+
+
+def test_bytes_are_read_as_a_file_is(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    files = {"deep": saved(Image.fromarray(DEEP), "PNG"), "turned": saved(picture(11, 7, 3), "JPEG", exif=turned), "ppm": saved(picture(9, 9, 0), "PPM")}
+    for name, data in files.items():
+        image = read(tmp_path, data, name)
+        assert np.array_equal(np.asarray(decode_image(data)), np.asarray(image))
+        assert is_upright(open_image(data)) == (name != "turned")
+    with pytest.raises(RefusedImage, match="6000 x 6000 pixels from a file of"):
+        decode_image(png(6000, 6000, depth=1))
+    with pytest.raises(RefusedImage, match="6000 x 6000 pixels from a file of"):
+        open_image(png(6000, 6000, depth=1))
+
+
+def test_a_reason_is_the_same_in_every_run(tmp_path: Path) -> None:
+    for data in (b"", b"no image", saved(picture(50, 50, 0), "JPEG")[:-200], png(6000, 6000, depth=1)):
+        reasons = set()
+        for decode in (decode_image, lambda data: read(tmp_path, data)):
+            with pytest.raises(Exception, match=r".") as refused:
+                decode(data)
+            reasons.add(reason_of(refused.value))
+        assert len(reasons) == 1 and "0x" not in next(iter(reasons)) and str(tmp_path) not in next(iter(reasons))
 
 
 def test_only_ordinary_files_of_the_known_kinds(tmp_path: Path) -> None:

@@ -1,0 +1,249 @@
+"""From files to views, and from the code store to batches: images/s, beside a DataLoader that does what LlamaGen does.
+
+    python benchmarks/loading.py [--quick] [--save]
+
+All candidates get the same files, held in memory, and two threads or processes. Turn by turn, medians; CPU seconds are of the process and its workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import loading_store, timing
+from benchmarks.photographs import encoded, photographs, sources
+from star_fast.config import DataConfig
+from star_fast.data.augment import Augmentation
+from star_fast.data.dali import DaliAugment, DaliSquares
+from star_fast.data.dali_pipelines import ENCODED, decode_pipeline, square_shape, squares_pipeline
+from star_fast.data.decoding import decode_image
+from star_fast.data.views import cut_views, make_squares, square_sizes
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIDE, THREADS = 256, 2
+RANGES = {"1.1": (1.1,), "1.1 and 1.05": (1.1, 1.05)}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """The published centre crop, as it is written there: through NumPy at the end."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return Image.fromarray(pixels[top: top + size, left: left + size])
+
+
+class Files(torch.utils.data.Dataset):
+    """What LlamaGen's extraction loads: ten crops of an image as float32, normalised."""
+
+    def __init__(self, files: list[bytes], size: int) -> None:
+        from torchvision import transforms
+
+        self.files = files
+        self.transform = transforms.Compose([
+            functools.partial(adm_crop, size=size), transforms.TenCrop(SIDE),
+            lambda crops: torch.stack([transforms.ToTensor()(crop) for crop in crops]), transforms.Normalize([0.5] * 3, [0.5] * 3, inplace=True)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(Image.open(io.BytesIO(self.files[index])).convert("RGB"))
+
+
+class Turns(torch.utils.data.Sampler):
+    """Which files the next turn is about; the workers of a loader stay alive between turns."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def cpu_seconds() -> float:
+    """User and system time so far of this process and its children."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
+            total += (int(fields[11]) + int(fields[12])) / TICKS
+    return total
+
+
+class Candidate:
+    """A way to make the views of files, with the CPU seconds of each of its turns."""
+
+    def __init__(self, make: Callable[[list[int]], int], files: int, a_turn: int) -> None:
+        self.make, self.files, self.a_turn, self.turn, self.cpu = make, files, a_turn, 0, []
+
+    def __call__(self) -> None:
+        start = self.turn * self.a_turn % self.files
+        self.turn += 1
+        before = cpu_seconds()
+        made = self.make(list(range(start, start + self.a_turn)))
+        assert made == self.a_turn, made
+        self.cpu.append((cpu_seconds() - before) / self.a_turn)
+
+
+def by_loader(files: list[bytes], sizes: tuple[int, ...], batch: int) -> Callable[[list[int]], int]:
+    """The published way: one extraction for each crop range."""
+    turns = Turns()
+    loaders = [torch.utils.data.DataLoader(Files(files, size), batch_size=batch, sampler=turns, num_workers=THREADS, persistent_workers=True) for size in sizes]
+
+    def make(places: list[int]) -> int:
+        turns.places = places
+        made = [sum(len(crops) for crops in loader) for loader in loaders]
+        assert len(set(made)) == 1
+        return made[0]
+
+    return make
+
+
+def by_pillow(files: list[bytes], data: DataConfig, pool: ThreadPoolExecutor) -> Callable[[list[int]], int]:
+    """star_fast's threads."""
+    sizes = square_sizes(data, SIDE)
+
+    def views(place: int) -> np.ndarray:
+        return cut_views(make_squares(decode_image(files[place]), sizes, 3), place, data, SIDE)
+
+    return lambda places: sum(len(found) == 10 * len(sizes) for found in pool.map(views, places))
+
+
+def by_dali(files: list[bytes], data: DataConfig, pool: ThreadPoolExecutor, squares: DaliSquares) -> Callable[[list[int]], int]:
+    """DALI decodes, or on a GPU resizes too; views are cut from its squares."""
+    def views(found: Any) -> np.ndarray:
+        return cut_views([np.asarray(square.cpu() if isinstance(square, torch.Tensor) else square) for square in found], 0, data, SIDE)
+
+    return lambda places: sum(len(found) == 10 * len(squares.sizes) for found in pool.map(views, squares([files[place] for place in places])))
+
+
+def preparation(quick: bool) -> Iterator[str]:
+    """Ten crops of each file, by every way."""
+    files, a_turn = photographs(32 if quick else 512), 16 if quick else 64
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, ranges in RANGES.items():
+            data = DataConfig(crop_ranges=ranges)
+            sizes = square_sizes(data, SIDE)
+            dali = {device: DaliSquares(sizes, 3, device=device, threads=THREADS) for device in ("cpu", *(["mixed"] if torch.cuda.is_available() else []))}
+            ways = {"DataLoader, one image a step (as published)": by_loader(files, sizes, 1), "DataLoader, batches of 32": by_loader(files, sizes, 32),
+                    "Pillow in threads (ours)": by_pillow(files, data, pool),
+                    **{f"DALI, {device} (ours)": by_dali(files, data, pool, squares) for device, squares in dali.items()}}
+            candidates = {way: Candidate(make, len(files), a_turn) for way, make in ways.items()}
+            timings = timing.compare(candidates, "cpu", seconds=1 if quick else 20, repeats=(3 if quick else 8, 24))
+            rates = {way: 1e3 * a_turn / found.median_ms for way, found in timings.items()}
+            yield from (f"## Crop range {name}: {len(sizes) * 10} views an image", "",
+                        "| | images/s | spread | CPU ms an image | times the faster DataLoader |", "|---|--:|--:|--:|--:|")
+            fastest = max(rate for way, rate in rates.items() if "DataLoader" in way)
+            for way, found in timings.items():
+                cpu = 1e3 * statistics.median(candidates[way].cpu[1:])
+                yield f"| {way} | {rates[way]:.0f} | {found.spread:.0%} | {cpu:.1f} | {rates[way] / fastest:.2f} |"
+            for device, squares in dali.items():
+                whole = sum(squares.counts.values())
+                yield from ("", f"Of the files DALI ({device}) took {squares.counts['dali'] / whole:.1%}, Pillow {squares.counts['pillow'] / whole:.1%}.")
+            yield ""
+
+
+def decode_by(pipeline: Any, files: list[bytes], inputs: dict[str, list[np.ndarray]] | None = None) -> list[list[np.ndarray]]:
+    """Each output of a DALI graph, file by file."""
+    pipeline.feed_input(ENCODED, [np.frombuffer(data, dtype=np.uint8) for data in files])
+    for name, rows in (inputs or {}).items():
+        pipeline.feed_input(name, rows)
+    return [[np.asarray(output.at(place)) for place in range(len(files))] for output in pipeline.run()]
+
+
+def profile(quick: bool) -> Iterator[str]:
+    """Where the time goes, on one core."""
+    from torchvision import transforms
+
+    files = photographs(16)
+    images, data = [decode_image(file) for file in files], DataConfig()
+    squares = [make_squares(image, (281,), 3) for image in images]
+    shown = [Image.fromarray(square[0].transpose(1, 2, 0)) for square in squares]
+    decode, resize = decode_pipeline(16, 1), squares_pipeline((281,), 3, "cpu", 16, 1)
+    augmented = DaliAugment(Augmentation(), 2, SIDE, 3, 0, threads=1)
+    shapes = {"shape 0": [square_shape(*image.size, 281) for image in images]}
+    to_float = transforms.Compose([transforms.TenCrop(SIDE), lambda crops: torch.stack([transforms.ToTensor()(crop) for crop in crops]),
+                                   transforms.Normalize([0.5] * 3, [0.5] * 3, inplace=True)])
+    steps = {
+        "decode, Pillow": lambda: [decode_image(file).convert("RGB") for file in files], "decode, DALI": lambda: decode_by(decode, files),
+        "centre crop to 281, Pillow": lambda: [make_squares(image, (281,), 3) for image in images],
+        "decode and centre crop, DALI's own resize (rounded twice, no halving)": lambda: decode_by(resize, files, shapes),
+        "ten crops of the square, uint8": lambda: [cut_views(square, 0, data, SIDE) for square in squares],
+        "ten crops of the square, float32 normalised (DataLoader)": lambda: [to_float(image) for image in shown],
+        "two random crops, DALI's decoder and Pillow": lambda: augmented(files, range(16), 0)}
+    timings = timing.compare(steps, "cpu", seconds=0.5 if quick else 4, repeats=(3, 60))
+    yield from ("## On one core", "", "| step | ms an image | spread |", "|---|--:|--:|")
+    for name, found in timings.items():
+        yield f"| {name} | {found.median_ms / 16:.2f} | {found.spread:.0%} |"
+    yield ""
+
+
+def differences() -> Iterator[str]:
+    """How far DALI is from Pillow, step by step."""
+    yield from ("## Levels between DALI and Pillow", "",
+                "The graph is the one for a GPU, run on the CPU; on the CPU `DaliSquares` cuts with Pillow instead.", "",
+                "| file | decoded: largest | values that differ | `DaliSquares` on the CPU | graph, 281: largest | values that differ | by more than 1 |",
+                "|---|--:|--:|--:|--:|--:|--:|")
+    images = [image.resize((500, 375), Image.Resampling.BICUBIC) for image in sources()]
+    kinds: dict[str, tuple[str, dict[str, Any], str]] = {
+        "JPEG 4:4:4": ("JPEG", {"quality": 92, "subsampling": 0}, "RGB"), "JPEG 4:2:2": ("JPEG", {"quality": 92, "subsampling": 1}, "RGB"),
+        "JPEG 4:2:0": ("JPEG", {"quality": 92, "subsampling": 2}, "RGB"), "JPEG gray": ("JPEG", {"quality": 92}, "L"),
+        "JPEG progressive": ("JPEG", {"quality": 92, "progressive": True}, "RGB"), "PNG (goes to Pillow)": ("PNG", {}, "RGB"),
+        "WebP (goes to Pillow)": ("WEBP", {"quality": 92}, "RGB")}
+    decode, resize, squares = decode_pipeline(8, 1), squares_pipeline((281,), 3, "cpu", 8, 1), DaliSquares((281,), 3)
+    shapes = {"shape 0": [square_shape(*image.size, 281) for image in images]}
+    for name, (kind, options, mode) in kinds.items():
+        files = [encoded(image.convert(mode), kind, **options) for image in images]
+        right = [decode_image(file).convert("RGB") for file in files]
+        wanted = np.stack([make_squares(image, (281,), 3)[0] for image in right]).astype(int)
+        decoded = np.abs(np.stack(decode_by(decode, files)[0]).astype(int) - np.stack([np.asarray(image) for image in right]))
+        cut = np.abs(np.stack(decode_by(resize, files, shapes)[0]).transpose(0, 3, 1, 2) - wanted)
+        path = np.abs(np.stack([found[0] for found in squares(files)]) - wanted)
+        yield (f"| {name} | {decoded.max()} | {np.mean(decoded > 0):.2%} | {'bit-equal' if not path.any() else f'up to {path.max()}'} | {cut.max()} | "
+               f"{np.mean(cut > 0):.2%} | {np.mean(cut > 1):.4%} |")
+    yield ""
+
+
+def main() -> None:
+    """Measure, print, and with --save keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few files, a small store: a check that all runs, not a measurement to publish")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/loading.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    where = timing.environment("cuda" if torch.cuda.is_available() else "cpu") | {"cores": os.cpu_count() or 1}
+    lines = ["# Loading", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    print("\n".join(lines))
+    for part in (preparation(arguments.quick), profile(arguments.quick), differences(), loading_store.report(arguments.quick)):
+        for line in part:
+            print(line, flush=True)
+            lines.append(line)
+    if arguments.save:
+        (RESULTS / "loading.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -112,10 +112,10 @@ def train(command: TrainCommand) -> Path:
 def _online_codes(config: RunConfig, store: Any, device: Any) -> Any:
     """What draws and encodes fresh views of the store's images. Raises UserError where images or tokenizer are not there."""
     from star_fast.data.online import OnlineCodes
-    from star_fast.data.origin import Origin, images_of
+    from star_fast.data.origin import images_of
     from star_fast.model.tokenizer import VQTokenizer
 
-    source = images_of(store, Origin(config.data.images) if config.data.images else None)
+    source = images_of(store, config.data.images)
     if source is None:
         raise UserError(f"data.images: expected the folder that {store.path} was made of, which the store does not know; give --data.images FOLDER")
     folder = store.path / "tokenizer"

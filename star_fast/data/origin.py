@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from star_fast.data.codes import CodeStore
 from star_fast.data.sources import BUILT_IN, DataError, ImageSource, open_source
@@ -36,15 +36,20 @@ def write_origin(store: CodeStore, origin: Origin) -> None:
     atomic_write_json(store.path / ORIGIN_FILE, asdict(origin.absolute()))
 
 
-def images_of(store: CodeStore, elsewhere: Origin | None = None) -> ImageSource | None:
-    """The images that a store was made of: where source.json says, or where they are now; None where neither is known.
+def images_of(store: CodeStore, elsewhere: str = "") -> ImageSource | None:
+    """The images that a store was made of, from where source.json says, or from `elsewhere` if they have moved; None where neither is known.
 
     Raises:
         DataError: they are not there, or are other images.
     """
-    if elsewhere is None and not (store.path / ORIGIN_FILE).exists():
+    file = store.path / ORIGIN_FILE
+    origin = read_record(file, Origin, "delete it, and say where the images are") if file.exists() else Origin("")
+    if store.manifest["source"].get("kind") == "built-in digits":
+        origin = Origin(BUILT_IN)
+    if elsewhere:
+        origin = replace(origin, source=elsewhere)
+    if not origin.source:
         return None
-    origin = elsewhere or read_record(store.path / ORIGIN_FILE, Origin, "delete it, and say where the images are")
     source = origin.open(progress=False)
     require_same_images(store, source, origin.source)
     return source

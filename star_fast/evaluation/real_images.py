@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from star_fast.config import DataConfig
 from star_fast.data.codes import CodeStore
-from star_fast.data.origin import require_same_images
-from star_fast.data.sources import BUILT_IN, ImageSource, UnreadableImage, open_source
+from star_fast.data.origin import images_of, require_same_images
+from star_fast.data.sources import DataError, ImageSource, UnreadableImage
 from star_fast.data.views import make_views
 from star_fast.errors import UserError, printable
 from star_fast.evaluation.limits import require_memory
@@ -91,9 +91,9 @@ class RealImages:
 
 
 def open_real_images(store: CodeStore, source: str) -> RealImages | None:
-    """The images behind `store`, from `source` (a name as `star-fast prepare` takes it; empty: the built-in set if the store is made of it).
+    """The images behind `store`, from `source` (a name as `star-fast prepare` takes it; empty: from where the store says that they were found).
 
-    Returns None where no source is given and the store was not made of built-in images.
+    Returns None where no source is given and the store does not say, or they are no longer there; then a line says so.
 
     Raises:
         UserError: other images than the store's; or the store was imported from LlamaGen's codes, of which no images are known.
@@ -102,12 +102,19 @@ def open_real_images(store: CodeStore, source: str) -> RealImages | None:
     if kind == LLAMAGEN_CODES and source:
         raise UserError(f"source: {store.path} was imported from codes as extracted by LlamaGen; which images they were made of, and how these were cut, "
                         "is not recorded, so nothing can be compared with real images: leave --source out")
-    if not source and kind != "built-in digits":
+    try:
+        images = images_of(store, source)
+    except DataError as error:
+        if source:
+            raise
+        log.warning("%s; without --source this report does without real images", printable(str(error)))
+        return None
+    if images is None:
         return None
     if kind == "folder" and "pixels" not in store.manifest:
         log.warning("%s: made by an earlier version, which left pictures unturned that EXIF turns and made 16-bit ones white; if there are any in the source, "
                     "they are not compared as they were encoded. Prepare the codes again to be sure", printable(store.path))
-    return RealImages(store, open_source(source or BUILT_IN))
+    return RealImages(store, images)
 
 
 def why_unknown(store: CodeStore) -> str:

@@ -51,7 +51,7 @@ class ReportConfig:
     run: Path  # the run folder
     weights: Literal["student", "teacher"] = "student"  # which weights of the model
     codes: str = ""  # the code store; empty: the one that the run was trained on
-    source: str = ""  # the real images, as given to `star-fast prepare`; the built-in digits need not be named
+    source: str = ""  # the real images, as given to `star-fast prepare`; empty: from where they were then
     against: str = ""  # another run folder with a report of its own, to compare with
     classes: tuple[str, ...] = ()  # names of the classes sampled; empty: all up to 20, else ten
     samples_per_class: int = 20  # images drawn of each class

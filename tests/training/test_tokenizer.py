@@ -17,7 +17,9 @@ from star_fast.data.sources import DataError, ImageFolder, Sample, split_indices
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.storage import StorageError
-from star_fast.training.tokenizer import measure_tokenizer, move_codes, reconstruct, tokenizer_for, train_tokenizer, train_tokenizer_on
+from star_fast.training.codebook import move_codes
+from star_fast.training.tokenizer import tokenizer_for, train_tokenizer, train_tokenizer_on
+from star_fast.training.tokenizer_report import measure_tokenizer, reconstruct
 from tests.data.pictures import TINY, make_folder, tiny_tokenizer
 
 BLOBS = TokenizerConfig(base_channels=8, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=48, image_channels=1, image_size=8,

@@ -98,8 +98,9 @@ def load_perceptual(backbone: str | Path) -> Perceptual:
         theirs, file, weights = names[ours]
         value = weights.get(theirs)
         if not isinstance(value, Tensor) or value.numel() != target.numel() or not value.is_floating_point() or not value.isfinite().all():
-            raise UserError(f"{file}: expected finite weights {theirs} of {target.numel()} numbers, found "
-                            f"{f'{value.dtype} {tuple(value.shape)}' if isinstance(value, Tensor) else 'none'}; {_GET_BACKBONE if weights is found else _GET_LINEAR}")
+            there = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
+            raise UserError(f"{file}: expected finite weights {theirs} of {target.numel()} numbers, found {there}; "
+                            + (_GET_BACKBONE if weights is found else _GET_LINEAR))
         target.copy_(value.reshape(target.shape))
     return perceptual.eval()
 

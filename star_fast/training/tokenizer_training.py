@@ -120,7 +120,7 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
            save_every_steps: int, progress: bool) -> None:
     """All steps that are still to do; with a folder the state is kept there, and pictures of `shown` are written."""
     tokenizer, generator, config = training.tokenizer, training.generator, job.config
-    codebook, device = tokenizer.quantize.embedding.weight, training.used.device
+    device = training.used.device
     first = load_state(folder, training, job, len(images)) if folder is not None else 0
     pictures = {math.ceil(config.steps * share) for share in _PICTURE_SHARES} - {config.steps} if folder is not None else set()
     forecast = _Forecast(config, first) if progress else None
@@ -136,7 +136,7 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
             target = from_uint8(images[batch].to(device))
             if step == 0 and not job.started_from:  # entries start where the latents are: a codebook far from them would be mostly dead
                 with torch.no_grad():
-                    move_codes(codebook, torch.ones_like(training.used), tokenizer(target).latents, generator)
+                    _move_unused(training, tokenizer(target).latents)
             output, pixels, measured = backward(training, target, perceptual, adversary)
             _require_finite(measured, step, config, folder)  # before the step: nothing that is kept has seen it
             training.optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,8 @@ def test_the_time_that_is_left_is_told_after_a_kill(tmp_path: Path, told: list[s
     assert any(line.startswith("tokenizer: the 20 steps of 40 that are left, of 4 images, about ") for line in told)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(("seconds", "text"),
+                         [(0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert tokenizer_training._duration(seconds) == text
 
@@ -236,13 +237,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tokenizer in a folder of ours, and the same weights in a file as LlamaGen's training writes it."""
     root = tmp_path_factory.mktemp("starts")
     tiny_tokenizer(3).save(root / "folder")
     torch.save({"model": tiny_tokenizer(3).state_dict(), "args": {"vq_model": "VQ-16"}}, root / "released.pt")
     tiny_tokenizer(4).save(root / "other")
-    yield {name: str(root / name) for name in ("folder", "released.pt", "other")}
+    return {name: str(root / name) for name in ("folder", "released.pt", "other")}
 
 
 CHOSEN = replace(TINY, steps=2, images_per_step=4)
@@ -281,7 +282,8 @@ def test_fine_tuning_takes_the_shape_of_the_start() -> None:
         fine_tuning_config(start, defaults, None)
 
 
-def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(tmp_path: Path, folder: Path, starts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(tmp_path: Path, folder: Path, starts: dict[str, str],
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     source, config = ImageFolder(folder), replace(CHOSEN, steps=60)
 
     def tune(out: Path, start: str) -> VQTokenizer:

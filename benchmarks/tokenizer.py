@@ -90,9 +90,9 @@ def measure(config: TokenizerConfig) -> dict[str, object]:
 def table(found: dict[str, dict[str, object]]) -> str:
     """The page that is kept."""
     lines = ["# Own pictures: `star-fast prepare` with a tokenizer trained on them", "",
-             "600 pictures of 64 to 160 pixels (540 to train on, ten crops each; 60 held out), from the files to the codes of all 6000 views. CPU time is that of all",
-             "threads; where others used the machine too, the wall time is theirs as much as ours. Held out: cuts of parts of the photographs that no picture",
-             "to train on shows. New cuts: other pictures of the parts trained on.", "",
+             "600 pictures of 64 to 160 pixels (540 to train on, ten crops each; 60 held out), from the files to the codes of all 6000 views. CPU time is that",
+             "of all threads; where others used the machine too, the wall time is theirs as much as ours. Held out: cuts of parts of the photographs that no",
+             "picture to train on shows. New cuts: other pictures of the parts trained on.", "",
              "| | settings | wall | CPU time | held-out PSNR | SSIM | new cuts, PSNR | codes in use | perplexity |", "|---|---|---|---|---|---|---|---|---|"]
     for name, row in found.items():
         lines.append(f"| {name} | {row['settings']} | {row['wall_s']:.0f} s | {row['cpu_s']:.0f} s | {row['psnr_db']:.2f} dB | {row['ssim']:.3f} | "

@@ -299,10 +299,10 @@ def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(tmp_path: P
 
 
 def test_fine_tuning_and_a_given_tokenizer(tmp_path: Path, folder: Path, starts: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="^fine_tune: .* leave one of the two out"):
+    with pytest.raises(ConfigError, match=r"^fine_tune: .* leave one of the two out"):
         tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, given=starts["folder"], fine_tune=starts["folder"], progress=False)
     tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, given=starts["folder"], progress=False)
-    with pytest.raises(ConfigError, match="^fine_tune: .* holds a tokenizer that was given, not trained"):
+    with pytest.raises(ConfigError, match=r"^fine_tune: .* holds a tokenizer that was given, not trained"):
         tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, fine_tune=starts["folder"], progress=False)
     with pytest.raises(UserError, match=r"nowhere\.pt"):
         tokenizer_for(ImageFolder(folder), tmp_path / "new", CHOSEN, FEW, fine_tune="nowhere.pt", progress=False)

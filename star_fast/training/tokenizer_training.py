@@ -38,7 +38,7 @@ _PICTURE_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # of the steps, when a pict
 _SHOWN = 16  # images in it
 _SETTLE_SHARE = 0.15  # of the steps, at the end: no code is moved any more, so that all of them settle
 _SAVE_EVERY_STEPS = 50  # a kill loses at most so many
-_TIMED_STEPS, _TIMED_S = 4, 15.0  # the whole time is foretold after so many steps, or so long
+_TIMED_STEPS, _TIMED_S = 4, (2.0, 15.0)  # the whole time is foretold after so many steps and so long, or after the longer time anyway
 _MOST_LR = 1e30  # beyond, AdamW's step is no float32
 _MOST_LATENTS = 2**24  # of one step: more torch.multinomial does not draw from
 
@@ -69,18 +69,19 @@ def train_tokenizer(images: Tensor, config: TokenizerConfig, *, seed: int = 0, o
     if held_out is not None and len(held_out):
         _check(held_out, config, "held_out")
     shown, measured_on = (held_out, "held-out images") if held_out is not None and len(held_out) else (images[:1024], "training images")
+    pictured = shown[torch.arange(min(_SHOWN, len(shown))) * len(shown) // min(_SHOWN, len(shown))]  # from all over: sources come class by class
     perceptual = load_perceptual(config.perceptual_weights).to(device) if config.perceptual_weight else None
     training = _begin(config, seed, device, start)
     folder = None if out is None else Path(out)
     job = TrainingJob(seed, sha256_of_bytes(memoryview(images.contiguous().numpy()).cast("B")), recorded(config),
                       "" if start is None else start.weights_hash(), "" if perceptual is None else perceptual.weights_hash())
     with explain_out_of_memory(f"train this tokenizer on {config.images_per_step} images of {config.image_size} pixels a step"):
-        _train(training, images, job, perceptual, folder, shown[:_SHOWN], save_every_steps, progress)
+        _train(training, images, job, perceptual, folder, pictured, save_every_steps, progress)
     tokenizer = training.result.eval()
     if folder is not None:
         with explain_out_of_memory(f"measure this tokenizer on {EVALUATION_IMAGES} images of {config.image_size} pixels at once"):
             report = measure_tokenizer(tokenizer, shown)
-            write_reconstructions(tokenizer, shown[:_SHOWN], folder / PICTURE_FILE)
+            write_reconstructions(tokenizer, pictured, folder / PICTURE_FILE)
         atomic_write_json(folder / REPORT_FILE, {**asdict(report), "measured_on": measured_on, "training_images": len(images), "steps": config.steps,
                                                  "seed": seed, "trained_on": trained_on or {}, "started_from": job.started_from,
                                                  "perceptual_sha256": job.perceptual_sha256})
@@ -192,7 +193,7 @@ class _Forecast:
         if self.done == 1:
             self.since = time.perf_counter()
         elapsed, left = time.perf_counter() - self.since, self.config.steps - self.first
-        if self.since and self.done > 1 and (self.done == 1 + _TIMED_STEPS or elapsed > _TIMED_S):
+        if self.since and self.done > 1 and ((self.done > _TIMED_STEPS and elapsed >= _TIMED_S[0]) or elapsed >= _TIMED_S[1]):
             per_step = elapsed / (self.done - 1)
             steps = f"{left} steps" if not self.first else f"the {left} steps of {self.config.steps} that are left,"
             tqdm.write(f"tokenizer: {steps} of {self.config.images_per_step} images, about {_duration(left * per_step)} ({per_step:.2g} s a step)")

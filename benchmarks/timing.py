@@ -6,6 +6,7 @@ perf_counter with warm caches; CUDA calls by a pair of events, with the L2 cache
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -38,6 +39,13 @@ class Ceilings(NamedTuple):
         """Time that these ceilings allow for so much memory traffic and arithmetic at once."""
         flops_per_s = 1e9 * (self.fp32_gflop_per_s if dtype == torch.float32 else self.bf16_gflop_per_s)
         return 1e3 * max(bytes_moved / (1e9 * max(self.read_gb_per_s, self.copy_gb_per_s)), flops / flops_per_s)
+
+
+class Spent(NamedTuple):
+    """What a process took, its children included."""
+
+    wall_s: float
+    cpu_s: float  # of all its threads: what it would take of one core that others leave alone
 
 
 def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: float = 2.0, repeats: tuple[int, int] = (5, 100)) -> dict[str, Timing]:
@@ -75,6 +83,14 @@ def _cuda_ms(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def process(command: list[str], environment: dict[str, str] | None = None) -> Spent:
+    """Run a command to its end. Raises CalledProcessError where it fails. Its output goes where ours goes."""
+    before, start = os.times(), time.perf_counter()
+    subprocess.run(command, check=True, env=environment)
+    after = os.times()
+    return Spent(time.perf_counter() - start, after.children_user - before.children_user + after.children_system - before.children_system)
 
 
 def ceilings(device: str, quick: bool = False) -> Ceilings:

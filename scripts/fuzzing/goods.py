@@ -26,7 +26,7 @@ from star_fast.generation.sample import SampleConfig, sample_images
 from star_fast.model.llamagen import save_transformer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-from star_fast.training import tokenizer as tokenizer_training
+from star_fast.training import tokenizer_training
 from star_fast.training.tokenizer import tokenizer_for
 from star_fast.training.tokenizer_state import save_state
 

@@ -218,7 +218,8 @@ class VectorQuantizer(nn.Module):
         """Quantize z (B, Z, h, w)."""
         batch, length, height, width = z.shape
         latents_NZ = F.normalize(z.float().permute(0, 2, 3, 1).reshape(-1, length), dim=-1)
-        codes_N = self.nearest(latents_NZ)
+        with torch.autocast(z.device.type, enabled=False):  # rounded products would choose other codes
+            codes_N = self.nearest(latents_NZ)
         chosen_NZ = self.entries()[codes_N]
         codebook_loss = F.mse_loss(chosen_NZ, latents_NZ.detach())
         commitment_loss = F.mse_loss(latents_NZ, chosen_NZ.detach())

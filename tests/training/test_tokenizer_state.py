@@ -17,7 +17,7 @@ import torch
 from star_fast.config import ConfigError, TokenizerConfig
 from star_fast.errors import UserError
 from star_fast.storage import StorageError, sha256_of_bytes
-from star_fast.training.tokenizer import train_tokenizer
+from star_fast.training.tokenizer_training import train_tokenizer
 
 SHORT = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=12, image_channels=1, image_size=8,
                         steps=10, images_per_step=6, lr=4e-3, reseed_every_steps=4)
@@ -110,7 +110,7 @@ def dead(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         with pytest.raises(Killed):
             train(out)
     files = content(out)
-    assert set(files) == {"unfinished.json", "unfinished-0000006.safetensors"}
+    assert set(files) == {"unfinished.json", "unfinished-0000006.safetensors", "reconstructions.png"}
     return files
 
 
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     with pytest.raises(UserError, match=r"the gradient's norm nan at step 5 of 10"):
         train(tmp_path / "later")
-    assert set(content(tmp_path / "later")) == {"unfinished.json", "unfinished-0000003.safetensors"}  # the last good state
+    assert set(content(tmp_path / "later")) == {"unfinished.json", "unfinished-0000003.safetensors", "reconstructions.png"}  # the last good state
     assert all(value.isfinite().all() for value in safetensors.torch.load((tmp_path / "later" / "unfinished-0000003.safetensors").read_bytes()).values())
 
 

@@ -5,8 +5,10 @@ To be made in a process of their own: training leaves a process group behind.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ def make(root: Path) -> None:
     assert done == 0
     _samples()
     _released(tokenizer, store.codebook)
+    _sources()
     Path("few/one").mkdir(parents=True)
     for index in range(2):
         shutil.copy(f"images/ash/{index}.png", f"few/one/{index}.png")
@@ -144,8 +147,29 @@ def _released(tokenizer: VQTokenizer, codebook: int) -> None:
     torch.save({"model": tokenizer.state_dict()}, "released/tokenizer.pt")
     shutil.copy("store/tokenizer/tokenizer.safetensors", "released/tokenizer.safetensors")
     random = np.random.default_rng(0)
-    for folder, shape in (("llamagen/imagenet8_codes", (1, 2, 16)), ("llamagen/imagenet8_labels", (1,))):
+    for folder, shape in (("llamagen/imagenet8_codes", (1, 2, 16)), ("llamagen/imagenet8_labels", (1,)), ("llamagen_105/imagenet8_codes", (1, 2, 16))):
         Path(folder).mkdir(parents=True)
         for index in range(4):
             np.save(f"{folder}/{index}.npy", random.integers(0, 3, shape))
+    shutil.copytree("llamagen/imagenet8_labels", "llamagen_105/imagenet8_labels")
+
+
+def _sources() -> None:
+    """Images with a list of labels, images in a tar file, and names for the classes."""
+    for folder in ("listed", "shards", "names"):
+        Path(folder).mkdir()
+    with tarfile.open("shards/a.tar", "w") as tar, open("listed/labels.csv", "w") as table:
+        table.write("file,label,size\n")
+        for label, name in enumerate(CLASSES):
+            for index in range(3):
+                picture, key = f"images/{name}/{index}.png", f"{name}-{index}"
+                shutil.copy(picture, f"listed/{key}.png")
+                table.write(f"{key}.png,{name},{index}\n")
+                tar.add(picture, f"{key}.png")
+                ending, content = (("cls", b"%d" % label), ("json", b'{"label": "%s"}' % name.encode()), ("txt", name.encode()))[index]
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    Path("names/mapping.txt").write_text("".join(f"{name} the {name}, once more\n" for name in CLASSES))
+    Path("names/list.txt").write_text("".join(f"class of {name}\n" for name in CLASSES))
 

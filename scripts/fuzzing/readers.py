@@ -17,16 +17,18 @@ from scripts.fuzzing import goods
 from scripts.fuzzing.trial import Case
 from star_fast.config import DataConfig
 from star_fast.config_file import read_config
+from star_fast.data.class_names import renamed_classes
 from star_fast.data.codes import CodeStore
 from star_fast.data.llamagen_codes import import_llamagen_codes
 from star_fast.data.prepare import collect_views, prepare, skipped_report
-from star_fast.data.sources import ImageFolder
+from star_fast.data.sources import ImageFolder, ImageSource, open_source
 from star_fast.errors import UserError, printable
 from star_fast.evaluation import plots, report_comparison
 from star_fast.evaluation.classifier import Classifier
 from star_fast.evaluation.runs import open_run, read_metrics
 from star_fast.generation.sample import sample_images
 from star_fast.locks import only_writer
+from star_fast.model.class_names import read_class_names
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
@@ -151,6 +153,26 @@ def llamagen_codes(place: Path, case: Case) -> None:
     import_llamagen_codes("llamagen", "llamagen/store", goods.HASH, codebook=16, image_size=8, progress=False)
 
 
+def llamagen_siblings(place: Path, case: Case) -> None:
+    """import_llamagen_codes with a second crop range"""
+    import_llamagen_codes("llamagen", "llamagen/store", goods.HASH, sibling="llamagen_105", codebook=16, image_size=8, progress=False)
+
+
+def labelled_folder(place: Path, case: Case) -> None:
+    """LabelledFolder"""
+    _look_at(open_source("listed", labels=case.file))
+
+
+def tar_shards(place: Path, case: Case) -> None:
+    """TarShards and its images"""
+    _look_at(open_source("shards", progress=False))
+
+
+def class_names(place: Path, case: Case) -> None:
+    """read_class_names, renamed_classes"""
+    print(printable(read_class_names(case.file)[:20]), printable(renamed_classes(goods.CLASSES, case.file)))
+
+
 def resume(place: Path, case: Case) -> None:
     """checkpoint.latest and load (--resume)"""
     newest = checkpoint.latest(Path("run"))
@@ -182,6 +204,11 @@ def engine() -> tuple[Engine, CodeStore]:
     rank, ranks, device = start_ranks()
     batches = Batches(opened, settings, rank, ranks)
     return Engine(settings, build_student(settings), device, batches.micro_images, batches.accumulation), opened
+
+
+def _look_at(source: ImageSource) -> None:
+    print(printable((source.class_names[:20], list(source.files)[:20], source.skipped[:20], source.description())))
+    collect_views(source, range(len(source))[:20], goods.DATA, goods.TOKENIZER, progress=False)
 
 
 @functools.cache

@@ -9,19 +9,20 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from scripts.fuzzing import bytes_damage, checksums, command_lines, images, readers, tensor_damage, text_damage, zip_damage
+from scripts.fuzzing import bytes_damage, checksums, command_lines, images, readers, tar_damage, tensor_damage, text_damage, zip_damage
 from scripts.fuzzing.checksums import Fit
 from scripts.fuzzing.trial import HOLES, IRREGULAR, Case, Subject
 
 Damage = Callable[[Random, bytes, bytes], tuple[str, bytes]]
 _IRREGULAR_SHARE, _EMPTY_SHARE = 0.04, 0.01
 _KNOWING_SHARE, _KNOWING_OF_CONTAINERS = 0.6, 0.8  # of the rest: damage that knows the format; most other damage to a container ends at its first check
-_CONTAINERS = (".pt", ".npz", ".safetensors")
+_CONTAINERS = (".pt", ".npz", ".safetensors", ".tar")
 _FITTING_SHARE = 0.7  # of files with checksums: these are made to fit
 
 _DAMAGE: dict[str, Damage] = {
     ".json": text_damage.damaged_json, ".lock": text_damage.damaged_json, ".jsonl": text_damage.damaged_lines, ".yaml": text_damage.damaged_yaml,
     ".safetensors": tensor_damage.damaged_safetensors, ".pt": tensor_damage.damaged_torch, ".npy": zip_damage.damaged_npy, ".npz": zip_damage.damaged_npz,
+    ".csv": text_damage.damaged_table, ".txt": text_damage.damaged_table, ".tar": tar_damage.damaged_tar,
     ".bin": bytes_damage.damaged, ".journal": bytes_damage.damaged}
 
 
@@ -84,6 +85,12 @@ ROWS = (
     Row("LlamaGen codes, first .npy", "llamagen/imagenet8_codes/0.npy", readers.llamagen_codes, 0.6, "llamagen"),
     Row("LlamaGen codes, other .npy", "llamagen/imagenet8_codes/1.npy", readers.llamagen_codes, 1, "llamagen"),
     Row("LlamaGen labels .npy", "llamagen/imagenet8_labels/2.npy", readers.llamagen_codes, 0.6, "llamagen"),
+    Row("LlamaGen sibling's codes .npy", "llamagen_105/imagenet8_codes/1.npy", readers.llamagen_siblings, 0.6, "llamagen"),
+    Row("LlamaGen sibling's labels .npy", "llamagen_105/imagenet8_labels/2.npy", readers.llamagen_siblings, 0.4, "llamagen"),
+    Row("list of labels .csv", "listed/labels.csv", readers.labelled_folder, 4),
+    Row("tar shard", "shards/a.tar", readers.tar_shards, 4),
+    Row("class names, lines with ids", "names/mapping.txt", readers.class_names, 2),
+    Row("class names, one a line", "names/list.txt", readers.class_names, 1.5),
 )
 
 _ODD_NAMES = ("a", "bär", "猫", "\udcff\udc80", "a\nb", "a\r\nb", "\x1b[31mred", "\x1b]0;t\x07", "\u202eabc", "\x7f", "\u2028", "-x", "--help", " ",

@@ -72,6 +72,33 @@ def damaged_lines(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
     return f"line {index}: {way}", random.choice((b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\x0c", "\u2028".encode())).join(lines)
 
 
+def damaged_table(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
+    """Lines of fields with one to three fields or separators changed, or lines doubled, dropped or moved."""
+    text, changes = data.decode("utf-8", "replace"), []
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        lines = text.split("\n")
+        index = random.randrange(len(lines))
+        way = random.choice(("field", "field", "field", "separator", "double", "drop", "move", "many", "blank", "quote"))
+        pieces = re.split(r"([,;\t ])", lines[index])
+        if way == "field":
+            pieces[random.choice(range(0, len(pieces), 2))] = str(random.choice(VALUES))[:5000]
+            lines[index] = "".join(pieces)
+        elif way == "separator":
+            mark = random.choice((",", ";", "\t", " ", ",,", "|", "\0", ", ", ""))
+            of_all = random.random() < 0.5
+            lines = [mark.join(re.split(r"[,;\t ]", line)) if of_all or place == index else line for place, line in enumerate(lines)]
+        elif way == "quote":
+            lines[index] = random.choice(('"', '"a"b', '""', "'")) + lines[index]
+        elif way == "move":
+            random.shuffle(lines)
+        else:
+            line = lines.pop(index)
+            lines[index:index] = {"double": [line, line], "blank": ["", line, "  "], "many": [line] * 2000}.get(way, [])
+        text = random.choice(("\n", "\n", "\n", "\r\n", "\r", "\u2028")).join(lines)
+        changes.append(f"line {index}: {way}")
+    return ", ".join(changes), text.encode(random.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16")), "surrogatepass")
+
+
 def damaged_yaml(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     """YAML with one to three values or keys changed, or an odd line put in."""
     if random.random() < 0.15:

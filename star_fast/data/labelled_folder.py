@@ -20,6 +20,7 @@ FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "file_path", "path"
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "target", "category", "wnid", "synset", "predictionstring")
 _HINT = f"expected a text file with a file name and a label in each line, or columns headed {FILE_COLUMNS[0]} and {LABEL_COLUMNS[0]}"
 _MOST_BYTES = 2**27  # of a list of labels: ten million images
+_MOST_USELESS = 1000  # rows that are listed one by one: a list may be that of a whole data set, the folder a part of it
 _MOST_LABEL = 1000  # letters
 _BOXES = "predictionstring"  # Kaggle's ImageNet lists: the class and its boxes, "n01440764 10 20 30 40", perhaps several times over
 
@@ -35,7 +36,8 @@ class LabelledFolder:
 
     The list has columns headed as in FILE_COLUMNS and LABEL_COLUMNS, or two columns without a heading; separated by comma, semicolon, tab or space. Files are
     named relative to the folder, with or without their suffix. Labels are class names or whole numbers. What one of the two has and the other has not is in
-    `skipped`, and so is a row that says again what another said.
+    `skipped`, and so is a row that says again what another said; of
+    such rows the first thousand one by one.
 
     Args:
         labels: the list's path, or its name in the folder.
@@ -56,33 +58,34 @@ class LabelledFolder:
             stem = os.path.splitext(key)[0]
             by_stem[stem] = None if stem in by_stem else key
         found: dict[str, _Row] = {}
-        absent = []
+        useless: list[dict[str, str]] = []
+        more = 0
         for row in read_rows(self.list):
             name = os.path.normpath(row.file)
             key = name if name in sizes else by_stem.get(name)
-            if key is None:
-                absent.append(row)
-            elif key not in found:
+            if key is not None and key not in found:
                 found[key] = row
-            elif found[key].label == row.label:
-                self._skip(row, f"names {key} again, with the same label")
-            else:
+                continue
+            if key is not None and found[key].label != row.label:
                 raise DataError(f"{self.list}: {key} is of class {found[key].label!r} in line {found[key].line} and of class {row.label!r} in line {row.line}; "
                                 "expected one class for each image")
+            reason = f"there is no image {row.file}" if key is None else f"names {key} again, with the same label"
+            if len(useless) < _MOST_USELESS:
+                useless.append({"key": f"{self.list.name}, line {row.line}", "reason": reason})
+            else:
+                more += 1
         if not found:
-            first = f"the first, line {absent[0].line}, names {absent[0].file!r}, the folder holds {min(sizes)!r}" if absent else "it has no rows"
+            first = f"{useless[0]['key']}: {useless[0]['reason']}, the folder holds {min(sizes)}" if useless else "it has no rows"
             raise DataError(f"{self.list}: none of its rows names an image in {self.folder} ({first}); {_HINT}")
-        for row in absent:
-            self._skip(row, f"there is no image {row.file}")
+        if more:
+            useless.append({"key": self.list.name, "reason": f"{more} more rows name no image here, or one that another row named"})
         self.files = sorted(found)
+        self.skipped += useless
         self.skipped += [{"key": key, "reason": f"has no row in {self.list.name}"} for key in sorted(sizes) if key not in found]
         self._sizes = [sizes[key] for key in self.files]
         places: dict[str, int] = {}
         numbers = [places.setdefault(found[key].label, len(places)) for key in self.files]
         self.class_names, self.labels = ordered_classes(list(places), numbers)
-
-    def _skip(self, row: _Row, reason: str) -> None:
-        self.skipped.append({"key": f"{self.list.name}, line {row.line}", "reason": reason})
 
     def __len__(self) -> int:
         return len(self.files)

@@ -64,6 +64,13 @@ def test_what_one_side_lacks_is_listed(folder: Path) -> None:
         "labels.csv, line 7": "there is no image /etc/x.png", "b.png": "has no row in labels.csv", "sub/c d.png": "has no row in labels.csv"}
 
 
+def test_a_list_of_much_more_than_the_folder_holds(folder: Path) -> None:
+    source = open_with(folder, "a.png,elm\nb.png,elm\nsub/c d.png,oak\n" + "".join(f"n{i}.png,ash\n" for i in range(5000)))
+    assert source.class_names == ("elm", "oak") and len(source) == 3
+    assert len(source.skipped) == 1001 and source.skipped[-1] == {
+        "key": "labels.csv", "reason": "4000 more rows name no image here, or one that another row named"}
+
+
 def test_the_hash_changes_with_images_and_labels(folder: Path) -> None:
     first = open_with(folder, "a.png,1\nb.png,2\n").description()
     assert open_with(folder, "b.png,2\na.png,1\n").description() == first and first["images"] == 2
@@ -75,7 +82,7 @@ def test_the_hash_changes_with_images_and_labels(folder: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("a.png,elm\nb.png,oak\na.png,oak\n", r"a\.png is of class 'elm' in line 1 and of class 'oak' in line 3"),
     ("a.png,elm\na,oak\n", "is of class 'elm' in line 1"),
-    ("x.png,elm\ny.png,oak\n", r"none of its rows names an image in .*the first, line 1, names 'x\.png'"),
+    ("x.png,elm\ny.png,oak\n", r"none of its rows names an image in .*line 1: there is no image x\.png, the folder holds a\.png"),
     ("", "it has no rows"), ("a.png\nb.png\n", "line 1: expected a file name and a label|expected two columns"),
     ("a.png,elm\nb.png,\n", "line 2: expected a file name and a label, got 'b.png,'"),
     ("a.png,1,2\n", "expected two columns, or a heading .* got 3 columns"),

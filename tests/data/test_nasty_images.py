@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from star_fast.config import DataConfig
+from star_fast.data.decoding import decode_image
 from star_fast.data.prepare import prepare
 from star_fast.data.sources import ImageFolder
 from star_fast.data.views import make_views
@@ -57,7 +58,10 @@ def test_the_good_ones_have_the_right_colours_in_the_right_places(nasty: tuple[P
     for one in made:
         if not one.quarters:
             continue
-        image = source[source.files.index(f"all/{one.name}")].image
+        place = source.files.index(f"all/{one.name}")
+        image = source[place].image
+        again = decode_image(source.encoded(place))  # decoders that are given bytes must see the same
+        assert (again.mode, again.size, again.convert("RGB").tobytes()) == (image.mode, image.size, image.convert("RGB").tobytes()), one.name
         if one.name not in ("one pixel.png", "20000 x 10.png"):
             assert image.size == (WIDTH, HEIGHT), one.name
         view = make_views(image, 0, DATA, 16, 3, only=0).transpose(1, 2, 0)

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from star_fast import __version__
-from star_fast.config import ConfigError, DataConfig, RunConfig, TokenizerConfig
+from star_fast.config import RunConfig
 from star_fast.config_file import base_config, given, parse
 from star_fast.errors import printable
 from star_fast.guard import guarded
-from star_fast.presets import FOLDER_TOKENIZER, PRESETS, plain, preset
-from star_fast.records import require
+from star_fast.presets import PRESETS, plain
 from star_fast.waiting import bound_spinning
-
-
-@dataclass(frozen=True)
-class PrepareCommand:
-    """Turn images into a code store: views, tokenizer (trained on the images when none is given), codes."""
-
-    source: tyro.conf.Positional[str]  # "digits" (built in), or a folder of images in class subfolders
-    out: str = ""  # the code store's folder; empty: data/NAME
-    tokenizer: str = ""  # a tokenizer folder of ours or LlamaGen's vq_ds16_c2i.pt; empty: train one
-    data: DataConfig = field(default_factory=DataConfig)
-    train_tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="new-tokenizer")] = field(default_factory=TokenizerConfig)
-    seed: int = 0  # of views and of the tokenizer's training
-    device: str = "cpu"  # to encode and train on
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -52,50 +32,6 @@ class PlanCommand:
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
     plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
     json: str = ""  # also write the plan to this file
-
-
-def prepare(arguments: list[str]) -> None:
-    """star-fast prepare SOURCE ..."""
-    from star_fast.data.prepare import prepare as write_store
-    from star_fast.data.prepare import skipped_report, writing
-    from star_fast.data.sources import BUILT_IN, open_source
-    from star_fast.generation.device import pick_device
-    from star_fast.training.tokenizer import tokenizer_for
-
-    tiny = preset("tiny")
-    # "digits" is the source unless it is an option's value: --out digits.
-    built_in = any(word == BUILT_IN and ("=" in before or not before.startswith("--")) for before, word in zip(["", *arguments], arguments, strict=False))
-    defaults = {"data": tiny.data, "train_tokenizer": tiny.tokenizer} if built_in else {"train_tokenizer": FOLDER_TOKENIZER}
-    try:
-        command = parse(PrepareCommand, arguments, "star-fast prepare", PrepareCommand.__doc__ or "", source=tyro.MISSING, **defaults)
-        asked = command.train_tokenizer != defaults["train_tokenizer"]
-        if command.tokenizer and asked:
-            raise ConfigError("--new-tokenizer: has no effect with --tokenizer, which gives one; leave one of the two out")
-        device = pick_device(command.device)
-        source = open_source(command.source)
-        name = Path(command.source).name
-        out = Path(command.out or Path("data") / (name if name not in ("", "..") else Path(command.source).resolve().name))
-        with writing(out), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is listed at the end
-            tokenizer = tokenizer_for(source, out, command.train_tokenizer, command.data, given=command.tokenizer, asked=asked, seed=command.seed,
-                                      device=device)
-            store = write_store(source, out, tokenizer.to(device), command.data, seed=command.seed)
-    except ConfigError as error:
-        raise ConfigError(_as_typed(str(error))) from error
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"{f'{interrupt}; ' if str(interrupt) else ''}the same command goes on where it stopped") from interrupt
-    if skipped := skipped_report(store):
-        print(skipped, file=sys.stderr)
-    left_out = f", {count} skipped" if (count := len(store.manifest["skipped"])) else ""
-    print(printable(f"{out}: codes of {len(store)} images x {len(store.views)} views, {store.positions} a view, {len(store.class_names)} classes, "
-                    f"{len(store.held_out_indices)} images held out{left_out}"))
-
-
-def _as_typed(message: str) -> str:
-    """A message about a setting of `star-fast prepare`, under the name of its option."""
-    sections = {"tokenizer": "--new-tokenizer", "data": "--data"}
-    message = re.sub(r"^(tokenizer|data)\.(\w+)", lambda found: f"{sections[found[1]]}.{found[2].replace('_', '-')}", message)
-    return re.sub(r"^(tokenizer|seed|device):", r"--\1:", message)
 
 
 def plan(arguments: list[str]) -> None:
@@ -142,7 +78,11 @@ def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
     from star_fast.evaluation.probe import ProbeConfig, run_probe
 
-    run_probe(parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or ""))
+    config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
+    result = run_probe(config)
+    accuracies = " ".join(f"{100 * share:.1f}" for share in result.held_out)
+    print(printable(f"{config.run}: top-1 after block {result.depth} at positions {' '.join(map(str, result.positions))}: {accuracies} % of "
+                    f"{result.held_out_images} {result.judged_on}, learnt from {result.train_images}; probe.json, probe.png"))
 
 
 def report(arguments: list[str]) -> None:
@@ -168,8 +108,23 @@ def presets(arguments: list[str]) -> None:
               f"step, lr {row.config.lr:g}, ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}{own}\n       {row.command}")
 
 
+def prepare(arguments: list[str]) -> None:
+    """star-fast prepare SOURCE ..."""
+    from star_fast.data_commands import prepare as run
+
+    run(arguments)
+
+
+def data(arguments: list[str]) -> None:
+    """star-fast data info|verify|show|import|export ..."""
+    from star_fast.data_commands import data as run
+
+    run(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
+    "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
     "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "doctor": set(),
     "waiting": set(),
 }
-ENTRANCES = {"cli", "train", "demo"}  # may import everything; nobody imports them
+ENTRANCES = {"cli", "data_commands", "train", "demo"}  # may import everything; nobody imports them
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
 PACKAGES = set(sys.stdlib_module_names) | {
     "triton", "torch", "numpy", "kernels", "datasets", "tokenizers", "deepspeed", "apex", "flash_attn", "nvidia", "tyro", "tqdm", "rich", "yaml",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +32,20 @@ from star_fast.data.manifest import (
     SKIPPED_FILE,
     read_manifest,
 )
-from star_fast.data.sources import DataError
+from star_fast.data.sources import DataError, split_indices
 from star_fast.data.views import plain_view
 from star_fast.storage import StorageError, parse_json, read_bytes, require_regular, sha256_of_bytes, sha256_of_file
 
+_JUDGING_SHARE = 0.1  # of the training images, where none are held out
 _VERIFIED_BYTES = 2**24  # of codes.bin, looked at at once
+
+
+class Judging(NamedTuple):
+    """Which rows a probe or a classifier learns from, and which it is judged on."""
+
+    learn: Tensor  # (N,) int64
+    judge: Tensor  # (N',) int64
+    judged_on: str  # what `judge` are, for people
 
 
 class CodeStore:
@@ -106,6 +115,19 @@ class CodeStore:
             if values.size and not 0 <= values.min() <= values.max() < size:
                 raise DataError(f"codes: {name} must lie in 0 ... {size - 1}, got {values.min()} ... {values.max()}")
         return torch.from_numpy(self._codes[rows[:, None], columns].astype(np.int64))
+
+    def judging(self) -> Judging:
+        """The split for probes and classifiers: the held-out images judge; where there are none, a tenth of the training images, which the model has seen.
+
+        Raises:
+            DataError: too few images for a tenth of them to be one.
+        """
+        if len(self.held_out_indices):
+            return Judging(self.train_indices, self.held_out_indices, "held-out images")
+        learn, judge = (torch.from_numpy(part) for part in split_indices(self.labels.numpy(), _JUDGING_SHARE))
+        if not len(judge):
+            raise DataError(f"{self.path}: holds no images out and has only one of each class, so nothing can be judged; prepare more images")
+        return Judging(learn, judge, "training images that the model has seen, since none are held out")
 
     def class_index(self, name: str) -> int:
         """The label of a class name. Raises DataError, listing what exists, for one that does not."""

@@ -74,6 +74,7 @@ class ProbeResult:
     held_out_images: int
     train_images: int
     chance: float  # share of the commonest class among the held-out images
+    judged_on: str = "held-out images"  # what `held_out` are; where none are held out, others
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, the standard error of each accuracy included."""
@@ -162,14 +163,13 @@ def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_
 
 
 def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> ProbeResult:
-    """Extract features of both splits once, train the probes on the training split, judge them on the held-out one.
+    """Extract features of both splits once, train the probes on one, judge them on the other (see CodeStore.judging).
 
     Raises:
-        UserError: nothing is held out, or the model's sizes are not the store's.
+        UserError: too few images to judge it, or the model's sizes are not the store's.
     """
-    held, train = store.held_out_indices, spread(store.train_indices, config.max_train_images)
-    if not len(held):
-        raise UserError("probe: the code store holds no images out; prepare it again with a held-out share above 0")
+    learn, held, judged_on = store.judging()
+    train = spread(learn, config.max_train_images)
     if not 1 <= depth <= model.config.blocks:
         raise UserError(f"{option('depth')}: expected a block number 1 ... {model.config.blocks}, got {depth}")
     plain = store.plain_view
@@ -186,7 +186,7 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
     correct_held = (predicted[:, : len(held)] == labels[held]).double().mean(1)
     correct_train = (predicted[:, len(held) :] == labels[train]).double().mean(1)
     chance = torch.bincount(labels[held]).max().item() / len(held)
-    return ProbeResult(positions, correct_held.tolist(), correct_train.tolist(), depth, len(held), len(train), chance)
+    return ProbeResult(positions, correct_held.tolist(), correct_train.tolist(), depth, len(held), len(train), chance, judged_on)
 
 
 def run_probe(config: ProbeConfig) -> ProbeResult:

@@ -125,8 +125,7 @@ def _gather(config: ReportConfig, run: Run, device: torch.device, other: Figures
     store = run.store
     if run.model.tokenizer_folder is None:
         raise UserError(f"{run.folder}/model: holds no tokenizer, samples cannot become images; train again from a code store with its tokenizer")
-    if not len(store.held_out_indices):
-        raise UserError(f"{store.path}: holds no images out, nothing can be judged; prepare it again with a held-out share above 0")
+    judging = store.judging()
     if store.positions < 4:
         raise UserError(f"{store.path}: expected images of at least 4 codes, got {store.positions}; there is no attention to show between fewer")
     classes = find_classes(config.classes, store.class_names) if config.classes else _default_classes(len(store.class_names))
@@ -141,7 +140,7 @@ def _gather(config: ReportConfig, run: Run, device: torch.device, other: Figures
     most = MOST_SAMPLE_BYTES // (made.image_channels * made.image_size**2)
     require(images <= most, option("samples_per_class"), config.samples_per_class,
             f"at most {max(most // len(classes), 1):,} images of {made.image_size} x {made.image_size} pixels of each of {len(classes)} classes")
-    return Material(run, config, training, validation, device, classes, spread(store.held_out_indices, MOST_HELD_OUT), tokenizer,
+    return Material(run, config, training, validation, device, classes, spread(judging.judge, MOST_HELD_OUT), tokenizer,
                     open_real_images(store, config.source), against=other)
 
 
@@ -213,7 +212,7 @@ def _classify(material: Material) -> None:
 def _classifier(material: Material, source: RealImages) -> Classifier:
     """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
     folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
-    rows = spread(store.train_indices, config.max_images)
+    rows = spread(store.judging().learn, config.max_images)
     data = {"source": store.manifest["source"], "views": store.manifest["view_settings"], "image_size": store.image_size,
             "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
     if (folder / RECORD_FILE).exists():
@@ -225,7 +224,7 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
             fits = (found.record.num_classes, found.record.image_channels) == (len(store.class_names), source.channels)
             if fits and found.record.data == data and found.record.config == config:
                 return found
-    photographs = "mirrored centre" in store.views
+    photographs = any(view.startswith("mirrored") for view in store.views)
     classifier = train_classifier(source.read(rows, "training images"), store.labels[rows], len(store.class_names), config, mirror=photographs,
                                   device=material.device)
     classifier.record = dataclasses.replace(classifier.record, data=data)
@@ -244,7 +243,7 @@ def _probe(material: Material) -> None:
 
 def _attend(material: Material) -> None:
     run, config, model = material.run, material.config, material.run.model.transformer.to(material.device).eval()
-    rows = spread(run.store.held_out_indices, ATTENTION_AVERAGE_IMAGES)
+    rows = spread(run.store.judging().judge, ATTENTION_AVERAGE_IMAGES)
     labels = run.store.labels[rows].to(material.device)
     mean = attention_maps.mean_attention(model, codes_of(run.store, rows, run.store.plain_view).to(material.device), labels)
     material.figures["attention"] = {"images": len(rows), **dataclasses.asdict(attention_maps.attention_shares(mean))}
@@ -269,7 +268,8 @@ def _trained(material: Material) -> dict[str, Any]:
             "last_val_ar": material.validation[-1]["val_ar"] if material.validation else None,
             "parameters": sum(parameter.numel() for parameter in run.model.transformer.parameters()), "weights": material.config.weights,
             "weights_sha256": run.model.weights_sha256, "tokenizer_sha256": run.store.tokenizer_hash, "train_images": len(run.store.train_indices),
-            "held_out_images": len(run.store.held_out_indices), "views": len(run.store.views), "source": run.store.manifest["source"],
+            "held_out_images": len(run.store.held_out_indices), "judged_on": run.store.judging().judged_on, "views": len(run.store.views),
+            "source": run.store.manifest["source"],
             "environment": record.environment, "config": to_dict(run.config)}
 
 

@@ -94,6 +94,9 @@ def _training(material: Material) -> Section:
     rows += [(key.replace("_", " ").capitalize(), value) for key, value in (trained["environment"] or {}).items()]
     settings = [(f"{part}.{name}", value) for part, values in trained["config"].items() for name, value in values.items()]
     section = Section("training", "What was trained")
+    if not trained["held_out_images"]:
+        section.add(page.text(f"No image was held out. What this page calls held-out are {trained['judged_on']}: a tenth of them, which the classifier and the "
+                              "linear probe did not learn from.", "note"))
     section.add(page.table(("", ""), rows, css_class="values"),
                 page.folded("Every setting", page.table(("setting", "value"), settings, css_class="values")))
     return section

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,6 +336,16 @@ class VQTokenizer(nn.Module):
         if tokenizer.weights_hash() != about.weights_sha256:
             raise StorageError(f"{file}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")
         return tokenizer
+
+
+def at_size(tokenizer: VQTokenizer, image_size: int) -> VQTokenizer:
+    """The same tokenizer for images of `image_size` pixels a side, which its weights fit as well; 0: as it is. Raises ConfigError for a size that cannot be."""
+    if image_size:
+        try:
+            tokenizer.config = replace(tokenizer.config, image_size=image_size)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("tokenizer.image_size", "image_size")) from error
+    return tokenizer
 
 
 @dataclass(frozen=True)

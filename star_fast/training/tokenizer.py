@@ -20,7 +20,7 @@ from star_fast.data.sources import DataError, ImageSource, split_of
 from star_fast.data.views import view_names, view_settings
 from star_fast.errors import UserError, printable
 from star_fast.model.llamagen import load_tokenizer
-from star_fast.model.tokenizer import CONFIG_FILE, VQTokenizer
+from star_fast.model.tokenizer import CONFIG_FILE, VQTokenizer, at_size
 from star_fast.storage import StorageError, read_record, remove_leftovers
 from star_fast.training.tokenizer_report import TrainingRecord
 from star_fast.training.tokenizer_state import RECORD_FILE, recorded, remove_state, require_same_seed, require_same_settings, require_same_start
@@ -46,7 +46,8 @@ def train_tokenizer_on(source: ImageSource, config: TokenizerConfig, data: DataC
 
 
 def tokenizer_for(source: ImageSource, out: str | Path, config: TokenizerConfig, data: DataConfig, *, given: str = "", asked: bool = True, seed: int = 0,
-                  device: str | torch.device = "cpu", progress: bool = True, fine_tune: str = "", defaults: TokenizerConfig | None = None) -> VQTokenizer:
+                  device: str | torch.device = "cpu", progress: bool = True, fine_tune: str = "", defaults: TokenizerConfig | None = None,
+                  image_size: int = 0) -> VQTokenizer:
     """The tokenizer that the code store in folder `out` is to be made with, on the CPU or `device`; it is kept in `out`/tokenizer.
 
     Args:
@@ -55,6 +56,7 @@ def tokenizer_for(source: ImageSource, out: str | Path, config: TokenizerConfig,
         fine_tune: the file (LlamaGen's VQ-16) or folder (ours) of a tokenizer to train from, instead of random weights. Its shape is kept.
         defaults: what `config` was before somebody chose among its settings; with fine_tune, settings that equal it are taken from that tokenizer
             (fine_tuning_config). None: all of `config` is meant.
+        image_size: pixels a side of the views that the one `given` is to encode; 0: as its file or folder says.
 
     Raises:
         ConfigError: the tokenizer kept there, or the one that the codes there were made with, has other settings or another seed, or is another than the one
@@ -69,7 +71,7 @@ def tokenizer_for(source: ImageSource, out: str | Path, config: TokenizerConfig,
     if given and fine_tune:
         raise ConfigError(f"fine_tune: {fine_tune} is to be trained, and {given} is given to be used as it is; leave one of the two out")
     if given:
-        return _keep(load_tokenizer(given), given, kept, made_by, hint)
+        return _keep(at_size(load_tokenizer(given), image_size), given, kept, made_by, hint)
     start = load_tokenizer(fine_tune).float() if fine_tune else None
     if start is not None:
         config = fine_tuning_config(start, config, defaults)

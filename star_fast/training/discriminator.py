@@ -1,6 +1,7 @@
 """The patch discriminator (PatchGAN, Isola et al. 2017) that makes a tokenizer's reconstructions look sharp, with the hinge loss of VQGAN and LlamaGen.
 
-It judges overlapping patches of 70 x 70 pixels: three halvings, then two 4x4 convolutions.
+It judges overlapping patches of 70 x 70 pixels: three halvings, then two 4x4 convolutions. Of images under 24 pixels they leave nothing to judge, which
+config.py refuses.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_SIZE = 24  # pixels a side: what is left of smaller images after three halvings and two valid steps is nothing
 _WIDTHS = (64, 128, 256, 512)
 _MOST_ADAPTIVE = 1e4  # (VQGAN)
 

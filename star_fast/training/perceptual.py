@@ -1,6 +1,7 @@
 """LPIPS, the perceptual distance of Zhang et al. 2018 (v0.1, VGG16): how far apart two images are in the features of a network trained on ImageNet.
 
-Two sets of weights, neither of them ever downloaded: VGG16's from a file that is given, the five small linear layers from the installed package `lpips`.
+Images have at least 16 pixels a side, for four halvings (config.py). Two sets of weights, neither of them ever downloaded: VGG16's from a file that is given,
+the five small linear layers from the installed package `lpips`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from star_fast.config import ConfigError
 from star_fast.errors import UserError
 from star_fast.storage import require_regular
 
-LEAST_SIZE = 16  # pixels a side: four halvings
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's convolutions between its halvings
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for images in [-1, 1] (lpips)
 _LINEAR_FILE = "weights/v0.1/vgg.pth"  # within the package lpips

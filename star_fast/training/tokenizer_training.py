@@ -121,7 +121,7 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
            save_every_steps: int, progress: bool) -> None:
     """All steps that are still to do; with a folder the state is kept there, and pictures of `shown` are written."""
     tokenizer, generator, config = training.tokenizer, training.generator, job.config
-    device = training.used.device
+    device, announced = training.used.device, not progress
     first = load_state(folder, training, job, len(images)) if folder is not None else 0
     pictures = {math.ceil(config.steps * share) for share in _PICTURE_SHARES} - {config.steps} if folder is not None else set()
     forecast = _Forecast(config, first) if progress else None
@@ -154,7 +154,8 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
                 bar.set_postfix(pixels=f"{pixels.item():.4f}", codes=f"{count}/{config.codebook}")
                 training.used.zero_()
             if interrupted or (step + 1) % save_every_steps == 0 or step + 1 == config.steps:
-                _require_finite(torch.stack([parameter.abs().amax() for parameter in tokenizer.parameters()]), step, config, folder)
+                weights = [parameter for _, module, _, _ in training.learners(step + 1) for parameter in module.parameters()]
+                _require_finite(torch.stack([parameter.abs().amax() for parameter in weights]), step, config, folder)
                 if folder is not None:
                     save_state(folder, training, step + 1, job)
             if interrupted:
@@ -163,8 +164,9 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
                 forecast.tick()
             if step + 1 in pictures:
                 write_reconstructions(training.result, shown, folder / PICTURE_FILE)
-                if progress and step + 1 == min(pictures):
+                if not announced:
                     tqdm.write(f"tokenizer: images above their reconstructions, renewed on the way: {printable(folder / PICTURE_FILE)}")
+                announced = True
 
 
 def _lr(config: TokenizerConfig, step: int) -> float:
@@ -196,7 +198,9 @@ class _Forecast:
         if self.since and self.done > 1 and ((self.done > _TIMED_STEPS and elapsed >= _TIMED_S[0]) or elapsed >= _TIMED_S[1]):
             per_step = elapsed / (self.done - 1)
             steps = f"{left} steps" if not self.first else f"the {left} steps of {self.config.steps} that are left,"
-            tqdm.write(f"tokenizer: {steps} of {self.config.images_per_step} images, about {_duration(left * per_step)} ({per_step:.2g} s a step)")
+            later = self.config.discriminator_start_step if self.config.discriminator_weight else 0
+            more = f"; more from step {later} on, where the discriminator sets in" if later >= self.first + self.done else ""
+            tqdm.write(f"tokenizer: {steps} of {self.config.images_per_step} images, about {_duration(left * per_step)} ({per_step:.2g} s a step{more})")
             self.since = 0.0
 
 

@@ -225,6 +225,13 @@ def test_the_time_that_is_left_is_told_after_a_kill(tmp_path: Path, told: list[s
     assert any(line.startswith("tokenizer: the 20 steps of 40 that are left, of 4 images, about ") for line in told)
 
 
+def test_a_discriminator_that_sets_in_later_is_told_with_the_time(told: list[str]) -> None:
+    for start, told_of in ((30, True), (0, False)):
+        told.clear()
+        train_tokenizer(IMAGES, replace(SHORT, steps=40, images_per_step=2, discriminator_weight=0.1, discriminator_start_step=start))
+        assert [f"; more from step {start} on" in line for line in told if "about" in line] == [told_of]
+
+
 @pytest.mark.parametrize(("seconds", "text"),
                          [(0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")])
 def test_durations(seconds: float, text: str) -> None:

@@ -3,6 +3,7 @@
 On the CPU DALI decodes (in C++ threads, to Pillow's very pixels) and Pillow cuts: DALI's own resize is slower there and not exact. On a GPU nvJPEG
 decodes and DALI resizes; nvJPEG differs from libjpeg by design. Either way DALI gets the JPEGs that it decodes as Pillow does: whole files of 8-bit gray
 or YCbCr. All others go to Pillow within the same call, and so does what DALI refuses: which images are refused, and why, is up to Pillow alone.
+(What DALI's libraries find wrong in a file they write to standard error themselves; that cannot be switched off.)
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import tempfile
@@ -16,6 +17,7 @@ from star_fast.config import RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.data.manifest import CODES_FILE, FILES, FORMAT, FORMAT_VERSION, KEYS_FILE, LABELS_FILE, MANIFEST_FILE
 from star_fast.data.views import TEN_CROP_VIEWS
+from star_fast.method import masking
 from star_fast.presets import preset
 from star_fast.storage import sha256_of_bytes
 from star_fast.training.batches import Batches, resolve
@@ -61,25 +63,30 @@ def report(quick: bool) -> Iterator[str]:
         store = CodeStore.open(folder)
         batches = Batches(store, config_for(store))
         size = batches.config.train.images_per_step
-        random, turn = np.random.RandomState(1), iter(range(10**9))
-        order = random.permutation(images)
+        random, turn = np.random.RandomState(1), itertools.count()
+        asked = random.permutation(images)[: images // size * size].reshape(-1, size)[:500]
+        views = np.argsort(random.rand(*asked.shape, len(store.views)), axis=2)[..., :2]
 
         def gather() -> None:
-            start = next(turn) * size % (images - size)
-            store.codes(order[start: start + size], np.argsort(random.rand(size, len(store.views)), axis=1)[:, :2])
+            number = next(turn) % len(asked)
+            store.codes(asked[number], views[number])
 
         def new_epoch() -> None:
             batches._order = None  # as at the first step of an epoch
             batches.images_of(0)
 
-        batches.step(0)
-        timings = timing.compare({"open": lambda: CodeStore.open(folder), "epoch": new_epoch, "gather": gather,
-                                  "step": lambda: batches.step(next(turn) % batches.steps_per_epoch)}, "cpu", seconds=1 if quick else 5, repeats=(5, 400))
+        seconds = 1 if quick else 5
+        timings = timing.compare({"open": lambda: CodeStore.open(folder), "epoch": new_epoch}, "cpu", seconds, repeats=(5, 50))
+        method = batches.config.method
+        timings |= timing.compare({
+            "gather": gather, "mask": lambda: masking.key_mask(0, 0, asked[0], method.views, POSITIONS, method.mask_ratio),
+            "step": lambda: batches.step(next(turn) % batches.steps_per_epoch)}, "cpu", seconds, repeats=(5, 400))
         shown = (folder / CODES_FILE).stat().st_size / 1e9
     yield from (f"## The store: {images:,} images x 10 views x 256 codes, {shown:.1f} GB (sparse: in memory, the disk is not measured)", "",
                 "| what | median ms | spread | images/s |", "|---|--:|--:|--:|")
     for name, title, count in (("open", "`CodeStore.open`", 0), ("epoch", "the order of a new epoch, once an epoch", 0),
                                ("gather", f"`CodeStore.codes`, {size} random images x 2 views", size),
+                               ("mask", "the key masks of those views", size),
                                ("step", f"`Batches.step`, preset B: {size} images x 2 views, masks, labels", size)):
         found = timings[name]
         yield f"| {title} | {found.median_ms:.2f} | {found.spread:.0%} | {f'{1e3 * count / found.median_ms:,.0f}' if count else ''} |"

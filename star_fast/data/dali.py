@@ -3,6 +3,7 @@
 On the CPU DALI decodes (in C++ threads, to Pillow's very pixels) and Pillow cuts: DALI's own resize is slower there and not exact. On a GPU nvJPEG
 decodes and DALI resizes; nvJPEG differs from libjpeg by design. Either way DALI gets the JPEGs that it decodes as Pillow does: whole files of 8-bit gray
 or YCbCr. All others go to Pillow within the same call, and so does what DALI refuses: which images are refused, and why, is up to Pillow alone.
+(What DALI's libraries find wrong in a file they write to standard error themselves; that cannot be switched off.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from star_fast.data.views import make_squares
 from star_fast.errors import UserError
 
 _MOST_PIXELS = 12_000_000  # of an image that DALI decodes; larger ones go to Pillow, one at a time
-_MOST_STRETCH = 16  # longer over shorter side, of an image that a GPU resizes
+_MOST_WIDE, _MOST_TALL = 16, 2  # width over height and height over width, of an image that a GPU resizes; Pillow shrinks taller ones rows first
 _MOST_BATCH_PIXELS = 2**25  # decoded at once: 100 MB
 _YCBCR = ([1, 2, 3], 1)  # component numbers and Adobe's transform of a colour JPEG that no decoder can take for another colour space
 
@@ -172,7 +173,8 @@ class DaliSquares(DaliViews):
         squares = DaliSquares((281, 268), 3)
         for views in squares(files): ...      # a list of (C, S, S) uint8, one for each size, or Refused
 
-    On the CPU the arrays are those of `make_squares`, bit for bit. On a GPU images that are turned by EXIF, or that ADM halves, go to Pillow.
+    On the CPU the arrays are those of `make_squares`, bit for bit. On a GPU images that are turned by EXIF, that ADM halves, or that are more than twice as
+    tall as wide go to Pillow.
     """
 
     def __init__(self, sizes: Sequence[int], channels: int, *, device: Device = "cpu", batch_images: int = 16, threads: int = 2) -> None:
@@ -185,8 +187,8 @@ class DaliSquares(DaliViews):
 
     def _suits(self, opened: Any) -> bool:
         if self.device == "mixed":
-            shorter = max(1, min(opened.size))
-            if shorter >= 2 * min(self.sizes) or max(opened.size) > _MOST_STRETCH * shorter or not is_upright(opened):
+            width, height = opened.size
+            if min(width, height) >= 2 * min(self.sizes) or width > _MOST_WIDE * height or height > _MOST_TALL * width or not is_upright(opened):
                 return False
         return super()._suits(opened)
 

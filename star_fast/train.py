@@ -41,7 +41,7 @@ class TrainCommand:
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
     init_weights: str = ""  # which of --init's weights: of a model folder student (default) or teacher, of a LlamaGen file model (default), ema ...
-    init_class_names: str = ""  # names of --init's classes, one a line: a LlamaGen file has none, and classes of another data set are matched by name
+    init_class_names: str = ""  # names of --init's classes, one a line, or imagenet: a LlamaGen file has none; classes of other data are matched by name
     resume: bool = False  # go on from the run's newest checkpoint
     plain: bool = False  # LlamaGen's own training, the baseline: no teacher, mask or contrast, one view a step (or --method.views)
 

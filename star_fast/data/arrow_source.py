@@ -37,7 +37,8 @@ class ArrowDataset:
             splits = read_json(self.folder / _SPLITS, "expected the list of splits that save_to_disk writes").get("splits")
             names = [str(name) for name in splits] if isinstance(splits, list) else []
             raise DataError(f"{self.folder}: holds {len(names)} splits; give one of them: {', '.join(str(self.folder / name) for name in names)[:1000]}")
-        if importlib.util.find_spec("datasets") is None:
+        package = importlib.util.find_spec("datasets")
+        if package is None or package.origin is None:  # None: a folder of that name where the command was started
             raise DataError(f"{self.folder}: a Hugging Face data set, which the package datasets reads; it is not installed: pip install 'star_fast[hf]'")
         import datasets  # takes seconds: only when asked for
 

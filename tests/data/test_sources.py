@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
 from pathlib import Path
 
@@ -166,3 +168,19 @@ def test_the_files_as_they_are_stored(tmp_path: Path, digits: BuiltinDigits) -> 
     with pytest.raises(UnreadableImage, match=r"^a/00\.png: not found; expected an image file$"):
         source.encoded(0)
     assert digits.encoded(3) is None and digits.files[3] == digits[3].key
+
+
+def test_a_saved_dataset_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "datasets").mkdir()
+    find = importlib.util.find_spec
+    elsewhere = importlib.machinery.ModuleSpec("datasets", None, is_package=True)  # as for a folder of that name
+    for found in (None, elsewhere):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found if name == "datasets" else find(name))
+        with pytest.raises(DataError, match=r"a Hugging Face data set, .* not installed: pip install 'star_fast\[hf\]'"):
+            open_source(tmp_path)
+    (tmp_path / "state.json").rename(tmp_path / "dataset_dict.json")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match="holds 2 splits; give one of them"):
+        open_source(tmp_path)

@@ -18,7 +18,7 @@ def describe(store: CodeStore) -> Iterator[str]:
     counts = sorted(sizes.values())
     rows = [("images", f"{len(store):,} ({len(store.train_indices):,} train, {len(store.held_out_indices):,} held out, {len(about['skipped'])} skipped)"),
             ("classes", f"{len(store.class_names):,}, of {counts[0]:,} to {counts[-1]:,} images: {_some(store.class_names)}"),
-            ("views", f"{len(store.views)}: {', '.join(store.views)}"),
+            ("views", f"{len(store.views)}: {'; '.join(store.views)}"),
             ("codes", f"{store.positions} a view ({store.grid[0]} x {store.grid[1]}), of a codebook of {store.codebook:,}; images of {store.image_size} "
                       f"pixels, {'gray' if about.get('image_channels', 3) == 1 else 'RGB'}"),
             ("made of", _pairs(about["source"])),
@@ -34,7 +34,7 @@ def describe(store: CodeStore) -> Iterator[str]:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
+    return "; ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -86,3 +86,23 @@ def test_a_gradient_that_is_not_finite_is_noticed_at_the_next_log_line_by_its_st
     with pytest.raises(Diverged, match="step 2: the gradient's norm is not finite"):
         noted.step(3, torch.ones(5), torch.tensor(1.0), 0.1)
     noted.close()
+
+
+def test_what_a_step_waits_for_data_and_what_is_made_in_the_background(tmp_path: Path, clock: Clock) -> None:
+    background = {"views_s": 100.0}  # of earlier intervals
+    told = Telemetry(tmp_path, 0, 4, 32, log_every=2, main=True, tensorboard=False, watch=LossWatch(0.0), background=background)
+
+    def batches() -> Any:
+        for number in range(4):
+            clock.now += 0.5 * number
+            background["views_s"] += 3.0
+            yield number
+
+    seen = []
+    for step in told.waiting_for(batches()):
+        seen.append(step)
+        clock.now += 7.0
+        told.step(step, torch.zeros(5), torch.tensor(1.0), 0.1)
+    told.close()
+    assert seen == [0, 1, 2, 3]
+    assert [(line["data_s"], line["views_s"]) for line in lines(tmp_path)] == [(0.25, 3.0), (1.25, 3.0)]  # a step: half of 0 + 0.5, half of 1 + 1.5

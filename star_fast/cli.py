@@ -15,7 +15,7 @@ from star_fast.config import RunConfig
 from star_fast.config_file import base_config, given, parse
 from star_fast.errors import printable
 from star_fast.guard import guarded
-from star_fast.presets import PRESETS, plain
+from star_fast.presets import IMAGENET_CODES, PRESETS, plain
 from star_fast.waiting import bound_spinning
 
 
@@ -106,6 +106,7 @@ def presets(arguments: list[str]) -> None:
         own = f" | LlamaGen's own: lr {row.llamagen}" if row.config.model.num_classes else ""
         print(f"{name:6} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.epochs:g} epochs, {settings.images_per_step} images a "
               f"step, lr {row.config.lr:g}, ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}{own}\n       {row.command}")
+    print(f"CODES of ImageNet: {IMAGENET_CODES}")
 
 
 def prepare(arguments: list[str]) -> None:

@@ -64,6 +64,10 @@ PRESETS = {name: Preset(*row, f"deepspeed star_fast/train.py --preset {name} --d
            for name, row in _ROWS.items()}
 
 
+IMAGENET_CODES = ("star-fast prepare IMAGENET/train --held-out-source IMAGENET/val --class-names imagenet --tokenizer vq_ds16_c2i.pt "
+                  "--data.crop-ranges 1.1 1.05 --data.decoder dali --out CODES")  # all training images; the validation images are the held-out ones
+
+
 def preset(name: str) -> RunConfig:
     """The config of a named run. Raises ConfigError listing the names for one that does not exist."""
     if name not in PRESETS:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_fast.config import TokenizerConfig
-from star_fast.model.tokenizer import VQTokenizer, from_uint8, norm, to_uint8
+from star_fast.model.tokenizer import VQTokenizer, from_uint8, to_uint8
+from star_fast.model.tokenizer_blocks import norm
 from star_fast.storage import StorageError
 
 SMALL = TokenizerConfig(base_channels=12, multipliers=(1, 2, 2), residual_blocks=2, z_channels=20, code_channels=5, codebook=37, image_size=16)

@@ -263,6 +263,8 @@ def require_possible(config: TokenizerConfig, device: torch.device) -> None:
     if needed > memory:
         raise ConfigError(f"tokenizer.base_channels: training {weights:,} weights on {config.images_per_step} images of {config.image_size} pixels a step "
                           f"takes at least {needed / 2**30:,.0f} GiB, the machine has {memory / 2**30:,.0f}; choose smaller sizes")
+    if config.perceptual_weight:
+        load_perceptual(config.perceptual_weights)  # what is missing is told before images are read for minutes
 
 
 def require_same_shape(there: TokenizerConfig, asked: TokenizerConfig) -> None:

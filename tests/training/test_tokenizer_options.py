@@ -315,3 +315,9 @@ def test_fine_tuning_and_a_given_tokenizer(tmp_path: Path, folder: Path, starts:
         tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, fine_tune=starts["folder"], progress=False)
     with pytest.raises(UserError, match=r"nowhere\.pt"):
         tokenizer_for(ImageFolder(folder), tmp_path / "new", CHOSEN, FEW, fine_tune="nowhere.pt", progress=False)
+
+
+def test_missing_weights_are_told_before_images_are_read(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("star_fast.training.tokenizer.collect_views", None)
+    with pytest.raises(ConfigError, match=r"^tokenizer\.perceptual_weights: expected a file of VGG16's weights"):
+        tokenizer_for(ImageFolder(folder), tmp_path, replace(CHOSEN, perceptual_weight=1.0), FEW, progress=False)

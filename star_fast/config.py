@@ -199,7 +199,7 @@ class TokenizerConfig:
     images_per_step: int = 64
     lr: float = 2e-3  # AdamW, cosine to 0
     commitment: float = 0.25  # weight of the commitment loss (VQ-VAE)
-    reseed_every_steps: int = 50  # codes unused for so long are moved onto current encoder outputs
+    reseed_every_steps: int = 50  # codes unused for so long are moved onto current encoder outputs; 0: never
     warmup_steps: int = 20  # the learning rate rises linearly from 0
     ema_decay: float = 0.0  # of the average of the weights that is measured and kept, a step; 0: the last weights (LlamaGen: 0.9999)
     perceptual_weight: float = 0.0  # of LPIPS, beside 1 for L1 + L2 in pixels (LlamaGen: 1); 0: none. Costs a VGG16 forward and backward pass a step
@@ -212,7 +212,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         require_finite(self, "tokenizer")
         for name, most in (("base_channels", 2**12), ("residual_blocks", 2**6), ("z_channels", 2**14), ("code_channels", 2**14), ("codebook", 2**16),
-                           ("image_channels", 2**4), ("image_size", 2**14), ("steps", 2**40), ("images_per_step", 2**20), ("reseed_every_steps", 2**40)):
+                           ("image_channels", 2**4), ("image_size", 2**14), ("steps", 2**40), ("images_per_step", 2**20)):
             require(1 <= getattr(self, name) <= most, f"tokenizer.{name}", getattr(self, name), f"1 ... {most}")
         require(1 <= len(self.multipliers) <= 12 and min(self.multipliers) >= 1 and max(self.multipliers) <= 2**6, "tokenizer.multipliers",
                 self.multipliers, "one factor in 1 ... 64 per level, at most 12 levels")
@@ -220,7 +220,7 @@ class TokenizerConfig:
         require(self.lr > 0, "tokenizer.lr", self.lr, "more than 0")
         for name in ("perceptual_weight", "discriminator_weight"):
             require(getattr(self, name) >= 0, f"tokenizer.{name}", getattr(self, name), "0 or more")
-        for name in ("warmup_steps", "discriminator_start_step"):
+        for name in ("reseed_every_steps", "warmup_steps", "discriminator_start_step"):
             require(0 <= getattr(self, name) <= 2**40, f"tokenizer.{name}", getattr(self, name), f"0 ... {2**40}")
         require(0 <= self.ema_decay < 1, "tokenizer.ema_decay", self.ema_decay, "a share in [0, 1)")
         require(self.precision in ("fp32", "bf16"), "tokenizer.precision", self.precision, "'fp32' or 'bf16'")

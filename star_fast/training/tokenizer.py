@@ -141,15 +141,15 @@ def fine_tuning_config(start: VQTokenizer, config: TokenizerConfig, defaults: To
         config: the settings asked for. defaults: what they are where nobody chose: those that differ were chosen. None: all of them were.
 
     Returns:
-        `config` with the shape of `start`; with its image_size where nobody chose one (256 of a released file, which does not tell), and with
-        FINE_TUNING_LR where nobody chose a learning rate: the one for random weights would undo what was learnt.
+        `config` with the shape of `start`; with its image_size where nobody chose one (256 of a released file, which does not tell). What would undo what
+        was learnt is taken only where somebody chose it: else the learning rate is FINE_TUNING_LR, and no unused code is moved.
 
     Raises:
         ConfigError: a setting of the shape was chosen, and is not the tokenizer's.
     """
     chosen = {f.name for f in fields(TokenizerConfig) if defaults is None or getattr(config, f.name) != getattr(defaults, f.name)}
     shape = {name: getattr(start.config, name) for name in (*SHAPE, "image_size") if name not in chosen}
-    lr = config.lr if "lr" in chosen else FINE_TUNING_LR
-    config = replace(config, **shape, lr=lr)
+    gentle = {name: value for name, value in (("lr", FINE_TUNING_LR), ("reseed_every_steps", 0)) if name not in chosen}
+    config = replace(config, **shape, **gentle)
     require_same_shape(start.config, config)
     return config

@@ -37,6 +37,7 @@ SHAPE = ("base_channels", "multipliers", "residual_blocks", "z_channels", "code_
 _PICTURE_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # of the steps, when a picture is written
 _SHOWN = 16  # images in it
 _SETTLE_SHARE = 0.15  # of the steps, at the end: no code is moved any more, so that all of them settle
+_COUNT_EVERY_STEPS = 50  # codes in use are counted so often where none is moved
 _SAVE_EVERY_STEPS = 50  # a kill loses at most so many
 _TIMED_STEPS, _TIMED_S = 4, (2.0, 15.0)  # the whole time is foretold after so many steps and so long, or after the longer time anyway
 _MOST_LR = 1e30  # beyond, AdamW's step is no float32
@@ -147,9 +148,9 @@ def _train(training: Training, images: Tensor, job: TrainingJob, perceptual: Per
                 decay = min(config.ema_decay, (1 + step) / (10 + step))
                 ema_update(list(training.averaged.parameters()), [parameter.detach() for parameter in tokenizer.parameters()], decay)
             training.used[output.codes.flatten()] = True
-            if (step + 1) % config.reseed_every_steps == 0:
+            if (step + 1) % (config.reseed_every_steps or _COUNT_EVERY_STEPS) == 0:
                 count = int(training.used.sum())
-                if step + 1 <= config.steps * (1 - _SETTLE_SHARE) and count < config.codebook:
+                if config.reseed_every_steps and step + 1 <= config.steps * (1 - _SETTLE_SHARE) and count < config.codebook:
                     _move_unused(training, output.latents)
                 bar.set_postfix(pixels=f"{pixels.item():.4f}", codes=f"{count}/{config.codebook}")
                 training.used.zero_()
@@ -262,6 +263,8 @@ def require_possible(config: TokenizerConfig, device: torch.device) -> None:
     if needed > memory:
         raise ConfigError(f"tokenizer.base_channels: training {weights:,} weights on {config.images_per_step} images of {config.image_size} pixels a step "
                           f"takes at least {needed / 2**30:,.0f} GiB, the machine has {memory / 2**30:,.0f}; choose smaller sizes")
+    if config.perceptual_weight:
+        load_perceptual(config.perceptual_weights)  # what is missing is told before images are read for minutes
 
 
 def require_same_shape(there: TokenizerConfig, asked: TokenizerConfig) -> None:

@@ -101,7 +101,8 @@ def test_averaged_weights_against_arithmetic_by_hand(monkeypatch: pytest.MonkeyP
     assert 0 < (averaged.quantize.embedding.weight.double() - history[-1][codebook]).abs().max() < 6 * config.lr
 
 
-def test_codes_that_are_moved_are_moved_in_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("every", "times"), [(1, 1 + 5), (4, 1 + 1), (0, 1)])  # the first time all of them are placed
+def test_codes_that_are_moved_are_moved_in_the_average(monkeypatch: pytest.MonkeyPatch, every: int, times: int) -> None:
     moved: list[torch.Tensor] = []
     move = tokenizer_training._move_unused
 
@@ -113,8 +114,8 @@ def test_codes_that_are_moved_are_moved_in_the_average(monkeypatch: pytest.Monke
         moved.append(unused)
 
     monkeypatch.setattr(tokenizer_training, "_move_unused", watched)
-    train_tokenizer(IMAGES, replace(SHORT, ema_decay=0.9, codebook=600, reseed_every_steps=1), progress=False)
-    assert len(moved) == 1 + 5  # all of them first; more codes than the 576 latents of a step; the last of six steps lies in the time to settle
+    train_tokenizer(IMAGES, replace(SHORT, ema_decay=0.9, codebook=2500, reseed_every_steps=every), progress=False)
+    assert len(moved) == times  # more codes than the 576 latents of a step: some are always unused; the last of six steps lies in the time to settle
 
 
 def test_the_discriminator_sets_in_when_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +227,9 @@ def test_the_time_that_is_left_is_told_after_a_kill(tmp_path: Path, told: list[s
 
 
 def test_a_discriminator_that_sets_in_later_is_told_with_the_time(told: list[str]) -> None:
-    for start, told_of in ((30, True), (0, False)):
+    for start, told_of in ((9, True), (0, False)):
         told.clear()
-        train_tokenizer(IMAGES, replace(SHORT, steps=40, images_per_step=2, discriminator_weight=0.1, discriminator_start_step=start))
+        train_tokenizer(IMAGES, replace(SHORT, steps=10, images_per_step=2, discriminator_weight=0.1, discriminator_start_step=start))
         assert [f"; more from step {start} on" in line for line in told if "about" in line] == [told_of]
 
 
@@ -268,7 +269,7 @@ def test_fine_tuning_starts_from_the_weights_given(tmp_path: Path, folder: Path,
     found, start = tuned(tmp_path), tiny_tokenizer(3)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(found.state_dict().values(), start.state_dict().values(), strict=True))
     assert found.weights_hash() != start.weights_hash()
-    assert found.config == replace(TINY, steps=2, images_per_step=4, lr=1e-9)
+    assert found.config == replace(TINY, steps=2, images_per_step=4, lr=1e-9, reseed_every_steps=0)
     record = json.loads((tmp_path / "tokenizer/training.json").read_text())
     assert record["started_from"] == start.weights_hash() and record["ssim"] is not None
     assert tuned(tmp_path).weights_hash() == found.weights_hash()  # kept
@@ -280,8 +281,9 @@ def test_fine_tuning_starts_from_the_weights_given(tmp_path: Path, folder: Path,
 
 def test_fine_tuning_takes_the_shape_of_the_start() -> None:
     start, defaults = tiny_tokenizer(3), TokenizerConfig()
-    assert fine_tuning_config(start, defaults, defaults) == replace(TINY, steps=defaults.steps, lr=FINE_TUNING_LR)
-    assert fine_tuning_config(start, replace(defaults, lr=3e-4, image_size=32), defaults) == replace(TINY, lr=3e-4, image_size=32)
+    assert fine_tuning_config(start, defaults, defaults) == replace(TINY, steps=defaults.steps, lr=FINE_TUNING_LR, reseed_every_steps=0)
+    chosen = {"lr": 3e-4, "image_size": 32, "reseed_every_steps": 20}
+    assert fine_tuning_config(start, replace(defaults, **chosen), defaults) == replace(TINY, **chosen)
     assert fine_tuning_config(start, TINY, None) == TINY
     with pytest.raises(ConfigError, match=r"^tokenizer\.codebook: the tokenizer to fine-tune has 300, asked for is 512; leave that setting out"):
         fine_tuning_config(start, replace(defaults, codebook=512), defaults)
@@ -313,3 +315,9 @@ def test_fine_tuning_and_a_given_tokenizer(tmp_path: Path, folder: Path, starts:
         tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, fine_tune=starts["folder"], progress=False)
     with pytest.raises(UserError, match=r"nowhere\.pt"):
         tokenizer_for(ImageFolder(folder), tmp_path / "new", CHOSEN, FEW, fine_tune="nowhere.pt", progress=False)
+
+
+def test_missing_weights_are_told_before_images_are_read(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("star_fast.training.tokenizer.collect_views", None)
+    with pytest.raises(ConfigError, match=r"^tokenizer\.perceptual_weights: expected a file of VGG16's weights"):
+        tokenizer_for(ImageFolder(folder), tmp_path, replace(CHOSEN, perceptual_weight=1.0), FEW, progress=False)

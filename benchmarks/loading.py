@@ -241,6 +241,7 @@ def main() -> None:
         for line in part:
             print(line, flush=True)
             lines.append(line)
+    lines[2] += f", load average {os.getloadavg()[2]:.1f} (one process alone: about 2)"
     if arguments.save:
         (RESULTS / "loading.md").write_text("\n".join(lines) + "\n")
 

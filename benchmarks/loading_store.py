@@ -75,25 +75,28 @@ def report(quick: bool) -> Iterator[str]:
             batches._order = None  # as at the first step of an epoch
             batches.images_of(0)
 
-        seconds = 1 if quick else 5
-        timings = timing.compare({"open": lambda: CodeStore.open(folder), "epoch": new_epoch}, "cpu", seconds, repeats=(5, 50))
-        method = batches.config.method
-        timings |= timing.compare({
-            "gather": gather, "mask": lambda: masking.key_mask(0, 0, asked[0], method.views, POSITIONS, method.mask_ratio),
-            "step": lambda: batches.step(next(turn) % batches.steps_per_epoch)}, "cpu", seconds, repeats=(5, 400))
+        method, seconds = batches.config.method, 1 if quick else 5
+        calls = {name: timing.Metered(call) for name, call in {
+            "open": lambda: CodeStore.open(folder), "epoch": new_epoch, "gather": gather,
+            "mask": lambda: masking.key_mask(0, 0, asked[0], method.views, POSITIONS, method.mask_ratio),
+            "step": lambda: batches.step(next(turn) % batches.steps_per_epoch)}.items()}
+        timings = timing.compare({name: calls[name] for name in ("open", "epoch")}, "cpu", seconds, repeats=(5, 50))
+        timings |= timing.compare({name: calls[name] for name in ("gather", "mask", "step")}, "cpu", seconds, repeats=(5, 400))
         shown = (folder / CODES_FILE).stat().st_size / 1e9
     yield from (f"## The store: {images:,} images x 10 views x 256 codes, {shown:.1f} GB (sparse: in memory, the disk is not measured)", "",
-                "| what | median ms | spread | images/s |", "|---|--:|--:|--:|")
+                "| what | median ms | spread | CPU ms | images/s | images a CPU second |", "|---|--:|--:|--:|--:|--:|")
     for name, title, count in (("open", "`CodeStore.open`", 0), ("epoch", "the order of a new epoch, once an epoch", 0),
                                ("gather", f"`CodeStore.codes`, {size} random images x 2 views", size),
                                ("mask", "the key masks of those views", size),
                                ("step", f"`Batches.step`, preset B: {size} images x 2 views, masks, labels", size)):
         found = timings[name]
-        yield f"| {title} | {found.median_ms:.2f} | {found.spread:.0%} | {f'{1e3 * count / found.median_ms:,.0f}' if count else ''} |"
-    made = timings["step"].median_ms / size
+        cpu_ms = calls[name].cpu_ms
+        rates = f"{1e3 * count / found.median_ms:,.0f} | {1e3 * count / cpu_ms:,.0f}" if count else "|"
+        yield f"| {title} | {found.median_ms:.2f} | {found.spread:.0%} | {cpu_ms:.2f} | {rates} |"
+    made = calls["step"].cpu_ms / size
     yield ""
     step = step_ms_an_image()
     if step is not None:
-        yield (f"Making a batch takes {made:.4f} ms an image, the step itself {step:.0f} ms an image on two cores (results/training.md): {made / step:.4%} "
+        yield (f"Making a batch takes {made:.4f} CPU ms an image, the step itself {step:.0f} ms an image on two cores (results/training.md): {made / step:.4%} "
                "of it, and it is made in the background.")
     yield f"On a GPU the data time stays under 1 % of the step at up to {0.01 * 1e3 / made:,.0f} images/s a rank even if nothing ran in the background."

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from star_fast.data.image_source import DataError, is_number
-from star_fast.model.class_names import IMAGENET, are_numbers, imagenet_names, mapping_of, read_lines, unique
+from star_fast.model.class_names import IMAGENET, WORDNET_ID, are_numbers, imagenet_names, mapping_of, read_lines, unique
 
-_WORDNET_ID = re.compile(r"n[0-9]{8}")
 _SHOWN = 60
 
 
@@ -39,7 +37,7 @@ def renamed_classes(names: Sequence[str], given: str) -> tuple[str, ...]:
 
 
 def _require_imagenet(names: Sequence[str]) -> None:
-    ordered = list(names) == sorted(names) and all(_WORDNET_ID.fullmatch(name) for name in names) and len(names) == 1000
+    ordered = list(names) == sorted(names) and all(WORDNET_ID.fullmatch(name) for name in names) and len(names) == 1000
     if not ordered and not are_numbers(names) and not all(map(is_number, names)):
         raise DataError(f"class names {IMAGENET!r}: expected 1000 classes called by WordNet id (n01440764 ...) or by number, got {len(names)}: "
                         f"{', '.join(names[:3])[:_SHOWN]} ...; give a file with a line for each class: its id, then its name")

@@ -15,7 +15,7 @@ from star_fast.storage import StorageError, read_bytes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MOST_FILE_BYTES = 2**30  # of one image's file where it is read whole: the largest image there may be, uncompressed, with 16 bits a channel
-_MOST_CLASSES = 1000  # beyond that a set in which most images have a class of their own is taken for one of captions
+_MOST_CLASSES = 1000  # beyond that a set in which most images have a label of their own, of several words, is taken for one of captions
 _MOST_DIGITS = 18
 
 
@@ -101,7 +101,7 @@ def ordered_classes(texts: Sequence[str], numbers: Sequence[int] | np.ndarray) -
     Raises:
         DataError: so many classes that they must be captions.
     """
-    if len(texts) > max(_MOST_CLASSES, len(numbers) // 2):
+    if len(texts) > max(_MOST_CLASSES, len(numbers) // 2) and sum(" " in text for text in texts) > len(texts) // 2:
         raise DataError(f"{len(numbers)} images have {len(texts)} different labels, such as {texts[0][:60]!r}; expected classes that several images share, "
                         "these look like captions")
     if all(map(is_number, texts)):

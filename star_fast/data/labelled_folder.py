@@ -12,7 +12,7 @@ import numpy as np
 
 from star_fast.data.decoding import read_image
 from star_fast.data.folders import folder_entries, images_below, sha256_of_listing
-from star_fast.data.image_source import DataError, Sample, ordered_classes, read_file, read_sample
+from star_fast.data.image_source import DataError, Sample, is_number, ordered_classes, read_file, read_sample
 from star_fast.storage import require_regular
 
 FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "file_path", "path", "image", "image_path", "image_name", "img", "imageid", "image_id", "id",
@@ -154,7 +154,7 @@ def _labelled(path: str | Path, rows: Iterator[list[str]]) -> Iterator[_Row]:
             if of_file and of_label:
                 file_column, label_column, boxes = heading.index(of_file), heading.index(of_label), of_label == _BOXES
                 continue
-            if len(row) != 2:
+            if len(row) != 2 and not (len(row) == 6 and all(map(is_number, row[2:]))):  # Tiny ImageNet's list has a box after the two
                 raise DataError(f"{path}: expected two columns, or a heading with one of {', '.join(FILE_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}; "
                                 f"got {len(row)} columns: {', '.join(row)[:200]}")
         if len(row) <= max(file_column, label_column) or not row[file_column] or not row[label_column]:

@@ -14,7 +14,7 @@ IMAGENET = "imagenet"  # stands for the names of ImageNet's 1000 classes whereve
 _MOST_BYTES = 2**23  # the names of 200 000 classes
 _HINT = f"expected a text file with one class name a line, in the order of the class numbers, or the word {IMAGENET}"
 _FIRST_FIELD = re.compile(r"([^\s,]+)\s*[\s,]\s*(.*)")
-_WORDNET_ID = re.compile(r"n[0-9]{8}")
+WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
 def read_class_names(path: str | Path) -> list[str]:
@@ -30,7 +30,7 @@ def read_class_names(path: str | Path) -> list[str]:
         return imagenet_names()
     lines = read_lines(path)
     pairs = mapping_of(lines)
-    if pairs is not None and all(_WORDNET_ID.fullmatch(wnid) for wnid in pairs):
+    if pairs is not None and all(WORDNET_ID.fullmatch(wnid) for wnid in pairs):
         ids = sorted(pairs)
         return unique([pairs[wnid] for wnid in ids], ids)
     return lines

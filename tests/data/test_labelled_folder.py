@@ -36,8 +36,8 @@ def open_with(folder: Path, text: str | bytes) -> LabelledFolder:
     "b.png oak\n\na.png   elm\nsub/c d.png elm\n", "\ufefffilename,label\nb.png,oak\na.png,elm\nsub/c d.png,elm\n",
     "width,CLASS,size,Image\n20,oak,1,b.png\n21,elm,2,a.png\n22,elm,3,sub/c d.png\n", "file;label\n./b.png;oak\n\"a.png\";elm\nsub/c d.png; elm \n",
     "ImageId,PredictionString\nb,oak 1 2 3 4\na,elm 1 2 3 4 elm 5 6 7 8\nsub/c d,elm 0 0 0 0 \n",
-    "id\tlabel\nb\toak\na\telm\nsub/c d\telm\n"],
-    ids=["comma", "semicolon", "tab", "space", "heading", "columns", "quotes", "boxes", "stems"])
+    "b.png\toak\t0\t32\t44\t62\na.png\telm\t1\t2\t3\t4\nsub/c d.png\telm\t0\t0\t63\t63\n", "id\tlabel\nb\toak\na\telm\nsub/c d\telm\n"],
+    ids=["comma", "semicolon", "tab", "space", "heading", "columns", "quotes", "boxes", "a box", "stems"])
 def test_every_shape_of_list_says_the_same(folder: Path, text: str) -> None:
     source = open_with(folder, text)
     assert source.class_names == ("elm", "oak") and source.skipped == []

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from star_fast.config import DataConfig
+from star_fast.data.prepare import prepare
 from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder, UnreadableImage, class_sizes, open_source, split_indices
-from tests.data.pictures import make_folder, picture
+from tests.data.pictures import make_folder, picture, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +188,24 @@ def test_a_saved_dataset_without_the_package(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match="holds 2 splits; give one of them"):
         open_source(tmp_path)
+
+
+def test_the_same_images_from_every_kind_of_source_give_the_same_store(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder", {"ash": 3, "elm": 2})
+    (tmp_path / "flat").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar, open(tmp_path / "labels.csv", "w") as table:
+        for path in sorted(folder.rglob("*.png")):
+            name = f"{path.parent.name}-{path.stem}"
+            (tmp_path / "flat" / f"{name}.png").write_bytes(path.read_bytes())
+            table.write(f"{name}.png,{path.parent.name}\n")
+            (tmp_path / "label.cls").write_text(path.parent.name)
+            tar.add(path, f"{name}.png")
+            tar.add(tmp_path / "label.cls", f"{name}.cls")
+    sources = [open_source(folder), open_source(tmp_path / "flat", labels=tmp_path / "labels.csv"), open_source(tmp_path / "a.tar", progress=False)]
+    stores = [prepare(source, tmp_path / f"store {place}", tiny_tokenizer(), DataConfig(views="small-affine", affine_views=2), progress=False)
+              for place, source in enumerate(sources)]
+    for store, keys in zip(stores, (sources[0].files, [name.replace("/", "-") for name in sources[0].files],
+                                    [f"a.tar/{name.replace('/', '-')}" for name in sources[0].files]), strict=True):
+        assert store.keys() == keys and store.class_names == ("ash", "elm") and store.labels.tolist() == [0, 0, 0, 1, 1]
+        assert torch.equal(store.codes(range(5), range(2)), stores[0].codes(range(5), range(2)))
+        assert store.held_out_indices.tolist() == stores[0].held_out_indices.tolist()

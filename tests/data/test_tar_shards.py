@@ -208,6 +208,8 @@ def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
     captions = [file for i in range(1500) for file in ((f"{i}.png", b"x"), (f"{i}.txt", b"a caption %d" % i))]
     with pytest.raises(DataError, match=r"1500 different labels, such as 'a caption 0'; .* captions"):
         TarShards(write_tar(tmp_path / "c.tar", captions), progress=False)
+    many = [(name, content.replace(b"a caption ", b"")) for name, content in captions]
+    assert len(TarShards(write_tar(tmp_path / "c.tar", many), progress=False).class_names) == 1500
 
 
 def test_the_hash_changes_with_the_files(tmp_path: Path) -> None:
@@ -252,3 +254,39 @@ def test_archives_beside_class_folders_are_not_the_images(tmp_path: Path) -> Non
     picture(9, 9, 1).save(tmp_path / "n01" / "a.png")
     shard_of(tmp_path / "n01.tar", 0)
     assert open_source(tmp_path).files == ["n01/a.png"]
+
+
+def test_sizes_in_other_notations(tmp_path: Path) -> None:
+    """A size as GNU tar writes large ones, in binary; and one that stands in a pax header while the ordinary one says 0."""
+    whole = shard_of(tmp_path / "a.tar", 0).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        member = tar.getmember("0001.png")
+    (tmp_path / "a.tar").write_bytes(damaged(whole, member.offset + 124, b"\x80" + member.size.to_bytes(11, "big")))
+    source = TarShards(tmp_path / "a.tar", progress=False)
+    assert len(source) == 3 and source.encoded(1) == png(1) and not source.skipped
+    record = b"%d size=%d\n" % (len("12 size=123\n"), member.size)
+    assert len(record) == 12
+    header = bytearray(damaged(whole[member.offset: member.offset + 512], 156, b"x"))
+    pax = damaged(bytes(header), 124, b"%011o\0" % len(record)) + record.ljust(512, b"\0")
+    plain = damaged(whole, member.offset + 124, b"00000000000\0")
+    (tmp_path / "a.tar").write_bytes(plain[:member.offset] + pax + plain[member.offset:])
+    source = TarShards(tmp_path / "a.tar", progress=False)
+    assert len(source) == 3 and source.encoded(1) == png(1) and source.encoded(2) == png(2) and not source.skipped
+
+
+def test_gnu_tar_keeps_times_where_posix_has_a_prefix(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", sample("a", 1, "0"), tarfile.GNU_FORMAT).read_bytes()
+    (tmp_path / "a.tar").write_bytes(damaged(whole, 345, b"14550000000\x0014550000001\0"))
+    source = TarShards(tmp_path / "a.tar", progress=False)
+    assert list(source.files) == ["a.tar/a.png"] and source.encoded(0) == png(1)
+
+
+def test_an_image_that_is_cut_is_left_out_though_its_label_is_whole(tmp_path: Path) -> None:
+    files = [("a.cls", b"0"), ("a.png", png(1)), ("b.cls", b"1"), ("b.png", png(2))]
+    whole = write_tar(tmp_path / "a.tar", files).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        last = tar.getmember("b.png")
+    (tmp_path / "a.tar").write_bytes(whole[: last.offset_data + last.size - 1])
+    source = TarShards(tmp_path / "a.tar", progress=False)
+    assert list(source.files) == ["a.tar/a.png"]
+    assert {skip["key"] for skip in source.skipped} == {"a.tar", "a.tar/b"} and f"should have {last.size:,} bytes" in source.skipped[0]["reason"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_fast.config import TokenizerConfig
+from star_fast.model import tokenizer as tokenizers
 from star_fast.model.tokenizer import VQTokenizer, from_uint8, to_uint8
 from star_fast.model.tokenizer_blocks import norm
 from star_fast.storage import StorageError
@@ -270,3 +271,12 @@ def test_bad_input_says_what_came() -> None:
         tokenizer.decode(torch.zeros(2, 15, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"0 \.\.\. 36, got 0 \.\.\. 37"):
         tokenizer.decode(torch.tensor([[0, 1, 2, 37]]))
+
+
+@pytest.mark.parametrize("entries", [1, 7, 96, 300, 16384])
+def test_the_first_of_equal_entries_wins_whatever_their_number(entries: int) -> None:
+    """The search goes by blocks of entries: found against plain Python, with equal values within a block and across blocks."""
+    similarity = torch.randint(0, 5, (9, entries), generator=torch.Generator().manual_seed(entries)).float()
+    similarity[0] = 2.0
+    rows = similarity.tolist()
+    assert tokenizers._argmax(similarity).tolist() == [row.index(max(row)) for row in rows]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Of reports, records and metrics: what tells when and how fast a run was.
-_TIMES = re.compile(rb'"(images_per_s|time_s|images_per_s_median|training_time_s|seconds|date|here_s|drawn_here_images)": [^,}\n]+')
+_TIMES = re.compile(rb'"(images_per_s|time_s|data_s|views_s|tokenizer_s|images_per_s_median|training_time_s|seconds|date|here_s|drawn_here_images)": [^,}\n]+')
 _MADE_ON = re.compile(rb"Made on [^<]+? on ")
 
 
@@ -96,6 +96,28 @@ def run_preparing(given: Path, work: Path, small: bool) -> None:
                  "--new-tokenizer.images-per-step", "8", "--new-tokenizer.steps", "6" if small else "300"])
 
 
+def prepare_encoding(given: Path) -> None:
+    """A folder of small pictures, one of them damaged, and a tokenizer."""
+    from tests.data.pictures import tiny_tokenizer
+
+    prepare_preparing(given)
+    tiny_tokenizer().save(given / "tokenizer")
+
+
+def run_encoding(given: Path, work: Path, small: bool) -> None:
+    """The codes of pictures under a tokenizer that is there, on any number of ranks: at two crop ranges, or (small) few of them."""
+    from star_fast.config import DataConfig
+    from star_fast.data import prepare as module
+    from star_fast.data.sources import ImageFolder
+    from star_fast.generation.device import rank_and_ranks
+    from star_fast.model.tokenizer import VQTokenizer
+
+    rank, ranks = rank_and_ranks()
+    data = DataConfig(crop_ranges=(1.3,) if small else (1.3, 1.1))
+    module.prepare(ImageFolder(given / "images"), work / "codes", VQTokenizer.load(given / "tokenizer"), data, chunk_images=16 if small else 1,
+                   batch_views=10, rank=rank, ranks=ranks)
+
+
 def prepare_reporting(given: Path) -> None:
     """A finished run with its code store and images."""
     from star_fast.train import run_command
@@ -126,6 +148,7 @@ SUBJECTS = {
                                                                         "tests.reliability.training_job", "torch._dynamo"), peers_notice=True),
     "prepare": Subject(prepare_preparing, run_preparing, preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
                        single=True),
+    "encode": Subject(prepare_encoding, run_encoding, preload=("star_fast.data.prepare", "torch._dynamo")),
     "report": Subject(prepare_reporting, run_reporting, without_times, ("star_fast.cli", "star_fast.evaluation.report", "star_fast.evaluation.probe",
                                                                         "matplotlib.pyplot", "torch._dynamo"), single=True),
 }

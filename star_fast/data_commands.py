@@ -270,12 +270,10 @@ DATA_COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 def data(arguments: list[str]) -> None:
     """star-fast data COMMAND ..."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print("usage: star-fast data COMMAND [options]\n")
         print("\n".join(f"  {name:7} {about}" for name, (_, about) in DATA_COMMANDS.items()))
-        if not arguments:
-            raise SystemExit(2)
         return
-    if arguments[0] not in DATA_COMMANDS:
-        raise UserError(f"data: expected one of {', '.join(DATA_COMMANDS)}, got {arguments[0]!r}")
+    if not arguments or arguments[0] not in DATA_COMMANDS:
+        raise UserError(f"data: expected one of {', '.join(DATA_COMMANDS)}, got {repr(arguments[0]) if arguments else 'nothing'}")
     DATA_COMMANDS[arguments[0]][0](arguments[1:])

@@ -254,7 +254,7 @@ class DataConfig:
     # ten-crop: images are resized to int(image_size * range) first; ten views for each range (LlamaGen: 1.1 and 1.05; the paper: "ten crops")
     crop_ranges: tuple[float, ...] = (1.1,)
     affine_views: int = 8  # small-affine: views of each image
-    # Who decodes JPEGs: Pillow; DALI on the CPU, to the same pixels in less time; or DALI on a GPU, nearly the same pixels (its decoder rounds otherwise).
+    # Who decodes JPEGs: Pillow; DALI on the CPU, to the same pixels; or DALI on a GPU, which resizes there too, to nearly the same pixels.
     decoder: typing.Literal["pillow", "dali", "dali-gpu"] = "pillow"
     held_out_share: float = 0.1  # share of each class held out from all training (choice)
     # Training on random crops that are drawn afresh in each epoch and encoded while it trains, instead of the views in the code store (choice)

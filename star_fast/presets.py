@@ -65,7 +65,7 @@ PRESETS = {name: Preset(*row, f"deepspeed star_fast/train.py --preset {name} --d
 
 
 IMAGENET_CODES = ("star-fast prepare IMAGENET/train --held-out-source IMAGENET/val --class-names imagenet --tokenizer vq_ds16_c2i.pt "
-                  "--data.crop-ranges 1.1 1.05 --data.decoder dali --out CODES")  # all training images; the validation images are the held-out ones
+                  "--data.crop-ranges 1.1 1.05 --out CODES")  # all training images; the validation images are the held-out ones
 
 
 def preset(name: str) -> RunConfig:

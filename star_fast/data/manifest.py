@@ -142,13 +142,11 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def recorded_until(path: Path) -> int:
-    """How many source images the store in folder `path` has got through so far; 0 where there is none yet."""
-    if is_finished(path) or not os.path.exists(path / PROGRESS_FILE):
-        return 0
+    """How many source images the store in folder `path` has got through so far; 0 where there is none yet, 2^63 where it is finished."""
     try:
         return read_progress(path)["next_index"]
-    except StorageError:  # removed this very moment by the rank that finished the store; what is damaged is that rank's to say
-        return 0
+    except StorageError:  # not there yet, or no longer; what is damaged is for the rank that writes it to say
+        return 2**63 if is_finished(path) else 0
 
 
 def tokenizer_of(path: Path) -> str:

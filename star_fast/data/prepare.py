@@ -89,7 +89,7 @@ class _Job:
         if not writer.complete:
             with tqdm(total=len(self.source), initial=writer.next_index, desc="codes", unit="image", disable=not self.progress, dynamic_ncols=True) as bar:
                 self._append_parts(writer, bar)
-                for chunk in self._encoded(writer.next_index):
+                for chunk in self._encoded():
                     if chunk.start == writer.next_index:
                         self._append(writer, chunk, bar)
                     else:
@@ -108,17 +108,19 @@ class _Job:
 
     def encode_and_wait(self) -> CodeStore:
         """Another rank: its own chunks, each in a file of its own; then wait for rank 0 to finish the store."""
-        if not is_finished(self.out):
-            for chunk in self._encoded(recorded_until(self.out)):
-                write_part(self._part(chunk.end), chunk, self.name)
+        for chunk in self._encoded():
+            write_part(self._part(chunk.end), chunk, self.name)
         self._wait(lambda: is_finished(self.out), "rank 0 has")
         return CodeStore.open(self.out)
 
-    def _encoded(self, first: int) -> Iterator[EncodedChunk]:
-        """This rank's chunks from source image `first` on, but those that are there already."""
+    def _encoded(self) -> Iterator[EncodedChunk]:
+        """This rank's chunks, but those that are there already: looked for in the order in which a chunk moves, so that one on the move is not missed."""
         starts = range(0, len(self.source), self.chunk_images)
-        spans = [(start, min(start + self.chunk_images, len(self.source))) for start in starts[self.rank:: self.ranks] if start >= first]
-        spans = [span for span in spans if self._read(span[1]) is None]
+        spans = [(start, min(start + self.chunk_images, len(self.source))) for start in starts[self.rank:: self.ranks]]
+        first = recorded_until(self.out)
+        spans = [span for span in spans if span[0] >= first and self._read(span[1]) is None]
+        first = recorded_until(self.out)  # rank 0 may have taken some in meanwhile
+        spans = [span for span in spans if span[0] >= first]
         encoder = Encoder(self.tokenizer, self.about["precision"], self.about["batch_views"])
         for chunk in read_chunks(self.reader, spans):
             shape = (len(chunk.views), len(self.about["views"]), self.about["positions"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import PIL
@@ -13,6 +13,9 @@ from torch import Tensor
 from star_fast.config import DataConfig
 from star_fast.data.sources import ImageSource, UnreadableImage
 from star_fast.data.views import ImageViews, cut_views, read_views, square_sizes
+
+if TYPE_CHECKING:
+    from star_fast.data.dali import Refused, Views
 
 
 class ViewReader(Protocol):
@@ -77,17 +80,19 @@ class _Dali(_Pillow):
         except UnreadableImage as error:
             return error
 
+    def _cut(self, index: int, squares: Views | Refused) -> ImageViews | UnreadableImage:
+        key = self.source.files[index]
+        if not isinstance(squares, list):
+            return UnreadableImage(key, squares.reason)
+        views = cut_views([_as_array(square) for square in squares], int(index), self.data, self.image_size, self.seed)
+        return ImageViews(views, int(self.source.labels[index]), key)
+
     def __call__(self, indices: Sequence[int]) -> list[ImageViews | UnreadableImage]:
         files = list(self._pool.map(self._file, indices))
         found: dict[int, ImageViews | UnreadableImage] = {}
         encoded = [place for place, file in enumerate(files) if isinstance(file, bytes)]
-        for place, squares in zip(encoded, self._squares([files[place] for place in encoded]), strict=True):
-            index, key = int(indices[place]), self.source.files[indices[place]]
-            if isinstance(squares, tuple):  # Refused
-                found[place] = UnreadableImage(key, squares.reason)
-            else:
-                views = cut_views([_as_array(square) for square in squares], index, self.data, self.image_size, self.seed)
-                found[place] = ImageViews(views, int(self.source.labels[index]), key)
+        cut = self._pool.map(self._cut, (indices[place] for place in encoded), self._squares([files[place] for place in encoded]))
+        found |= zip(encoded, cut, strict=True)
         without = [place for place, file in enumerate(files) if file is None]
         found |= zip(without, super().__call__([indices[place] for place in without]), strict=True)
         return [found.get(place, file) for place, file in enumerate(files)]

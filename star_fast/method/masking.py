@@ -69,7 +69,8 @@ def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: i
         return None
     words = random_words(seed, Purpose.KEY_MASK, epoch, images[:, None, None], np.arange(views)[:, None], np.arange(1, positions))
     keep = np.ones((len(images), views, positions), dtype=bool)
-    np.put_along_axis(keep, 1 + np.argpartition(words, hidden - 1, axis=2)[..., :hidden], False, axis=2)
+    last_hidden = np.partition(words, hidden - 1, axis=2)[..., hidden - 1, None]  # that two words are equal has a chance of 1e-15 a mask
+    np.greater(words, last_hidden, out=keep[..., 1:])
     return keep
 
 

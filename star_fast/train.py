@@ -103,6 +103,10 @@ def train(command: TrainCommand) -> Path:
             done = run_loop(engine, batches, run, first_step, stop=stop, earlier=earlier.telemetry if earlier is not None else None)
             folder = export(engine, store, run / "model", done)
     if rank == 0:
+        if batches.seconds and done > first_step:
+            views_s, tokenizer_s = (batches.seconds[name] / (done - first_step) for name in ("views_s", "tokenizer_s"))
+            print(f"Fresh views took {views_s + tokenizer_s:.3g} s a step in the background, of which the tokenizer {tokenizer_s:.3g} s; what steps waited "
+                  "for them is data_s in metrics.jsonl", flush=True)
         finished = done >= batches.total_steps
         print(f"{'Finished' if finished else 'Stopped'} after {done} of {batches.total_steps} steps; model in {printable(folder)}"
               + ("" if finished else f"; go on with --resume --run {printable(run)}"), flush=True)

@@ -77,6 +77,12 @@ def _part(folder: Path) -> None:
         part.write_bytes(data + struct.pack("<I", zlib.crc32(data)))
 
 
+def _chunk(folder: Path) -> None:
+    part = folder / "until-00000016"
+    _, _, content = part.read_bytes().partition(b"\n")
+    part.write_bytes(sha256_of_bytes(content).encode() + b"\n" + content)
+
+
 def _samples(folder: Path) -> None:
     data = (folder / "done.npz").read_bytes()
     start, end = data.index(b"\x93NUMPY"), data.index(b"PK\3\4", 4)
@@ -91,4 +97,5 @@ def _described(folder: Path, names: list[str] | tuple[str, ...]) -> dict[str, di
 CLASSIFIER, MODEL, TOKENIZER = Fit("classifier.json", _classifier), Fit("config.json", _model), Fit("tokenizer.json", _tokenizer)
 STATE, STORE, PROGRESS = Fit("unfinished.json", _state), Fit("manifest.json", _store), Fit("progress.json", _progress)
 CHECKPOINT = Fit("complete.json", _checkpoint)
+CHUNK = Fit("until-00000016", _chunk)
 PART, SAMPLES = Fit("batch-0000003.npy", _part), Fit("done.json", _samples)

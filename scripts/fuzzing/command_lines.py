@@ -19,7 +19,7 @@ from unittest import mock
 
 from scripts.fuzzing import goods
 from scripts.fuzzing.trial import Case, Subject
-from star_fast import cli, train
+from star_fast import cli, data_commands, train
 from star_fast.errors import UserError
 from star_fast.evaluation.probe import ProbeConfig
 from star_fast.evaluation.report import ReportConfig
@@ -36,7 +36,8 @@ WORDS = ("None", "none", "null", "True", "False", "true", "", " ", "x", "-", "--
          "x" * 300, "y" * 5000, "/" * 4096, "../" * 1000, "~", "~nobody", "$HOME", "*", "1,2", "(1, 2)", "digits")
 DEVICES = ("cuda", "cuda:99", "cuda:-1", "cuda:", "cpu:7", "cpu", "meta", "mps", "xla", "auto", "CPU", "cuda:1e9")
 CLASS_NAMES = (*goods.CLASSES, "0", "2", "3", "-1", "1" * 400)
-HERE = ("images", "images/ash", "images/ash/0.png", "store", "store/manifest.json", "store/tokenizer", "run", "run/model", "run/config.yaml",
+HERE = ("listed", "listed/labels.csv", "shards", "shards/a.tar", "names/list.txt", "images", "images/ash", "images/ash/0.png", "store",
+        "store/manifest.json", "store/tokenizer", "run", "run/model", "run/config.yaml",
         "run/model/model.safetensors", "run/model/config.json", "run/checkpoints", "unfinished",
         "released/model.pt", "released/tokenizer.pt", "samples/done.npz", "llamagen", "few", "fuzz_canary_module.py")
 BROKEN = ("nowhere", "nowhere/at/all", "/dev/zero", "/dev/null", "/proc/self/mem", "odd/pipe", "odd/loop", "odd/empty", "odd/folder", "odd/noise.pt",
@@ -67,11 +68,13 @@ def options_of(command: Any, renamed: dict[str, str] | None = None, prefix: str 
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "prepare": dict(options_of(cli.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)),
+    "prepare": dict(options_of(data_commands.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)),
     "probe": dict(options_of(ProbeConfig)), "report": dict(options_of(ReportConfig)),
     "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {},
     "plan": dict(options_of(cli.PlanCommand, {"config": "", "config_file": "config"}))}
 OPTIONS["prepare"].pop("--source")
+OPTIONS["data"] = {name: hint for kind in ("Show", "Import", "Export") for name, hint in options_of(getattr(data_commands, f"{kind}Command"))
+                   if name not in ("--store", "--root")}
 OPTIONS["train.py"] = OPTIONS["train"] | {"--local_rank": int, "--local-rank": int}
 
 
@@ -82,9 +85,10 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
         return [random.choice((*WORDS, *NUMBERS))]
     if option == "--json":
         return [random.choice(("out/plan.json", "out/plan.json", "/proc/new.json", "/dev/null/x.json"))]
-    if option in ("--out", "--run") and command in ("prepare", "sample", "train", "train.py"):
+    if option in ("--out", "--run") and command in ("prepare", "data", "sample", "train", "train.py"):
         return [random.choice(FILES_TO_WRITE if command == "sample" else PLACES)]
-    if option in ("--model", "--tokenizer", "--run", "--codes", "--source", "--against", "--config", "--init", "--data.codes"):
+    if option in ("--labels", "--class-names", "--held-out-source", "--held-out-labels", "--fine-tune", "--sibling", "--data.images", "--model",
+            "--tokenizer", "--run", "--codes", "--source", "--against", "--config", "--init", "--data.codes"):
         return [random.choice((*BROKEN, *(() if whole else HERE)))]
     if option == "--device":
         return [random.choice(DEVICES)]
@@ -99,14 +103,16 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     return [random.choice(WHOLE if hint is int and kind < 0.8 else NUMBERS if hint in (int, float) else WORDS)]
 
 
-_WRITTEN = {"prepare": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png", "run/.report.lock"), "report": ("run/.report.lock",),
+_WRITTEN = {"prepare": ("few", "store", "unfinished"), "data": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png",
+            "run/.report.lock"), "report": ("run/.report.lock",),
             "sample": ("samples",)}
 _WRITTEN["train"] = _WRITTEN["train.py"] = ("few/.lock", "store/.lock", "unfinished/.lock", "run/.lock")
 
 
 def subjects() -> list[Subject]:
     """One for each command, one for what is no command."""
-    shares = {"prepare": 0.7, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "plan": 0.4, "doctor": 0.1, "presets": 0.1,
+    shares = {"prepare": 0.9, "data": 0.5, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "plan": 0.4, "doctor": 0.1,
+            "presets": 0.1,
               "": 0.3}
     return [Subject(f"command line: {name or 'others'}", f"{'star_fast/train.py' if name == 'train.py' else f'star-fast {name}'.rstrip()}", _maker(name), _read,
                     share,
@@ -192,7 +198,16 @@ def _train(random: Random, whole: bool) -> list[str]:
     return [*config, "--data.codes", "store" if whole else random.choice((*BROKEN, *(path for path in HERE if path != "store"))), *run]
 
 
-_SKELETONS = {"prepare": _prepare, "sample": _sample, "probe": _probe, "report": _report, "train": _train, "train.py": _train}
+def _data(random: Random, whole: bool) -> list[str]:
+    """One of its commands; a store that is shown, imported or exported whole is small."""
+    command = random.choice((*data_commands.DATA_COMMANDS, random.choice(WORDS)))
+    place = {"import": "llamagen"}.get(command, "store") if whole else random.choice((*BROKEN, *HERE))
+    needs = {"import": ["--out", random.choice(PLACES), "--tokenizer", random.choice(("store/tokenizer", *BROKEN))], "export": ["--out", random.choice(PLACES)],
+             "show": ["--out", "out/show.png"]}
+    return [command, place, *needs.get(command, [])]
+
+
+_SKELETONS = {"prepare": _prepare, "data": _data, "sample": _sample, "probe": _probe, "report": _report, "train": _train, "train.py": _train}
 
 
 def _read(place: Path, case: Case) -> None:

@@ -21,8 +21,11 @@ from PIL import Image
 from scripts.fuzzing.payloads import CANARY_MODULE
 from star_fast import cli, train
 from star_fast.config import DataConfig, ModelConfig, TokenizerConfig
+from star_fast.data import prepare as preparing
+from star_fast.data.origin import Origin, write_origin
 from star_fast.data.prepare import collect_views, prepare
 from star_fast.data.sources import ImageFolder, Sample, split_indices
+from star_fast.errors import UserError
 from star_fast.generation.npz_stream import NpzStream
 from star_fast.generation.sample import SampleConfig, sample_images
 from star_fast.model.llamagen import save_transformer
@@ -87,6 +90,9 @@ def make(root: Path) -> None:
     tokenizer.save("store/tokenizer")
     with contextlib.suppress(Stopped):
         prepare(_Stopping(source, 12), "unfinished", tokenizer, DATA, chunk_images=4, progress=False)
+    with mock.patch.object(preparing, "_PATIENCE_S", 0.0), contextlib.suppress(UserError):  # rank 0 never comes: rank 1's chunks wait in files of their own
+        prepare(source, "unfinished", tokenizer, DATA, chunk_images=4, rank=1, ranks=2, progress=False)
+    write_origin(store, Origin("images"))
     _tokenizers(source)
     train.run_command(["--data.codes", "store", "--run", "run", *TRAIN], "train.py")
     done = cli.main(["report", "--run", "run", "--source", "images", "--samples-per-class", "2", "--attention-images", "1", "--classifier.epochs", "2"])

@@ -20,6 +20,7 @@ from star_fast.config_file import read_config
 from star_fast.data.class_names import renamed_classes
 from star_fast.data.codes import CodeStore
 from star_fast.data.llamagen_codes import import_llamagen_codes
+from star_fast.data.origin import images_of
 from star_fast.data.prepare import collect_views, prepare, skipped_report
 from star_fast.data.sources import ImageFolder, ImageSource, open_source
 from star_fast.errors import UserError, printable
@@ -116,6 +117,11 @@ def store(place: Path, case: Case) -> None:
     print(skipped_report(opened), printable(opened.class_names), printable(opened.keys()[:3]))
     opened.codes(torch.arange(min(2, len(opened))), [0])
     opened.verify()
+
+
+def origin(place: Path, case: Case) -> None:
+    """images_of"""
+    images_of(CodeStore.open("store"))
 
 
 def unfinished_store(place: Path, case: Case) -> None:

@@ -66,6 +66,8 @@ ROWS = (
     Row("unfinished store/progress.json", "unfinished/progress.json", readers.unfinished_store, 1, "unfinished", checksums.PROGRESS),
     Row("unfinished store/keys.jsonl", "unfinished/keys.jsonl", readers.unfinished_store, 0.3, "unfinished", checksums.PROGRESS),
     Row("unfinished store/labels.bin", "unfinished/labels.bin", readers.unfinished_store, 0.3, "unfinished", checksums.PROGRESS),
+    Row("unfinished store/parts", "unfinished/parts/until-00000016", readers.unfinished_store, 0.5, "unfinished", checksums.CHUNK, damage=bytes_damage.damaged),
+    Row("store/source.json", "store/source.json", readers.origin, 1),
     Row("unfinished store/codes.bin", "unfinished/codes.bin", readers.unfinished_store, 0.3, "unfinished", checksums.PROGRESS),
     Row("unfinished tokenizer/unfinished.json", "halfway/tokenizer/unfinished.json", readers.kept_tokenizer, 0.3, "halfway", checksums.STATE),
     Row("unfinished tokenizer/unfinished.safetensors", "halfway/tokenizer/unfinished-0000002.safetensors", readers.kept_tokenizer, 0.3, "halfway",

@@ -26,6 +26,7 @@ def describe(store: CodeStore) -> Iterator[str]:
             ("decoded by", about.get("decoder", "not recorded")),
             ("encoded in", about.get("precision", "fp32") + (f"; codes that differ from float32's: {100 * about['bf16']['codes_that_differ']:.2f} % "
                                                               f"({about['bf16']['images']} images)" if "bf16" in about else "")),
+            ("made with", _pairs(about.get("versions", {})) or "not recorded"),
             ("tokenizer", f"sha256 {store.tokenizer_hash}"),
             *((name, f"{record['bytes']:,} bytes, sha256 {record['sha256']}") for name, record in about["files"].items())]
     width = max(len(name) for name, _ in rows)

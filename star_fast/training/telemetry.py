@@ -79,8 +79,10 @@ class Telemetry:
         now = time.perf_counter()
         images_per_s = self.timed * self.images_per_step / (now - self.since)
         seconds = {"data_s": self.waited_s / self.timed} | {name: (value - self.told[name]) / self.timed for name, value in self.background.items()}
+        share = self.waited_s / (now - self.since)
+        waits = f", waits for data {share:.0%}" if share >= 0.01 else ""
         self._start_interval(now)
-        self.bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in values.items()) + f" | {images_per_s:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in values.items()) + f" | {images_per_s:.0f} images/s{waits}", refresh=False)
         self.bar.update(1)
         spike = {"spike_deviations": self.spike} if self.spike else {}
         self.spike = 0.0

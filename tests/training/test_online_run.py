@@ -59,6 +59,7 @@ def test_only_the_codes_are_other_ones(store: CodeStore) -> None:
 
 def test_a_run(one_rank: torch.device, store: CodeStore, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     train(TrainCommand(run_config(store), run=str(tmp_path / "run")))
+    assert "Fresh views took" in capfd.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert len(trained) == 3 and all(line["data_s"] >= 0 and line["views_s"] > 0 and line["tokenizer_s"] > 0 for line in trained[:2])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from star_fast import __version__
+import star_fast
 from star_fast.data.codes import CodeStore
 from star_fast.data.manifest import (
     CODES_FILE,
@@ -157,7 +157,7 @@ class StoreWriter:
             files[SKIPPED_FILE] = {"bytes": len(listing), "sha256": sha256_of_bytes(listing)}
             atomic_write_json(self.out / MANIFEST_FILE, {
                 "format": FORMAT, "format_version": FORMAT_VERSION, "images": self.rows, **self.about, **(more or {}),
-                "versions": {"star_fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
+                "versions": {"star_fast": star_fast.__version__, "torch": torch.__version__, "numpy": np.__version__},
                 "split": {"held_out_share": held_out_share, "held_out": np.flatnonzero(held[~gone]).tolist()},
                 "skipped": skipped, "files": files, "job_sha256": self._job})
         (self.out / PROGRESS_FILE).unlink(missing_ok=True)

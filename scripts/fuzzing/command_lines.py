@@ -50,7 +50,7 @@ FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for pl
                   "samples/done.npz", "odd/pipe/x.npz", "odd/empty/x.npz", "odd/loop/x.npz", "/proc/new.npz", "/dev/null", "/dev/null/x.npz")
 _ENDLESS = ("steps", "epochs", "images", "samples-per-class", "largest-side", "channels", "base-channels", "multipliers", "codebook", "z-channels",
             "code-channels", "residual-blocks", "image-size", "affine-views", "images-per-step", "max-steps",
-            "exact")
+            "exact", "crop-ranges")
 _TINY = ("--new-tokenizer.steps", "1", "--new-tokenizer.image-size", "8", "--new-tokenizer.base-channels", "4", "--new-tokenizer.multipliers", "1", "2",
          "--new-tokenizer.z-channels", "4", "--new-tokenizer.codebook", "16",
          "--new-tokenizer.residual-blocks", "1", "--new-tokenizer.images-per-step", "2", "--data.views", "small-affine", "--data.affine-views", "2")

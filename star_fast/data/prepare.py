@@ -33,7 +33,7 @@ from star_fast.storage import remove_leftovers
 PARTS_FOLDER = "parts"  # within an unfinished store: chunks that ranks have encoded ahead of their turn
 _PIXELS = "upright by EXIF, 16 bits scaled by the white level"  # how files became pixels: a store begun under another rule cannot be finished under this one
 _COMPARED_IMAGES = 32  # encoded in float32 too, to say what bf16 changes
-_POLL_S, _PATIENCE_S = 0.05, 3600.0  # of a rank for the others: it gives up when nothing was recorded for so long
+_POLL_S, _PATIENCE_S = 0.2, 6 * 3600.0  # of a rank for the others: it gives up when nothing was recorded for so long; one chunk may take an hour on a CPU
 
 
 def prepare(source: ImageSource, out: str | Path, tokenizer: VQTokenizer, data: DataConfig, *, seed: int = 0, precision: str = "fp32", chunk_images: int = 64,
@@ -151,7 +151,7 @@ class _Job:
             if (now := recorded_until(self.out)) != seen:
                 end, seen = time.monotonic() + _PATIENCE_S, now
             if time.monotonic() > end:
-                raise UserError(f"{self.out}: {who} not come on for {_PATIENCE_S / 60:g} minutes; see what it said last, and run the same command again")
+                raise UserError(f"{self.out}: {who} not come on for {_PATIENCE_S / 3600:g} hours; see what it said last, and run the same command again")
             time.sleep(_POLL_S)
 
     def _part(self, end: int) -> Path:

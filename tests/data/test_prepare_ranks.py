@@ -98,7 +98,7 @@ def test_what_another_number_of_ranks_left_is_used(folder: Path, tmp_path: Path,
     """Rank 1 of 2 runs alone first, then one rank finishes: the chunks of rank 1, but a damaged one, are not encoded again."""
     monkeypatch.setattr(preparing, "_PATIENCE_S", 0.2)
     out = tmp_path / "store"
-    with pytest.raises(UserError, match=r"rank 0 has not come on for .* minutes; see what it said last, and run the same command again"):
+    with pytest.raises(UserError, match=r"rank 0 has not come on for .* hours; see what it said last, and run the same command again"):
         run(folder, out, 1, 2)
     parts = sorted((out / "parts").iterdir())
     assert len(parts) == 6  # every second of twelve chunks

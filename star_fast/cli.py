@@ -16,7 +16,18 @@ from star_fast.config_file import base_config, given, parse
 from star_fast.errors import printable
 from star_fast.guard import guarded
 from star_fast.presets import IMAGENET_CODES, PRESETS, plain
+from star_fast.records import require
 from star_fast.waiting import bound_spinning
+
+
+@dataclass(frozen=True)
+class PaperCommand:
+    """The commands that make a table or figure of the paper on ImageNet, with the values that it reports and what training takes."""
+
+    exhibit: tyro.conf.Positional[str]  # table1 ... table6, figure1c, figure2, figure4, figure6
+    gpus: int = 8  # that the predicted days are for
+    gpu: str = "h100"  # a100, h100, h200 or b200
+    share: float = 0.4  # of the GPUs' peak, at which they run
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,28 @@ class PlanCommand:
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
     plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
     json: str = ""  # also write the plan to this file
+
+
+def paper(arguments: list[str]) -> None:
+    """star-fast paper EXHIBIT ..."""
+    from star_fast.evaluation.paper import EXHIBITS, text
+    from star_fast.planning.gpus import gpu
+    from star_fast.planning.work import step_flops, training_days
+    from star_fast.presets import preset
+
+    command = parse(PaperCommand, arguments, "star-fast paper", PaperCommand.__doc__ or "", exhibit=tyro.MISSING)
+    require(command.exhibit in EXHIBITS, "exhibit", command.exhibit, " or ".join(EXHIBITS))
+    require(0 < command.share <= 1, "--share", command.share, "a share of the peak, more than 0 and at most 1")
+    require(command.gpus >= 1, "--gpus", command.gpus, "at least 1")
+    device, days = gpu(command.gpu), []
+    for row in EXHIBITS[command.exhibit].rows:
+        if not row.preset:
+            days.append("")
+            continue
+        config = plain(preset(row.preset)) if "--plain" in row.options else preset(row.preset)
+        spent = training_days(config, step_flops(config, 1, config.train.images_per_step), device.bf16_flops_per_s * command.gpus, command.share)
+        days.append(f"training, predicted: {spent:.2g} days on {command.gpus} {command.gpu} at {command.share:.0%} of their peak")
+    print("\n".join(text(command.exhibit, IMAGENET_CODES, days)))
 
 
 def plan(arguments: list[str]) -> None:
@@ -92,6 +125,13 @@ def report(arguments: list[str]) -> None:
     print(printable(write_report(parse(ReportConfig, arguments, "star-fast report", ReportConfig.__doc__ or ""))))
 
 
+def demo(arguments: list[str]) -> None:
+    """star-fast demo MODEL ..."""
+    from star_fast.demo import DemoCommand, run_demo
+
+    run_demo(parse(DemoCommand, arguments, "star-fast demo", DemoCommand.__doc__ or "", model=tyro.MISSING))
+
+
 def doctor(arguments: list[str]) -> None:
     """star-fast doctor."""
     from star_fast.doctor import examine
@@ -127,11 +167,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
     "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
+    "paper": (paper, "the paper's tables and figures: exact commands, reported values, cost"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
     "report": (report, "run folder -> one HTML page with every picture and figure"),
+    "demo": (demo, "a page in the browser that draws images of a class as they are asked for"),
     "doctor": (doctor, "what this machine has, and what is missing for what"),
     "presets": (presets, "the named runs: size, machine, command, published figure"),
 }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 CODES, TOKENIZER, REFERENCE = "data/imagenet", "vq_ds16_c2i.pt", "VIRTUAL_imagenet256_labeled.npz"
 SCALES = (1.5, 1.75, 2.0)  # of guidance, swept where the paper gives none
-_RANKS = "torchrun --nproc-per-node 8 --no-python"
+_RANKS = "torchrun --nproc-per-node 8 --no-python --"
 
 
 class Values(NamedTuple):
@@ -99,11 +99,12 @@ EXHIBITS: dict[str, Exhibit] = {
         Row("baseline, 50 epochs", "B", "--plain", "6 10 16 20 23 23 21 19 % (read off the figure)"),
         Row("baseline, 300 epochs", "B-300", "--plain", "6 12 18 24 26 27 24 21 %"), Row("ST-AR, 50 epochs", "B", "", "9 18 28 37 42 44 45 45 %"),
         Row("ST-AR, 300 epochs", "B-300", "", "11 24 36 45 51 54 55 55 %")), "probe"),
-    "figure2": Exhibit("Figures 1a, 2, 5: attention maps", (Row("baseline", "B", "--plain", "neighbours and the class position"), Row("ST-AR", "B", "", "the object")),
+    "figure2": Exhibit("Figures 1a, 2, 5: attention maps", (Row("baseline", "B", "--plain", "looks at neighbours and the class position"),
+                                                            Row("ST-AR", "B", "", "looks at the object")),
                        "star-fast attention --run {run} --against {baseline}"),
     "figure1c": Exhibit("Figure 1c: tokens of two slightly different crops", (), f"star-fast stability --codes {CODES}"),
     "figure6": Exhibit("Figure 6: the same seeds without guidance", (Row("baseline", "L", "--plain", "a picture"), Row("ST-AR", "L", "", "a picture")),
-                       "star-fast compare {baseline} {run} --out figure6.png"),
+                       "star-fast figure6 --run {run} --against {baseline}"),
 }
 
 
@@ -129,17 +130,19 @@ def commands(row: Row, exhibit: Exhibit) -> Iterator[str]:
         yield f"star-fast probe --run {run}"
 
 
-def text(name: str, days: Sequence[str] = ()) -> Iterator[str]:
-    """An exhibit for people: title, the codes' command once, then each row with what the paper reports and its commands.
+def text(name: str, codes_command: str, days: Sequence[str] = ()) -> Iterator[str]:
+    """An exhibit for people: title and notes, the codes' command, then each row with what the paper reports and its commands.
 
     Args:
-        days: what each row's training takes, to be said beside it.
+        codes_command: makes the codes. days: what each row's training takes, to be said beside it.
     """
     exhibit = EXHIBITS[name]
-    yield exhibit.title
-    yield from (f"  ({note})" for note in exhibit.notes)
+    yield f"# {exhibit.title}"
+    yield from (f"# ({note})" for note in exhibit.notes)
+    yield "# Whether the paper samples from the student's weights or the teacher's is not known: both are measured." if "samples" in exhibit.measures else ""
+    yield codes_command.replace("CODES", CODES)
     for number, row in enumerate(exhibit.rows):
-        cost = f"; training: {days[number]}" if number < len(days) and days[number] else ""
+        cost = f"; {days[number]}" if number < len(days) and days[number] else ""
         yield f"\n# {row.name}; reported: {row.reported}{cost}"
         yield from commands(row, exhibit)
     if exhibit.measures.startswith("star-fast"):

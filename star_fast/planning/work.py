@@ -101,3 +101,9 @@ def speed(config: RunConfig, flops: Flops, flops_per_s: float, share: float) -> 
     images = config.train.images_per_step / step_s
     day = images * 86400
     return Speed(share, step_s, images, images * config.method.views * config.model.positions, 50 * IMAGENET_IMAGES / day, 300 * IMAGENET_IMAGES / day)
+
+
+def training_days(config: RunConfig, flops: Flops, flops_per_s: float, share: float) -> float:
+    """Of `train.epochs` passes over ImageNet at `share` of `flops_per_s` (of all GPUs together)."""
+    made = speed(config, flops, flops_per_s, share)
+    return config.train.epochs * IMAGENET_IMAGES / made.images_per_s / 86400

@@ -97,8 +97,9 @@ def test_another_size_for_a_tokenizer(here: Path, capfd: pytest.CaptureFixture) 
 
 def test_ranks_by_a_launcher(here: Path, capfd: pytest.CaptureFixture) -> None:
     torchrun, star_fast = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "star-fast"))
-    done = subprocess.run([torchrun, "--nproc-per-node", "2", "--no-python", "--", star_fast, "prepare", "train", "--tokenizer", "tokenizer", "--out", "by-ranks"],
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([torchrun, "--nproc-per-node", "2", "--no-python", "--", star_fast, "prepare", "train", "--tokenizer", "tokenizer",
+                           "--out", "by-ranks"], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["by-ranks: codes of 7 images x 10 views, 64 a view, 2 classes, 2 images held out"]
     alone = prepared("from-folder", "train")

@@ -77,7 +77,7 @@ def held_out_psnr(tokenizer: VQTokenizer, folder: Path) -> dict[str, float]:
     held_out = split_indices(source.labels, DataConfig().held_out_share)[1]
     for label, name in enumerate(source.class_names):
         indices = held_out[source.labels[held_out] == label]
-        views = collect_views(source, indices, DataConfig(), tokenizer.config, first_view_only=True, progress=False)
+        views = collect_views(source, indices, DataConfig(), tokenizer.config, plain_only=True, progress=False)
         found[name] = round(measure_tokenizer(tokenizer, views).psnr_db, 2)
     return found
 

@@ -275,7 +275,6 @@ class DataConfig:
         for name, most in (("crop_area", 1.0), ("crop_aspect", 1e3)):
             low, high = getattr(self, name)
             require(0 < low <= high <= most, f"data.{name}", (low, high), f"two rising numbers above 0, up to {most:g}")
-        require(not self.images or self.online, "data.images", self.images, "nothing without data.online")
         require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
 
 

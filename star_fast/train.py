@@ -67,6 +67,8 @@ def train(command: TrainCommand) -> Path:
     run = Path(command.run)
     if not command.config.data.codes:
         raise UserError("data.codes: expected the folder of a code store (made by `star-fast prepare`), got nothing; give --data.codes FOLDER")
+    if command.config.data.images and not command.config.data.online:
+        raise UserError(f"data.images: {command.config.data.images} has no effect without --data.online True; leave it out, or add that")
     if (command.init_weights or command.init_class_names) and not command.init:
         raise UserError(f"--init-{'weights' if command.init_weights else 'class-names'}: expected with --init, which was not given")
     store = CodeStore.open(command.config.data.codes)

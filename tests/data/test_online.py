@@ -83,8 +83,6 @@ def test_what_is_not_there_is_said(store: CodeStore, folder: Path, tmp_path: Pat
     for wrong in ({"crop_area": (0.5, 0.2)}, {"crop_area": (0.0, 0.2)}, {"crop_area": (0.5, 1.5)}, {"crop_aspect": (-1.0, 2.0)}):
         with pytest.raises(ConfigError, match=rf"data\.{next(iter(wrong))}: expected two rising numbers above 0"):
             DataConfig(**wrong)
-    with pytest.raises(ConfigError, match=r"data\.images: expected nothing without data\.online"):
-        DataConfig(images="x")
 
 
 def test_a_store_finds_its_images(store: CodeStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

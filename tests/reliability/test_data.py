@@ -150,7 +150,7 @@ def test_hostile_images_cost_nothing_and_names_are_printed_escaped(tmp_path: Pat
     Image.new("L", (9, 9)).save(images / "loose.png")
     assert cli.main(["prepare", str(images), "--out", str(tmp_path / "codes"), *SETTINGS[:-4], "--new-tokenizer.steps", "1"]) == 0
     out, error = capfd.readouterr()
-    assert out.splitlines()[-1].endswith("codes: codes of 8 images x 10 views, 64 a view, 2 classes, 1 images held out, 6 skipped")
+    assert out.splitlines()[-1].endswith("codes: codes of 8 images x 10 views, 64 a view, 2 classes, 1 images held out, 6 skipped (skipped.csv)")
     assert "Warning" not in error  # Pillow's, which says nothing that the list does not
     skipped = [line for line in error.splitlines() if line.startswith("skipped ")]
     assert len(skipped) == 6 and all(line.isprintable() for line in skipped)
@@ -188,7 +188,7 @@ def test_bytes_damaged_between_a_kill_and_the_next_start(images: Path, prepared:
     class Killed(BaseException):
         pass
 
-    def kill(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patched:

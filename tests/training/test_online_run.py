@@ -64,6 +64,8 @@ def test_a_run(one_rank: torch.device, store: CodeStore, tmp_path: Path, capfd: 
     trained = [line for line in lines if "loss" in line]
     assert len(trained) == 3 and all(line["data_s"] >= 0 and line["views_s"] > 0 and line["tokenizer_s"] > 0 for line in trained[:2])
     assert np.isfinite([line["loss"] for line in trained]).all()
+    given = ["train", "--preset", "tiny", "--data.codes", str(store.path), "--data.images", "x", "--run", str(tmp_path / "other")]
+    assert cli.main(given) == 2 and "data.images: x has no effect without --data.online True" in capfd.readouterr().err
     again = cli.main(["train", "--preset", "tiny", "--data.codes", str(store.path), "--data.online", "True", "--data.images", str(tmp_path),
                       "--run", str(tmp_path / "other"), "--train.images-per-step", "4"])
     assert again == 2 and "no images in class subfolders" in capfd.readouterr().err

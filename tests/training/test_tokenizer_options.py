@@ -255,7 +255,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 CHOSEN = replace(TINY, steps=2, images_per_step=4)
-FEW = DataConfig(crop_range=1.2, held_out_share=0.3)
+FEW = DataConfig(crop_ranges=(1.2,), held_out_share=0.3)
 
 
 @pytest.mark.parametrize("kind", ["folder", "released.pt"])

@@ -76,13 +76,12 @@ def sample(arguments: list[str]) -> None:
 
 def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
-    from star_fast.evaluation.probe import ProbeConfig, run_probe
+    from star_fast.evaluation.probe import ProbeConfig, run_probe, table
 
     config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
     result = run_probe(config)
-    accuracies = " ".join(f"{100 * share:.1f}" for share in result.held_out)
-    print(printable(f"{config.run}: top-1 after block {result.depth} at positions {' '.join(map(str, result.positions))}: {accuracies} % of "
-                    f"{result.held_out_images} {result.judged_on}, learnt from {result.train_images}; probe.json, probe.png"))
+    if result is not None:
+        print(printable(f"{config.run}: probe.json, probe.png"), table(result), sep="\n")
 
 
 def report(arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ import matplotlib.patches
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
@@ -20,23 +21,34 @@ from star_fast.errors import printable
 
 _COLOURS = {False: ("#2563eb", "#d97706", "#059669", "#9333ea"), True: ("#7aa8ff", "#fbbf5c", "#4ade9f", "#c9a2ff")}
 _INK = {False: "#3f4650", True: "#c8ced8"}
+_FAINT = {False: "#6b7280", True: "#9ca3af"}  # of what is not ours
 _RULE = {False: "#e2e6ec", True: "#343b46"}
 _STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.family": "sans-serif",
           "text.parse_math": False}  # a name with dollar signs is a name
+_POSITIONS = tuple(range(31, 256, 32))
+# Top-1 accuracies of the paper's Figure 4 (LlamaGen-B on ImageNet), read from its picture by eye.
+PAPER_FIGURE_4 = {name: (_POSITIONS, tuple(percent / 100 for percent in row)) for name, row in {
+    "ST-AR, 300 epochs": (11, 24, 36, 45, 51, 54, 55, 55), "ST-AR, 50 epochs": (9, 18, 28, 37, 42, 44, 45, 45),
+    "LlamaGen, 300 epochs": (6, 12, 18, 24, 26, 27, 24, 21), "LlamaGen, 50 epochs": (6, 10, 16, 20, 23, 23, 21, 19)}.items()}
+_LEAST_STEP = 0.055  # of the height of a panel between two names at its right edge
 _GAP = 2  # pixels between the tiles of a strip
 _MOST_LABEL = 40  # characters of a name in a legend
 _MOST_VALUE = 1e30  # beyond it matplotlib's own arithmetic overflows
 
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], *, title: str, x_label: str, dark: bool, y_label: str = "",
-           markers: bool = False, level: tuple[float, str] | None = None, percent: bool = False) -> bytes:
-    """One panel of named lines {name: (x, y)}, broken where y is None or not finite; `level` draws a dotted horizontal line with a name.
+           markers: bool = False, level: tuple[float, str] | None = None, percent: bool = False,
+           behind: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> bytes:
+    """One panel of named lines {name: (x, y)}, broken where y is None or not finite; `level` draws a dotted horizontal line with a name, `behind` thin
+    dashed lines of others, named at their right ends.
 
     Transparent ground, inks for a light or a dark page.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9, 2.7), dpi=170, layout="constrained")
+        figure = Figure(figsize=(5.4, 3.4) if behind else (3.9, 2.7), dpi=170, layout="constrained")
         axes = figure.add_subplot()
+        for x, y in (behind or {}).values():
+            axes.plot(x, y, color=_FAINT[dark], linewidth=1, linestyle=(0, (4, 2.5)), zorder=2)
         for index, (name, (x, y)) in enumerate(lines.items()):
             colour = _COLOURS[dark][index % 4]
             values = np.array([value if plottable(value) else np.nan for value in y])
@@ -57,7 +69,19 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], 
         axes.spines["bottom"].set_color(_RULE[dark])
         if len(lines) > 1 or level is not None:
             axes.legend(frameon=False, labelcolor=_INK[dark], fontsize=8)
+        if behind:
+            axes.set_ylim(bottom=0)
+            _name_ends(axes, {f"{name} (paper)": (x[-1], y[-1]) for name, (x, y) in behind.items()}, _FAINT[dark])
         return _png(figure)
+
+
+def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colour: str) -> None:
+    """Names right of the panel at the height of their lines' ends, moved apart where they would touch."""
+    bottom, top = axes.get_ylim()
+    least, below = _LEAST_STEP * (top - bottom), -np.inf
+    for name, (_, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        below = max(y, below + least)
+        axes.annotate(name, (1.01, below), xycoords=("axes fraction", "data"), color=colour, fontsize=7, va="center", annotation_clip=False)
 
 
 def plottable(value: float | None) -> bool:
@@ -66,11 +90,15 @@ def plottable(value: float | None) -> bool:
 
 
 def probe_curves(results: Mapping[str, Mapping[str, Any]], *, dark: bool) -> bytes:
-    """Top-1 accuracy over positions of one or more runs: {name: ProbeResult.to_dict()}."""
+    """Top-1 accuracy over positions of one or more runs: {name: ProbeResult.to_dict()}.
+
+    The paper's four curves are drawn behind them where every run has its setting: 1000 classes, 256 codes an image.
+    """
     lines = {name: (result["positions"], result["held_out"]) for name, result in results.items()}
     chance = max(result["chance"] for result in results.values())
-    return curves(lines, title="Linear probe, held-out top-1", x_label="position in the sequence", dark=dark, markers=True, level=(chance, "chance"),
-                  percent=True)
+    as_paper = all(result.get("classes") == 1000 and result.get("sequence") == 256 for result in results.values())
+    return curves(lines, title="Linear probe, held-out top-1", x_label="position in the sequence", y_label="top-1 accuracy", dark=dark, markers=True,
+                  level=(chance, "chance"), percent=True, behind=PAPER_FIGURE_4 if as_paper else None)
 
 
 def loss_panels(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], *, dark: bool) -> dict[str, bytes]:

@@ -106,12 +106,9 @@ def test_features_are_the_full_models_under_the_null_class() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("points", 0), ("points", 10**15), ("epochs", 0), ("warmup_epochs", 90), ("warmup_epochs", -1), ("lr", (0.0,)), ("lr", (math.nan,)), ("lr", (1.0, math.inf)),
-   
-    ("lr", (1e30,)), ("lr", ()), ("lr", (1.0, 1.0)), ("depths", (-1,)), ("depths", (2, 2)), ("knn", -1),
-    ("features", "a\0b"),
-    ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1),
-    ("seed", 10**30)])
+    ("points", 0), ("points", 10**15), ("epochs", 0), ("warmup_epochs", 90), ("warmup_epochs", -1), ("lr", (0.0,)), ("lr", (math.nan,)),
+    ("lr", (1.0, math.inf)), ("lr", (1e30,)), ("lr", ()), ("lr", (1.0, 1.0)), ("depths", (-1,)), ("depths", (2, 2)), ("knn", -1), ("features", "a\0b"),
+    ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1), ("seed", 10**30)])
 def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected .* got "):
         ProbeConfig(tmp_path, **{field: value})

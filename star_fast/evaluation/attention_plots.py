@@ -39,7 +39,7 @@ def block_curves(series: Mapping[str, Sequence[BlockAttention]], even: BlockAtte
                           marker=_MARKS[index % 4], markersize=4, label=legend_name(name), zorder=3)
             axes.axhline(pick(even), color=FAINT[dark], linewidth=1, linestyle=":", label="even attention")
             dress(axes, title, "block", unit, dark=dark)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(pick(block) for blocks in (*series.values(), [even]) for block in blocks))
             axes.xaxis.get_major_locator().set_params(integer=True)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK[dark], fontsize=8)

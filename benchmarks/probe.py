@@ -102,12 +102,12 @@ def main() -> None:
     """Measure, print, and with --save keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1_281_167)
-    parser.add_argument("--epochs", type=int, default=2, help="few: what an epoch takes does not change")
+    parser.add_argument("--epochs", type=int, default=1, help="few: what an epoch takes does not change")
     parser.add_argument("--folder", default="", help="where the features are written; empty: the place for temporary files")
     parser.add_argument("--quick", action="store_true", help="few images: a check that all runs, not a measurement to publish")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/probe.md")
     arguments = parser.parse_args()
-    images, judged, neighbours_of = (20_000, 2000, 100) if arguments.quick else (arguments.images, 50_000, 512)
+    images, judged, neighbours_of = (20_000, 2000, 100) if arguments.quick else (arguments.images, 50_000, 256)
     where = timing.environment("cuda" if torch.cuda.is_available() else "cpu") | {"cores": os.cpu_count() or 1}
     with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
         lines = measure(Path(folder), images, arguments.epochs, judged, neighbours_of)

@@ -16,6 +16,8 @@ from star_fast.evaluation.attention import AttentionConfig, run_attention, table
 from star_fast.evaluation.attention_maps import attention_by_block, even_attention
 from star_fast.evaluation.attention_plots import block_curves
 from star_fast.evaluation.runs import open_run
+from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.transformer import Transformer
 from star_fast.model.weights import save_model
 
 
@@ -34,9 +36,6 @@ def other(run: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         for block in model.layers:
             block.attention.wqkv.weight.mul_(30)
-    from star_fast.model.tokenizer import VQTokenizer
-    from star_fast.model.transformer import Transformer
-
     second = Transformer(model.config)
     second.load_state_dict(teacher)
     tokenizer = VQTokenizer.load(opened.model.tokenizer_folder)

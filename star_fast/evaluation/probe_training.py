@@ -134,10 +134,11 @@ def neighbour_accuracies(train: Features, labels: Tensor, judged: Features, judg
     """(P,) float64: the share of judged images whose class their nearest training images name.
 
     As in DINO: of the k nearest by cosine (fewer where there are fewer) each votes for its class with weight exp(cosine / 0.07); no training, no scaling.
-    Memory: the judged features of one reading (at most 1 GiB), a block of training images, and one head's 4096 x 4096 cosines.
+    Memory: the judged features of one reading and their neighbours (at most 1 GiB, twice while they are gathered), a block of training images, and one
+    head's 4096 x 4096 cosines.
     """
     right, k, first = torch.zeros(train.heads, dtype=torch.float64), min(neighbours, train.count), 0
-    for queries in _gathered(judged):
+    for queries in _gathered(judged, 12 * k * judged.heads):  # a float32 and an int64 for each neighbour
         cosine = torch.full((train.heads, len(queries), k), -math.inf, device=device)
         voter = torch.zeros(train.heads, len(queries), k, dtype=torch.int64, device=device)
         place = 0
@@ -181,15 +182,15 @@ def _groups(heads: int, images: int, width: int, classes: int) -> list[slice]:
     return [slice(start, min(start + together, heads)) for start in range(0, heads, together)]
 
 
-def _gathered(features: Features) -> Iterator[Tensor]:
-    """The features in pieces of at most _QUERY_BYTES, copied out of their blocks."""
-    pieces: list[list[Tensor]] = [[]]
+def _gathered(features: Features, more_bytes: int) -> Iterator[Tensor]:
+    """The features in pieces of whole blocks that, with `more_bytes` an image, take at most _QUERY_BYTES (or are one block), copied out of them."""
+    piece: list[Tensor] = []
     room = _QUERY_BYTES
     for block in features.blocks():
-        if pieces[-1] and block.nbytes > room:
-            yield torch.cat(pieces.pop())
-            pieces.append([])
-            room = _QUERY_BYTES
-        pieces[-1].append(block.clone())
-        room -= block.nbytes
-    yield torch.cat(pieces.pop())
+        needed = block.nbytes + more_bytes * len(block)
+        if piece and needed > room:
+            yield torch.cat(piece)
+            piece, room = [], _QUERY_BYTES
+        piece.append(block.clone())
+        room -= needed
+    yield torch.cat(piece)

@@ -113,7 +113,7 @@ def test_neighbours_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
             yield from self.views[0].split(13)
 
     monkeypatch.setattr(probe_training, "BLOCK_IMAGES", 8)
-    monkeypatch.setattr(probe_training, "_QUERY_BYTES", 3 * 13 * 2 * 4 * 4)
+    monkeypatch.setattr(probe_training, "_QUERY_BYTES", 2 * 13 * (2 * 4 * 4 + 12 * 20 * 2))  # two blocks: the judged ones are gone through in two turns
     got = neighbour_accuracies(InBlocks([train]), labels, InBlocks([judged]), truth, CLASSES)
     assert got.tolist() == pytest.approx(expected)
     assert all(0.4 < share < 1 for share in expected)

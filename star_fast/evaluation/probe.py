@@ -213,7 +213,7 @@ def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConf
     views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
     wanted = [Wanted("train", train, views), Wanted("held-out", held, [plain])]
     if len(config.lr) > 1:
-        kept, aside = (torch.from_numpy(part) for part in split_indices(store.labels[train].numpy(), ASIDE_SHARE, config.seed % 2**32))
+        kept, aside = (torch.from_numpy(part) for part in split_indices(store.labels[train].numpy(), ASIDE_SHARE, config.seed))
         if not len(aside):
             raise UserError(f"{option('lr')}: expected one, got {len(config.lr)}: with one training image a class none can be kept aside to choose on")
         wanted = [Wanted("train", train[kept], views), wanted[1], Wanted("aside", train[aside], [plain])]

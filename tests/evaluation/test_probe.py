@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from star_fast.config import ModelConfig
 from star_fast.errors import UserError
+from star_fast.evaluation import plots
 from star_fast.evaluation.probe import ProbeConfig, probe_positions
 from star_fast.evaluation.probe_features import InMemory, extract_features
 from star_fast.evaluation.probe_training import train_probes
@@ -112,6 +116,27 @@ def test_features_are_the_full_models_under_the_null_class() -> None:
 def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected .* got "):
         ProbeConfig(tmp_path, **{field: value})
+
+
+def test_the_papers_curves_stand_behind_what_can_be_compared() -> None:
+    """Only where every run has 1000 classes and 256 codes an image; then the panel is wider, for their names."""
+    ours = {"positions": probe_positions(256), "held_out": [0.3] * 8, "chance": 0.001, "classes": 1000, "sequence": 256}
+    others = [{**ours, "classes": 10}, {**ours, "sequence": 576}, {key: ours[key] for key in ("positions", "held_out", "chance")}]
+    sizes = [Image.open(io.BytesIO(plots.probe_curves(results, dark=False))).size for results in ({"a": ours}, *({"a": ours, "b": other} for other in others))]
+    assert sizes[0] > sizes[1] == sizes[2] == sizes[3]
+    for positions, shares in plots.PAPER_FIGURE_4.values():
+        assert list(positions) == probe_positions(256) and len(shares) == 8
+    # Table 3 of the paper: 18.68 % and 45.27 % at the last position after 50 epochs.
+    assert plots.PAPER_FIGURE_4["LlamaGen, 50 epochs"][1][-1] == pytest.approx(0.1868, abs=0.005)
+    assert plots.PAPER_FIGURE_4["ST-AR, 50 epochs"][1][-1] == pytest.approx(0.4527, abs=0.005)
+
+
+def test_names_at_the_ends_of_lines_do_not_touch() -> None:
+    axes = Figure().add_subplot()
+    axes.set_ylim(0, 1)
+    plots._name_ends(axes, {"b": (1, 0.5), "a": (1, 0.49), "c": (1, 0.9)}, "black")
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights["a"] == 0.49 and heights["b"] >= 0.54 and heights["c"] == 0.9
 
 
 def test_a_probe_that_diverges_says_so(tmp_path: Path) -> None:

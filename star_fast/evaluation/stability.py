@@ -41,7 +41,7 @@ class StabilityConfig:
     run: str = ""  # a run folder, whose code store is looked at; or:
     codes: str = ""  # a code store
     source: str = ""  # the images, if they are no longer where `star-fast prepare` found them
-    tokenizer: str = ""  # the tokenizer that made the codes; empty: the one kept in the store
+    tokenizer: str = ""  # the tokenizer that made the codes; empty: the one kept in the run, else in the store
     out: str = ""  # folder that is written to; empty: the run's, or the store's
     images: int = 64  # held-out images, evenly spaced
     shifts: tuple[int, ...] = ()  # pixels; empty: 1, 2, 4 ... up to one cell of the grid
@@ -76,8 +76,10 @@ def run_stability(config: StabilityConfig) -> str:
         UserError: where the images are is not known, or too few of them can be read.
     """
     device = pick_device(config.device)
-    store = open_run(config.run, codes=config.codes).store if config.run else CodeStore.open(config.codes)
-    tokenizer = at_size(load_tokenizer(config.tokenizer or store.path / "tokenizer"), store.image_size)
+    run = open_run(config.run, codes=config.codes) if config.run else None
+    store = run.store if run is not None else CodeStore.open(config.codes)
+    own = run.model.tokenizer_folder if run is not None else None
+    tokenizer = at_size(load_tokenizer(config.tokenizer or own or store.path / "tokenizer"), store.image_size)
     store.require_tokenizer(tokenizer.weights_hash())
     source = images_of(store, config.source)
     if source is None:

@@ -114,9 +114,7 @@ def test_of_a_run_and_images_that_cannot_be_read(finished_run: Path, monkeypatch
         return read(self, index)
 
     monkeypatch.setattr(ImageFolder, "__getitem__", damaged)
-    # the run's tokenizer stands in the run's model, the store of this fixture has none
-    arguments = ["stability", "--run", str(finished_run / "run"), "--source", str(finished_run / "images"), "--tokenizer",
-                 str(finished_run / "run/model/tokenizer"), "--out", str(tmp_path), "--device", "cpu"]
+    arguments = ["stability", "--run", str(finished_run / "run"), "--source", str(finished_run / "images"), "--out", str(tmp_path), "--device", "cpu"]
     assert cli.main(arguments) == 0
     assert "left out: fox/3.png: cut short" in capsys.readouterr().out
     written = json.loads((tmp_path / "stability.json").read_text())

@@ -84,8 +84,10 @@ def run_attention(config: AttentionConfig) -> list[Looked]:
     rows = torch.tensor(config.rows) if config.rows else spread(store.judging().judge, 4)
     queries = list(config.queries) or query_positions(store.positions, 4)
     mapped = [run for kind, run in opened if kind == kinds[0]]
-    require(all(0 <= row < len(store) for row in rows.tolist()), option("rows"), config.rows, f"rows of {store.path}, 0 ... {len(store) - 1}")
-    require(all(1 <= query < store.positions for query in queries), option("queries"), config.queries, f"positions 1 ... {store.positions - 1}")
+    for row in rows.tolist():
+        require(0 <= row < len(store), option("rows"), row, f"rows of {store.path}, 0 ... {len(store) - 1}")
+    for query in queries:
+        require(1 <= query < store.positions, option("queries"), query, f"positions 1 ... {store.positions - 1}")
     require(len(rows) * len(queries) * len(mapped) <= _MOST_MAPS, option("rows"), len(rows), f"at most {_MOST_MAPS} maps of all rows and positions")
     tokenizer = _tokenizer(opened[0][1])
     with only_report(config.run, "looking at attention", _FILES), explain_out_of_memory("give a smaller --batch-images"):

@@ -67,12 +67,12 @@ class ProbeConfig:
         require_ranges(self, {"points": (1, 2**12), "train_views": (1, 2**16), "max_train_images": (0, MOST_COUNT), "epochs": (1, MOST_COUNT),
                               "images_per_step": (1, MOST_COUNT), "knn": (0, 1000), "batch_images": (1, 2**16), "seed": (0, MOST_SEED)})
         require(0 <= self.warmup_epochs < self.epochs, option("warmup_epochs"), self.warmup_epochs, f"0 ... epochs - 1 = {self.epochs - 1}")
-        require(0 < len(self.lr) <= 64 and len(set(self.lr)) == len(self.lr), option("lr"), self.lr, "1 ... 64 different numbers")
+        require(0 < len(self.lr) <= 64 and len(set(self.lr)) == len(self.lr), option("lr"), " ".join(map(str, self.lr)), "1 ... 64 different numbers")
         for rate in self.lr:
             require(1e-12 <= rate <= 1e6, option("lr"), rate, "1e-12 ... 1e+06")
         for depth in self.depths:
             require(1 <= depth <= 2**10, option("depths"), depth, "block numbers 1 ... 1,024")
-        require(len(set(self.depths)) == len(self.depths), option("depths"), self.depths, "different block numbers")
+        require(len(set(self.depths)) == len(self.depths), option("depths"), " ".join(map(str, self.depths)), "different block numbers")
         require("\0" not in self.features + self.against, option("features"), self.features, "names of folders")
 
     @property

@@ -52,7 +52,8 @@ class StabilityConfig:
     def __post_init__(self) -> None:
         require_ranges(self, {"images": (2, MOST_COUNT), "shown": (1, 64), "batch_views": (1, 2**16)})
         require(bool(self.run or self.codes), option("run"), self.run, "a run folder, or --codes with a code store")
-        require(all(1 <= shift <= _MOST_SHIFT for shift in self.shifts), option("shifts"), self.shifts, f"pixels, 1 ... {_MOST_SHIFT}")
+        for shift in self.shifts:
+            require(1 <= shift <= _MOST_SHIFT, option("shifts"), shift, f"pixels, 1 ... {_MOST_SHIFT}")
         for name in ("run", "codes", "out"):
             require("\0" not in getattr(self, name), option(name), getattr(self, name), "the name of a folder")
 

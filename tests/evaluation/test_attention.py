@@ -76,8 +76,8 @@ def test_two_runs_student_and_teacher(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"block": 3}, r"--block: expected 1 \.\.\. 2, or 0: the last, got 3"), ({"rows": (99,)}, r"--rows: expected rows of .*, 0 \.\.\. 41, got"),
-    ({"queries": (16,)}, r"--queries: expected positions 1 \.\.\. 15, got"), ({"queries": (0,)}, "--queries"), ({"images": 0}, "--images"),
+    ({"block": 3}, r"--block: expected 1 \.\.\. 2, or 0: the last, got 3"), ({"rows": (99,)}, r"--rows: expected rows of .*, 0 \.\.\. 41, got 99"),
+    ({"queries": (16,)}, r"--queries: expected positions 1 \.\.\. 15, got 16"), ({"queries": (0,)}, "--queries"), ({"images": 0}, "--images"),
     ({"rows": tuple(range(42)), "queries": tuple(range(1, 16))}, "at most 400 maps")])
 def test_what_cannot_be_shown(run: Path, options: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):

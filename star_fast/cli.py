@@ -109,13 +109,35 @@ def sample(arguments: list[str]) -> None:
 
 def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
-    from star_fast.evaluation.probe import ProbeConfig, run_probe
+    from star_fast.evaluation.probe import ProbeConfig, run_probe, table
 
     config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
     result = run_probe(config)
-    accuracies = " ".join(f"{100 * share:.1f}" for share in result.held_out)
-    print(printable(f"{config.run}: top-1 after block {result.depth} at positions {' '.join(map(str, result.positions))}: {accuracies} % of "
-                    f"{result.held_out_images} {result.judged_on}, learnt from {result.train_images}; probe.json, probe.png"))
+    if result is not None:
+        print(printable(f"{config.run}: probe.json, probe.png"), table(result), sep="\n")
+
+
+def attention(arguments: list[str]) -> None:
+    """star-fast attention ..."""
+    from star_fast.evaluation.attention import AttentionConfig, run_attention, table
+
+    config = parse(AttentionConfig, arguments, "star-fast attention", AttentionConfig.__doc__ or "")
+    looked = run_attention(config)
+    print(printable(f"{config.run}: attention.json, attention.png, maps.png"), "\n".join(map(printable, table(looked).split("\n"))), sep="\n")
+
+
+def stability(arguments: list[str]) -> None:
+    """star-fast stability ..."""
+    from star_fast.evaluation.stability import StabilityConfig, run_stability
+
+    print("\n".join(map(printable, run_stability(parse(StabilityConfig, arguments, "star-fast stability", StabilityConfig.__doc__ or "")).split("\n"))))
+
+
+def figure6(arguments: list[str]) -> None:
+    """star-fast figure6 ..."""
+    from star_fast.evaluation.figure6 import Figure6Config, run_figure6
+
+    print(printable(run_figure6(parse(Figure6Config, arguments, "star-fast figure6", Figure6Config.__doc__ or ""))))
 
 
 def report(arguments: list[str]) -> None:
@@ -172,6 +194,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
+    "attention": (attention, "where every block looks, in numbers, curves and maps (Figures 1a, 2, 5, 7)"),
+    "stability": (stability, "how many codes change when an image moves a little (Figure 1c)"),
+    "figure6": (figure6, "the same seeds without guidance, a baseline above another run, in one picture (Figure 6)"),
     "report": (report, "run folder -> one HTML page with every picture and figure"),
     "demo": (demo, "a page in the browser that draws images of a class as they are asked for"),
     "doctor": (doctor, "what this machine has, and what is missing for what"),

@@ -178,7 +178,7 @@ def _sample(random: Random, whole: bool) -> list[str]:
 def _probe(random: Random, whole: bool) -> list[str]:
     if not whole:
         return ["--run", random.choice(BROKEN)]
-    return ["--run", "run", *random.choice((["--depth", "99"], ["--epochs", "1", "--warmup-epochs", "0"], ["--codes", random.choice(BROKEN)], ["--weights",
+    return ["--run", "run", *random.choice((["--depths", "99"], ["--epochs", "1", "--warmup-epochs", "0"], ["--codes", random.choice(BROKEN)], ["--weights",
         "x"]))]
 
 

@@ -30,7 +30,7 @@ def option(name: str, section: str = "") -> str:
 
 def require_memory(needed_bytes: int, what: str, remedy: str) -> None:
     """Raise UserError if this machine has not even that much memory."""
-    there = _memory_bytes()
+    there = memory_bytes()
     if needed_bytes > there:
         raise UserError(f"{what} take {needed_bytes / 2**30:,.1f} GiB of memory, this machine has {there / 2**30:,.1f} GiB; {remedy}")
 
@@ -52,7 +52,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """Of this machine, in use or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

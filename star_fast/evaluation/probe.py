@@ -1,85 +1,157 @@
 """The linear probe of the paper's Figure 4: how much of the class a frozen model has understood by the time it reaches each position.
 
 The model sees the codes of an image with the *null* class, so that no label leaks in; the output of block `contrast_depth` at eight evenly spaced
-positions is normalised, and one linear layer per position is trained to name the class. MAE's protocol (arXiv 2111.06377, section A.1): batch norm
-without affine, LARS, 90 epochs, no weight decay. Two departures, since MAE's batch of 16384 is more than a small set has: the peak learning rate
-stays 6.4 at any batch (LARS steps are relative to the weights), and the bias takes part in LARS as one more row of the matrix.
+positions is normalised, and one linear layer per position is trained to name the class, by MAE's protocol (probe_training.py). Beside it stands what the
+nearest training images say, which needs no training. The features are taken once (probe_features.py) for all depths and learning rates asked for.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from star_fast.data.codes import CodeStore
+from star_fast.data.sources import split_indices
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
-from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_memory, require_ranges
-from star_fast.evaluation.runs import codes_of, only_report, open_run, spread
-from star_fast.generation.device import pick_device
+from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, memory_bytes, option, require_ranges
+from star_fast.evaluation.probe_features import Features, InMemory, OnDisk, Wanted, await_all, extract_features, remove_features, store_features
+from star_fast.evaluation.probe_training import Schedule, accuracies, neighbour_accuracies, train_probes
+from star_fast.evaluation.runs import only_report, open_run, spread
+from star_fast.generation.device import pick_device, rank_and_ranks
 from star_fast.model.transformer import Transformer
 from star_fast.records import require
-from star_fast.storage import atomic_write_bytes, atomic_write_json
+from star_fast.storage import atomic_write_bytes, atomic_write_json, read_record
 
-TRUST = 0.001  # LARS: a step moves a weight matrix by at most this share of its norm times the learning rate
-MOMENTUM = 0.9
-NORM_EPS = 1e-6
-INIT_STD = 0.01
+ASIDE_SHARE = 0.1  # of each class's training images, on which a learning rate is chosen
+FEATURES_FOLDER = "probe-features"  # in the run's folder
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Write probe.json and probe.png into a run's folder: how much of the class the model knows at each of eight positions."""
+    """Write probe.json and probe.png into a run's folder: how much of the class the model knows at each of eight positions.
+
+    Under torchrun the ranks share the extraction of features; rank 0 does the rest.
+    """
 
     run: Path  # the run folder
     weights: Literal["student", "teacher"] = "student"  # which weights of the model
     codes: str = ""  # the code store; empty: the one that the run was trained on
+    against: str = ""  # another run folder with a probe of its own, whose curve is drawn beside
     points: int = 8  # positions probed, evenly spaced, the last one included (paper)
-    depth: int = 0  # block whose output is probed, counted from 1; 0: the one whose output the run contrasts (paper)
-    train_views: int = 1  # views of each training image; with more, every epoch draws one of them per image
+    depths: tuple[int, ...] = ()  # blocks whose outputs are probed, counted from 1; empty: the one whose output the run contrasts (paper)
+    train_views: int = 1  # views of each training image; with more, every epoch draws one of them per image (of features on disk: per 4096 images)
     max_train_images: int = 0  # training images used, evenly spaced; 0: all
     epochs: int = 90  # passes over the training images (MAE)
     warmup_epochs: int = 10  # in which the learning rate rises (MAE)
     images_per_step: int = 16384  # (MAE); small sets are cut to a sixteenth, so that an epoch has at least 16 steps
-    lr: float = 6.4  # peak of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384)
+    # Peaks of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384). Of several the best is taken by a tenth of the
+    # training images, which is kept aside for that; all are reported.
+    lr: tuple[float, ...] = (6.4,)
+    knn: int = 20  # neighbours that vote, beside the linear layers (DINO); 0: none
+    features: str = ""  # folder for the features; empty: memory if they fit it, else probe-features in the run folder
+    keep_features: bool = False  # leave that folder there: the next probe of the same model and images starts from it
     batch_images: int = 128  # images of one forward pass
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
     seed: int = 0  # of the probes' initial weights and the order of the images
 
     def __post_init__(self) -> None:
-        require_ranges(self, {"points": (1, 2**12), "depth": (0, 2**10), "train_views": (1, 2**16), "max_train_images": (0, MOST_COUNT),
-                              "epochs": (1, MOST_COUNT), "images_per_step": (1, MOST_COUNT), "lr": (1e-12, 1e6), "batch_images": (1, 2**16),
-                              "seed": (0, MOST_SEED)})
+        require_ranges(self, {"points": (1, 2**12), "train_views": (1, 2**16), "max_train_images": (0, MOST_COUNT), "epochs": (1, MOST_COUNT),
+                              "images_per_step": (1, MOST_COUNT), "knn": (0, 1000), "batch_images": (1, 2**16), "seed": (0, MOST_SEED)})
         require(0 <= self.warmup_epochs < self.epochs, option("warmup_epochs"), self.warmup_epochs, f"0 ... epochs - 1 = {self.epochs - 1}")
+        require(0 < len(self.lr) <= 64 and len(set(self.lr)) == len(self.lr), option("lr"), " ".join(map(str, self.lr)), "1 ... 64 different numbers")
+        for rate in self.lr:
+            require(1e-12 <= rate <= 1e6, option("lr"), rate, "1e-12 ... 1e+06")
+        for depth in self.depths:
+            require(1 <= depth <= 2**10, option("depths"), depth, "block numbers 1 ... 1,024")
+        require(len(set(self.depths)) == len(self.depths), option("depths"), " ".join(map(str, self.depths)), "different block numbers")
+        require("\0" not in self.features + self.against, option("features"), self.features, "names of folders")
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the layers are trained."""
+        return Schedule(self.lr, self.epochs, self.warmup_epochs, self.images_per_step, self.seed)
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """Top-1 accuracies after one block, one a position."""
+
+    depth: int
+    held_out: list[float]  # share of held-out images whose class is named
+    train: list[float]  # the same of the training images that were learnt from (of their plain view)
+    lr: float  # the learning rate of these two
+    knn: list[float] | None  # of held-out images, by their nearest training images; None: not asked for
+    # Of every learning rate: {"lr", "held_out", "kept_aside"}: accuracies, None where training ended in numbers that are not finite, and (with one rate)
+    # where none are kept aside.
+    by_lr: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Top-1 accuracies, one a position."""
+    """Top-1 accuracies, one a position, of the first depth; of all of them in `depths`."""
 
     positions: list[int]
-    held_out: list[float]  # share of held-out images whose class is named
-    train: list[float]  # the same of the training images (of view 0 of those used)
+    held_out: list[float]
+    train: list[float]
     depth: int
     held_out_images: int
     train_images: int
     chance: float  # share of the commonest class among the held-out images
-    judged_on: str = "held-out images"  # what `held_out` are; where none are held out, others
+    judged_on: str  # what `held_out` are; where none are held out, others
+    lr: float
+    knn: list[float] | None
+    kept_aside_images: int  # of the training images, to choose a learning rate on; not learnt from
+    classes: int
+    sequence: int  # codes of an image
+    depths: list[DepthResult]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, the standard error of each accuracy included."""
-        errors = [math.sqrt(p * (1 - p) / self.held_out_images) for p in self.held_out]
-        return {**dataclasses.asdict(self), "held_out_standard_error": errors}
+        return {**dataclasses.asdict(self), "held_out_standard_error": self.errors(self.held_out)}
+
+    def errors(self, shares: Sequence[float]) -> list[float]:
+        """The standard error of each share of the held-out images."""
+        return [math.sqrt(p * (1 - p) / self.held_out_images) for p in shares]
+
+
+@dataclass(frozen=True)
+class OtherProbe:
+    """Of another run's probe.json, what is drawn."""
+
+    positions: list[int]
+    held_out: list[float]
+    chance: float
+    depth: int
+    classes: int = 0  # of a file of an earlier version: not known
+    sequence: int = 0
+
+    def __post_init__(self) -> None:
+        require(len(self.positions) == len(self.held_out) > 0, "held_out", self.held_out, "one share for each of positions")
+        require(all(0 <= share <= 1 for share in (*self.held_out, self.chance)), "held_out", self.held_out, "shares in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is probed: features of three sets of images, and what is known of them."""
+
+    sets: list[Features]  # to learn from, to be judged on, and (of several learning rates) kept aside
+    rows: list[Tensor]  # of the store, (N,) int64 each
+    labels: list[Tensor]  # (N,) int64 each
+    judged_on: str
+    depths: list[int]
+    positions: list[int]
+    classes: int
+    sequence: int
+    device: torch.device
 
 
 def probe_positions(positions: int, points: int = 8) -> list[int]:
@@ -87,122 +159,116 @@ def probe_positions(positions: int, points: int = 8) -> list[int]:
     return sorted({max(positions * j // points - 1, 0) for j in range(1, points + 1)})
 
 
-def first_blocks(model: Transformer, count: int) -> Transformer:
-    """A model of the first `count` blocks that shares `model`'s weights: its last features are `model`'s features after that block."""
-    short = copy.copy(model)
-    short._modules = dict(model._modules)
-    short.layers = nn.ModuleList(list(model.layers)[:count])
-    short.config = dataclasses.replace(model.config, blocks=count)
-    return short
-
-
-@torch.inference_mode()
-def extract_features(model: Transformer, store: CodeStore, rows: Tensor, view: int, depth: int, positions: Sequence[int], *, batch_images: int = 128,
-                     device: torch.device | str = "cpu", title: str = "features") -> Tensor:
-    """Output of block `depth` at `positions` under the null class: (N, P, D) float32 on the CPU, for the store's rows (N,) and one view of each."""
-    short = first_blocks(model.to(device).eval(), depth)
-    chosen = torch.as_tensor(list(positions), device=device)
-    parts = []
-    for part in tqdm(rows.split(batch_images), desc=title, unit="batch", leave=False):
-        codes_BT = codes_of(store, part, view).to(device)
-        label = torch.full((len(part),), model.null_class, device=device)
-        parts.append(short(codes_BT[:, : max(positions)], label, logits=False).last[:, chosen].float().cpu())
-    return torch.cat(parts)
-
-
-def train_probes(train: Sequence[Tensor], labels: Tensor, held_out: Tensor, num_classes: int, config: ProbeConfig,
-                 device: torch.device | str = "cpu") -> Tensor:
-    """Train P linear layers side by side, each on its own position's features.
+def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> ProbeResult:
+    """Extract features once, train the probes on one split, judge them on the other (see CodeStore.judging).
 
     Args:
-        train: one (N, P, D) float32 tensor per view of the same N images; every epoch draws one view for each image.
-        labels: (N,) int64. held_out: (N', P, D).
-
-    Returns:
-        (P, N' + N) int64: the predicted classes of the held-out images, then of the training images' first view. Deterministic from `config.seed` on the CPU.
-    """
-    count, points, width = train[0].shape
-    generator = torch.Generator().manual_seed(config.seed)
-    # The last row is the bias. With plain gradient steps at this learning rate, as in MAE, it swings wildly in small batches.
-    weight = torch.zeros(points, width + 1, num_classes)
-    nn.init.trunc_normal_(weight[:, :width], std=INIT_STD, generator=generator)
-    weight = weight.to(device).requires_grad_()
-    velocity = torch.zeros_like(weight)
-    normalise = nn.BatchNorm1d(points * width, affine=False, eps=NORM_EPS).to(device).train()
-
-    def score(features: Tensor) -> Tensor:
-        """(n, P, D) -> logits (P, n, classes)."""
-        x = normalise(features.flatten(1).to(device)).view(-1, points, width).transpose(0, 1)
-        return torch.baddbmm(weight[:, width:], x, weight[:, :width])
-
-    batch = min(config.images_per_step, max(count // 16, min(count, 32)))
-    steps = count // batch
-    for epoch in tqdm(range(config.epochs), desc="linear probes", unit="epoch", leave=False):
-        order = torch.randperm(count, generator=generator)
-        drawn = torch.randint(len(train), (count,), generator=generator)
-        for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
-            x = train[0][chosen]
-            for view in range(1, len(train)):
-                here = drawn[chosen] == view
-                x[here] = train[view][chosen[here]]
-            logits = score(x)
-            # Summed over the positions: each layer gets the gradient of its own mean loss.
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].to(device).repeat(points)) * points
-            (gradient,) = torch.autograd.grad(loss, weight)
-            lr = config.lr * _schedule(epoch + step / steps, config.warmup_epochs, config.epochs)
-            with torch.no_grad():
-                norm, gradient_norm = weight.norm(dim=(1, 2), keepdim=True), gradient.norm(dim=(1, 2), keepdim=True)
-                velocity.mul_(MOMENTUM).add_(gradient * (TRUST * norm / gradient_norm.clamp_min(1e-30)))
-                weight.sub_(lr * velocity)
-    if not weight.isfinite().all():
-        raise UserError(f"probe: its training ended in numbers that are not finite; give a smaller --lr than {config.lr:g}")
-    normalise.eval()
-    with torch.inference_mode():
-        return torch.cat([score(part).argmax(dim=-1).cpu() for features in (held_out, train[0]) for part in features.split(4096)], dim=1)
-
-
-def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> ProbeResult:
-    """Extract features of both splits once, train the probes on one, judge them on the other (see CodeStore.judging).
+        depth: the block to probe where the config names none.
 
     Raises:
         UserError: too few images to judge it, or the model's sizes are not the store's.
     """
-    learn, held, judged_on = store.judging()
-    train = spread(learn, config.max_train_images)
-    if not 1 <= depth <= model.config.blocks:
-        raise UserError(f"{option('depth')}: expected a block number 1 ... {model.config.blocks}, got {depth}")
-    plain = store.plain_view
-    views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
-    positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
-    images = len(train) * len(views) + len(held)
-    require_memory(2 * 4 * images * len(positions) * model.config.width, f"probe: the features of {images:,} images at {len(positions)} positions",
-                   "use fewer training images: --max-train-images (of a report --probe-max-train-images)")
-    settings = {"batch_images": config.batch_images, "device": device}
-    features = [extract_features(model, store, train, view, depth, positions, title=f"train features, view {view}", **settings) for view in views]
-    held_features = extract_features(model, store, held, plain, depth, positions, title="held-out features", **settings)
-    labels = store.labels
-    predicted = train_probes(features, labels[train], held_features, model.config.num_classes, config, device)
-    correct_held = (predicted[:, : len(held)] == labels[held]).double().mean(1)
-    correct_train = (predicted[:, len(held) :] == labels[train]).double().mean(1)
-    chance = torch.bincount(labels[held]).max().item() / len(held)
-    return ProbeResult(positions, correct_held.tolist(), correct_train.tolist(), depth, len(held), len(train), chance, judged_on)
+    return _judge(_extract(model, store, depth, config), config)
 
 
-def run_probe(config: ProbeConfig) -> ProbeResult:
-    """Probe a run and write probe.json and probe.png into its folder."""
+def run_probe(config: ProbeConfig) -> ProbeResult | None:
+    """Probe a run and write probe.json and probe.png into its folder; None on ranks other than 0, which only extract features."""
     pick_device(config.device)  # before anything is read
+    other = read_probe(Path(config.against)) if config.against else None
+    rank, _ = rank_and_ranks()
     run = open_run(config.run, codes=config.codes, weights=config.weights)
     with only_report(run.folder, "writing a probe", ("probe.json", "probe.png")), explain_out_of_memory("give a smaller --batch-images or --max-train-images"):
-        result = probe(run.model.transformer, run.store, config.depth or run.contrast_depth, config)
+        subject = _extract(run.model.transformer, run.store, run.contrast_depth, config)
+        if rank:
+            return None
+        result = _judge(subject, config)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
         record = {"weights": config.weights, "weights_sha256": run.model.weights_sha256, "step": run.record.step, "images_seen": run.record.images_seen,
                   "settings": settings}
         atomic_write_json(run.folder / "probe.json", {**result.to_dict(), **record})
-        atomic_write_bytes(run.folder / "probe.png", plots.probe_curves({run.name: result.to_dict()}, dark=False))
+        curves = {run.name: result.to_dict()}
+        if other is not None:
+            name = Path(config.against).absolute().name
+            curves[name if name != run.name else f"{name} (other)"] = dataclasses.asdict(other)
+        atomic_write_bytes(run.folder / "probe.png", plots.probe_curves(curves, dark=False))
     return result
 
 
-def _schedule(epoch: float, warmup: int, epochs: int) -> float:
-    """MAE's learning-rate factor: linear warm-up, then half a cosine to 0."""
-    return epoch / warmup if epoch < warmup else 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+def read_probe(folder: Path) -> OtherProbe:
+    """The probe of another run. Raises UserError when it has none."""
+    file, hint = folder / "probe.json", f"run `star-fast probe --run {folder}` first"
+    if not os.path.exists(file):
+        raise UserError(f"{option('against')}: {folder} holds no probe.json; {hint}")
+    return read_record(file, OtherProbe, hint, ignore_unknown=True)
+
+
+def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig) -> Subject:
+    learn, held, judged_on = store.judging()
+    train = spread(learn, config.max_train_images)
+    depths = list(config.depths or (depth,))
+    for number in depths:
+        if not 1 <= number <= model.config.blocks:
+            raise UserError(f"{option('depths')}: expected a block number 1 ... {model.config.blocks}, got {number}")
+    plain = store.plain_view
+    views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
+    wanted = [Wanted("train", train, views), Wanted("held-out", held, [plain])]
+    if len(config.lr) > 1:
+        kept, aside = (torch.from_numpy(part) for part in split_indices(store.labels[train].numpy(), ASIDE_SHARE, config.seed))
+        if not len(aside):
+            raise UserError(f"{option('lr')}: expected one, got {len(config.lr)}: with one training image a class none can be kept aside to choose on")
+        wanted = [Wanted("train", train[kept], views), wanted[1], Wanted("aside", train[aside], [plain])]
+    positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
+    images = sum(len(each.rows) * len(each.views) for each in wanted)
+    rank, ranks = rank_and_ranks()
+    settings = {"batch_images": config.batch_images, "device": device}
+    if not config.features and ranks == 1 and 2 * 4 * images * len(depths) * len(positions) * model.config.width <= memory_bytes():
+        sets = [InMemory([extract_features(model, store, each.rows, view, depths, positions, title=f"{each.name} features, view {view}", **settings)
+                          for view in each.views]) for each in wanted]
+    else:
+        folder = Path(config.features) if config.features else config.run / FEATURES_FOLDER
+        sets = store_features(folder, model, store, wanted, depths, positions, rank=rank, ranks=ranks, **settings)
+    return Subject(sets, [each.rows for each in wanted], [store.labels[each.rows] for each in wanted], judged_on, depths, positions, model.config.num_classes,
+                   model.config.positions, device)
+
+
+def _judge(subject: Subject, config: ProbeConfig) -> ProbeResult:
+    """Train and judge; features on disk are removed unless they are to be kept."""
+    on_disk = [each for each in subject.sets if isinstance(each, OnDisk)]
+    if on_disk:
+        await_all(on_disk)
+    (train, held, *rest), (labels, held_labels, *rest_labels) = subject.sets, subject.labels
+    probes = train_probes(train, labels, subject.classes, config.schedule, subject.device)
+    on_train, on_held = accuracies(probes, train, labels), accuracies(probes, held, held_labels)
+    on_aside = accuracies(probes, rest[0], rest_labels[0]) if rest else None
+    near = neighbour_accuracies(train, labels, held, held_labels, subject.classes, config.knn, subject.device) if config.knn else None
+    results, points, finite = [], len(subject.positions), probes.finite()
+    for place, depth in enumerate(subject.depths):
+        heads = slice(place * points, (place + 1) * points)
+        score = [(on_aside if on_aside is not None else on_train)[number, heads].mean().item() if ok else -1.0 for number, ok in enumerate(finite)]
+        best = score.index(max(score))
+        by_lr = [{"lr": lr, "held_out": on_held[number, heads].tolist() if finite[number] else None,
+                  "kept_aside": on_aside[number, heads].tolist() if finite[number] and on_aside is not None else None} for number, lr in enumerate(config.lr)]
+        results.append(DepthResult(depth, on_held[best, heads].tolist(), on_train[best, heads].tolist(), config.lr[best],
+                                   near[heads].tolist() if near is not None else None, by_lr))
+    if on_disk and not config.keep_features:
+        remove_features(on_disk)
+    first, chance = results[0], torch.bincount(held_labels).max().item() / held.count
+    return ProbeResult(subject.positions, first.held_out, first.train, first.depth, held.count, train.count, chance, subject.judged_on, first.lr, first.knn,
+                       rest[0].count if rest else 0, subject.classes, subject.sequence, results)
+
+
+def table(result: ProbeResult) -> str:
+    """The result for a terminal: for each depth a table over positions, then what each learning rate gave."""
+    lines = []
+    for each in result.depths:
+        lines += [f"after block {each.depth}, learning rate {each.lr:g}, top-1, %:", "  position  held-out           train" + ("    k-NN" if each.knn else "")]
+        for place, position in enumerate(result.positions):
+            share, error = each.held_out[place], result.errors(each.held_out)[place]
+            near = f"  {100 * each.knn[place]:6.1f}" if each.knn else ""
+            lines.append(f"  {position:8}  {100 * share:8.1f} ± {100 * error:4.1f}  {100 * each.train[place]:8.1f}{near}")
+        for rate in each.by_lr if len(each.by_lr) > 1 else ():
+            kept, held = (f"{100 * sum(rate[key]) / len(rate[key]):.1f}" if rate[key] else "not finite" for key in ("kept_aside", "held_out"))
+            lines.append(f"  learning rate {rate['lr']:g}: mean over positions {kept} on those kept aside, {held} on those judged")
+    aside = f", {result.kept_aside_images} kept aside to choose the learning rate" if result.kept_aside_images else ""
+    basis = f"% of {result.held_out_images} {result.judged_on}, learnt from {result.train_images}{aside}; chance {100 * result.chance:.1f} %"
+    return "\n".join([*lines, basis])

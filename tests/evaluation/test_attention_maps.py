@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from star_fast.config import ModelConfig
-from star_fast.evaluation.attention_maps import attention_shares, grid_map, last_block_attention, mean_attention, query_positions
+from star_fast.evaluation.attention_maps import (
+    all_attention,
+    attention_by_block,
+    attention_shares,
+    block_attention,
+    even_attention,
+    grid_map,
+    last_block_attention,
+    mean_attention,
+    query_positions,
+)
 from star_fast.model.transformer import Transformer
 
 
@@ -22,13 +32,13 @@ def small_model(blocks: int) -> Transformer:
     return model.eval()
 
 
-def by_loops(model: Transformer, codes: list[int], label: int) -> list[list[list[float]]]:
-    """[head][query][key] in float64, from the residual stream that enters the last block, with method.md's rotary written out."""
-    config, block = model.config, model.layers[-1]
+def by_loops(model: Transformer, codes: list[int], label: int, number: int) -> list[list[list[float]]]:
+    """[head][query][key] in float64, from the residual stream that enters block `number`, with method.md's rotary written out."""
+    config, block = model.config, model.layers[number - 1]
     head_size, grid, width = config.head_size, math.isqrt(config.positions), config.width
     with torch.no_grad():
         tokens = torch.tensor([codes[:-1]])
-        inputs = (model(tokens, torch.tensor([label]), blocks=(config.blocks - 1,), logits=False).features[config.blocks - 1] if config.blocks > 1
+        inputs = (model(tokens, torch.tensor([label]), blocks=(number - 1,), logits=False).features[number - 1] if number > 1
                   else model.embed(tokens, torch.tensor([label])))[0].double()
     weight, gain = block.attention.wqkv.weight.detach().double(), block.attention_norm.weight.detach().double()
     vectors: dict[str, list[list[list[float]]]] = {"q": [], "k": []}
@@ -66,11 +76,53 @@ def by_loops(model: Transformer, codes: list[int], label: int) -> list[list[list
 def test_equals_plain_loops(blocks: int) -> None:
     model = small_model(blocks)
     codes = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
-    probs = last_block_attention(model, codes, torch.tensor([1, 4]))
-    for b, label in enumerate((1, 4)):
-        expected = torch.tensor(by_loops(model, codes[b].tolist(), label), dtype=torch.float64)
-        torch.testing.assert_close(probs[b].double(), expected, rtol=1e-4, atol=1e-5)
-    assert probs.std() > 0.05  # not merely uniform
+    labels = torch.tensor([1, 4])
+    for number, probs in enumerate(all_attention(model, codes, labels), 1):
+        for b, label in enumerate(labels.tolist()):
+            expected = torch.tensor(by_loops(model, codes[b].tolist(), label, number), dtype=torch.float64)
+            torch.testing.assert_close(probs[b].double(), expected, rtol=1e-4, atol=1e-5)
+        assert probs.std() > 0.05  # not merely uniform
+        assert torch.equal(probs, block_attention(model, codes, labels, number))
+    assert number == blocks and torch.equal(probs, last_block_attention(model, codes, labels))
+
+
+def test_every_block_in_numbers_by_loops() -> None:
+    """Shares, distance and entropy from probabilities that plain loops computed: no sum of the code under test is used."""
+    model, codes, labels = small_model(3), torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(2)), [0, 3, 4]
+    got = attention_by_block(model, codes, torch.tensor(labels), batch_images=2)
+    assert [block.block for block in got] == [1, 2, 3]
+    for block in got:
+        to_class = near = far = weighted = entropy = 0.0
+        rows = 0
+        for image, label in zip(codes.tolist(), labels, strict=True):
+            for head in by_loops(model, image, label, block.block):
+                for query in range(1, 9):
+                    rows += 1
+                    for key, share in enumerate(head[query][: query + 1]):
+                        entropy -= share * math.log(share) if share else 0.0
+                        if key == 0:
+                            to_class += share
+                            continue
+                        down, across = query // 3 - (key - 1) // 3, query % 3 - (key - 1) % 3
+                        weighted += share * math.hypot(down, across)
+                        if abs(down) <= 1 and abs(across) <= 1:
+                            near += share
+                        else:
+                            far += share
+        assert (block.shares.to_class, block.shares.near, block.shares.far) == pytest.approx((to_class / rows, near / rows, far / rows), rel=1e-4)
+        assert block.shares.mean_distance == pytest.approx(weighted / (near + far), rel=1e-4)
+        assert block.entropy == pytest.approx(entropy / rows, rel=1e-4)
+
+
+def test_even_attention_by_hand() -> None:
+    """2 x 2 codes: query 1 sees the class and cell 0, query 2 cells 0 and 1 too, query 3 cells 0 ... 2."""
+    even = even_attention(4)
+    assert even.entropy == pytest.approx((math.log(2) + math.log(3) + math.log(4)) / 3)
+    assert even.shares.to_class == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert even.shares.far == pytest.approx(0)
+    # Distances: 1 to 0; 2 to 0 and to 1; 3 to 0, 1 and 2.
+    weighted = 1 / 2 + (1 + math.sqrt(2)) / 3 + (math.sqrt(2) + 1 + 1) / 4
+    assert even.shares.mean_distance == pytest.approx(weighted / (1 / 2 + 2 / 3 + 3 / 4))
 
 
 def test_rows_sum_to_one_and_see_no_later_position() -> None:
@@ -131,3 +183,5 @@ def test_shares_by_loops() -> None:
 def test_wrong_length_says_what_came() -> None:
     with pytest.raises(ValueError, match=r"codes must be \(B, 9\), got \(1, 8\)"):
         last_block_attention(small_model(1), torch.zeros(1, 8, dtype=torch.int64), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"numbered 1 \.\.\. 1, got 2"):
+        block_attention(small_model(1), torch.zeros(1, 9, dtype=torch.int64), torch.tensor([0]), 2)

@@ -182,7 +182,7 @@ def test_probe_command_writes_its_files(finished_run: Path, tmp_path: Path) -> N
     assert result.chance == pytest.approx(1 / 3) and all(0 <= share <= 1 for share in result.held_out)
     Image.open(tmp_path / "run" / "probe.png").verify()
     with pytest.raises(UserError, match=r"block number 1 \.\.\. 2, got 3"):
-        run_probe(ProbeConfig(tmp_path / "run", depth=3, device="cpu"))
+        run_probe(ProbeConfig(tmp_path / "run", depths=(3,), device="cpu"))
 
 
 def test_counting() -> None:

@@ -85,6 +85,13 @@ def probe(arguments: list[str]) -> None:
                     f"{result.held_out_images} {result.judged_on}, learnt from {result.train_images}; probe.json, probe.png"))
 
 
+def evaluate(arguments: list[str]) -> None:
+    """star-fast evaluate ..."""
+    from star_fast.evaluation.evaluate import EvaluateConfig, run_evaluate
+
+    print("\n".join(map(printable, run_evaluate(parse(EvaluateConfig, arguments, "star-fast evaluate", EvaluateConfig.__doc__ or "")).splitlines())))
+
+
 def report(arguments: list[str]) -> None:
     """star-fast report ..."""
     from star_fast.evaluation.report import ReportConfig, write_report
@@ -130,6 +137,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
+    "evaluate": (evaluate, "images -> FID, sFID, Inception Score, precision, recall; rFID of a tokenizer; references of own images"),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
     "report": (report, "run folder -> one HTML page with every picture and figure"),
     "doctor": (doctor, "what this machine has, and what is missing for what"),

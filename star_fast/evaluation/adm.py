@@ -74,8 +74,8 @@ class Gaussians(NamedTuple):
 
     mu: NDArray[np.float64]  # (2048,)
     sigma: NDArray[np.float64]  # (2048, 2048)
-    mu_s: NDArray[np.float64]  # (2023,)
-    sigma_s: NDArray[np.float64]  # (2023, 2023)
+    mu_s: NDArray[np.float64] | None  # (2023,); None, with sigma_s: statistics of other codes, which have no spatial features
+    sigma_s: NDArray[np.float64] | None  # (2023, 2023)
 
 
 class FeatureStatistics:
@@ -125,7 +125,7 @@ class AdmMetrics:
     """The five figures."""
 
     fid: float
-    sfid: float
+    sfid: float | None  # None: the reference has no statistics of spatial features
     inception_score: float  # mean over groups
     inception_score_spread: float  # standard deviation over groups; 0 with a single one
     precision: float | None  # None: the reference holds no images or features to measure it with
@@ -146,6 +146,9 @@ def adm_metrics(samples: FeatureStatistics, reference: Gaussians, reference_pool
     own = samples.gaussians()
     distance = {}
     for name, mine, theirs in (("FID", own[:2], reference[:2]), ("sFID", own[2:], reference[2:])):
+        if theirs[0] is None:
+            distance[name] = None
+            continue
         try:
             distance[name] = frechet_distance(*mine, *theirs, device=device)
         except ValueError as error:

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 SPATIAL_CHANNELS = 7
 CLASSES = 1008
 _MOST_WEIGHTS_BYTES = 2**28  # the published file has 95.6 MB
+_SHA256 = re.compile("[0-9a-f]{64}")
 _NEED = "evaluation needs torch-fidelity's Inception network, which is not installed: pip install 'star_fast[eval]'"
 
 
@@ -39,21 +40,6 @@ class Features(NamedTuple):
     pool: Tensor  # (N, 2048)
     spatial: Tensor  # (N, 2023)
     logits: Tensor  # (N, 1008), without bias
-
-
-@dataclass(frozen=True)
-class InceptionConfig:
-    """Which network measures."""
-
-    weights: str = ""  # torch-fidelity's weights file; empty: where torch.hub keeps what it downloaded
-    sha256: str = WEIGHTS_SHA256  # of the file; another one than torch-fidelity's makes numbers that compare with no published one
-    download: bool = False  # fetch torch-fidelity's file (96 MB) if it is not where torch.hub keeps it
-
-    def __post_init__(self) -> None:
-        if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
-            raise UserError(f"--inception.sha256: expected 64 hexadecimal digits, got {self.sha256[:80]!r}")
-        if self.weights and self.download:
-            raise UserError("--inception.download: a file was given with --inception.weights; leave one of them out")
 
 
 class Inception:
@@ -103,27 +89,37 @@ class Inception:
                 "weights_sha256": self.sha256, "resize": "TensorFlow 1 bilinear to 299 x 299", "precision": "float32"}
 
 
-def open_inception(config: InceptionConfig, device: torch.device | str = "cpu") -> Inception:
-    """The network with the weights that `config` names.
+def open_inception(weights: str = "", sha256: str = "", download: bool = False, device: torch.device | str = "cpu") -> Inception:
+    """The network with the weights in a file.
 
     The file is read once; its hash must be the expected one before any of it is unpickled, and then only tensors are.
+
+    Args:
+        weights: the file; "": where torch.hub keeps what it downloaded.
+        sha256: of the file; "": WEIGHTS_SHA256. Other weights make numbers that compare with no published one.
+        download: fetch torch-fidelity's file if it is not where torch.hub keeps it.
 
     Raises:
         UserError, StorageError: no file (the line says how to get it), another file than expected, or not this network's weights.
     """
+    expected = sha256 or WEIGHTS_SHA256
+    if not _SHA256.fullmatch(expected):
+        raise UserError(f"--inception-sha256: expected 64 hexadecimal digits, got {sha256[:80]!r}")
+    if weights and download:
+        raise UserError("--download: a file was given with --inception; leave one of them out")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UserError(_NEED)
-    path = Path(config.weights) if config.weights else hub_file()
-    if not config.weights and not path.exists():
-        if not config.download:
-            raise UserError(f"{path}: not there: Inception's weights. Give torch-fidelity's {WEIGHTS_FILE} with --inception.weights FILE, or "
-                            "--inception.download True to fetch it (96 MB)")
+    path = Path(weights) if weights else hub_file()
+    if not weights and not path.exists():
+        if not download:
+            raise UserError(f"{path}: not there: the weights of Inception. Give torch-fidelity's {WEIGHTS_FILE} with --inception FILE, or --download to fetch "
+                            "it (96 MB)")
         _download(path)
-    data = read_bytes(path, f"expected Inception's weights, {WEIGHTS_FILE}", _MOST_WEIGHTS_BYTES)
+    data = read_bytes(path, f"expected the weights of Inception, {WEIGHTS_FILE}", _MOST_WEIGHTS_BYTES)
     found = sha256_of_bytes(data)
-    if found != config.sha256:
-        raise UserError(f"{path}: its sha256 is {found}, expected {config.sha256}: not {WEIGHTS_FILE}, or damaged; get it again (of weights of your own "
-                        "give the hash with --inception.sha256)")
+    if found != expected:
+        raise UserError(f"{path}: its sha256 is {found}, expected {expected}: not {WEIGHTS_FILE}, or damaged; get it again (for weights of your own give "
+                        "their hash with --inception-sha256)")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's readers fail in a dozen ways
@@ -149,7 +145,7 @@ def _download(path: Path) -> None:
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256[:8])
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{URL_INCEPTION_V3}: could not be fetched: {error}; get it another way and give it with --inception.weights FILE") from error
+            raise UserError(f"{URL_INCEPTION_V3}: could not be fetched: {error}; get it another way and give it with --inception FILE") from error
 
 
 def _build(state: dict[str, Tensor] | None) -> nn.Module:

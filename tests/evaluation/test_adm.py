@@ -221,7 +221,8 @@ def test_the_suite_gives_each_metric_its_features(monkeypatch: pytest.MonkeyPatc
     def fid(a: torch.Tensor, b: torch.Tensor) -> float:
         rows = [x.double().numpy() for x in (a, b)]
         covariances = [np.cov(x, rowvar=False) for x in rows]
-        return float(((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * scipy_linalg.sqrtm(covariances[0] @ covariances[1]).real))
+        root = scipy_linalg.sqrtm(covariances[0] @ covariances[1]).real
+        return float(((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root))
 
     scores = plain_inception_score(sets[0].logits.numpy(), 25)
     assert found.fid == pytest.approx(fid(sets[0].pool, sets[1].pool), rel=1e-9)

@@ -106,7 +106,7 @@ class FeatureStatistics:
         self.pool_moments.add(features.pool)
         self.spatial_moments.add(features.spatial)
         self.inception_score.add(features.logits)
-        self._pool.append(kept.float().cpu())
+        self._pool.append(kept.to("cpu", torch.float32, copy=True))  # a view would keep the whole batch
         self._kept += len(kept)
 
     def gaussians(self) -> Gaussians:
@@ -115,9 +115,14 @@ class FeatureStatistics:
 
     def pool(self) -> Tensor:
         """(N, 2048) float32 on the CPU: the pool features kept."""
-        if len(self._pool) > 1:
-            self._pool = [torch.cat(self._pool)]
-        return self._pool[0] if self._pool else torch.empty(0, POOL_WIDTH)
+        if len(self._pool) != 1:
+            whole, end = torch.empty(self._kept, POOL_WIDTH), self._kept
+            while self._pool:  # each part is let go as soon as it is copied: torch.cat would hold all twice
+                part = self._pool.pop()
+                whole[end - len(part) : end] = part
+                end -= len(part)
+            self._pool = [whole]
+        return self._pool[0]
 
 
 @dataclass(frozen=True)

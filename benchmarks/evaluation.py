@@ -8,6 +8,7 @@ Each part runs in a process of its own, so that its peak of memory is its own. T
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -64,8 +65,8 @@ def measure_fid(samples: int, real: int, clock: Clock) -> dict[str, float]:
     gathered = []
     for seed, images in ((1, samples), (2, real)):
         statistics = FeatureStatistics()
-        for pool, spatial, logits in zip(*(features(images, width, seed) for width in (POOL_WIDTH, SPATIAL_WIDTH, CLASSES)), strict=True):
-            clock(lambda made=Features(pool, spatial, logits), statistics=statistics: statistics.add(made))
+        for parts in zip(*(features(images, width, seed) for width in (POOL_WIDTH, SPATIAL_WIDTH, CLASSES)), strict=True):
+            clock(functools.partial(statistics.add, Features(*parts)))
         gathered.append(statistics)
     metrics = clock(lambda: adm_metrics(gathered[0], gathered[1].gaussians(), None))
     return {"fid": metrics.fid, "sfid": metrics.sfid, "inception_score": metrics.inception_score}

@@ -145,7 +145,7 @@ def _measure_tokenizer(config: EvaluateConfig, inception: Inception, progress: b
 def _make_reference(config: EvaluateConfig, inception: Inception, progress: bool) -> str:
     source = open_source(config.make_reference, labels=config.source_labels)
     images = SourceImages(source, config.make_reference, config.image_size or 256)
-    # Evenly spaced over a source that is sorted by class; unreadable images shift the rest by as many places.
+    # Every so-many-th image that can be read: a source may be sorted by class.
     checks, statistics = PixelChecks(), FeatureStatistics(inception.device, config.split_images, -(-len(source) // config.precision_images))
     for batch in _seen(images, config.batch_images, checks, "reference images", progress):
         statistics.add(inception(batch))
@@ -226,7 +226,7 @@ def _table(figures: dict[str, Any], protocol: dict[str, Any]) -> str:
     if "reconstruction" in figures:
         made = figures["reconstruction"]
         rows += [("PSNR, dB", made["psnr_db"], ".3f", ""), ("SSIM", made["ssim"], ".4f", "")]
-    lines = [f"{samples['images']:,} images of {samples['width']} x {samples['height']} pixels against {reference['file']} ({reference['statistics']} "
-             f"statistics, {reference['precision_images']:,} images for precision and recall)"]
+    lines = [f"{samples['images']:,} images of {samples['width']} x {samples['height']} pixels against {reference['file']} (statistics: "
+             f"{reference['statistics']}; {reference['precision_images']:,} images for precision and recall)"]
     lines += [f"  {name:16} {'not measured' if value is None else f'{value:{form}}'}{more if value is not None else ''}" for name, value, form, more in rows]
     return "\n".join(lines) + "\n"

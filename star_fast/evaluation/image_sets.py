@@ -149,7 +149,7 @@ class FolderImages(_ReadImages):
         super().__init__(str(folder), len(sizes), skipped)
         self.keys, self.advice = sorted(sizes), "give --image-size N to cut all to squares as ADM does"
         if not self.keys:
-            raise DataError(f"{folder}: no images in it; expected image files, or a .npz")
+            raise DataError(f"{folder}: no images in it; expected image files; a .npz is read too, and a model draws with --draw.model")
 
     def _image(self, index: int) -> _Read:
         key = self.keys[index]

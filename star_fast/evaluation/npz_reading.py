@@ -17,6 +17,7 @@ from star_fast.storage import StorageError, require_regular
 _MOST_HEADER_BYTES = 10_000  # of a .npy header, as numpy limits it
 _MOST_MEMBERS = 1000
 _MOST_SIDE = 2**14  # pixels
+_BATCH_BYTES = 2**28
 
 
 class Header(NamedTuple):
@@ -88,8 +89,9 @@ class NpzFile:
         return found.shape[:3]
 
     def images(self, name: str, batch: int) -> Iterator[np.ndarray]:
-        """Batches (n, H, W, 3) uint8 of the images in the array `name`; the archive's checksum is checked at the end."""
+        """Batches (n, H, W, 3) uint8, n at most `batch`, of the images in the array `name`; the archive's checksum is checked at the end."""
         count, height, width = self.image_shape(name)
+        batch = max(1, min(batch, _BATCH_BYTES // (3 * height * width)))
         with self._explained(name), self._open(name) as file:
             self._read_header(name, file)
             for start in range(0, count, batch):

@@ -231,3 +231,19 @@ def test_the_suite_gives_each_metric_its_features(monkeypatch: pytest.MonkeyPatc
     assert (found.precision, found.recall) == pytest.approx(plain_precision_recall(sets[0].pool, sets[1].pool, 3))
     alone = adm_metrics(samples, reference.gaussians(), None)
     assert (alone.precision, alone.recall) == (None, None)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds() -> None:
+    a, b = feature_sets(500, 64, 1), feature_sets(400, 64, 1) + 0.1
+    on_gpu = [Moments(64, "cuda") for _ in range(2)]
+    for found, rows in zip(on_gpu, (a, b), strict=True):
+        for part in rows.split(150):
+            found.add(part)
+    for found, rows in zip(on_gpu, (a, b), strict=True):
+        np.testing.assert_allclose(found.result()[1], np.cov(rows.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+    moments = [found.result() for found in on_gpu]
+    assert frechet_distance(*moments[0], *moments[1], device="cuda") == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-9)
+    assert precision_recall(a.cuda(), b.cuda()) == precision_recall(a, b)  # exact on both, TF32 or not
+    halves = [precision_recall(x, y, distances="float16") for x, y in ((a.cuda(), b.cuda()), (a, b))]
+    assert tuple(halves[0]) == pytest.approx(tuple(halves[1]), abs=0.02)

@@ -13,7 +13,7 @@ import torch
 
 from star_fast.errors import UserError
 from star_fast.evaluation import inception
-from star_fast.evaluation.inception import WEIGHTS_FILE, Inception, open_inception
+from star_fast.evaluation.inception import WEIGHTS_FILE, Features, Inception, open_inception
 from star_fast.storage import StorageError
 from tests.evaluation.small_inception import random_state, write_random_weights
 
@@ -171,3 +171,11 @@ def test_what_the_record_says(network: Inception, weights: Path) -> None:
     state = random_state()
     assert all(torch.equal(value, state[name]) for name, value in network.network.state_dict().items())
     assert not any(parameter.requires_grad for parameter in network.network.parameters())
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_features(network: Inception, images: torch.Tensor) -> None:
+    """To float32's rounding: TF32, which cuDNN would use by itself, is a thousand times coarser."""
+    on_gpu = Inception(random_state(), "cuda")
+    for found, expected, name in zip(on_gpu(images), network(images), Features._fields, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item(), msg=name)

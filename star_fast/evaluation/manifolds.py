@@ -29,6 +29,7 @@ _ROWS, _COLUMNS = 2048, 4096  # of a block of float32 distances: 32 MiB
 _SPARE = 8  # neighbours kept beyond the k-th, so that its exact distance is among theirs
 _PAIRS = 4096  # compared in float64 at once
 _MOST_WAITING = 2**22  # pairs that float32 left open, kept until later blocks may have made them needless
+_FEW_ROWS = 64  # whose nearest points are looked for again at once: among near copies there may be N pairs a row
 _PIECES = 8192  # rows turned into float64 at once
 
 
@@ -65,35 +66,56 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
 
 
 class _Exact:
-    """Float32 products, float64 where they cannot decide. Radii are squared distances in float64."""
+    """Float32 products, float64 where they cannot decide. Radii are squared distances in float64.
+
+    Products are of points less a common centre: distances stay what they are, and the rounding error falls with the norms.
+    """
 
     def radii(self, points: Tensor, k: int, bar: tqdm) -> Tensor:
         """(N,) float64: squared distance of each point to its k-th nearest other point (itself, or a copy of it, counts as number 0)."""
-        keep, radii, norms = min(k + 1 + _SPARE, len(points)), [], _norms(points)
-        for rows, row_norms in zip(points.split(_ROWS), norms.split(_ROWS), strict=True):
+        keep, radii, centre = min(k + 1 + _SPARE, len(points)), [], points.mean(0)
+        norms = _norms(points, centre)
+        for row_start, rows, row_norms in _blocks(points, norms, centre, _ROWS):
             near = torch.empty(len(rows), 0, device=points.device)
             which = torch.empty(len(rows), 0, dtype=torch.int64, device=points.device)
-            for start, columns, column_norms in _columns(points, norms, _COLUMNS):
+            for start, columns, column_norms in _blocks(points, norms, centre, _COLUMNS):
                 values, index = _squared(rows, row_norms, columns, column_norms).topk(min(keep, len(columns)), largest=False)
                 near, index = torch.cat([near, values], 1), torch.cat([which, index + start], 1)
                 near, order = near.topk(min(keep, near.shape[1]), largest=False)
                 which = index.gather(1, order)
                 bar.update(len(rows) * len(columns))
-            exact = torch.stack([_exact_squared(rows, points[which[:, column]]) for column in range(keep)], 1).sort(1).values[:, k]
+            own = points[row_start : row_start + len(rows)]
+            exact = torch.stack([_exact_squared(own, points[which[:, column]]) for column in range(keep)], 1).sort(1).values[:, k]
             # Any point that was not kept is at least as far as the last that was, less its error.
             missed = near[:, -1].double() - _error(points.shape[1], row_norms, norms.max())
-            for row in ((exact > missed) & (exact > 0)).nonzero().flatten().tolist() if keep < len(points) else ():
-                exact[row] = torch.cat([_exact_squared(rows[row : row + 1], part) for part in points.split(_PIECES)]).kthvalue(k + 1).values
+            if keep < len(points):
+                for few in ((exact > missed) & (exact > 0)).nonzero().flatten().split(_FEW_ROWS):
+                    exact[few] = self._kth_within(row_start + few, exact[few], points, norms, centre, k)
             radii.append(exact)
         return torch.cat(radii)
 
+    def _kth_within(self, chosen: Tensor, most: Tensor, points: Tensor, norms: Tensor, centre: Tensor, k: int) -> Tensor:
+        """(n,) float64: as `radii`, of the points numbered `chosen` (n,), whose radii are at most `most` (n,): all that may be as near is looked at."""
+        rows, row_norms, pairs = points[chosen] - centre, norms[chosen], []
+        bound = _up(most + _error(points.shape[1], row_norms, norms.max()))[:, None]
+        for start, columns, column_norms in _blocks(points, norms, centre, _COLUMNS):
+            found = (_squared(rows, row_norms, columns, column_norms) <= bound).nonzero()
+            pairs.append(found + torch.tensor([0, start], device=found.device))
+        row, column = torch.cat(pairs).T
+        exact = torch.cat([_exact_squared(points[chosen[a]], points[b]) for a, b in zip(row.split(_PAIRS), column.split(_PAIRS), strict=True)])
+        order = exact.argsort()
+        order = order[row[order].argsort(stable=True)]  # by row, then by distance
+        counts = torch.bincount(row, minlength=len(chosen))
+        return exact[order][counts.cumsum(0) - counts + k]
+
     def inside(self, a: Tensor, a_radii: Tensor, b: Tensor, b_radii: Tensor, bar: tqdm) -> tuple[Tensor, Tensor]:
         """(N,) and (N',) bool: which points of a lie in a ball of b, and which of b in one of a."""
-        a_norms, b_norms = _norms(a), _norms(b)
+        centre = b.mean(0)
+        a_norms, b_norms = _norms(a, centre), _norms(b, centre)
         a_side, b_side = _Side(0, a, b, b_radii), _Side(1, a, b, a_radii)
-        for row_start, rows, row_norms in _columns(a, a_norms, _ROWS):
+        for row_start, rows, row_norms in _blocks(a, a_norms, centre, _ROWS):
             here = slice(row_start, row_start + len(rows))
-            for start, columns, column_norms in _columns(b, b_norms, _COLUMNS):
+            for start, columns, column_norms in _blocks(b, b_norms, centre, _COLUMNS):
                 there = slice(start, start + len(columns))
                 squared = _squared(rows, row_norms, columns, column_norms)
                 error = _error(a.shape[1], row_norms.max(), column_norms.max())
@@ -187,20 +209,22 @@ class _Half:
             products = (u[here] @ v.T).half()  # float32 sums, rounded once, as tensor cores do
             block[here] = ((u_norms[here, None] - 2 * products) + v_norms).clamp_(min=0)
             if not block[here].isfinite().all():
-                norms, column_norms = _norms(rows), _norms(columns)
+                nowhere = torch.zeros((), device=rows.device)
+                norms, column_norms = _norms(rows, nowhere), _norms(columns, nowhere)
                 return torch.cat([_squared(part, part_norms, columns, column_norms)
                                   for part, part_norms in zip(rows.split(_ROWS), norms.split(_ROWS), strict=True)])
         return block
 
 
-def _columns(points: Tensor, norms: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _blocks(points: Tensor, norms: Tensor, centre: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of the first, points less `centre`, and their squared norms."""
     for start in range(0, len(points), size):
-        yield start, points[start : start + size], norms[start : start + size]
+        yield start, points[start : start + size] - centre, norms[start : start + size]
 
 
-def _norms(points: Tensor) -> Tensor:
-    """(N,) float32 squared norms, summed in float64 and rounded once."""
-    return torch.cat([part.double().square().sum(1).float() for part in points.split(_PIECES)])
+def _norms(points: Tensor, centre: Tensor) -> Tensor:
+    """(N,) float32 squared norms of points less `centre`, summed in float64 and rounded once."""
+    return torch.cat([(part - centre).double().square().sum(1).float() for part in points.split(_PIECES)])
 
 
 def _squared(u: Tensor, u_norms: Tensor, v: Tensor, v_norms: Tensor) -> Tensor:
@@ -211,11 +235,11 @@ def _squared(u: Tensor, u_norms: Tensor, v: Tensor, v_norms: Tensor) -> Tensor:
 def _error(width: int, u_norms: Tensor, most_norm: Tensor) -> Tensor:
     """float64, shape of `u_norms`: more than `_squared` can be wrong by for points whose squared norm is at most `most_norm`.
 
-    A float32 product of D terms is off by at most D eps/2 |u| |v| in whatever order it is summed; the other few roundings are of numbers below
-    (|u| + |v|)^2.
+    A float32 product of D terms is off by at most D eps/2 |u| |v| in whatever order it is summed; subtracting the centre and the other few roundings are
+    of numbers below (|u| + |v|)^2.
     """
     u_length, v_length, unit = u_norms.double().sqrt(), most_norm.double().sqrt(), torch.finfo(torch.float32).eps / 2
-    return unit * (2 * width * u_length * v_length + 6 * (u_length + v_length).square()) * 1.01 + 1e-37
+    return unit * (2 * width * u_length * v_length + 10 * (u_length + v_length).square()) * 1.01 + 1e-37
 
 
 def _exact_squared(u: Tensor, v: Tensor) -> Tensor:

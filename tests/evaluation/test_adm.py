@@ -158,6 +158,17 @@ def test_precision_and_recall_of_copies_and_ties() -> None:
     assert precision_recall(constant, torch.full((50, 8), 0.3000001)) == (0, 0)
 
 
+def test_precision_and_recall_of_clusters_of_near_copies() -> None:
+    """As of a model that knows few images: within a cluster distances are far below float32's error, and more points are near than are kept."""
+    generator = torch.Generator().manual_seed(7)
+    places = 40 * torch.randn(4, 6, generator=generator)
+    samples = places.repeat(25, 1) + 1e-4 * torch.randn(100, 6, generator=generator)
+    real = places[1:].repeat(20, 1) + 1.3e-4 * torch.randn(60, 6, generator=generator)
+    found = precision_recall(samples, real)
+    assert tuple(found) == pytest.approx(plain_precision_recall(samples, real, 3), abs=1e-12)
+    assert 0.1 < found.precision < 0.75 and 0.1 < found.recall < 1
+
+
 def test_precision_and_recall_known_sets_and_torch_fidelity() -> None:
     samples = torch.randn(80, 5, generator=torch.Generator().manual_seed(0))
     assert precision_recall(samples, samples.clone()) == (1, 1)

@@ -140,6 +140,13 @@ def figure6(arguments: list[str]) -> None:
     print(printable(run_figure6(parse(Figure6Config, arguments, "star-fast figure6", Figure6Config.__doc__ or ""))))
 
 
+def evaluate(arguments: list[str]) -> None:
+    """star-fast evaluate ..."""
+    from star_fast.evaluation.evaluate import EvaluateConfig, run_evaluate
+
+    print("\n".join(map(printable, run_evaluate(parse(EvaluateConfig, arguments, "star-fast evaluate", EvaluateConfig.__doc__ or "")).splitlines())))
+
+
 def report(arguments: list[str]) -> None:
     """star-fast report ..."""
     from star_fast.evaluation.report import ReportConfig, write_report
@@ -193,6 +200,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
+    "evaluate": (evaluate, "images -> FID, sFID, Inception Score, precision, recall; rFID of a tokenizer; references of own images"),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
     "attention": (attention, "where every block looks, in numbers, curves and maps (Figures 1a, 2, 5, 7)"),
     "stability": (stability, "how many codes change when an image moves a little (Figure 1c)"),

@@ -19,7 +19,7 @@ from star_fast.storage import StorageError, require_regular
 LABELS_MEMBER = "arr_1"  # the name under which ADM's own samplers store labels
 _MOST_HEADER_BYTES = 10_000  # of a .npy header, as numpy limits it
 # What zipfile raises on files that are damaged or none of its own.
-_DAMAGE = (OSError, EOFError, LookupError, ValueError, ArithmeticError, RuntimeError, MemoryError, SyntaxError, struct.error, tokenize.TokenError,
+DAMAGE = (OSError, EOFError, LookupError, ValueError, ArithmeticError, RuntimeError, MemoryError, SyntaxError, struct.error, tokenize.TokenError,
            zipfile.BadZipFile, zlib.error)
 
 
@@ -45,7 +45,7 @@ def map_images(path: str | Path, images: int, image_shape: tuple[int, int, int])
             file.seek(member.start)
             header_bytes = _npy_start(file.read(min(member.size, _MOST_HEADER_BYTES)), "|u1", shape)
         return np.memmap(path, np.uint8, "r", member.start + header_bytes, shape)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise StorageError(f"{path}: expected a .npz with images in {IMAGES_MEMBER}: {_said(error)}") from error
 
 
@@ -77,7 +77,7 @@ def check_npz(path: str | Path, images: int, image_shape: tuple[int, int, int], 
             _require(archive.getinfo(f"{LABELS_MEMBER}.npy").file_size <= labels.nbytes + _MOST_HEADER_BYTES, f"{len(labels)} labels", "many more")
             found = archive.read(f"{LABELS_MEMBER}.npy")
             _require(found[_npy_start(found, "<i8", labels.shape) :] == labels.astype("<i8").tobytes(), "the labels of the plan", "others")
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise StorageError(f"{path}: damaged: {_said(error)}; {hint}") from error
 
 

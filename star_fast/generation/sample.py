@@ -6,6 +6,7 @@ Settings and what the user is told; generation/job.py keeps the files.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -111,16 +112,35 @@ def sample_images(config: SampleConfig) -> SampleResult:
     with explain_write_errors(config.out):  # an over-long path
         if Path(config.out).is_dir():
             raise UserError(f"{config.out}: a folder; expected a name for the file of images")
+    drawer, plan, classes, class_names = prepare_drawing(config, device)
+    job = Job(config, drawer, plan, classes, class_names, rank, ranks)
+    outcome = job.do()
+    if rank == 0:
+        print(printable(_summary(job, outcome)), flush=True)
+    return SampleResult(job.out, job.record, job.grid, outcome.drawn)
+
+
+class Drawing(NamedTuple):
+    """A model ready to draw, and what it is to draw."""
+
+    drawer: Drawer
+    plan: JobPlan  # all that decides the images' bytes
+    classes: list[int]  # labels in the order asked for
+    class_names: Sequence[str]  # of all the model's classes
+
+
+def prepare_drawing(config: SampleConfig, device: torch.device) -> Drawing:
+    """Load the model and the tokenizer that `config` names. Nothing is drawn yet, no file written.
+
+    Raises:
+        UserError, StorageError: no such model, tokenizer or class.
+    """
     loaded = load_model(_model(config), weights=config.weights)
     tokenizer = _tokenizer_for(config, loaded)
     class_names = names_for_model(loaded.class_names, config.class_names)
     classes = find_classes(config.classes, class_names)
     drawer = Drawer(config, loaded.transformer, tokenizer, device)
-    job = Job(config, drawer, _plan(config, loaded, tokenizer, drawer, classes), classes, class_names, rank, ranks)
-    outcome = job.do()
-    if rank == 0:
-        print(printable(_summary(job, outcome)), flush=True)
-    return SampleResult(job.out, job.record, job.grid, outcome.drawn)
+    return Drawing(drawer, _plan(config, loaded, tokenizer, drawer, classes), classes, class_names)
 
 
 def _model(config: SampleConfig) -> str | Path:

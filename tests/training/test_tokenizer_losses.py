@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from star_fast.config import ConfigError, TokenizerConfig
 from star_fast.errors import UserError
+from star_fast.model.image_likeness import structural_similarity
 from star_fast.model.tokenizer import VectorQuantizer
 from star_fast.training.discriminator import PatchDiscriminator, adaptive_factor, adversarial_loss, hinge_loss
 from star_fast.training.perceptual import load_perceptual
-from star_fast.training.tokenizer_report import structural_similarity
 
 CONVOLUTIONS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256), 17: (256, 512), 19: (512, 512),
                 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}  # of VGG16, by their place in torchvision's `features`

@@ -45,7 +45,7 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
                      progress: bool = False) -> PrecisionRecall:
     """Precision and recall of samples (N, D) against real images (N', D), float32 on one device; a ball holds its surface.
 
-    Memory: beside the features about 0.4 GiB in float32, 1 GiB in float16, whatever N and N'.
+    Memory: beside the features about 0.5 GiB in float32, 1 GiB in float16, whatever N and N'.
 
     Raises:
         UserError: not more than `neighbours` points in a set. ValueError: shapes or dtypes that do not belong together.

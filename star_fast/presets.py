@@ -43,7 +43,7 @@ _TINY = RunConfig(
 # What `star-fast prepare FOLDER` trains when no tokenizer is given: 64x64 colour images as 16x16 codes, for a CPU or one small GPU. Small steps, and many of
 # them: what is learnt depends on their number far more than on the images in each (benchmarks/tokenizer.py).
 FOLDER_TOKENIZER = TokenizerConfig(base_channels=16, multipliers=(1, 2, 2), residual_blocks=1, z_channels=64, code_channels=8, codebook=1024,
-                                   image_channels=3, image_size=64, steps=2000, images_per_step=8, lr=6e-4)
+                                   image_channels=3, image_size=64, steps=1800, images_per_step=8, lr=2e-3)
 
 
 _ROWS = {

@@ -24,6 +24,7 @@ from star_fast.errors import UserError, printable
 from star_fast.evaluation import attention_maps, page, report_sections
 from star_fast.evaluation.classifier import RECORD_FILE, WEIGHTS_FILE, Classifier, ClassifierConfig, train_classifier
 from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_ranges
+from star_fast.evaluation.memorisation import MOST_TRAINING_IMAGES, SHOWN_NEIGHBOURS, memorisation, nearest
 from star_fast.evaluation.probe import ProbeConfig, probe
 from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
 from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
@@ -39,6 +40,7 @@ from star_fast.storage import atomic_write_bytes, atomic_write_json, remove_left
 MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced
 MOST_HELD_OUT = 2000  # held-out images that classifier and tokenizer are judged on
 MOST_SAMPLE_BYTES = 2**33  # of the samples' pixels, which are held in memory
+MOST_COMPARED_BYTES = 2**29  # of the training images that samples are compared with
 ATTENTION_AVERAGE_IMAGES = 32
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ class Material:
     attention: list[report_sections.AttentionExample] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     against: Figures | None = None  # of the other run's report
+    classifier: Classifier | None = None
+    neighbours: list[Tensor] = field(default_factory=list)  # of each class: its first sample and the nearest training images, (1 + n, C, H, W) uint8
 
     @property
     def row_labels(self) -> Tensor:
@@ -196,7 +200,7 @@ def _classify(material: Material) -> None:
     if reason is not None:
         material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
-    classifier = _classifier(material, material.source)
+    material.classifier = classifier = _classifier(material, material.source)
     samples, real, rebuilt = (classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images))
     agreement = class_agreement(samples, material.samples.labels)
     for label, key in _keys(material.classes, material.run.store.class_names).items():
@@ -207,6 +211,22 @@ def _classify(material: Material) -> None:
         "held_out_images": len(material.rows), "train_images": classifier.record.train_images,
         "classifier_frechet_distance": distances(samples, _only(rebuilt, sampled), _only(real, sampled), material.row_labels[sampled],
                                                  material.config.samples_per_class)}
+    _compare_with_training(material, samples.features, real.features[sampled])
+
+
+def _compare_with_training(material: Material, samples: Tensor, held_out: Tensor) -> None:
+    """Samples against the training images of their classes, by the classifier's features."""
+    store = material.run.store
+    learn = store.train_indices
+    most = max(1, min(MOST_TRAINING_IMAGES, MOST_COMPARED_BYTES // (material.source.channels * store.image_size**2)))
+    rows = spread(learn[torch.isin(store.labels[learn], torch.tensor(material.classes))], most)
+    images = material.source.read(rows, "training images")
+    training = material.classifier.judge(images).features
+    found = memorisation(samples, held_out, training, material.samples.codes, store, rows)
+    material.figures["memorisation"] = dataclasses.asdict(found)
+    first = [int((material.samples.labels == label).nonzero()[0]) for label in material.classes]
+    places = nearest(samples[first], training, SHOWN_NEIGHBOURS)[1]
+    material.neighbours = [torch.cat([material.samples.images[sample][None], images[near]]) for sample, near in zip(first, places, strict=True)]
 
 
 def _classifier(material: Material, source: RealImages) -> Classifier:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from star_fast.evaluation import page, plots
 from star_fast.evaluation.attention_maps import grid_map
+from star_fast.evaluation.memorisation import SHOWN_NEIGHBOURS
 from star_fast.evaluation.page import Section
 from star_fast.evaluation.report_comparison import comparison
 from star_fast.evaluation.wording import duration, nats, number, percent, short
@@ -36,7 +37,8 @@ class AttentionExample:
 
 def all_sections(material: Material) -> list[Section]:
     """Every section, in reading order."""
-    sections = [_training(material), _losses(material), _samples(material), _classifier(material), _probe(material), _attention(material), _tokenizer(material)]
+    sections = [_training(material), _losses(material), _samples(material), _classifier(material), *_memorisation(material), _probe(material),
+                _attention(material), _tokenizer(material)]
     return [*sections, comparison(material.figures, material.against)] if material.against is not None else sections
 
 
@@ -159,6 +161,25 @@ def _classifier(material: Material) -> Section:
         section.add(page.text(f"This classifier names only {percent(figures['held_out_accuracy'])} of the real images right: what it says of samples is "
                               "worth no more than that.", "note"))
     return section
+
+
+def _memorisation(material: Material) -> list[Section]:
+    """Nothing where the real images are not known."""
+    if not material.neighbours:
+        return []
+    figures, names = material.figures["memorisation"], material.run.store.class_names
+    section = Section("memorisation", "Samples and the training images nearest to them")
+    section.add(page.text(f"Of each class the first sample, then the {SHOWN_NEIGHBOURS} training images that the classifier's features take for nearest, of "
+                          f"{figures['training_images']:,} compared with. A model that draws training images again comes nearer to them than images do "
+                          "that it has never seen."),
+                page.table(("", ""), [
+                    ("Samples nearer to a training image than 99 % of held-out images are", percent(figures["below_limit"])),
+                    ("Median distance to the nearest training image (1 - cosine), samples", f"{figures['median_distance']:.4f}"),
+                    ("… held-out images", f"{figures['held_out_median_distance']:.4f}"),
+                    ("Samples whose codes are all those of a training image's view", f"{figures['same_codes']} of {figures['samples']}")]),
+                page.group("pairs", [_strip(images, f"A sample of class {names[label]} and the training images nearest to it.")
+                                     for label, images in zip(material.classes, material.neighbours, strict=True)]))
+    return [section]
 
 
 def _probe(material: Material) -> Section:

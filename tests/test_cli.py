@@ -102,7 +102,7 @@ def one_line(capfd: pytest.CaptureFixture) -> str:
     (["sample", "--model", "{tmp}/junk.pt"], "junk.pt"),
     (["report", "--run", "{tmp}/nowhere"], "not a folder; expected a run folder"),
     (["probe", "--run", "{tmp}/empty"], "holds no config.yaml"),
-    (["fly"], "unknown command 'fly'; expected one of prepare, data, plan, train"),
+    (["fly"], "unknown command 'fly'; expected one of prepare, data, plan, paper, train"),
 ])
 def test_what_cannot_go_on_says_why_in_one_line(arguments: list[str], line: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from star_fast.config import ConfigError
+from star_fast.model.ieee import ieee_products
 from star_fast.model.tokenizer import VQTokenizer, from_uint8
 
 PRECISIONS = ("fp32", "bf16")
@@ -37,7 +36,7 @@ class Encoder:
 
     def __call__(self, views: np.ndarray | Tensor) -> np.ndarray:
         """Codes (N, T) int64 of views (N, C, H, W) uint8."""
-        with _ieee_products():
+        with ieee_products():
             parts = [self.tokenizer.encode(from_uint8(part.to(self.device)).contiguous(memory_format=torch.channels_last))
                      for part in torch.as_tensor(views).split(self.batch_views)]
             return torch.cat(parts).cpu().numpy()
@@ -47,17 +46,3 @@ def codes_that_differ(tokenizer: VQTokenizer, views: Tensor, batch_views: int) -
     """What encoding views (N, C, H, W) uint8 in bfloat16 changes: {"images": N, "codes_that_differ": share of all their codes}."""
     exact, rounded = (Encoder(tokenizer, precision, batch_views)(views) for precision in PRECISIONS)
     return {"images": len(views), "codes_that_differ": round(float((exact != rounded).mean()), 6)}
-
-
-@contextlib.contextmanager
-def _ieee_products() -> Iterator[None]:
-    """Within the block float32 convolutions and products on CUDA are not rounded to TF32, which is torch's default for convolutions."""
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

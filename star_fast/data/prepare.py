@@ -101,6 +101,9 @@ class _Job:
                 raise DataError(f"prepare: none of the {len(self.source)} images could be read{first}")
             if self.about["precision"] == "bf16":
                 more["bf16"] = codes_that_differ(self.tokenizer, self._plain_views(), self.about["batch_views"])
+            counts = self.reader.counts()
+            if self.progress and len(counts) > 1:
+                tqdm.write("decoded by rank 0: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.out / PARTS_FOLDER)
         return writer.finish(self.source.labels, self.data.held_out_share, self.source.skipped, more=more,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from star_fast.errors import UserError
 from star_fast.evaluation.limits import explain_out_of_memory
+from star_fast.model.ieee import ieee_products
 from star_fast.storage import explain_write_errors, read_bytes, sha256_of_bytes
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name for it: the digits are the first of its sha256
@@ -75,13 +76,8 @@ class Inception:
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"Inception: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), explain_out_of_memory("give a smaller --batch-images"):
-                pool, logits = self.network(images.to(self.device))
-        finally:
-            torch.set_float32_matmul_precision(before)
+        with ieee_products(), explain_out_of_memory("give a smaller --batch-images"):
+            pool, logits = self.network(images.to(self.device))
         spatial, self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1).float(), None
         return Features(pool, spatial, logits)
 

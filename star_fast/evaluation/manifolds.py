@@ -12,7 +12,6 @@ decide, so how they are rounded does too; there are two ways:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_fast.errors import UserError
+from star_fast.model.ieee import ieee_products
 
 Distances = Literal["float32", "float16"]
 NEIGHBOURS = 3  # k of the ADM suite
@@ -57,7 +57,7 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
         if len(rows) <= neighbours:
             raise UserError(f"precision and recall: expected more than {neighbours} {name}, got {len(rows)}")
     metric = _Exact() if distances == "float32" else _Half()
-    with _full_float32(), tqdm(desc="precision, recall", unit="distance", unit_scale=True, disable=not progress, leave=False,
+    with ieee_products(), tqdm(desc="precision, recall", unit="distance", unit_scale=True, disable=not progress, leave=False,
                                total=len(samples) ** 2 + len(real) ** 2 + len(samples) * len(real)) as bar:
         real_radii = metric.radii(real, neighbours, bar)
         sample_radii = metric.radii(samples, neighbours, bar)
@@ -253,14 +253,3 @@ def _down(bound: Tensor) -> Tensor:
 
 def _up(bound: Tensor) -> Tensor:
     return torch.nextafter(bound.float(), torch.tensor(torch.inf, device=bound.device))
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the process allows elsewhere (TF32, bfloat16)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

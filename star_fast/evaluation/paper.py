@@ -1,4 +1,4 @@
-"""The paper's tables and figures as commands on ImageNet, with the values that it reports (arXiv 2509.15185; docs/method.md section 2).
+"""The paper's tables and figures as commands on ImageNet, with the values that it reports (arXiv 2509.15185).
 
 Which weights the paper evaluates is not known, so every row is sampled from the student's and from the teacher's. Baselines see one view an image and step,
 as LlamaGen trains; where a comparison at equal views says more, that baseline stands beside it.
@@ -87,7 +87,8 @@ EXHIBITS: dict[str, Exhibit] = {
         _ablation("baseline", "--plain", 31.35, 18.68), _ablation("masked features", "--method.contrast-weight 0", 30.58, 22.71),
         _ablation("masked features, between steps", "--method.view-contrast False", 28.02, 27.73),
         _ablation("masked features, between views", "--method.step-contrast False", 27.78, 38.31), _ablation("all three", "", 26.58, 45.27)),
-        "samples and probe", notes=("the baseline at equal views a step: --plain --method.views 2; the probe's figure is that of the last position",)),
+        "samples and probe", notes=("the baseline at equal views a step: --plain --method.views 2; the probe's figure is that of the last position",
+                                        "in small, on a CPU: scripts/small_study.sh")),
     "table4": Exhibit("Table 4: the mask ratio (B, 50 epochs)", tuple(
         _ablation(f"r = {ratio}", f"--method.mask-ratio {ratio}", fid) for ratio, fid in ((.15, 28.62), (.25, 26.58), (.35, 26.36), (.45, 27.50))), "samples"),
     "table5": Exhibit("Table 5: the depth of contrast (B, 50 epochs, 12 blocks)", tuple(

@@ -158,26 +158,21 @@ def test_the_encoder_is_the_tokenizer() -> None:
 
 
 def test_no_tf32_while_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
+    seen: list[tuple[bool, str]] = []
     encode = type(TOKENIZER).encode
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+
+    def settings() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     def watched(tokenizer: object, images: torch.Tensor) -> torch.Tensor:
-        seen.append([setting.fp32_precision for setting in settings])
+        seen.append(settings())
         return encode(tokenizer, images)
 
-    before = [setting.fp32_precision for setting in settings]
-    monkeypatch.setattr(type(TOKENIZER), "encode", watched)
-    Encoder(TOKENIZER, "fp32", 2)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    assert seen == [["ieee", "ieee"]] and [setting.fp32_precision for setting in settings] == before
-
-
-def test_a_chunk_that_is_taken_in_while_it_is_looked_for_is_not_made_again(folder: Path, tmp_path: Path, whole: dict[str, bytes],
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between rank 1's looks at the record and for the chunk's own file rank 0 moves the chunk: it must not come back as a file that nobody takes away."""
-    out = tmp_path / "store"
-    run(folder, out)
-    looks = iter([0, 2**63, 2**63])
-    monkeypatch.setattr(preparing, "recorded_until", lambda path: next(looks))
-    store = run(folder, out, 1, 2)
-    assert len(store) == 21 and content(out) == whole
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = settings()
+        monkeypatch.setattr(type(TOKENIZER), "encode", watched)
+        Encoder(TOKENIZER, "fp32", 2)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        assert before[1] == "high" and seen == [(False, "highest")] and settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

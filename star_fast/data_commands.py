@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 import warnings
@@ -73,6 +72,7 @@ def _prepare(command: PrepareCommand, usual: TokenizerConfig) -> None:
     from star_fast.data.origin import Origin, write_origin
     from star_fast.data.prepare import prepare as write_store
     from star_fast.data.prepare import skipped_report, writing
+    from star_fast.data.view_reading import processors_of_this_rank
     from star_fast.generation.device import pick_device, rank_and_ranks
 
     rank, ranks = rank_and_ranks()
@@ -85,7 +85,7 @@ def _prepare(command: PrepareCommand, usual: TokenizerConfig) -> None:
     source = origin.open(command.class_names, progress=rank == 0)
     name = Path(command.source).name
     out = Path(command.out or Path("data") / (name if name not in ("", "..") else Path(command.source).resolve().name))
-    workers = command.workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    workers = command.workers or processors_of_this_rank()
     with writing(out, rank), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is listed at the end
         tokenizer = _tokenizer(command, usual, source, out, device, rank, ranks)

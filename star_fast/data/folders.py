@@ -19,7 +19,26 @@ _TRAIN_NAMES = ("train", "training")
 _HELD_OUT_NAMES = ("val", "validation", "valid", "test", "testing")  # the likelier one first
 
 
-class ImageFolder:
+class FilesInFolder:
+    """What sources of image files below a folder share: reading one of them."""
+
+    folder: Path
+    files: list[str]  # relative to folder, with '/'
+    labels: np.ndarray  # (images,) int64
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        key = self.files[index]
+        return read_sample(lambda: read_image(self.folder / key), int(self.labels[index]), key, self.folder)
+
+    def encoded(self, index: int) -> bytes:
+        """The file of image number `index`. Raises UnreadableImage."""
+        return read_file(self.folder, self.files[index])
+
+
+class ImageFolder(FilesInFolder):
     """Images in class subfolders: FOLDER/class name/anything/image.jpg. Classes and files in sorted order; how a file becomes pixels: decoding.py.
 
     Hidden entries, and files of other kinds beside the images, are ignored. Every other image that is left out is in `skipped`: one beside the class
@@ -56,17 +75,6 @@ class ImageFolder:
         self.skipped += [{"key": name, "reason": "lies beside the class folders, so it has no class"} for name in loose]
         self.class_names = tuple(names)
         self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        key = self.files[index]
-        return read_sample(lambda: read_image(self.folder / key), int(self.labels[index]), key, self.folder)
-
-    def encoded(self, index: int) -> bytes:
-        """The file of image number `index`. Raises UnreadableImage."""
-        return read_file(self.folder, self.files[index])
 
     def description(self) -> dict[str, Any]:
         """The hash covers every file's path and size, not its content: reading a whole ImageNet for a hash would take an hour."""

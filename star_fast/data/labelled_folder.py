@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from star_fast.data.decoding import read_image
-from star_fast.data.folders import folder_entries, images_below, sha256_of_listing
-from star_fast.data.image_source import DataError, Sample, is_number, ordered_classes, read_file, read_sample
+from star_fast.data.folders import FilesInFolder, folder_entries, images_below, sha256_of_listing
+from star_fast.data.image_source import DataError, is_number, ordered_classes
 from star_fast.storage import require_regular
 
 FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "file_path", "path", "image", "image_path", "image_name", "img", "imageid", "image_id", "id",
@@ -31,7 +30,7 @@ class _Row(NamedTuple):
     label: str
 
 
-class LabelledFolder:
+class LabelledFolder(FilesInFolder):
     """Images in one folder, or in folders below it, with their labels in a CSV file. Files in sorted order.
 
     The list has columns headed as in FILE_COLUMNS and LABEL_COLUMNS, or two columns without a heading; separated by comma, semicolon, tab or space. Files are
@@ -86,17 +85,6 @@ class LabelledFolder:
         places: dict[str, int] = {}
         numbers = [places.setdefault(found[key].label, len(places)) for key in self.files]
         self.class_names, self.labels = ordered_classes(list(places), numbers)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        key = self.files[index]
-        return read_sample(lambda: read_image(self.folder / key), int(self.labels[index]), key, self.folder)
-
-    def encoded(self, index: int) -> bytes:
-        """The file of image number `index`. Raises UnreadableImage."""
-        return read_file(self.folder, self.files[index])
 
     def description(self) -> dict[str, Any]:
         """The hash covers every file's path and size, as that of ImageFolder does, and its label as the list gives it."""

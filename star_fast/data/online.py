@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ from star_fast.data.augment import Augmentation, augment
 from star_fast.data.codes import CodeStore
 from star_fast.data.encoding import Encoder
 from star_fast.data.sources import DataError, ImageSource, UnreadableImage
+from star_fast.data.view_reading import processors_of_this_rank
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import VQTokenizer
 
@@ -28,7 +28,7 @@ class OnlineCodes:
         source: the images that the store was made of.
         tokenizer: float32; encodes on `device`, on a stream of its own there.
         data: how crops are drawn, and who decodes.
-        seed: of the crops. workers: threads that decode.
+        seed: of the crops. workers: threads that decode; 0: one for each of this rank's processors.
 
     Attributes:
         seconds: of all calls so far: {"views_s": reading, decoding and cropping, "tokenizer_s": encoding}.
@@ -38,13 +38,14 @@ class OnlineCodes:
     """
 
     def __init__(self, store: CodeStore, source: ImageSource, tokenizer: VQTokenizer, data: DataConfig, seed: int, device: torch.device,
-                 workers: int = 2) -> None:
+                 workers: int = 0) -> None:
         store.require_tokenizer(tokenizer.weights_hash())
+        workers = workers or processors_of_this_rank()
         self.source, self.device, self.seed, self.size = source, device, seed, store.image_size
         self.channels = tokenizer.config.image_channels
         self.rows = store.source_indices()
         self.settings = Augmentation(data.crop_area, data.crop_aspect, data.mirror)
-        self._encoder = Encoder(copy.deepcopy(tokenizer).to(device), "fp32", 64)
+        self._encoder = Encoder(tokenizer.to(device), "fp32", 64)  # which copies it
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
         self._decoder, self._workers, self._dali = data.decoder, workers, {}
@@ -82,7 +83,8 @@ class OnlineCodes:
         for place, crops in made.items():
             if not isinstance(crops, list):  # Refused
                 raise self._gone(UnreadableImage(self.source.files[indices[place]], crops.reason))
-        return torch.stack([torch.as_tensor(crop) for place in range(len(indices)) for crop in made[place]])
+        where = self.device if self._decoder == "dali-gpu" else "cpu"  # images without a file are cut on the CPU whoever decodes the others
+        return torch.stack([torch.as_tensor(crop, device=where) for place in range(len(indices)) for crop in made[place]])
 
     def _file(self, index: int) -> bytes | None:
         try:

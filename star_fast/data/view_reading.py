@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +37,13 @@ def view_reader(source: ImageSource, data: DataConfig, image_size: int, channels
     """The reader that `data.decoder` names. Raises UserError where it needs what is not here."""
     kind = _Pillow if data.decoder == "pillow" else _Dali
     return kind(source, data, image_size, channels, seed, workers)
+
+
+def processors_of_this_rank() -> int:
+    """Processors of this machine that a rank may take for threads: its share, by the number of ranks here, or (where the launcher does not tell) in all."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(told) if told.isascii() and told.isdecimal() and len(told) < 7 else 1
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
 
 
 class _Pillow:

@@ -43,7 +43,8 @@ def processors_of_this_rank() -> int:
     """Processors of this machine that a rank may take for threads: its share, by the number of ranks here, or (where the launcher does not tell) in all."""
     told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     ranks = int(told) if told.isascii() and told.isdecimal() and len(told) < 7 else 1
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not every system knows affinities
+    return max(1, processors // max(1, ranks))
 
 
 class _Pillow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from star_fast.data.codes import CodeStore
 from star_fast.data.encoding import Encoder
 from star_fast.data.prepare import prepare
 from star_fast.data.sources import ImageFolder
+from star_fast.data.view_reading import processors_of_this_rank
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import from_uint8
 from tests.data.pictures import make_folder, tiny_tokenizer
@@ -176,3 +178,16 @@ def test_no_tf32_while_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
         assert before[1] == "high" and seen == [(False, "highest")] and settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_ranks_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    for name, told, share in (("LOCAL_WORLD_SIZE", "4", 3), ("LOCAL_WORLD_SIZE", "99", 1), ("LOCAL_WORLD_SIZE", "x", 12), ("WORLD_SIZE", "6", 2)):
+        with monkeypatch.context() as patched:
+            patched.delenv("LOCAL_WORLD_SIZE", raising=False)
+            patched.setenv(name, told)
+            assert processors_of_this_rank() == share
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processors_of_this_rank() == 5

@@ -85,6 +85,7 @@ def make(name: str, seed: int, folder: Path, steps: int) -> None:
 def measure(name: str, seed: int, folder: Path, steps: int) -> None:
     """Append one run's row to the results."""
     import torch
+    from torch.nn.functional import cross_entropy
 
     from star_fast.data.codes import CodeStore
     from star_fast.evaluation.attention_maps import attention_by_block
@@ -104,20 +105,23 @@ def measure(name: str, seed: int, folder: Path, steps: int) -> None:
     held = store.held_out_indices
     real = classifier.judge(open_real_images(store, "").read(held)).features
     training, validation = read_metrics(run)
-    row: dict[str, Any] = {"name": name, "seed": seed, "steps": steps, "options": VARIANTS[name].options, "val_ar": validation[-1]["val_ar"],
+    row: dict[str, Any] = {"name": name, "seed": seed, "steps": steps, "options": VARIANTS[name].options, "val_ar": [each["val_ar"] for each in validation],
                            "training_s": training[-1]["time_s"], "views_seen": training[-1]["images"] * (1 if name == "baseline" else 2)}
     for weights in ("student", "teacher") if (run / "model/teacher.safetensors").exists() else ("student",):
         model = load_model(run / "model", weights=weights).transformer.eval()
         probed = probe(model, store, model.config.blocks // 2, ProbeConfig(run=run, device="cpu", knn=0, seed=seed))
-        found: dict[str, Any] = {"positions": probed.positions, "probe": probed.held_out}
+        codes, labels = codes_of(store, held, store.plain_view), store.labels[held]
+        with torch.inference_mode():
+            logits = torch.cat([model(codes[some, :-1], labels[some]).logits for some in torch.arange(len(held)).split(64)])
+            blocks = attention_by_block(model, codes[:64], labels[:64])
+        found: dict[str, Any] = {"positions": probed.positions, "probe": probed.held_out, "loss": float(cross_entropy(logits.flatten(0, 1), codes.flatten())),
+                                 "attention": [{"distance": block.shares.mean_distance, "entropy": block.entropy, "class": block.shares.to_class}
+                                               for block in blocks]}
         for guidance in (1.0, 2.0):
             samples = draw_samples(model, tokenizer, range(10), 50, guidance=guidance, seed=seed)
             verdict = classifier.judge(samples.images)
             found[f"guidance {guidance:g}"] = {"agreement": verdict.accuracy(samples.labels), "frechet": frechet_distance_of_features(verdict.features, real),
                                               "distinct": min(distinct_sequences(samples).values())}
-        with torch.inference_mode():
-            blocks = attention_by_block(model, codes_of(store, held[:64], store.plain_view), store.labels[held[:64]])
-        found["attention"] = [{"distance": block.shares.mean_distance, "entropy": block.entropy, "class": block.shares.to_class} for block in blocks]
         row[weights] = found
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")

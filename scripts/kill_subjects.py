@@ -11,7 +11,8 @@ from pathlib import Path
 
 # Of reports, records and metrics: what tells when and how fast a run was.
 _TIMES = re.compile(rb'"(images_per_s|time_s|data_s|views_s|tokenizer_s|images_per_s_median|training_time_s|seconds|date|here_s|drawn_here_images)": [^,}\n]+')
-_MADE_ON = re.compile(rb"Made on [^<]+? on ")
+_PARTS = re.compile(rb'"parts_s": {[^}]*}')
+_TOLD = re.compile(rb"Made on [^<]+? on |<th scope=row>(A sample, pixels included|This report)</th><td>[^<]*</td>")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Subject:
 
 def without_times(file: Path) -> bytes:
     """The bytes of a text file, times and dates apart."""
-    return _MADE_ON.sub(b"", _TIMES.sub(rb'"\1"', file.read_bytes()))
+    return _TOLD.sub(b"", _TIMES.sub(rb'"\1"', _PARTS.sub(b"", file.read_bytes())))
 
 
 def prepare_sampling(given: Path) -> None:

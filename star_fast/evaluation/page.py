@@ -56,6 +56,12 @@ tbody th { font-weight: 500; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 4rem; color: var(--soft); font-size: .84rem; overflow-wrap: anywhere; }
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --rule: #ccc; --ground: #fff; --card: #fff; }
+  body { font-size: 10.5pt; } main { max-width: none; padding: 0; } nav { display: none; }
+  h2, h3, summary { break-after: avoid; } figure, tr, .tile, .note { break-inside: avoid; }
+  .scroll { overflow: visible; } .maps { grid-template-columns: repeat(5, 1fr); } .pairs, .plots { grid-template-columns: 1fr 1fr; }
+}
 @media (max-width: 34rem) { th, td { padding-right: .75rem; } }
 """
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from star_fast.errors import UserError, printable
-from star_fast.evaluation import attention_maps, page, report_sections
+from star_fast.evaluation import attention_maps, page, report_protocol, report_sections
+from star_fast.evaluation.both_weights import attention_of, held_out_loss, judge_drawn, other_weights
 from star_fast.evaluation.classifier import RECORD_FILE, WEIGHTS_FILE, Classifier, ClassifierConfig, train_classifier
 from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, option, require_ranges
 from star_fast.evaluation.memorisation import MOST_TRAINING_IMAGES, SHOWN_NEIGHBOURS, memorisation, nearest
@@ -34,6 +35,7 @@ from star_fast.generation.device import pick_device
 from star_fast.generation.label_plan import find_classes
 from star_fast.generation.sampling import Sampling
 from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.transformer import Transformer
 from star_fast.records import require, to_dict
 from star_fast.storage import atomic_write_bytes, atomic_write_json, remove_leftovers, sha256_of_bytes
 
@@ -41,7 +43,6 @@ MOST_CLASSES = 20  # shown if none are named; of more classes ten, evenly spaced
 MOST_HELD_OUT = 2000  # held-out images that classifier and tokenizer are judged on
 MOST_SAMPLE_BYTES = 2**33  # of the samples' pixels, which are held in memory
 MOST_COMPARED_BYTES = 2**29  # of the training images that samples are compared with
-ATTENTION_AVERAGE_IMAGES = 32
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Material:
     figures: dict[str, Any] = field(default_factory=dict)
     against: Figures | None = None  # of the other run's report
     classifier: Classifier | None = None
+    real_features: Tensor | None = None  # (n, F) the classifier's, of the held-out real images of the sampled classes
     neighbours: list[Tensor] = field(default_factory=list)  # of each class: its first sample and the nearest training images, (1 + n, C, H, W) uint8
 
     @property
@@ -152,14 +154,18 @@ def _write(material: Material, begun: float) -> Path:
     """Measure, then write both files."""
     run = material.run
     stages: dict[str, Callable[[Material], Any]] = {"samples": _sample, "tokenizer": _reconstruct, "classifier": _classify, "linear probe": _probe,
-                                                    "attention": _attend}
+                                                    "attention": _attend, "student and teacher": _weigh}
+    parts_s = {}
     with tqdm(stages.items(), desc="report", unit="part") as bar:
         for name, stage in bar:
             bar.set_postfix_str(name)
+            since = time.perf_counter()
             stage(material)
+            parts_s[name] = round(time.perf_counter() - since, 1)
     figures = {"format_version": FORMAT_VERSION, "run": run.name, "trained": _trained(material), **material.figures,
+               "protocol": report_protocol.protocol(material),
                "report": {"device": _device_name(material.device), "torch": torch.__version__, "python": platform.python_version(),
-                          "seconds": round(time.perf_counter() - begun, 1), "date": time.strftime("%Y-%m-%d")}}
+                          "seconds": round(time.perf_counter() - begun, 1), "parts_s": parts_s, "date": time.strftime("%Y-%m-%d")}}
     material.figures = figures
     sections = report_sections.all_sections(material)
     html = page.render(f"star_fast report: {run.name}", report_sections.lead(material), report_sections.tiles(figures), sections,
@@ -211,7 +217,8 @@ def _classify(material: Material) -> None:
         "held_out_images": len(material.rows), "train_images": classifier.record.train_images,
         "classifier_frechet_distance": distances(samples, _only(rebuilt, sampled), _only(real, sampled), material.row_labels[sampled],
                                                  material.config.samples_per_class)}
-    _compare_with_training(material, samples.features, real.features[sampled])
+    material.real_features = real.features[sampled]
+    _compare_with_training(material, samples.features, material.real_features)
 
 
 def _compare_with_training(material: Material, samples: Tensor, held_out: Tensor) -> None:
@@ -254,19 +261,19 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
 
 
 def _probe(material: Material) -> None:
+    material.figures["probe"] = _probe_of(material, material.run.model.transformer, material.config.weights)
+
+
+def _probe_of(material: Material, model: Transformer, weights: Literal["student", "teacher"]) -> dict[str, Any]:
     config, run = material.config, material.run
-    settings = ProbeConfig(run.folder, config.weights, train_views=config.probe_train_views, max_train_images=config.probe_max_train_images,
+    settings = ProbeConfig(run.folder, weights, train_views=config.probe_train_views, max_train_images=config.probe_max_train_images,
                            device=config.device, seed=config.seed)
-    result = probe(run.model.transformer, run.store, run.contrast_depth, settings)
-    material.figures["probe"] = {**result.to_dict(), "epochs": settings.epochs, "train_views": settings.train_views}
+    return {**probe(model, run.store, run.contrast_depth, settings).to_dict(), "epochs": settings.epochs, "train_views": settings.train_views}
 
 
 def _attend(material: Material) -> None:
     run, config, model = material.run, material.config, material.run.model.transformer.to(material.device).eval()
-    rows = spread(run.store.judging().judge, ATTENTION_AVERAGE_IMAGES)
-    labels = run.store.labels[rows].to(material.device)
-    mean = attention_maps.mean_attention(model, codes_of(run.store, rows, run.store.plain_view).to(material.device), labels)
-    material.figures["attention"] = {"images": len(rows), **dataclasses.asdict(attention_maps.attention_shares(mean))}
+    material.figures["attention"] = attention_of(material, model)
     chosen = [int((material.row_labels == label).nonzero()[0]) for label in spread(material.row_labels.unique(), config.attention_images)]
     queries = attention_maps.query_positions(run.store.positions, config.attention_queries)
     for index in chosen:
@@ -275,6 +282,28 @@ def _attend(material: Material) -> None:
         probs = attention_maps.last_block_attention(model, codes_of(run.store, row, run.store.plain_view).to(material.device), label.to(material.device))
         name = run.store.class_names[int(label)]
         material.attention.append(report_sections.AttentionExample(name, material.reconstruction.images[index], probs[0].cpu(), queries))
+
+
+def _weigh(material: Material) -> None:
+    """Both weights by the same measures, with the report's guidance and without; what was measured above is not measured again."""
+    config, figures, shown = material.config, material.figures, material.run.model.transformer
+    weights = {}
+    for name, model in {config.weights: shown, **other_weights(material)}.items():
+        if model is shown:
+            probed, attention, samples = figures["probe"], figures["attention"], _judged(figures)
+        else:
+            probed, attention, samples = _probe_of(material, model, name), attention_of(material, model), judge_drawn(material, model, config.guidance)
+        without = samples if config.guidance == 1 else judge_drawn(material, model, 1.0)
+        weights[name] = {"held_out_loss": held_out_loss(material, model), "attention": attention, "samples": {"1": without, f"{config.guidance:g}": samples},
+                         "probe": {key: probed[key] for key in ("positions", "held_out", "chance", "classes", "sequence")}}
+    figures["weights"] = weights
+
+
+def _judged(figures: dict[str, Any]) -> dict[str, float]:
+    """What judge_drawn says of the samples that the page shows."""
+    if figures["classifier"] is None:
+        return {}
+    return {"agreement": figures["samples"]["agreement"], "frechet_distance": figures["classifier"]["classifier_frechet_distance"]["samples"]}
 
 
 def _trained(material: Material) -> dict[str, Any]:

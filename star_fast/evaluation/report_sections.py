@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from star_fast.evaluation import page, plots
+from star_fast.evaluation import page, plots, report_protocol
 from star_fast.evaluation.attention_maps import grid_map
 from star_fast.evaluation.memorisation import SHOWN_NEIGHBOURS
 from star_fast.evaluation.page import Section
@@ -38,8 +38,9 @@ class AttentionExample:
 def all_sections(material: Material) -> list[Section]:
     """Every section, in reading order."""
     sections = [_training(material), _losses(material), _samples(material), _classifier(material), *_memorisation(material), _probe(material),
-                _attention(material), _tokenizer(material)]
-    return [*sections, comparison(material.figures, material.against)] if material.against is not None else sections
+                _weights(material.figures), _attention(material), _tokenizer(material)]
+    compared = [comparison(material.figures, material.against)] if material.against is not None else []
+    return [*sections, *compared, *report_protocol.sections(material.figures)]
 
 
 def lead(material: Material) -> str:
@@ -198,6 +199,35 @@ def _probe(material: Material) -> Section:
            f"{rows[-1][1]} at the last, {rows[-1][0]}.")
     section.add(page.group("plots", [page.figure(light, alt, caption, dark=dark),
                                      page.table(("position", "held-out top-1", "standard error", "training top-1"), rows)]))
+    return section
+
+
+def _weights(figures: dict[str, Any]) -> Section:
+    weights = figures["weights"]
+    names = [name for name in ("student", "teacher") if name in weights]
+    section = Section("weights", "Student beside teacher" if len(names) > 1 else "With guidance and without")
+    if len(names) > 1:
+        section.add(page.text("The student is what training fits; the teacher is the running average of its weights. Which of them the paper evaluates is not "
+                              "known, so both are measured, on the same images and with the same seed."))
+    each = [weights[name] for name in names]
+    rows = [("held-out next-token loss, nats", *(nats(found["held_out_loss"]) for found in each)),
+            ("linear probe, last position", *(percent(found["probe"]["held_out"][-1]) for found in each)),
+            ("linear probe, best position", *(percent(max(found["probe"]["held_out"])) for found in each))]
+    for scale in sorted(each[0]["samples"], key=float):
+        at = "no guidance" if float(scale) == 1 else f"guidance {scale}"
+        judged = [found["samples"][scale] for found in each]
+        if all(judged):
+            rows += [(f"samples of the class asked for, {at}", *(percent(found["agreement"]) for found in judged)),
+                     (f"classifier Fréchet distance, {at}", *(f"{found['frechet_distance']:.2f}" for found in judged))]
+    rows.append(("last block, mean distance of the attention", *(f"{found['attention']['mean_distance']:.2f} cells" for found in each)))
+    table = page.table(("", *names), rows)
+    if len(names) == 1:
+        section.add(table)
+        return section
+    light, dark = (plots.probe_curves({name: weights[name]["probe"] for name in names}, dark=dark) for dark in (False, True))
+    last = " and ".join(f"{percent(found['probe']['held_out'][-1])} of the {name}" for name, found in zip(names, each, strict=True))
+    section.add(page.group("plots", [page.figure(light, f"Linear probe by position of student and teacher; at the last position {last}.", "Both linear probes.",
+                                                 dark=dark), table]))
     return section
 
 

@@ -25,9 +25,12 @@ from star_fast.evaluation.report import ReportConfig, write_report
 from star_fast.evaluation.runs import open_run, read_metrics, spread
 from star_fast.evaluation.samples import SampleSet, class_agreement, distinct_sequences, psnr_db
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
+from star_fast.model.transformer import Transformer
+from star_fast.model.weights import load_model, save_model
 
 QUICK = {"samples_per_class": 3, "attention_images": 2, "attention_queries": 2, "classifier": ClassifierConfig(epochs=2, channels=4), "device": "cpu"}
-SECTIONS = ("What was trained", "Loss curves", "Samples beside real images", "What a small classifier says", "Linear probe", "Attention maps", "Tokenizer")
+SECTIONS = ("What was trained", "Loss curves", "Samples beside real images", "What a small classifier says", "Linear probe", "With guidance and without",
+            "Attention maps", "Tokenizer", "How this was measured", "What it cost")
 VOID = {"meta", "img", "source"}
 
 
@@ -108,6 +111,65 @@ def test_report_repeats_and_compares(reported: Path, tmp_path: Path) -> None:
     html = (run / "report.html").read_text()
     Page(html)
     assert "<h2>Against run</h2>" in html and "Not measured alike" not in html
+
+
+@pytest.fixture(scope="module")
+def run_with_teacher(reported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run again, with a teacher that is another model."""
+    run, student = tmp_path_factory.mktemp("taught") / "run", load_model(reported / "run")
+    shutil.copytree(reported / "run", run)
+    shutil.rmtree(run / "model")
+    teacher = Transformer(student.transformer.config)
+    teacher.init_weights(torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        teacher.output.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))
+    save_model(run / "model", student.transformer, teacher=teacher, class_names=student.class_names, tokenizer=reported / "run/model/tokenizer",
+               record=student.record)
+    return run
+
+
+def test_student_beside_teacher(run_with_teacher: Path, reported: Path) -> None:
+    """Whichever weights a report shows, it measures both, and finds the same; the loss is the loop's."""
+    found = {}
+    for weights in ("student", "teacher"):
+        write_report(ReportConfig(run_with_teacher, weights=weights, source=str(reported / "images"), **QUICK))
+        found[weights] = json.loads((run_with_teacher / "report.json").read_text())
+        html = (run_with_teacher / "report.html").read_text()
+        Page(html)
+        assert "<h2>Student beside teacher</h2>" in html and f"Shown are the {weights}&#x27;s weights" in html
+    assert found["student"]["weights"] == found["teacher"]["weights"]
+    both = found["student"]["weights"]
+    assert list(found["student"]["weights"]) == ["student", "teacher"] and both["student"] != both["teacher"]
+    store = CodeStore.open(reported / "codes")
+    codes, labels = store.codes(store.held_out_indices, [store.plain_view])[:, 0], store.labels[store.held_out_indices]
+    for weights in both:
+        model = load_model(run_with_teacher, weights=weights).transformer
+        with torch.inference_mode():
+            logits = model(codes[:, :-1], labels).logits.double()
+        losses = [-torch.log_softmax(logits[image, position], 0)[codes[image, position]].item() for image in range(len(codes)) for position in range(16)]
+        assert both[weights]["held_out_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert found[weights]["samples"]["agreement"] == both[weights]["samples"]["2"]["agreement"]
+        assert set(both[weights]["samples"]) == {"1", "2"} and both[weights]["samples"]["1"] != both[weights]["samples"]["2"]
+        assert found[weights]["probe"]["held_out"] == both[weights]["probe"]["held_out"]
+
+
+def test_without_guidance_is_guidance_1(reported: Path, run_with_teacher: Path) -> None:
+    """What stands under no guidance is what a report at guidance 1 says of its samples."""
+    guided = json.loads((run_with_teacher / "report.json").read_text())["weights"]["student"]["samples"]["1"]
+    write_report(ReportConfig(run_with_teacher, guidance=1.0, source=str(reported / "images"), **QUICK))
+    plain = json.loads((run_with_teacher / "report.json").read_text())
+    assert plain["weights"]["student"]["samples"] == {"1": guided}
+    assert plain["samples"]["agreement"] == guided["agreement"]
+
+
+def test_protocol_and_cost(reported: Path) -> None:
+    figures = json.loads((reported / "run" / "report.json").read_text())
+    protocol, html = figures["protocol"], (reported / "run" / "report.html").read_text()
+    assert protocol["samples"]["guidance"] == 2 and protocol["samples"]["seed"] == 0 and protocol["samples"]["precision"] == "float32"
+    assert protocol["images judged on"]["images"] == 12 and protocol["Fréchet distance"]["real_images"] == 12
+    assert protocol["classifier"]["epochs"] == 2 and protocol["tokenizer"]["sha256"] == CodeStore.open(reported / "codes").tokenizer_hash
+    assert set(figures["report"]["parts_s"]) == {"samples", "tokenizer", "classifier", "linear probe", "attention", "student and teacher"}
+    assert "guidance 2, temperature 1, top k 0" in html and "30 images/s, 2 views of each" in html and "@media print" in html
 
 
 def test_nothing_held_out_trains_anything(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

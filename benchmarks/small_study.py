@@ -165,7 +165,8 @@ def main() -> None:
                 done.result()
     from benchmarks.small_study_page import write_page
 
-    write_page(rows(), {name: variant.about for name, variant in VARIANTS.items()}, RESULTS.parent)
+    groups = {"core": CORE, "alone": ALONE, "open": OPEN}
+    write_page(rows(), {group: {name: variant.about for name, variant in variants.items()} for group, variants in groups.items()}, RESULTS.parent)
 
 
 if __name__ == "__main__":

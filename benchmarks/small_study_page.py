@@ -65,9 +65,9 @@ def _page(rows: Rows, groups: Mapping[str, Variants]) -> Iterator[str]:
     yield ""
     yield ("`scripts/small_study.sh`: the built-in digits (4500 training images, 7 x 7 codes, 8 views), preset `tiny`, "
            f"{' or '.join(map(str, steps))} steps of 32 images, {len(rows)} runs of one thread each, {minutes:.0f} minutes of training together. "
-           "Mean ± standard deviation over seeds where there are several. Equal steps: all rows; equal views a step: all but `baseline`, which sees one. The classifier that judges samples (500 of each run, 50 a "
-           "class) and the codes are the same for all runs. Fréchet: on that classifier's features; it compares these runs only. Probe: block 3 of 6, 500 "
-           "held-out digits (one standard error at 85 %: 1.6 points). Attention distance: mean over blocks.")
+           "Mean ± standard deviation over seeds where there are several. Equal steps: all rows; equal views a step: all but `baseline`, which sees one. The "
+           "classifier that judges samples (500 of each run, 50 a class) and the codes are the same for all runs. Fréchet: on that classifier's features; it "
+           "compares these runs only. Probe: block 3 of 6, 500 held-out digits (one standard error at 85 %: 1.6 points). Attention distance: mean over blocks.")
     for title, names, kinds in (("Table 3 in small", groups["core"], ("student", "teacher")), ("Each loss alone", groups["alone"], ("student",)),
                                 ("What the paper leaves open", groups["open"], ("student",))):
         names = [name for name in names if any(of == name for of, _ in rows)]

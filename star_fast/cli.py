@@ -13,7 +13,7 @@ import tyro
 from star_fast import __version__
 from star_fast.config import RunConfig
 from star_fast.config_file import base_config, given, parse
-from star_fast.errors import printable
+from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.presets import IMAGENET_CODES, PRESETS, plain
 from star_fast.records import require
@@ -43,6 +43,14 @@ class PlanCommand:
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
     plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
     json: str = ""  # also write the plan to this file
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """What this machine has, what each stage needs, and how to get what is missing."""
+
+    self_test: bool = False  # also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
+    device: str = ""  # that the kernels are tested on: cpu, cuda; empty: a GPU where there is one
 
 
 def paper(arguments: list[str]) -> None:
@@ -163,9 +171,17 @@ def demo(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     """star-fast doctor."""
-    from star_fast.doctor import examine
+    from star_fast.doctor import examine, show_self_test
 
+    settings = parse(DoctorCommand, arguments, "star-fast doctor", DoctorCommand.__doc__ or "")
     examine()
+    if not settings.self_test:
+        return
+    from star_fast.generation.device import pick_device
+    from star_fast.ops.self_test import self_test
+
+    if not show_self_test(self_test(pick_device(settings.device).type)):
+        raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
 
 
 def presets(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 
 import torch
 from rich.console import Console
@@ -22,6 +23,22 @@ def examine() -> None:
     for name, found, use in rows():
         table.add_row(name, escape(found), escape(use))
     Console().print(table)
+
+
+def show_self_test(checks: Iterable[tuple[str, str, str, bool | None, str, float]]) -> bool:
+    """Print a line for each call as it is checked, (op, backend, dtype and so on, passed, what was seen, seconds); whether none failed.
+
+    What a backend cannot do here (passed: None) is told once.
+    """
+    console, failed, said = Console(), 0, set()
+    for op, backend, call, passed, told, seconds in checks:
+        if passed is None and (op, backend, told) in said:
+            continue
+        said.add((op, backend, told))
+        verdict = "[green]passed[/]" if passed else "not here" if passed is None else "[red]FAILED[/]"
+        failed += passed is False
+        console.print(f"{verdict:18} {op} \\[{backend}, {call}], {seconds:.1f} s: {escape(told)}", soft_wrap=True, highlight=False)
+    return not failed
 
 
 def rows() -> list[tuple[str, str, str]]:

@@ -92,6 +92,11 @@ def backends(name: str) -> list[str]:
     return [*_OPS[name].modules, "reference"]
 
 
+def module_of(name: str) -> ModuleType:
+    """The module of an op: its public function, reference, `inputs` and `cost`."""
+    return importlib.import_module(_OPS[name].reference.__module__)
+
+
 def module_paths(name: str) -> dict[str, str]:
     """Where an op's backends live: backend name -> module path, the reference left out."""
     return dict(_OPS[name].modules)

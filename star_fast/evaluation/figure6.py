@@ -13,7 +13,7 @@ from torch import Tensor
 
 from star_fast.errors import UserError
 from star_fast.evaluation.limits import MOST_SEED, explain_out_of_memory, option, require_ranges
-from star_fast.evaluation.runs import spread
+from star_fast.evaluation.runs import only_result, spread
 from star_fast.evaluation.samples import SampleSet, draw_samples
 from star_fast.generation.device import pick_device
 from star_fast.generation.fonts import write_with
@@ -77,23 +77,21 @@ def run_figure6(config: Figure6Config) -> str:
     own = ours.tokenizer_folder
     drawn = {"baseline": (baseline, config.tokenizer or baseline.tokenizer_folder or own), "run": (ours, own or config.tokenizer)}
     sampling = {"guidance": 1.0, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
-    sets: dict[str, SampleSet] = {}
-    with explain_out_of_memory("give a smaller --batch-images"):
+    out, names, sets = Path(config.out or config.run), _names(config), {}
+    told = f"no guidance, temperature {config.temperature:g}, seed {config.seed}" + (f", top-k {config.top_k}" if config.top_k else "") + (
+        f", top-p {config.top_p:g}" if config.top_p < 1 else "")
+    with (only_result(out / "figure6.png", "drawing figure 6", ("figure6.png", "figure6.json")),
+          explain_out_of_memory("give a smaller --batch-images")):
         for name, (loaded, where) in drawn.items():
             tokenizer = load_tokenizer(_known(where, config))
             if tokenizer.config.codebook != loaded.transformer.config.vocab:
                 raise UserError(f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one "
                                 "that the baseline was trained with: --tokenizer")
             sets[name] = draw_samples(loaded.transformer.to(device).eval(), tokenizer, classes, config.per_class, batch_images=config.batch_images, **sampling)
-    names = _names(config)
-    told = f"no guidance, temperature {config.temperature:g}, seed {config.seed}" + (f", top-k {config.top_k}" if config.top_k else "") + (
-        f", top-p {config.top_p:g}" if config.top_p < 1 else "")
-    picture = draw_pairs(sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told)
-    out = Path(config.out or config.run)
-    save_png(picture, out / "figure6.png")
-    atomic_write_json(out / "figure6.json", {
-        "classes": [ours.class_names[label] for label in classes], "per_class": config.per_class, "sampling": sampling,
-        "models": {name: _about(loaded, folder) for name, (loaded, _), folder in zip(drawn, drawn.values(), (config.against, config.run), strict=True)}})
+        save_png(draw_pairs(sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told), out / "figure6.png")
+        atomic_write_json(out / "figure6.json", {
+            "classes": [ours.class_names[label] for label in classes], "per_class": config.per_class, "sampling": sampling,
+            "models": {name: _about(loaded, folder) for name, (loaded, _), folder in zip(drawn, drawn.values(), (config.against, config.run), strict=True)}})
     return f"{out / 'figure6.png'}: {len(classes)} classes, {config.per_class} images each; above {names[0]}, below {names[1]}; {told}"
 
 

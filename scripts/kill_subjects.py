@@ -187,7 +187,8 @@ def run_stability(given: Path, work: Path, small: bool) -> None:
     """Codes of shifted crops."""
     from star_fast import cli
 
-    cli.stability(["--codes", str(given / "codes"), "--source", str(given / "images"), "--out", str(work / "stability"), "--device", "cpu"])
+    cli.stability(["--codes", str(given / "codes"), "--source", str(given / "images"), "--out", str(work / "stability"), "--device", "cpu",
+                   "--tokenizer", str(given / "run/model/tokenizer"), "--images", "4" if small else "12"])
 
 
 def run_figure6(given: Path, work: Path, small: bool) -> None:

@@ -208,7 +208,7 @@ def _report(random: Random, whole: bool) -> list[str]:
 def _attention(random: Random, whole: bool) -> list[str]:
     if not whole:
         return ["--run", random.choice(BROKEN)]
-    return ["--run", "run", *random.choice((*[["--images", "1", "--rows", "0", "--queries", "3"]] * 4, ["--block", "99"], ["--rows", "99999"],
+    return ["--run", "run", *random.choice((["--block", "99"], ["--rows", "99999"],
                                             ["--queries", "0"], ["--against", random.choice(BROKEN)], ["--codes", random.choice(BROKEN)], ["--weights", "x"]))]
 
 

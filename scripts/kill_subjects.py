@@ -142,23 +142,27 @@ def run_reporting(given: Path, work: Path, small: bool) -> None:
 
 
 def prepare_evaluating(given: Path) -> None:
-    """Pictures of two classes, and weights of Inception that nothing was learnt with."""
+    """Pictures of two classes, and weights of Inception that nothing was learnt with: of its own size and of a few numbers."""
+    from scripts.fuzzing.small_network import save_weights
     from tests.data.pictures import make_folder
     from tests.evaluation.small_inception import write_random_weights
 
     make_folder(given / "images", {"elm": 12, "oak": 12}, ".png")
-    write_random_weights(given / "inception.pth")
+    write_random_weights(given / "whole.pth")
+    save_weights(given / "small.pth")
 
 
 def run_evaluating(given: Path, work: Path, small: bool) -> None:
-    """A reference of own images, then others measured against it."""
+    """A reference of own images, then some of them measured against it: matrices of Inception's 2048 features take half a minute, the small job has six."""
+    from scripts.fuzzing.small_network import small_network
     from star_fast import cli
     from star_fast.storage import sha256_of_file
 
-    weights = ["--inception", str(given / "inception.pth"), "--inception-sha256", sha256_of_file(given / "inception.pth"), "--device", "cpu"]
-    samples = given / "images" / "elm"
-    cli.evaluate(["--make-reference", str(given / "images"), "--image-size", "16", "--out", str(work / "reference.npz"), "--batch-images", "8", *weights])
-    cli.evaluate(["--samples", str(samples), "--image-size", "16", "--reference", str(work / "reference.npz"), "--out", str(work / "metrics.json"), *weights])
+    file = given / ("small.pth" if small else "whole.pth")
+    weights = ["--inception", str(file), "--inception-sha256", sha256_of_file(file), "--device", "cpu", "--image-size", "16"]
+    with small_network() if small else contextlib.nullcontext():
+        cli.evaluate(["--make-reference", str(given / "images"), "--out", str(work / "reference.npz"), "--batch-images", "8", *weights])
+        cli.evaluate(["--samples", str(given / "images/elm"), "--reference", str(work / "reference.npz"), "--out", str(work / "metrics.json"), *weights])
 
 
 def prepare_understanding(given: Path) -> None:

@@ -28,6 +28,8 @@ _LEAST_SIDE = 128  # pixels of an image on the page: smaller ones are enlarged b
 _MOST_IMAGES = 64
 # Gradio lays the gallery's name over its first image and scrolls what has room on the page.
 _STYLE = """<style>
+#title * { padding: 0; margin: 0; }
+#title p { margin-top: 0.5rem; opacity: 0.7; }
 #images .grid-wrap { max-height: none; overflow: visible; padding-top: 2.75rem; }
 </style>"""
 NO_CLASS = "no class"  # the null class: what the model draws without being told
@@ -80,7 +82,7 @@ class Painter:
         model, tokenizer = self.model.config, self.tokenizer.config
         side = math.isqrt(model.positions) * tokenizer.downsampling
         return (f"{len(self.class_names):,} classes; {sum(weight.numel() for weight in self.model.parameters()) / 1e6:,.1f} M parameters, "
-                f"{model.positions:,} codes an image, {side} x {side} pixels; on {self.device}")
+                f"{model.positions:,} codes an image, {side} × {side} pixels; on {self.device}")
 
     def draw(self, label: int, images: int, guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[list[Image.Image]]:
         """All images so far, after each batch. The same settings and seed give the same images as `star-fast sample` with that seed draws of one class.
@@ -126,7 +128,7 @@ def page(painter: Painter, title: str) -> Any:
             raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        gr.HTML(f"{_STYLE}<h2>{html.escape(title)}</h2><p>{html.escape(painter.about())}</p>")
+        gr.HTML(f"{_STYLE}<h2>{html.escape(title)}</h2><p>{html.escape(painter.about())}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 label = gr.Dropdown(choices=painter.labels(), value=0, label="Class", filterable=True)

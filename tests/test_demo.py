@@ -42,7 +42,7 @@ def test_what_can_be_chosen_and_what_cannot(model: Path, tmp_path: Path) -> None
     painter.class_names = ["crane", "tench", "crane"]
     assert [name for name, _ in painter.labels()] == ["crane (0)", "tench", "crane (2)", "no class"]
     numbers = sum(weight.numel() for weight in painter.model.parameters()) / 1e6
-    assert painter.about() == f"3 classes; {numbers:.1f} M parameters, 16 codes an image, 16 x 16 pixels; on cpu"
+    assert painter.about() == f"3 classes; {numbers:.1f} M parameters, 16 codes an image, 16 × 16 pixels; on cpu"
     for settings, says in (((0, 0, 1, 1, 0, 1, 0), "images"), ((0, 1, 0.5, 1, 0, 1, 0), "guidance"), ((0, 1, 1, 1, 0, 2, 0), "top_p")):
         with pytest.raises(UserError, match=says):
             list(painter.draw(*settings))

@@ -62,11 +62,16 @@ def small_network() -> Iterator[None]:
         yield
 
 
+def save_weights(path: str | Path) -> None:
+    """Weights of the small network, always the same."""
+    torch.manual_seed(0)
+    torch.save(_Network().state_dict(), path)
+
+
 def make_measured(images: np.ndarray) -> None:
     """Weights and both kinds of reference, of images (N, H, W, 3) uint8, below the working folder."""
     Path(WEIGHTS).parent.mkdir()
-    torch.manual_seed(0)
-    torch.save(_Network().state_dict(), WEIGHTS)
+    save_weights(WEIGHTS)
     with small_network():
         network = Inception(torch.load(WEIGHTS, weights_only=True), sha256=sha256_of_file(WEIGHTS))
         statistics = FeatureStatistics()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +15,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from star_fast.errors import UserError
+from star_fast.errors import UserError, printable
 from star_fast.generation.device import pick_device
 from star_fast.generation.sampling import Sampling
 from star_fast.model.class_names import names_for_model
@@ -24,6 +26,12 @@ from star_fast.records import require
 
 _LEAST_SIDE = 128  # pixels of an image on the page: smaller ones are enlarged by a whole factor
 _MOST_IMAGES = 64
+# Gradio lays the gallery's name over its first image and scrolls what has room on the page.
+_STYLE = """<style>
+#title * { padding: 0; margin: 0; }
+#title p { margin-top: 0.5rem; opacity: 0.7; }
+#images .grid-wrap { max-height: none; overflow: visible; padding-top: 2.75rem; }
+</style>"""
 NO_CLASS = "no class"  # the null class: what the model draws without being told
 
 
@@ -69,6 +77,13 @@ class Painter:
         shown = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)] if len(set(names)) < len(names) else names
         return [*((name, number) for number, name in enumerate(shown)), (NO_CLASS, len(names))]
 
+    def about(self) -> str:
+        """What draws, in a line."""
+        model, tokenizer = self.model.config, self.tokenizer.config
+        side = math.isqrt(model.positions) * tokenizer.downsampling
+        return (f"{len(self.class_names):,} classes; {sum(weight.numel() for weight in self.model.parameters()) / 1e6:,.1f} M parameters, "
+                f"{model.positions:,} codes an image, {side} × {side} pixels; on {self.device}")
+
     def draw(self, label: int, images: int, guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[list[Image.Image]]:
         """All images so far, after each batch. The same settings and seed give the same images as `star-fast sample` with that seed draws of one class.
 
@@ -113,31 +128,36 @@ def page(painter: Painter, title: str) -> Any:
             raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {title}")
+        gr.HTML(f"{_STYLE}<h2>{html.escape(title)}</h2><p>{html.escape(painter.about())}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 label = gr.Dropdown(choices=painter.labels(), value=0, label="Class", filterable=True)
-                images = gr.Slider(1, _MOST_IMAGES, value=8, step=1, label="Images")
                 guidance = gr.Slider(1.0, 10.0, value=2.0, step=0.05, label="Guidance (1: none)")
-                temperature = gr.Slider(0.0, 2.0, value=1.0, step=0.05, label="Temperature (0: the likeliest token)")
-                top_k = gr.Number(value=0, precision=0, minimum=0, label="Top-k (0: all tokens)")
-                top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p (1: all)")
+                images = gr.Slider(1, _MOST_IMAGES, value=8, step=1, label="Images")
                 seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
                 button = gr.Button("Draw", variant="primary")
+                with gr.Accordion("How tokens are drawn", open=False):
+                    temperature = gr.Slider(0.0, 2.0, value=1.0, step=0.05, label="Temperature (0: likeliest)")
+                    top_k = gr.Number(value=0, precision=0, minimum=0, label="Top-k (0: all)")
+                    top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p (1: all)")
             with gr.Column(scale=3):
-                gallery = gr.Gallery(label="Images, as they are drawn", columns=4, object_fit="contain", height="auto", format="png")
+                gallery = gr.Gallery(label="Images, as they are drawn", columns=4, object_fit="contain", height="auto", format="png", elem_id="images")
         button.click(draw, [label, images, guidance, temperature, top_k, top_p, seed], gallery, concurrency_limit=1, api_name="draw")
     return blocks
 
 
-def run_demo(command: DemoCommand) -> None:
-    """Open the page until Ctrl-C. Raises UserError: the model cannot be loaded, Gradio is missing, or the port is taken."""
-    painter = Painter(command)
-    blocks = page(painter, f"star_fast: {command.model}")
+def serve(blocks: Any, host: str, port: int) -> None:
+    """Open the page and return; its `close` ends it. Raises UserError where the port is taken."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        blocks.queue().launch(server_name=command.host, server_port=command.port, quiet=True, prevent_thread_lock=True, share=False, footer_links=[])
+        blocks.queue().launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, footer_links=[])
     except OSError as error:
-        raise UserError(f"port: {command.port} at {command.host} cannot be opened ({error}); choose another --port") from error
+        raise UserError(f"port: {port} at {host} cannot be opened ({error}); choose another --port") from error
+
+
+def run_demo(command: DemoCommand) -> None:
+    """Open the page until Ctrl-C. Raises UserError: the model cannot be loaded, Gradio is missing, or the port is taken."""
+    blocks = page(Painter(command), f"star_fast: {printable(command.model)}")
+    serve(blocks, command.host, command.port)
     print(f"Open http://{command.host}:{command.port} in a browser; Ctrl-C ends it", flush=True)
     blocks.block_thread()

@@ -41,6 +41,8 @@ def test_what_can_be_chosen_and_what_cannot(model: Path, tmp_path: Path) -> None
     assert painter.labels() == [*((name, number) for number, name in enumerate(names)), ("no class", len(names))]
     painter.class_names = ["crane", "tench", "crane"]
     assert [name for name, _ in painter.labels()] == ["crane (0)", "tench", "crane (2)", "no class"]
+    numbers = sum(weight.numel() for weight in painter.model.parameters()) / 1e6
+    assert painter.about() == f"3 classes; {numbers:.1f} M parameters, 16 codes an image, 16 × 16 pixels; on cpu"
     for settings, says in (((0, 0, 1, 1, 0, 1, 0), "images"), ((0, 1, 0.5, 1, 0, 1, 0), "guidance"), ((0, 1, 1, 1, 0, 2, 0), "top_p")):
         with pytest.raises(UserError, match=says):
             list(painter.draw(*settings))
@@ -52,7 +54,7 @@ def test_the_page_has_a_control_for_every_setting(model: Path) -> None:
     pytest.importorskip("gradio", minversion="5")
     blocks = page(Painter(DemoCommand(str(model), device="cpu")), "a title")
     labels = {component["props"].get("label") for component in blocks.config["components"]}
-    assert {"Class", "Images", "Guidance (1: none)", "Temperature (0: the likeliest token)", "Top-k (0: all tokens)", "Top-p (1: all)", "Seed"} <= labels
+    assert {"Class", "Images", "Guidance (1: none)", "Temperature (0: likeliest)", "Top-k (0: all)", "Top-p (1: all)", "Seed"} <= labels
 
 
 def test_a_missing_gradio_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,17 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from scripts.fuzzing import goods
+from scripts.fuzzing import goods, small_network
 from scripts.fuzzing.trial import Case, Subject
-from star_fast import cli, data_commands, train
+from star_fast import cli, data_commands, demo, train
 from star_fast.errors import UserError
+from star_fast.evaluation.attention import AttentionConfig
+from star_fast.evaluation.evaluate import EvaluateConfig
+from star_fast.evaluation.figure6 import Figure6Config
+from star_fast.evaluation.paper import EXHIBITS
 from star_fast.evaluation.probe import ProbeConfig
 from star_fast.evaluation.report import ReportConfig
+from star_fast.evaluation.stability import StabilityConfig
 from star_fast.generation.sample import SampleConfig
 from star_fast.training import ranks
 
@@ -39,7 +44,8 @@ CLASS_NAMES = (*goods.CLASSES, "0", "2", "3", "-1", "1" * 400)
 HERE = ("listed", "listed/labels.csv", "shards", "shards/a.tar", "names/list.txt", "images", "images/ash", "images/ash/0.png", "store",
         "store/manifest.json", "store/tokenizer", "run", "run/model", "run/config.yaml",
         "run/model/model.safetensors", "run/model/config.json", "run/checkpoints", "unfinished",
-        "released/model.pt", "released/tokenizer.pt", "samples/done.npz", "llamagen", "few", "fuzz_canary_module.py")
+        "released/model.pt", "released/tokenizer.pt", "samples/done.npz", "llamagen", "few", "gallery", "kept",
+        small_network.REFERENCE, small_network.ADM_REFERENCE, small_network.WEIGHTS, "fuzz_canary_module.py")
 BROKEN = ("nowhere", "nowhere/at/all", "/dev/zero", "/dev/null", "/proc/self/mem", "odd/pipe", "odd/loop", "odd/empty", "odd/folder", "odd/noise.pt",
           "odd/noise.npz", "x" * 255, "x" * 256, "x/" * 3000, "größe", "a\nb", "\x1b[31m",
           "\udcff", "~", "out", "out/new", "fuzz_canary_module.py")
@@ -48,9 +54,14 @@ PLACES = ("out/new", "out/new", "out/new", "out/größe", "out/a\nb", "out/\x1b[
           "odd/empty", "odd/empty/x", "out", "unfinished", "store", "few")  # to write to; all but these are outside, or put back
 FILES_TO_WRITE = ("out/x.npz", "out/x.npz", "out/x.npz", *(f"{place}.npz" for place in PLACES if place.startswith("out/")), "out/x.NPZ", "out/.npz", "out/x",
                   "samples/done.npz", "odd/pipe/x.npz", "odd/empty/x.npz", "odd/loop/x.npz", "/proc/new.npz", "/dev/null", "/dev/null/x.npz")
+RESULTS_TO_WRITE = tuple(name.replace(".npz", ".json") for name in FILES_TO_WRITE)
+_PATHS = ("--labels", "--class-names", "--held-out-source", "--held-out-labels", "--fine-tune", "--sibling", "--data.images", "--model", "--tokenizer", "--run",
+          "--codes", "--source", "--against", "--config", "--init", "--data.codes", "--samples", "--reference", "--make-reference", "--source-labels",
+          "--inception", "--draw.model", "--draw.tokenizer", "--draw.class-names", "--features")
+_HASH = "SHA256-OF-THE-WEIGHTS"  # in a line that is run, their hash stands in its place
 _ENDLESS = ("steps", "epochs", "images", "samples-per-class", "largest-side", "channels", "base-channels", "multipliers", "codebook", "z-channels",
             "code-channels", "residual-blocks", "image-size", "affine-views", "images-per-step", "max-steps",
-            "exact", "crop-ranges")
+            "exact", "crop-ranges", "per-class", "points", "shifts")
 _TINY = ("--new-tokenizer.steps", "1", "--new-tokenizer.image-size", "8", "--new-tokenizer.base-channels", "4", "--new-tokenizer.multipliers", "1", "2",
          "--new-tokenizer.z-channels", "4", "--new-tokenizer.codebook", "16",
          "--new-tokenizer.residual-blocks", "1", "--new-tokenizer.images-per-step", "2", "--data.views", "small-affine", "--data.affine-views", "2")
@@ -71,8 +82,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prepare": dict(options_of(data_commands.PrepareCommand, {"train_tokenizer": "new-tokenizer"})), "sample": dict(options_of(SampleConfig)),
     "probe": dict(options_of(ProbeConfig)), "report": dict(options_of(ReportConfig)),
     "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {},
+    "attention": dict(options_of(AttentionConfig)), "stability": dict(options_of(StabilityConfig)), "figure6": dict(options_of(Figure6Config)),
+    "evaluate": dict(options_of(EvaluateConfig)), "paper": dict(options_of(cli.PaperCommand)), "demo": dict(options_of(demo.DemoCommand)),
     "plan": dict(options_of(cli.PlanCommand, {"config": "", "config_file": "config"}))}
-OPTIONS["prepare"].pop("--source")
+for _command, _positional in (("prepare", "--source"), ("paper", "--exhibit"), ("demo", "--model")):
+    OPTIONS[_command].pop(_positional)
 OPTIONS["data"] = {name: hint for kind in ("Show", "Import", "Export") for name, hint in options_of(getattr(data_commands, f"{kind}Command"))
                    if name not in ("--store", "--root")}
 OPTIONS["train.py"] = OPTIONS["train"] | {"--local_rank": int, "--local-rank": int}
@@ -85,10 +99,9 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
         return [random.choice((*WORDS, *NUMBERS))]
     if option == "--json":
         return [random.choice(("out/plan.json", "out/plan.json", "/proc/new.json", "/dev/null/x.json"))]
-    if option in ("--out", "--run") and command in ("prepare", "data", "sample", "train", "train.py"):
-        return [random.choice(FILES_TO_WRITE if command == "sample" else PLACES)]
-    if option in ("--labels", "--class-names", "--held-out-source", "--held-out-labels", "--fine-tune", "--sibling", "--data.images", "--model",
-            "--tokenizer", "--run", "--codes", "--source", "--against", "--config", "--init", "--data.codes"):
+    if option == "--out" or (option == "--run" and command in ("train", "train.py")):
+        return [random.choice({"sample": FILES_TO_WRITE, "evaluate": RESULTS_TO_WRITE}.get(command, PLACES))]
+    if option in _PATHS:
         return [random.choice((*BROKEN, *(() if whole else HERE)))]
     if option == "--device":
         return [random.choice(DEVICES)]
@@ -99,13 +112,16 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     if typing.get_origin(hint) is tuple:
         return random.choices(NUMBERS, k=random.choice((0, 1, 2, 3, 20)))
     if hint is bool:
-        return [random.choice(("True", "False"))] if "." in option else []  # settings of a run are no flags
+        return [random.choice(("True", "False"))] if "." in option and command != "evaluate" else []  # settings of a run are no flags
     return [random.choice(WHOLE if hint is int and kind < 0.8 else NUMBERS if hint in (int, float) else WORDS)]
 
 
 _WRITTEN = {"prepare": ("few", "store", "unfinished"), "data": ("few", "store", "unfinished"), "probe": ("run/probe.json", "run/probe.png",
             "run/.report.lock"), "report": ("run/.report.lock",),
-            "sample": ("samples",)}
+            "sample": ("samples",), "attention": ("run/attention.json", "run/attention.png", "run/maps.png", "run/.report.lock", "few", "store", "unfinished"),
+            "stability": ("run/stability.json", "run/stability.png", "run/.report.lock", "few", "store", "unfinished"),
+            "figure6": ("run/figure6.json", "run/figure6.png", "run/model", "few", "store", "unfinished"),
+            "evaluate": ("metrics.json", "metrics.txt", "reference.npz", "reference.json", "samples")}
 _WRITTEN["train"] = _WRITTEN["train.py"] = ("few/.lock", "store/.lock", "unfinished/.lock", "run/.lock")
 
 
@@ -113,7 +129,7 @@ def subjects() -> list[Subject]:
     """One for each command, one for what is no command."""
     shares = {"prepare": 0.9, "data": 0.5, "train": 0.4, "train.py": 0.4, "sample": 0.8, "probe": 0.5, "report": 0.7, "plan": 0.4, "doctor": 0.1,
             "presets": 0.1,
-              "": 0.3}
+                "": 0.3, "evaluate": 0.9, "attention": 0.4, "stability": 0.4, "figure6": 0.4, "paper": 0.2, "demo": 0.3}
     return [Subject(f"command line: {name or 'others'}", f"{'star_fast/train.py' if name == 'train.py' else f'star-fast {name}'.rstrip()}", _maker(name), _read,
                     share,
                     clean=("out", *_WRITTEN.get(name, ()))) for name, share in shares.items()]
@@ -189,6 +205,49 @@ def _report(random: Random, whole: bool) -> list[str]:
         random.choice(BROKEN)], ["--source", random.choice(BROKEN)], ["--device", "cuda:99"]))]
 
 
+def _attention(random: Random, whole: bool) -> list[str]:
+    if not whole:
+        return ["--run", random.choice(BROKEN)]
+    return ["--run", "run", *random.choice((["--block", "99"], ["--rows", "99999"],
+                                            ["--queries", "0"], ["--against", random.choice(BROKEN)], ["--codes", random.choice(BROKEN)], ["--weights", "x"]))]
+
+
+def _stability(random: Random, whole: bool) -> list[str]:
+    if not whole:
+        return [random.choice(("--run", "--codes")), random.choice(BROKEN)]
+    return [*random.choice((["--run", "run"], ["--codes", "store"])), "--images", "2", *random.choice((*[["--shifts", "1"]] * 3,
+        ["--source", random.choice(BROKEN)], ["--tokenizer", random.choice((*BROKEN, *HERE))], ["--device", "cuda:99"]))]
+
+
+def _figure6(random: Random, whole: bool) -> list[str]:
+    model, other = (random.choice(("run", "run/model", "released/model.pt") if whole else (*BROKEN, *HERE)) for _ in range(2))
+    return ["--run", model, "--against", other if whole else random.choice(BROKEN), "--per-class", "1",
+            *random.choice(([], ["--out", random.choice(PLACES)], ["--tokenizer", "store/tokenizer"], ["--classes", random.choice(CLASS_NAMES)]))]
+
+
+def _evaluate(random: Random, whole: bool) -> list[str]:
+    """Every kind of measurement; what is whole is of eight small images, with the weights that fit."""
+    weights = ["--inception", small_network.WEIGHTS, "--inception-sha256", _HASH]
+    reference = ["--reference", random.choice((small_network.REFERENCE, small_network.ADM_REFERENCE, "samples/done.npz"))]
+    draw = ["--draw.model", "run/model", "--draw.images", "6", "--draw.batch-images", "4", "--draw.precision", "fp32"]
+    if whole:
+        return random.choice((["--samples", "samples/done.npz", *reference], ["--samples", "gallery", *reference], [*draw, *reference],
+                              ["--tokenizer", "store/tokenizer", "--source", "few"], ["--make-reference", "few", "--image-size", "8"])) + weights
+    there, broken = random.choice((*BROKEN, *HERE)), random.choice(BROKEN)
+    return random.choice((["--samples", broken, *reference, *weights], ["--samples", "samples/done.npz", "--reference", broken, *weights],
+                          ["--draw.model", broken, *reference, *weights], ["--tokenizer", broken, "--source", there, *weights],
+                          ["--tokenizer", there, "--source", broken, *weights], ["--make-reference", broken, *weights],
+                          ["--samples", there, *reference, "--inception", broken], ["--samples", there, "--reference", there]))
+
+
+def _paper(random: Random, whole: bool) -> list[str]:
+    return [random.choice(list(EXHIBITS) if whole else WORDS)]
+
+
+def _demo(random: Random, whole: bool) -> list[str]:
+    return [random.choice(("run", "run/model")) if whole else random.choice((*BROKEN, *HERE))]
+
+
 def _train(random: Random, whole: bool) -> list[str]:
     config = random.choice(((), (), ("--preset", random.choice(("tiny", "B", "XL", random.choice(WORDS)))), ("--config",
         random.choice(("run/config.yaml", *HERE, *BROKEN)))))
@@ -207,15 +266,18 @@ def _data(random: Random, whole: bool) -> list[str]:
     return [command, place, *needs.get(command, [])]
 
 
-_SKELETONS = {"prepare": _prepare, "data": _data, "sample": _sample, "probe": _probe, "report": _report, "train": _train, "train.py": _train}
+_SKELETONS = {"prepare": _prepare, "data": _data, "sample": _sample, "probe": _probe, "report": _report, "train": _train, "train.py": _train,
+              "attention": _attention, "stability": _stability, "figure6": _figure6, "evaluate": _evaluate, "paper": _paper, "demo": _demo}
 
 
 def _read(place: Path, case: Case) -> None:
     """Run it. What the command line promises: status 0; or 2 with one line that begins with "error: ", or tyro's own usage."""
-    arguments, by_parser = list(case.arguments), False
+    arguments = [small_network.weights_sha256() if word == _HASH else word for word in case.arguments]
+    by_parser = False
     variables = dict(variable.split("=", 1) for variable in case.environment)
     try:
-        with mock.patch.object(ranks, "start_ranks", _no_training), mock.patch.dict(os.environ, variables):
+        with (mock.patch.object(ranks, "start_ranks", _no_training), mock.patch.object(demo, "page", _no_page), small_network.small_network(),
+              mock.patch.dict(os.environ, variables)):
             if arguments[:1] == ["train.py"]:
                 with mock.patch.object(sys, "argv", arguments):
                     status = train.main()
@@ -244,3 +306,7 @@ def _captured(stream: Any) -> str:
 
 def _no_training() -> typing.NoReturn:
     raise UserError("ranks: training itself is not what is tried here")
+
+
+def _no_page(*_: object) -> typing.NoReturn:
+    raise UserError("demo: opening a page is not what is tried here")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scripts.fuzzing import small_network
 from scripts.fuzzing.payloads import CANARY_MODULE
 from star_fast import cli, train
 from star_fast.config import DataConfig, ModelConfig, TokenizerConfig
@@ -98,6 +99,10 @@ def make(root: Path) -> None:
     done = cli.main(["report", "--run", "run", "--source", "images", "--samples-per-class", "2", "--attention-images", "1", "--classifier.epochs", "2"])
     assert done == 0
     _samples()
+    with np.load(SAMPLES.out) as samples:
+        small_network.make_measured(samples["arr_0"])
+    small_network.make_gallery(Path("images/ash/0.png"), Path("gallery/a"), 5)
+    assert cli.main(["probe", "--run", "run", "--points", "2", "--epochs", "1", "--warmup-epochs", "0", "--features", "kept", "--keep-features"]) == 0
     _released(tokenizer, store.codebook)
     _sources()
     Path("few/one").mkdir(parents=True)

@@ -9,21 +9,33 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from scripts.fuzzing import bytes_damage, checksums, command_lines, images, readers, tar_damage, tensor_damage, text_damage, zip_damage
+from scripts.fuzzing import (
+    bytes_damage,
+    checksums,
+    command_lines,
+    evaluation_readers,
+    images,
+    readers,
+    small_network,
+    tar_damage,
+    tensor_damage,
+    text_damage,
+    zip_damage,
+)
 from scripts.fuzzing.checksums import Fit
 from scripts.fuzzing.trial import HOLES, IRREGULAR, Case, Subject
 
 Damage = Callable[[Random, bytes, bytes], tuple[str, bytes]]
 _IRREGULAR_SHARE, _EMPTY_SHARE = 0.04, 0.01
 _KNOWING_SHARE, _KNOWING_OF_CONTAINERS = 0.6, 0.8  # of the rest: damage that knows the format; most other damage to a container ends at its first check
-_CONTAINERS = (".pt", ".npz", ".safetensors", ".tar")
+_CONTAINERS = (".pt", ".pth", ".npz", ".safetensors", ".tar")
 _FITTING_SHARE = 0.7  # of files with checksums: these are made to fit
 
 _DAMAGE: dict[str, Damage] = {
     ".json": text_damage.damaged_json, ".lock": text_damage.damaged_json, ".jsonl": text_damage.damaged_lines, ".yaml": text_damage.damaged_yaml,
     ".safetensors": tensor_damage.damaged_safetensors, ".pt": tensor_damage.damaged_torch, ".npy": zip_damage.damaged_npy, ".npz": zip_damage.damaged_npz,
-    ".csv": text_damage.damaged_table, ".txt": text_damage.damaged_table, ".tar": tar_damage.damaged_tar,
-    ".bin": bytes_damage.damaged, ".journal": bytes_damage.damaged}
+    ".pth": tensor_damage.damaged_torch, ".csv": text_damage.damaged_table, ".txt": text_damage.damaged_table, ".tar": tar_damage.damaged_tar,
+    ".bin": bytes_damage.damaged, ".bf16": bytes_damage.damaged, ".journal": bytes_damage.damaged}
 
 
 class Row(NamedTuple):
@@ -93,6 +105,17 @@ ROWS = (
     Row("tar shard", "shards/a.tar", readers.tar_shards, 4),
     Row("class names, lines with ids", "names/mapping.txt", readers.class_names, 2),
     Row("class names, one a line", "names/list.txt", readers.class_names, 1.5),
+    Row("reference .npz, own", small_network.REFERENCE, evaluation_readers.reference_file, 2, "out"),
+    Row("reference .npz, ADM's", small_network.ADM_REFERENCE, evaluation_readers.reference_file, 2, "out"),
+    Row("samples.npz, evaluate", "samples/done.npz", evaluation_readers.npz_images, 2, "out", checksums.SAMPLES),
+    Row("samples.json, evaluate", "samples/done.json", evaluation_readers.npz_images, 1.5, "out", checksums.SAMPLES),
+    Row("weights of Inception", small_network.WEIGHTS, evaluation_readers.inception_weights, 2),
+    Row("probe.json, --against", "run/probe.json", evaluation_readers.other_probe, 1),
+    Row("kept features, features.json", "kept/features.json", evaluation_readers.kept_features, 0.5, "kept"),
+    Row("kept features, .bf16", "kept/train-view0-000000.bf16", evaluation_readers.kept_features, 0.5, "kept"),
+    Row("model/config.json, demo", "run/model/config.json", evaluation_readers.demo, 0.7, fit=checksums.MODEL),
+    Row("model/model.safetensors, demo", "run/model/model.safetensors", evaluation_readers.demo, 0.5, fit=checksums.MODEL),
+    Row("tokenizer/tokenizer.json, demo", "run/model/tokenizer/tokenizer.json", evaluation_readers.demo, 0.5, fit=checksums.TOKENIZER),
 )
 
 _ODD_NAMES = ("a", "bär", "猫", "\udcff\udc80", "a\nb", "a\r\nb", "\x1b[31mred", "\x1b]0;t\x07", "\u202eabc", "\x7f", "\u2028", "-x", "--help", " ",
@@ -107,7 +130,11 @@ def all_subjects() -> list[Subject]:
     return [*map(_subject, ROWS),
             *(Subject(f"image: {form}", readers.picture.__doc__ or "", _image_maker(of_it, list(pictures.values())), readers.picture, 3, clean=("pictures",))
               for form, of_it in by_format),
-            Subject("image folder, names", readers.names.__doc__ or "", _odd_names, readers.names, 0.7, clean=("pictures",)),
+            Subject("image folder, evaluate", evaluation_readers.image_folder.__doc__ or "", _image_maker(pictures, list(pictures.values()), "gallery/a"),
+                    evaluation_readers.image_folder, 2, clean=("gallery", "out")),
+            Subject("image folder, names, evaluate", evaluation_readers.image_folder.__doc__ or "", _odd_names("gallery"), evaluation_readers.image_folder, 0.5,
+                    clean=("gallery", "out")),
+            Subject("image folder, names", readers.names.__doc__ or "", _odd_names("pictures"), readers.names, 0.7, clean=("pictures",)),
             Subject("run folder, entries", readers.run_folder.__doc__ or "", _odd_entries, readers.run_folder, 0.7, clean=("run",), start=readers.engine),
             *command_lines.subjects()]
 
@@ -143,10 +170,10 @@ def irregular(random: Random, file: str) -> Case:
     return Case(way, file, irregular=way)
 
 
-def _image_maker(pictures: dict[str, bytes], others: list[bytes]) -> Callable[[Random, Path], Case]:
+def _image_maker(pictures: dict[str, bytes], others: list[bytes], folder: str = "pictures/a") -> Callable[[Random, Path], Case]:
     def make(random: Random, good: Path) -> Case:
         name = random.choice(list(pictures))
-        case = damaged_file(random, f"pictures/a/{name}", pictures[name], random.choice(others), images.damaged_image)
+        case = damaged_file(random, f"{folder}/{name}", pictures[name], random.choice(others), images.damaged_image)
         if case.content and case.content.startswith(bytes_damage.MAGIC["PNG"]) and random.random() < 0.5:
             return replace(case, change=f"{case.change}; checksums made right", content=images.with_png_checksums(case.content))
         return case
@@ -166,14 +193,16 @@ def _odd_entries(random: Random, good: Path) -> Case:
     return irregular(random, place) if random.random() < 0.7 else Case("a file", place, random.choice((b"", b"{}", b"\x1b[31m")))
 
 
-def _odd_names(random: Random, good: Path) -> Case:
-    folders = "/".join(random.choice(_ODD_NAMES) for _ in range(random.choice((1, 1, 1, 2, 3))))
-    name = random.choice(_ODD_NAMES) + random.choice((".png", ".png", ".png", ".PNG", ".jpg", ".txt", ""))
-    place = random.choice((f"{folders}/{name}", f"{folders}/{name}", f"{folders}/{name}", name))
-    if random.random() < 0.15:
-        return irregular(random, f"pictures/{place}")
-    content = _bytes_of(good / "images/7/0.png") if random.random() < 0.7 else b"\x89PNG\x1b[31m\nno"
-    return Case(f"named {place!r}", f"pictures/{place}", content)
+def _odd_names(root: str) -> Callable[[Random, Path], Case]:
+    def make(random: Random, good: Path) -> Case:
+        folders = "/".join(random.choice(_ODD_NAMES) for _ in range(random.choice((1, 1, 1, 2, 3))))
+        name = random.choice(_ODD_NAMES) + random.choice((".png", ".png", ".png", ".PNG", ".jpg", ".txt", ""))
+        place = random.choice((f"{folders}/{name}", f"{folders}/{name}", f"{folders}/{name}", name))
+        if random.random() < 0.15:
+            return irregular(random, f"{root}/{place}")
+        content = _bytes_of(good / "images/7/0.png") if random.random() < 0.7 else b"\x89PNG\x1b[31m\nno"
+        return Case(f"named {place!r}", f"{root}/{place}", content)
+    return make
 
 
 @functools.cache

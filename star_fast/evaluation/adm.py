@@ -46,7 +46,9 @@ class InceptionScore:
         self._in_group, self._plogp, self._p = 0, 0.0, 0.0
 
     def add(self, logits: Tensor) -> None:
-        """Take logits (n, classes)."""
+        """Take logits (n, classes). Raises UserError where one is not finite."""
+        if not logits.isfinite().all():
+            raise UserError("logits: NaN or infinity among them; the network's weights are damaged")
         while len(logits):
             part, logits = logits.split([took := min(len(logits), self.split_images - self._in_group), len(logits) - took])
             logp = part.double().log_softmax(1)

@@ -29,9 +29,10 @@ from star_fast.evaluation.pixel_checks import PixelChecks, label_warnings
 from star_fast.evaluation.protocols import KnownProtocol, departures
 from star_fast.evaluation.reconstructions import TokenizerPass, open_tokenizer
 from star_fast.evaluation.reference import read_reference, write_reference
+from star_fast.evaluation.runs import only_result
 from star_fast.generation.device import pick_device
 from star_fast.generation.sample import SampleConfig
-from star_fast.storage import atomic_write_bytes, atomic_write_json, explain_write_errors
+from star_fast.storage import atomic_write_bytes, atomic_write_json
 
 ADM_PRECISION_IMAGES = 10_000  # of the ADM suite's references
 _ROOT = "symmetric eigenproblems, exact for singular covariances"
@@ -99,10 +100,10 @@ def run_evaluate(config: EvaluateConfig, *, progress: bool = True) -> str:
         UserError, StorageError: one line: weights, images or reference are missing or not what they should be.
     """
     device = pick_device(config.device)
-    with explain_write_errors(config.out_file):
-        config.out_file.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
-    inception = open_inception(config.inception, config.inception_sha256, config.download, device)
-    with explain_out_of_memory("give a smaller --batch-images"):
+    files = [config.out_file.with_suffix(suffix).name for suffix in (".npz", ".json", ".txt")]
+    # The place is tried before hours of work, not after.
+    with only_result(config.out_file, "evaluating", files), explain_out_of_memory("give a smaller --batch-images"):
+        inception = open_inception(config.inception, config.inception_sha256, config.download, device)
         if config.make_reference:
             return _make_reference(config, inception, progress)
         if config.tokenizer:

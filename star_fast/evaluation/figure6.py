@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from star_fast.errors import UserError
 from star_fast.evaluation.limits import MOST_SEED, explain_out_of_memory, option, require_ranges
-from star_fast.evaluation.runs import spread
+from star_fast.evaluation.runs import only_result, spread
 from star_fast.evaluation.samples import SampleSet, draw_samples
 from star_fast.generation.device import pick_device
 from star_fast.generation.fonts import write_with
@@ -21,7 +22,7 @@ from star_fast.generation.grid import save_png
 from star_fast.generation.label_plan import find_classes
 from star_fast.generation.sampling import Sampling
 from star_fast.model.llamagen import load_tokenizer
-from star_fast.model.weights import LoadedModel, load_model
+from star_fast.model.weights import CONFIG_FILE, LoadedModel, load_model
 from star_fast.records import require
 from star_fast.storage import atomic_write_json
 
@@ -45,7 +46,7 @@ class Figure6Config:
     top_p: float = 1.0  # share of the probability kept; 1: all
     seed: int = 0  # image i of both models is drawn from random stream i of this seed
     tokenizer: str = ""  # of a baseline that comes without one; empty: the other run's
-    out: str = ""  # folder that is written to; empty: the run's
+    out: str = ""  # folder that is written to; empty: the run's own; a model folder has no place for it
     batch_images: int = 64  # images drawn together
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
 
@@ -64,9 +65,9 @@ def run_figure6(config: Figure6Config) -> str:
     """Draw both and write the picture and its record; returns a line that says what it shows.
 
     Raises:
-        UserError: the two models do not know the same classes, or there is no tokenizer.
+        UserError: there is no place to write to, the two models do not know the same classes, or there is no tokenizer.
     """
-    device = pick_device(config.device)
+    device, out = pick_device(config.device), _place(config)
     ours, baseline = load_model(config.run, weights=config.weights), load_model(config.against)
     numbers = [str(label) for label in range(len(ours.class_names))]
     if baseline.class_names not in (ours.class_names, numbers):
@@ -77,23 +78,21 @@ def run_figure6(config: Figure6Config) -> str:
     own = ours.tokenizer_folder
     drawn = {"baseline": (baseline, config.tokenizer or baseline.tokenizer_folder or own), "run": (ours, own or config.tokenizer)}
     sampling = {"guidance": 1.0, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
-    sets: dict[str, SampleSet] = {}
-    with explain_out_of_memory("give a smaller --batch-images"):
+    names, sets = _names(config), {}
+    told = f"no guidance, temperature {config.temperature:g}, seed {config.seed}" + (f", top-k {config.top_k}" if config.top_k else "") + (
+        f", top-p {config.top_p:g}" if config.top_p < 1 else "")
+    with (only_result(out / "figure6.png", "drawing figure 6", ("figure6.png", "figure6.json")),
+          explain_out_of_memory("give a smaller --batch-images")):
         for name, (loaded, where) in drawn.items():
             tokenizer = load_tokenizer(_known(where, config))
             if tokenizer.config.codebook != loaded.transformer.config.vocab:
                 raise UserError(f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one "
                                 "that the baseline was trained with: --tokenizer")
             sets[name] = draw_samples(loaded.transformer.to(device).eval(), tokenizer, classes, config.per_class, batch_images=config.batch_images, **sampling)
-    names = _names(config)
-    told = f"no guidance, temperature {config.temperature:g}, seed {config.seed}" + (f", top-k {config.top_k}" if config.top_k else "") + (
-        f", top-p {config.top_p:g}" if config.top_p < 1 else "")
-    picture = draw_pairs(sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told)
-    out = Path(config.out or config.run)
-    save_png(picture, out / "figure6.png")
-    atomic_write_json(out / "figure6.json", {
-        "classes": [ours.class_names[label] for label in classes], "per_class": config.per_class, "sampling": sampling,
-        "models": {name: _about(loaded, folder) for name, (loaded, _), folder in zip(drawn, drawn.values(), (config.against, config.run), strict=True)}})
+        save_png(draw_pairs(sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told), out / "figure6.png")
+        atomic_write_json(out / "figure6.json", {
+            "classes": [ours.class_names[label] for label in classes], "per_class": config.per_class, "sampling": sampling,
+            "models": {name: _about(loaded, folder) for name, (loaded, _), folder in zip(drawn, drawn.values(), (config.against, config.run), strict=True)}})
     return f"{out / 'figure6.png'}: {len(classes)} classes, {config.per_class} images each; above {names[0]}, below {names[1]}; {told}"
 
 
@@ -133,6 +132,13 @@ def _as_tile(image: Tensor, size: tuple[int, int]) -> Image.Image:
     pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     whole = size[0] % pixels.shape[1] == 0
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
+
+
+def _place(config: Figure6Config) -> Path:
+    """The folder to write to. A model folder holds a model's files alone: with others in it no model is saved there any more."""
+    if not config.out and (os.path.isfile(config.run) or os.path.exists(Path(config.run) / CONFIG_FILE)):
+        raise UserError(f"{option('out')}: missing: {config.run} is no run folder; give a folder to write to")
+    return Path(config.out or config.run)
 
 
 def _names(config: Figure6Config) -> tuple[str, str]:

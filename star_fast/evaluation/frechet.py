@@ -3,6 +3,8 @@ classifier.py it is the "classifier Fréchet distance", which is not FID and not
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -44,16 +46,23 @@ def frechet_distance(mean_a: ArrayLike, cov_a: ArrayLike, mean_b: ArrayLike, cov
         A number >= 0, in the features' unit squared; float64 throughout.
 
     Raises:
-        ValueError: shapes that do not belong together, or a covariance with an eigenvalue below -1e-6 of its largest.
+        ValueError: shapes that do not belong together, a covariance with an eigenvalue below -1e-6 of its largest, or numbers so large that float64 does not
+            hold what comes of them.
     """
     mean_a, cov_a, mean_b, cov_b = (np.asarray(value, dtype=np.float64) for value in (mean_a, cov_a, mean_b, cov_b))
     size = mean_a.shape[0] if mean_a.ndim == 1 else -1
     if mean_b.shape != (size,) or cov_a.shape != (size, size) or cov_b.shape != (size, size):
         raise ValueError(f"frechet_distance: expected (D,), (D, D), (D,), (D, D), got {mean_a.shape}, {cov_a.shape}, {mean_b.shape}, {cov_b.shape}")
-    roots = [_root(torch.from_numpy(cov).to(device)) for cov in (cov_a, cov_b)]
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum().item()
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
-    return max(float(distance), 0.0)
+    try:
+        roots = [_root(torch.from_numpy(cov).to(device)) for cov in (cov_a, cov_b)]
+        overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum().item()
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"frechet_distance: the covariances have no eigenvalues within float64 ({' '.join(str(error).split())[:100]})") from error
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
+        distance = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap)
+    if not math.isfinite(distance):
+        raise ValueError(f"frechet_distance: means or covariances too large for float64, the distance comes out as {distance}")
+    return max(distance, 0.0)
 
 
 def frechet_distance_of_features(features_a: ArrayLike, features_b: ArrayLike) -> float:

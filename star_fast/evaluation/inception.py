@@ -23,7 +23,11 @@ from torch import Tensor, nn
 
 from star_fast.errors import UserError
 from star_fast.evaluation.limits import explain_out_of_memory
+from star_fast.model.bounded_file import BoundedFile
 from star_fast.model.ieee import ieee_products
+from star_fast.model.plain_pickle import read_plain
+from star_fast.model.tensor_files import require_finite
+from star_fast.model.torch_files import read_archive
 from star_fast.storage import explain_write_errors, read_bytes, sha256_of_bytes
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name for it: the digits are the first of its sha256
@@ -90,7 +94,7 @@ class Inception:
 def open_inception(weights: str = "", sha256: str = "", download: bool = False, device: torch.device | str = "cpu") -> Inception:
     """The network with the weights in a file.
 
-    The file is read once; its hash must be the expected one before any of it is unpickled, and then only tensors are.
+    The file is read once; its hash must be the expected one before any of it is unpickled, and then only tensors are, all of which must be finite.
 
     Args:
         weights: the file; "": where torch.hub keeps what it downloaded.
@@ -119,15 +123,24 @@ def open_inception(weights: str = "", sha256: str = "", download: bool = False, 
         raise UserError(f"{path}: its sha256 is {found}, expected {expected}: not {WEIGHTS_FILE}, or damaged; get it again (for weights of your own give "
                         "their hash with --inception-sha256)")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's readers fail in a dozen ways
-        raise UserError(f"{path}: expected a file of tensors: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    try:
-        return Inception(state, device, found)
+        made = Inception(_tensors(data, path, found), device, found)
     except RuntimeError as error:
         raise UserError(f"{path}: not the weights of torch-fidelity's Inception: {' '.join(str(error).split())[:200]}") from error
+    require_finite(made.network.state_dict(), str(path))
+    return made
+
+
+def _tensors(data: bytes, path: Path, sha256: str) -> dict[str, Tensor]:
+    """The state dict in a file's bytes. torch itself reads the published file, which has the layout of torch before 1.6 and is known by its hash; a hash that
+    came with a file vouches for nothing, so other files are read as any model's are."""
+    if sha256 == WEIGHTS_SHA256:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    meaning = "a file of tensors, the weights of Inception"
+    file, cpu = BoundedFile(path, io.BytesIO(data), len(data)), torch.device("cpu")
+    state = read_archive(file, meaning, lambda archive: read_plain(archive.pickle, archive.reader(cpu)))
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of something else")
+    return state
 
 
 def hub_file() -> Path:

@@ -154,6 +154,21 @@ def only_report(folder: Path, job: str, files: Sequence[str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def only_result(file: Path, job: str, files: Sequence[str]) -> Iterator[None]:
+    """One job at a time that writes `file`, in a folder that others may write to as well; what dead ones left half-written of `files`, beside it, is removed.
+
+    Raises Busy when another is at it.
+    """
+    lock = f".{file.name}.lock"
+    with only_writer(file.parent, job, name=lock):
+        remove_leftovers(file.parent, files)
+        try:
+            yield
+        finally:
+            (file.parent / lock).unlink(missing_ok=True)  # still held: whoever waits for it sees that it is gone, and takes a new one
+
+
 def codes_of(store: CodeStore, rows: Tensor, view: int) -> Tensor:
     """(N, T) int64 codes of one view of the store's rows (N,)."""
     return store.codes(rows, [view])[:, 0]

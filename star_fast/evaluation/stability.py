@@ -21,7 +21,7 @@ from star_fast.data.views import make_squares
 from star_fast.errors import UserError
 from star_fast.evaluation.limits import MOST_COUNT, explain_out_of_memory, option, require_ranges
 from star_fast.evaluation.real_images import stored_views
-from star_fast.evaluation.runs import codes_of, open_run, spread
+from star_fast.evaluation.runs import codes_of, only_result, open_run, spread
 from star_fast.evaluation.stability_plot import MovedImage, draw_moves
 from star_fast.generation.device import pick_device
 from star_fast.model.llamagen import load_tokenizer
@@ -86,11 +86,12 @@ def run_stability(config: StabilityConfig) -> str:
     if source is None:
         raise UserError(f"{store.path}: does not say where its images are; give --source")
     out = Path(config.out or config.run or store.path)
-    with explain_out_of_memory("give smaller --images or --batch-views"):
+    with (only_result(out / "stability.json", "looking at stability", ("stability.json", "stability.png")),
+          explain_out_of_memory("give smaller --images or --batch-views")):
         figures, picture = _measure(store, tokenizer.to(device), source, config)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
-    atomic_write_json(out / "stability.json", {**figures, "tokenizer_sha256": store.tokenizer_hash, "settings": settings})
-    atomic_write_bytes(out / "stability.png", picture)
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+        atomic_write_json(out / "stability.json", {**figures, "tokenizer_sha256": store.tokenizer_hash, "settings": settings})
+        atomic_write_bytes(out / "stability.png", picture)
     lines = [f"{out}: stability.json, stability.png", f"codes that stay, of {figures['images']} images:",
              "  move                      same place  worst image  with the content"]
     lines += [f"  {move['name']:24}  {100 * move['stay']:8.1f} %  {100 * move['worst_image']:9.1f} %"

@@ -25,7 +25,14 @@ CLASSES = ("cat <b>", "dog", "fox")
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """root/run is a run folder, root/codes its code store, root/images the real images."""
-    root, rng = tmp_path_factory.mktemp("finished"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("finished")
+    make_finished_run(root)
+    return root
+
+
+def make_finished_run(root: Path) -> None:
+    """Below `root`, as above."""
+    rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         folder = root / "images" / name
         folder.mkdir(parents=True)
@@ -44,7 +51,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformer.output.weight.normal_(0, 0.5)
     write_run(root / "run", RunConfig(model, MethodConfig(), train=TrainConfig(images_per_step=8), data=data, tokenizer=TOKENIZER), transformer, tokenizer,
               store.tokenizer_hash)
-    return root
 
 
 def write_run(folder: Path, config: RunConfig, transformer: Transformer, tokenizer: VQTokenizer, tokenizer_hash: str) -> None:

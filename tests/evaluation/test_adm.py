@@ -103,6 +103,8 @@ def test_inception_score_is_the_plain_one_group_by_group() -> None:
     assert score.scores() == pytest.approx(plain_inception_score(logits.numpy(), 20), rel=1e-12)
     assert len(score.scores()) == 4  # the last of 10
     fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+    with pytest.raises(UserError, match="logits: NaN or infinity"):
+        InceptionScore().add(torch.tensor([[0.0, torch.inf]]))
     whole = InceptionScore(split_images=7)
     whole.add(logits)
     theirs = fidelity.isc_features_to_metric(logits, splits=10, shuffle=False)

@@ -278,6 +278,7 @@ def test_what_cannot_be_measured_says_so_in_one_line(few_features: FewFeatures, 
     np.savez(tmp_path / "one.npz", good[:1])
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(tmp_path / "nan.npz", mu=np.full(WIDTHS[0], np.nan), sigma=np.eye(WIDTHS[0]))
+    np.savez(tmp_path / "huge.npz", mu=np.full(WIDTHS[0], 1e200), sigma=np.eye(WIDTHS[0]))
     np.savez(tmp_path / "negative.npz", mu=np.zeros(WIDTHS[0]), sigma=-np.eye(WIDTHS[0]))
     whole = (tmp_path / "good.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
@@ -298,7 +299,8 @@ def test_what_cannot_be_measured_says_so_in_one_line(few_features: FewFeatures, 
         assert run("--samples", tmp_path / name, "--reference", tmp_path / "ref.npz", "--out", tmp_path / "m.json") == 2, name
         _one_line(capsys.readouterr().err, message)
     for name, message in (("none.npz", "not found"), ("named.npz", "neither mu and sigma nor arr_0"), ("narrow.npz", r"mu: expected \(12,\)"),
-                          ("nan.npz", "NaN or infinity"), ("negative.npz", "FID: .*positive semi-definite"), ("cut.npz", "damaged or no .npz")):
+                          ("nan.npz", "NaN or infinity"), ("negative.npz", "FID: .*positive semi-definite"), ("huge.npz", "FID: .*too large for float64"),
+                          ("cut.npz", "damaged or no .npz")):
         capsys.readouterr()
         assert run("--samples", tmp_path / "good.npz", "--reference", tmp_path / name, "--out", tmp_path / "m.json") == 2, name
         _one_line(capsys.readouterr().err, message)

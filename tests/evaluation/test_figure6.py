@@ -73,7 +73,10 @@ def test_what_cannot_be_compared(finished_run: Path, tmp_path: Path) -> None:
         run_figure6(Figure6Config(str(run), str(tmp_path / "other"), device="cpu"))
     save_model(tmp_path / "bare", loaded.transformer, class_names=loaded.class_names)
     with pytest.raises(UserError, match="comes without a tokenizer; give --tokenizer"):
-        run_figure6(Figure6Config(str(tmp_path / "bare"), str(tmp_path / "bare"), device="cpu"))
+        run_figure6(Figure6Config(str(tmp_path / "bare"), str(tmp_path / "bare"), out=str(tmp_path / "out"), device="cpu"))
+    with pytest.raises(UserError, match=r"--out: missing: .*other is no run folder"):
+        run_figure6(Figure6Config(str(tmp_path / "other"), str(tmp_path / "other"), device="cpu"))
+    save_model(tmp_path / "other", loaded.transformer, class_names=["x", "y", "z"])  # which it refuses where anything else lies
     with pytest.raises(UserError, match="no class 'wolf'"):
         run_figure6(Figure6Config(str(run), str(run), classes=("wolf",), device="cpu"))
     with pytest.raises(UserError, match="--temperature must be"):

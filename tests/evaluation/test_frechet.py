@@ -59,3 +59,10 @@ def test_bad_input_says_what_came() -> None:
         frechet_distance(np.zeros(2), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match="positive semi-definite"):
         frechet_distance(np.zeros(2), -np.eye(2), np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize(("mean", "cov"), [(1e200, 1.0), (0.0, 1.7e308), (0.0, 1e300)], ids=["mean", "sum of the covariance", "product of the roots"])
+def test_numbers_beyond_float64_are_an_error_and_no_infinite_distance(mean: float, cov: float) -> None:
+    huge = np.full((3, 3), cov)
+    with pytest.raises(ValueError, match=r"frechet_distance: .*float64"):
+        frechet_distance(np.full(3, mean), huge, np.zeros(3), huge if cov > 1e305 else np.eye(3) * 1e308)

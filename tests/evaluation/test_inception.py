@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from star_fast.evaluation import inception
 from star_fast.evaluation.inception import WEIGHTS_FILE, Features, Inception, open_inception
 from star_fast.storage import StorageError
 from tests.evaluation.small_inception import random_state, write_random_weights
+from tests.model.torch_archives import Described, Run, archive, at_most, pickled
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
@@ -143,14 +145,16 @@ class _Bomb:
 def test_nothing_is_unpickled_before_the_hash_or_run_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / WEIGHTS_FILE
     path.write_bytes(pickle.dumps(_Bomb(), protocol=2))
-    loads = []
-    real = torch.load
+    loads, real, digest = [], torch.load, hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(inception.torch, "load", lambda *args, **more: loads.append(more) or real(*args, **more))
     with pytest.raises(UserError, match="its sha256 is"):
         open_inception(str(path))
+    with pytest.raises(UserError, match="not a file of tensors"):
+        open_inception(str(path), digest)
     assert not loads
-    with pytest.raises(UserError, match="expected a file of tensors"):
-        open_inception(str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", digest)  # the one file that torch itself reads, and that by no means runs
+    with pytest.raises(pickle.UnpicklingError, match="pytest"):
+        open_inception(str(path))
     assert loads[-1]["weights_only"] is True
     with pytest.raises(UserError, match="64 hexadecimal digits"):
         open_inception(str(path), "abc")
@@ -165,6 +169,20 @@ def test_other_networks_weights_are_named(tmp_path: Path) -> None:
         path.write_bytes(buffer.getvalue())
         with pytest.raises(UserError, match=message):
             open_inception(str(path), hashlib.sha256(buffer.getvalue()).hexdigest())
+
+
+def test_what_a_file_asks_for_is_held_against_its_size_and_its_numbers_must_be_numbers(tmp_path: Path, weights: Path) -> None:
+    """Their hash may come with the weights: it proves that nothing was damaged, not that nothing is meant."""
+    bomb = archive(tmp_path / "bomb.pth", pickled({"fc.bias": Described(Run("0", 6 * 10**7), 0, (6 * 10**7,), (1,))}), {"data/0": bytes(24 * 10**7)},
+                   compression=zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 10**6
+    with at_most(200), pytest.raises(UserError, match="not a file of tensors"):
+        open_inception(str(bomb), hashlib.sha256(bomb.read_bytes()).hexdigest())
+    state = torch.load(weights, weights_only=True)
+    for content, message in (({True: torch.zeros(1)}, "neither text"), ({**state, "fc.bias": torch.full((1008,), torch.nan)}, "fc.bias is not finite")):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=message):
+            open_inception(str(tmp_path / "other.pth"), hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest())
 
 
 def test_what_the_record_says(network: Inception, weights: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Bits of the flag, and what each means.
 POSITION_OUT_OF_RANGE = 1
@@ -31,9 +32,14 @@ def flag(device: torch.device) -> Tensor:
     return _flags[device]
 
 
+def flag_for(tensor: Tensor) -> Tensor:
+    """The flag of the device that `tensor` is on; for a FakeTensor a fake one, which is not kept."""
+    return tensor.new_empty(1, dtype=torch.int32) if isinstance(tensor, FakeTensor) else flag(tensor.device)
+
+
 def note(bad: Tensor, bit: int) -> None:
     """Set `bit` of the flag where `bad` (0-d bool, on the flag's device) is True; no host synchronisation."""
-    flag(bad.device).bitwise_or_(bad.to(torch.int32) * bit)
+    flag_for(bad).bitwise_or_(bad.to(torch.int32) * bit)
 
 
 def raise_if_set(device: torch.device) -> None:

@@ -29,7 +29,7 @@ from star_fast.evaluation.pixel_checks import PixelChecks, label_warnings
 from star_fast.evaluation.protocols import KnownProtocol, departures
 from star_fast.evaluation.reconstructions import TokenizerPass, open_tokenizer
 from star_fast.evaluation.reference import read_reference, write_reference
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.generation.sample import SampleConfig
 from star_fast.storage import atomic_write_bytes, atomic_write_json, explain_write_errors
 
@@ -98,7 +98,7 @@ def run_evaluate(config: EvaluateConfig, *, progress: bool = True) -> str:
     Raises:
         UserError, StorageError: one line: weights, images or reference are missing or not what they should be.
     """
-    device = pick_device(config.device)
+    device = take_device(config.device)
     with explain_write_errors(config.out_file):
         config.out_file.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
     inception = open_inception(config.inception, config.inception_sha256, config.download, device)

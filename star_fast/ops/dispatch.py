@@ -117,6 +117,27 @@ def use_backend(backend: str, **of_op: str) -> Iterator[None]:
         _override = before
 
 
+class _AsThen:
+    """A block, entered any number of times, with the choice that held when it was made."""
+
+    def __init__(self) -> None:
+        self.then, self.before = _override, []
+
+    def __enter__(self) -> None:
+        global _override
+        self.before.append(_override)
+        _override = self.then
+
+    def __exit__(self, *error: object) -> None:
+        global _override
+        _override = self.before.pop()
+
+
+def same_choice_again() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: what backward computes anew, often after the block of `use_backend`, chooses as the first time."""
+    return contextlib.nullcontext(), _AsThen()
+
+
 @contextlib.contextmanager
 def record() -> Iterator[list[Recorded]]:
     """Within the block, calls on FakeTensors are noted: yields the growing list of `Recorded`."""

@@ -42,11 +42,15 @@ def note(bad: Tensor, bit: int) -> None:
     flag_for(bad).bitwise_or_(bad.to(torch.int32) * bit)
 
 
-def raise_if_set(device: torch.device) -> None:
-    """Raise IndexError saying what kernels on `device` noted since the last call, and clear it. Waits for the device."""
-    if device not in _flags:
-        return
-    value = int(_flags[device].item())
+def noted(device: torch.device) -> str:
+    """What kernels on `device` noted since the last call, "" for nothing, and clear it. Waits for the device."""
+    value = int(_flags[device].item()) if device in _flags else 0
     if value:
         _flags[device].zero_()
-        raise IndexError("; ".join(meaning for bit, meaning in _MEANINGS.items() if value & bit))
+    return "; ".join(meaning for bit, meaning in _MEANINGS.items() if value & bit)
+
+
+def raise_if_set(device: torch.device) -> None:
+    """Raise IndexError saying what `noted` says, if anything. Where ranks wait for each other all must agree first: Engine.raise_if_noted."""
+    if found := noted(device):
+        raise IndexError(found)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from star_fast.ops import error_flag
 from star_fast.ops.triton import launching
 from tests.cuda_order import HOST, CaptureBroken, Clock, Event, Graph, Memory, Node, Race, Stream, WrongDevice, join
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the double, and Triton's interpreter in it, stand in for a GPU that is not there")
 
 DEVICES = 2
 # Operators that torch has on CUDA alone: products of 16-bit factors with a wider result, whose terms are exact in it.

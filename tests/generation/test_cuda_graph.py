@@ -16,11 +16,12 @@ from star_fast.generation.sampling import Sampling, draw
 from star_fast.generation.step_graph import DeviceState
 from star_fast.model.transformer import Transformer
 from star_fast.ops import dispatch, error_flag
-from tests.cuda_double import CudaDouble, DeviceTensor
+from tests.cuda_double import CudaDouble, DeviceTensor, needs_no_gpu
 from tests.cuda_order import CaptureBroken, Dangling, WrongDevice
 from tests.generation.test_decoder import small_model
 from tests.generation.test_device_step import eager
 
+pytestmark = needs_no_gpu
 DEVICE = "cuda:1"  # not the current one
 LABEL = torch.tensor([0, 4, 2])
 MODEL = {"blocks": 2, "positions": 7}

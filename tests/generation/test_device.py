@@ -12,7 +12,7 @@ from star_fast.errors import UserError
 from star_fast.generation import sample
 from star_fast.generation.device import pick_device
 from star_fast.generation.sample import SampleConfig, sample_images
-from tests.cuda_double import CudaDouble
+from tests.cuda_double import CudaDouble, needs_no_gpu
 
 
 def test_names_where_there_are_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +41,7 @@ def test_names_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(caught.value)
 
 
+@needs_no_gpu
 def test_a_rank_starts_on_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Sampling on rank 1 must not find GPU 0 current when it loads its model."""
     class Loading(Exception):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from star_fast.generation.render import Renderer
 from star_fast.model.tokenizer import VQTokenizer
-from tests.cuda_double import CudaDouble
+from tests.cuda_double import CudaDouble, needs_no_gpu
 from tests.cuda_order import Event, Memory, Race, Stream
 from tests.generation.small_model import TOKENIZER
 
+pytestmark = needs_no_gpu
 CODES = torch.arange(32).view(2, 16)
 
 

@@ -21,10 +21,10 @@ from star_fast.ops import dispatch, swiglu
 from star_fast.ops.triton import launching
 from star_fast.ops.triton.described import CASES, Case, described
 from star_fast.ops.triton.launching import Call
-from tests.cuda_double import CudaDouble, DeviceTensor
+from tests.cuda_double import CudaDouble, DeviceTensor, needs_no_gpu
 
 KERNELS = Path(launching.__file__).parent
-interpreted = pytest.mark.skipif(not launching.interpreting(), reason="looks at calls on the CPU, which need the interpreter")
+pytestmark = needs_no_gpu
 
 
 def without_data(x: Tensor) -> Tensor:
@@ -60,7 +60,6 @@ def test_real_calls_compile_to_the_keys_of_the_proof(draw: int) -> None:
     assert launched <= proved, f"{preset} {dtype}: not proved: {launched - proved}"
 
 
-@interpreted
 def test_another_stride_or_dtype_is_another_key() -> None:
     """What the test above compares does tell kernels apart."""
     keys = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -164,6 +165,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _rows_at_once(n_cols: int) -> int:
     """Rows of one tile: several where a row alone would leave a warp idle."""
     return max(1, _LEAST_TILE // triton.next_power_of_2(n_cols))
@@ -174,6 +176,7 @@ def _forward_rows(n_rows: int, n_cols: int) -> int:
     return max(_rows_at_once(n_cols), min(ADD_RMS_NORM.block[0], n_rows // ADD_RMS_NORM.block[1]))
 
 
+@functools.cache  # a Python launch costs more than most kernels run
 def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """The launch settings that follow from the width of a row."""
     block = triton.next_power_of_2(n_cols)

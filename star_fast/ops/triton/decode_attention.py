@@ -7,6 +7,7 @@ programs for each multiprocessor, so the sequence is not split further. The step
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -142,7 +143,7 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
             (rows * heads,),
             (qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag_for(qkv) if on_device else None, position,
              *qkv.stride()[:3], heads, cache.k.shape[2]),
-            **_constants(size, qkv.dtype, cache.k.dtype, rotary, on_device), num_warps=tile.num_warps, num_stages=tile.num_stages)
+            **_constants(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device), num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out
 
 
@@ -150,9 +151,10 @@ def _tile(size: int) -> Tile:
     return DECODE_ATTENTION[max(16, triton.next_power_of_2(size))]
 
 
-def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: object, on_device: bool) -> dict[str, Any]:
+@functools.cache  # a Python launch costs more than this kernel runs
+def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
     return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": _tile(size).block[0],
-            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary is not None, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
+            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
             "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE,
             "ACC": accumulator(dtype)}
 

@@ -67,7 +67,7 @@ CASES = (
     Case("add_rms_norm", "add_rms_norm", ("x", "residual", "weight")),
     Case("decode_attention", "decode_attention", note=", {dtype} cache", change=lambda call, dtype: _on_device(call)),
     Case("decode_attention", "decode_attention", note=", int8 cache", change=lambda call, dtype: _on_device(call, torch.int8)),
-    Case("ema_update", "ema_update"),
+    Case("ema_update", "ema_update", note=", one block"),
     Case("feature_distance", "feature_distance", ("student",)),
     Case("linear_cross_entropy", "linear_cross_entropy", ("hidden", "weight")),
     Case("masked_attention", "masked_attention_qkv", ("qkv",)),

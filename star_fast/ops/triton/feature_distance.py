@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -84,6 +86,7 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
     return distances.mean()
 
 
+@functools.cache
 def _widths(n_cols: int) -> dict[str, int]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)

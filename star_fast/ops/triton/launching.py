@@ -54,11 +54,12 @@ class Kernel:
             self.function[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION)
             return
         if dispatch.noting():
-            dispatch.note(dispatch.Launch(self.name, grid, Call(self, grid, arguments, constants, num_warps, num_stages)))
-        device = arguments[0].device
-        if not isinstance(arguments[0], FakeTensor):
-            with on_device(device):
-                start(self.function, grid, arguments, {**constants, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION})
+            dispatch.note(dispatch.Launch(self.name, grid, Call(self, grid, arguments, dict(constants), num_warps, num_stages)))
+        if isinstance(arguments[0], FakeTensor):
+            return
+        constants["num_warps"], constants["num_stages"], constants["enable_fp_fusion"] = num_warps, num_stages, FP_FUSION
+        with on_device(arguments[0].device):
+            start(self.function, grid, arguments, constants)
 
 
 def start(function: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -74,12 +76,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _tile(n_cols: int) -> dict[str, int]:
     """Narrow rows share a tile: (rows, columns) with a product of SWIGLU.block[0]."""
     block = min(SWIGLU.block[0], triton.next_power_of_2(n_cols))
     return {"ROWS": SWIGLU.block[0] // block, "BLOCK": block}
 
 
+@functools.cache  # a Python launch costs more than most kernels run
 def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     return {**_tile(n_cols), "ACC": accumulator(dtype), "num_warps": SWIGLU.num_warps, "num_stages": SWIGLU.num_stages}
 

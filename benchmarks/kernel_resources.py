@@ -3,7 +3,7 @@
     python benchmarks/kernel_resources.py                    writes results/kernel_resources.md and .json (minutes)
     python benchmarks/kernel_resources.py --check --arch 90 --shape XL    recompiles a part and compares: exit code 1 and one line a fault
 
-Triton kernels come from the op registry: every backend module that defines `variants(shape, dtype)`. CUDA sources come from csrc/.
+Triton kernels come from the launches that the ops themselves make at a preset's shape (star_fast/ops/triton/described.py). CUDA sources come from csrc/.
 A fault is: a spill; a kernel above the arithmetic units' reach without a tensor-core instruction; a memory-bound kernel whose widest global
 load or store is under 16 bytes; more registers or shared memory than the committed table; a kernel that the table does not hold.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import functools
 import io
 import json
 import multiprocessing
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cuda_sources
 from benchmarks.devices import DEVICES, MULTIPROCESSORS, floor_us, memory_bound, occupancy
+from star_fast.ops.triton.described import Described, described
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ("B", "L", "XL")
@@ -42,56 +43,30 @@ ACCEPTED_NARROW = {
 
 
 class Job(NamedTuple):
-    """One compilation: the n-th variant of a backend module at a shape, for an architecture."""
+    """One compilation: a kernel at a shape, for an architecture."""
 
-    module: str
-    index: int
+    title: str
     shape: str
     capability: int
 
 
-def triton_modules() -> list[str]:
-    """Module paths of all backends that describe kernels for compiling, in order of their ops' names."""
-    import star_fast.ops
-    from star_fast.ops import dispatch
-
-    for file in sorted(Path(star_fast.ops.__path__[0]).glob("*.py")):
-        if "dispatch.register(" in file.read_text() and file.stem != "dispatch":  # backends are modules beside the ops; some need compiled code
-            importlib.import_module(f"star_fast.ops.{file.stem}")
-    paths = {path for op in dispatch.op_names() for path in dispatch.module_paths(op).values() if ".triton." in path}
-    return sorted(path for path in paths if hasattr(importlib.import_module(path), "variants"))
-
-
-def variants(module: str, shape: str) -> list[Any]:
-    """The bfloat16 variants of a module at a preset's shape."""
-    import torch
-
-    from star_fast.ops.shapes import SHAPES as presets
-
-    return importlib.import_module(module).variants(presets[shape], torch.bfloat16)
+@functools.cache
+def kernels(shape: str) -> dict[str, Described]:
+    """The bfloat16 kernels at a preset's shape by their titles."""
+    return {kernel.title: kernel for kernel in described(shape)}
 
 
 def compile_one(job: Job) -> dict[str, Any]:
     """One row of the table. Runs in a process of its own kind: kernels are not interpreted there, and no driver is asked for."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     triton.knobs.compilation.always_compile = True  # a cached kernel would leave no assembler log
     triton.knobs.nvidia.dump_ptxas_log = True
-    variant = variants(job.module, job.shape)[job.index]
-    names = variant.kernel.arg_names
-    missing = set(names) ^ set(variant.signature) | (set(variant.divisible) | set(variant.constants)) - set(names)
-    if missing:
-        raise ValueError(f"{variant.name}: signature, constants and divisible must name the kernel's arguments {names}, each once; at odds: {sorted(missing)}")
-    source = ASTSource(fn=variant.kernel, signature={name: variant.signature[name] for name in names}, constexprs=variant.constants,
-                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible})
-    log = io.StringIO()
+    kernel, log = kernels(job.shape)[job.title], io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32),
-                                  options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True})
-    return row(variant.name, job.shape, job.capability, log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared,
-               compiled.metadata.num_warps, variant.cost)
+        compiled = kernel.call.compilation(job.capability).compile()
+    return row(kernel.title, job.shape, job.capability, log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared,
+               compiled.metadata.num_warps, kernel.cost())
 
 
 def row(kernel: str, shape: str, capability: int, log: str, ptx: str, shared_bytes: int, num_warps: int, cost: tuple[int, int]) -> dict[str, Any]:
@@ -146,9 +121,9 @@ def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
 
 
 def compile_all(shapes: tuple[str, ...], capabilities: tuple[int, ...], only: str, workers: int, triton_only: bool) -> list[dict[str, Any]]:
-    """All rows, ordered by module, shape, kernel and architecture."""
-    jobs = [Job(module, index, shape, capability) for module in triton_modules() for shape in shapes
-            for index, variant in enumerate(variants(module, shape)) if only in variant.name for capability in capabilities]
+    """All rows, ordered by kernel, shape and architecture."""
+    titles = [title for title in kernels(shapes[0]) if only in title]
+    jobs = [Job(title, shape, capability) for title in titles for shape in shapes for capability in capabilities]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, jobs))
     # A CUDA source is compiled once for all shapes: only V enters, and that is the same.

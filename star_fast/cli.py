@@ -177,10 +177,10 @@ def doctor(arguments: list[str]) -> None:
     examine()
     if not settings.self_test:
         return
-    from star_fast.generation.device import pick_device
+    from star_fast.generation.device import take_device
     from star_fast.ops.self_test import self_test
 
-    if not show_self_test(self_test(pick_device(settings.device).type)):
+    if not show_self_test(self_test(take_device(settings.device).type)):
         raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
 
 

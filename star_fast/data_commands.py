@@ -73,14 +73,10 @@ def _prepare(command: PrepareCommand, usual: TokenizerConfig) -> None:
     from star_fast.data.prepare import prepare as write_store
     from star_fast.data.prepare import skipped_report, writing
     from star_fast.data.view_reading import processors_of_this_rank
-    from star_fast.generation.device import pick_device, rank_and_ranks
+    from star_fast.generation.device import rank_and_ranks, take_device
 
     rank, ranks = rank_and_ranks()
-    device = pick_device(command.device)
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.set_device(device)
+    device = take_device(command.device)
     origin = Origin(command.source, command.labels, command.held_out_source, command.held_out_labels)
     source = origin.open(command.class_names, progress=rank == 0)
     name = Path(command.source).name
@@ -189,13 +185,13 @@ def show(arguments: list[str]) -> None:
     from star_fast.data.codes import CodeStore
     from star_fast.data.origin import images_of
     from star_fast.evaluation.store_pictures import draw_store
-    from star_fast.generation.device import pick_device
+    from star_fast.generation.device import take_device
     from star_fast.generation.grid import save_png
     from star_fast.model.llamagen import load_tokenizer
     from star_fast.model.tokenizer import at_size
 
     command = parse(ShowCommand, arguments, "star-fast data show", ShowCommand.__doc__ or "", store=tyro.MISSING)
-    store, device = CodeStore.open(command.store), pick_device(command.device)
+    store, device = CodeStore.open(command.store), take_device(command.device)
     tokenizer = at_size(load_tokenizer(command.tokenizer or store.path / "tokenizer"), store.image_size)
     store.require_tokenizer(tokenizer.weights_hash())
     source = images_of(store, command.source)

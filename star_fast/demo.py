@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from star_fast.errors import UserError, printable
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.generation.sampling import Sampling
 from star_fast.model.class_names import names_for_model
 from star_fast.model.llamagen import load_tokenizer
@@ -59,7 +59,7 @@ class Painter:
     """
 
     def __init__(self, command: DemoCommand, batch_images: int = 2) -> None:
-        device = pick_device(command.device)
+        device = take_device(command.device)
         loaded = load_model(command.model, weights=command.weights)
         where = command.tokenizer or loaded.tokenizer_folder
         if not where:

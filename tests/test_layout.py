@@ -116,7 +116,7 @@ def test_no_drawer_files_and_no_package_names() -> None:
 
 
 def test_every_kernel_file_has_its_op() -> None:
-    shared = {"__init__", "launching", "tiles"}
+    shared = {"__init__", "described", "launching", "tiles"}
     ops = {path.stem for path in (PACKAGE / "ops").glob("*.py")}
     for path in (PACKAGE / "ops" / "triton").glob("*.py"):
         assert path.stem in shared or any(path.stem == op or path.stem.startswith(op) for op in ops), f"{path}: a kernel file bears its op's name"

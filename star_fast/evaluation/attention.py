@@ -20,7 +20,7 @@ from star_fast.evaluation.attention_plots import MapRow, block_curves, map_sheet
 from star_fast.evaluation.limits import MOST_COUNT, explain_out_of_memory, option, require_ranges
 from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, spread
 from star_fast.evaluation.samples import decode
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.records import require
 from star_fast.storage import atomic_write_bytes, atomic_write_json
@@ -75,7 +75,7 @@ def run_attention(config: AttentionConfig) -> list[Looked]:
     Raises:
         UserError: the two runs do not read the same codes, the images are no squares of codes, or there is no such block, row or position.
     """
-    device = pick_device(config.device)
+    device = take_device(config.device)
     kinds = ("student", "teacher") if config.weights == "both" else (config.weights,)
     opened = [(kind, open_run(folder, codes=config.codes, weights=kind)) for folder in (config.run, *([config.against] if config.against else ()))
               for kind in kinds]

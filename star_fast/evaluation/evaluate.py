@@ -30,7 +30,7 @@ from star_fast.evaluation.protocols import KnownProtocol, departures
 from star_fast.evaluation.reconstructions import TokenizerPass, open_tokenizer
 from star_fast.evaluation.reference import read_reference, write_reference
 from star_fast.evaluation.runs import only_result
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.generation.sample import SampleConfig
 from star_fast.storage import atomic_write_bytes, atomic_write_json
 
@@ -99,7 +99,7 @@ def run_evaluate(config: EvaluateConfig, *, progress: bool = True) -> str:
     Raises:
         UserError, StorageError: one line: weights, images or reference are missing or not what they should be.
     """
-    device = pick_device(config.device)
+    device = take_device(config.device)
     files = [config.out_file.with_suffix(suffix).name for suffix in (".npz", ".json", ".txt")]
     # The place is tried before hours of work, not after.
     with only_result(config.out_file, "evaluating", files), explain_out_of_memory("give a smaller --batch-images"):

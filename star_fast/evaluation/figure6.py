@@ -16,7 +16,7 @@ from star_fast.errors import UserError
 from star_fast.evaluation.limits import MOST_SEED, explain_out_of_memory, option, require_ranges
 from star_fast.evaluation.runs import only_result, spread
 from star_fast.evaluation.samples import SampleSet, draw_samples
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.generation.fonts import write_with
 from star_fast.generation.grid import save_png
 from star_fast.generation.label_plan import find_classes
@@ -67,7 +67,7 @@ def run_figure6(config: Figure6Config) -> str:
     Raises:
         UserError: there is no place to write to, the two models do not know the same classes, or there is no tokenizer.
     """
-    device, out = pick_device(config.device), _place(config)
+    device, out = take_device(config.device), _place(config)
     ours, baseline = load_model(config.run, weights=config.weights), load_model(config.against)
     numbers = [str(label) for label in range(len(ours.class_names))]
     if baseline.class_names not in (ours.class_names, numbers):

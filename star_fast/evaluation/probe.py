@@ -26,7 +26,7 @@ from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_me
 from star_fast.evaluation.probe_features import Features, InMemory, OnDisk, Wanted, await_all, extract_features, remove_features, store_features
 from star_fast.evaluation.probe_training import Schedule, accuracies, neighbour_accuracies, train_probes
 from star_fast.evaluation.runs import only_report, open_run, spread
-from star_fast.generation.device import pick_device, rank_and_ranks
+from star_fast.generation.device import pick_device, rank_and_ranks, take_device
 from star_fast.model.transformer import Transformer
 from star_fast.records import require
 from star_fast.storage import atomic_write_bytes, atomic_write_json, read_record
@@ -217,7 +217,7 @@ def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConf
         if not len(aside):
             raise UserError(f"{option('lr')}: expected one, got {len(config.lr)}: with one training image a class none can be kept aside to choose on")
         wanted = [Wanted("train", train[kept], views), wanted[1], Wanted("aside", train[aside], [plain])]
-    positions, device = probe_positions(model.config.positions, config.points), pick_device(config.device)
+    positions, device = probe_positions(model.config.positions, config.points), take_device(config.device)
     images = sum(len(each.rows) * len(each.views) for each in wanted)
     rank, ranks = rank_and_ranks()
     settings = {"batch_images": config.batch_images, "device": device}

@@ -31,7 +31,7 @@ from star_fast.evaluation.real_images import RealImages, open_real_images, why_u
 from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
 from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, read_metrics, spread
 from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.generation.label_plan import find_classes
 from star_fast.generation.sampling import Sampling
 from star_fast.model.tokenizer import VQTokenizer
@@ -117,7 +117,7 @@ def write_report(config: ReportConfig) -> Path:
         UserError: the run lacks its metrics, weights, tokenizer or held-out images, or the run to compare with has no report.
     """
     begun = time.perf_counter()
-    device = pick_device(config.device)
+    device = take_device(config.device)
     other = read_other(Path(config.against)) if config.against else None
     run = open_run(config.run, codes=config.codes, weights=config.weights)
     with only_report(run.folder, "writing a report", ("report.json", "report.html")), \

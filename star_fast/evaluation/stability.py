@@ -23,7 +23,7 @@ from star_fast.evaluation.limits import MOST_COUNT, explain_out_of_memory, optio
 from star_fast.evaluation.real_images import stored_views
 from star_fast.evaluation.runs import codes_of, only_result, open_run, spread
 from star_fast.evaluation.stability_plot import MovedImage, draw_moves
-from star_fast.generation.device import pick_device
+from star_fast.generation.device import take_device
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import VQTokenizer, at_size
 from star_fast.records import require
@@ -76,7 +76,7 @@ def run_stability(config: StabilityConfig) -> str:
     Raises:
         UserError: where the images are is not known, or too few of them can be read.
     """
-    device = pick_device(config.device)
+    device = take_device(config.device)
     run = open_run(config.run, codes=config.codes) if config.run else None
     store = run.store if run is not None else CodeStore.open(config.codes)
     own = run.model.tokenizer_folder if run is not None else None

@@ -41,6 +41,18 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device("cuda", _from_environment("LOCAL_RANK", 0, 0, devices - 1))
 
 
+def take_device(name: str = "") -> torch.device:
+    """`pick_device`, made the current device of this thread: where a rank starts, so that nothing of it lands on another rank's GPU.
+
+    Raises:
+        UserError: as pick_device.
+    """
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def _from_environment(name: str, default: int, least: int, most: int) -> int:
     told = os.environ.get(name, str(default))
     if not (told.isascii() and told.isdecimal() and len(told) < 10 and least <= int(told) <= most):

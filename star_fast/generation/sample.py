@@ -15,7 +15,7 @@ import torch
 
 from star_fast.errors import UserError, printable
 from star_fast.generation.batch import Drawer
-from star_fast.generation.device import pick_device, rank_and_ranks
+from star_fast.generation.device import rank_and_ranks, take_device
 from star_fast.generation.job import Job, Outcome
 from star_fast.generation.label_plan import Plan, find_classes
 from star_fast.generation.products import Products
@@ -108,7 +108,7 @@ def sample_images(config: SampleConfig) -> SampleResult:
         KeyboardInterrupt: with a line that says what is safe.
     """
     rank, ranks = rank_and_ranks()
-    device = pick_device(config.device)
+    device = take_device(config.device)
     with explain_write_errors(config.out):  # an over-long path
         if Path(config.out).is_dir():
             raise UserError(f"{config.out}: a folder; expected a name for the file of images")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from star_fast.generation.sampling import Sampling, draw
 from star_fast.ops import error_flag
+from star_fast.ops.on_device import on_device
 from star_fast.ops.sample_tokens import bad_rows_flag
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class StepGraphs:
         """A function that replays `advance`. Captures it at first use, which overwrites cache position 1: call before decoding a batch."""
         key = (len(state.tokens), guided, sampling.guidance if guided else 1.0, sampling.temperature, sampling.top_k, sampling.top_p)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(decoder, state, sampling, guided)
+            with on_device(decoder.device):  # torch captures on the current device, whatever the tensors' device
+                self._graphs[key] = self._capture(decoder, state, sampling, guided)
         return self._graphs[key].replay
 
     def _capture(self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool) -> torch.cuda.CUDAGraph:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from star_fast.config import ModelConfig
 from star_fast.ops.add_rms_norm import add_rms_norm
 from star_fast.ops.decode_attention import KVCache, decode_attention
+from star_fast.ops.dispatch import same_choice_again
 from star_fast.ops.masked_attention import masked_attention_qkv
 from star_fast.ops.swiglu import swiglu
 
@@ -130,7 +131,8 @@ class Block(nn.Module):
         qkv = self.attention.wqkv(normed_BTD).view(B, T, 3, self.heads, D // self.heads)
         attended_BTD = masked_attention_qkv(qkv, keep_BT, rotary=rotary).reshape(B, T, D)
         if recompute_rest:
-            return checkpoint(self._rest, attended_BTD, residual_BTD, dropout, seed, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._rest, attended_BTD, residual_BTD, dropout, seed, use_reentrant=False, preserve_rng_state=False,
+                              context_fn=same_choice_again)
         return self._rest(attended_BTD, residual_BTD, dropout, seed)
 
     def _rest(self, attended_BTD: Tensor, residual_BTD: Tensor, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -224,7 +226,7 @@ class Transformer(nn.Module):
         for index, (block, closing_norm) in enumerate(zip(self.layers[: last_block or None], norms[: last_block or None], strict=True)):
             arguments = (normed_BTD, residual_BTD, keep, rotary, dropout, seeds[2 * index])
             if recompute and not self.keep_attention:
-                branch_BTD, residual_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                branch_BTD, residual_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=same_choice_again)
             else:
                 branch_BTD, residual_BTD = block(*arguments, recompute_rest=recompute)
             normed_BTD, residual_BTD = closing_norm(branch_BTD, residual_BTD, dropout, seeds[2 * index + 1])

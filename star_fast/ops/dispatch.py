@@ -1,12 +1,15 @@
 """The registry of ops and the one switch that chooses a backend.
 
 An op is a public function in `star_fast/ops/<name>.py`. Its `reference` is plain torch. Further backends are modules, loaded by
-name at first use, that define four functions with the op's own arguments:
+name at first use, that define functions with the op's own arguments:
 
     run(...)       computes the op (with gradients, where the op has them)
     why_not(...)   None, or one sentence saying why this call cannot be served
-    fake(...)      an empty result of the right shape, dtype and device (for FakeTensors, which no kernel accepts)
+    fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
+
+The last two are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes FakeTensors, and the one place that
+launches (ops/triton/launching.py) then notes what it would launch.
 
 Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order for the
 device. A backend that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives
@@ -30,11 +33,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 log = logging.getLogger(__name__)
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     """One kernel launch: the kernel's name and its grid (numbers of programs)."""
 
     kernel: str
     grid: tuple[int, ...]
+    call: Any = field(default=None, compare=False, repr=False)  # a Triton launch with its arguments: ops/triton/launching.Call
 
 
 class Cost(NamedTuple):
@@ -74,6 +79,7 @@ _OPS: dict[str, _Op] = {}
 _override: tuple[str, dict[str, str]] | None = None  # a plain global: torch.compile traces it, a ContextVar it does not
 _gave_way: set[tuple[str, str, str]] = set()
 _recorder: list[Recorded] | None = None
+_noted: list[Launch] | None = None
 
 
 def register(name: str, reference: Callable[..., Any], *, modules: dict[str, str] | None = None,
@@ -116,6 +122,27 @@ def use_backend(backend: str, **of_op: str) -> Iterator[None]:
         _override = before
 
 
+class _AsThen:
+    """A block, entered any number of times, with the choice that held when it was made."""
+
+    def __init__(self) -> None:
+        self.then, self.before = _override, []
+
+    def __enter__(self) -> None:
+        global _override
+        self.before.append(_override)
+        _override = self.then
+
+    def __exit__(self, *error: object) -> None:
+        global _override
+        _override = self.before.pop()
+
+
+def same_choice_again() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: what backward computes anew, often after the block of `use_backend`, chooses as the first time."""
+    return contextlib.nullcontext(), _AsThen()
+
+
 @contextlib.contextmanager
 def record() -> Iterator[list[Recorded]]:
     """Within the block, calls on FakeTensors are noted: yields the growing list of `Recorded`."""
@@ -125,6 +152,29 @@ def record() -> Iterator[list[Recorded]]:
         yield _recorder
     finally:
         _recorder = before
+
+
+@contextlib.contextmanager
+def note_launches() -> Iterator[list[Launch]]:
+    """Within the block, Triton launches are noted, real or on FakeTensors: yields the growing list."""
+    global _noted
+    before, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        if before is not None:
+            before.extend(_noted)
+        _noted = before
+
+
+def noting() -> bool:
+    """Whether somebody wants to know of launches."""
+    return _noted is not None
+
+
+def note(launch: Launch) -> None:
+    """Tell of a launch. Called by ops/triton/launching.py."""
+    _noted.append(launch)
 
 
 def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | None = None, *, backend: str | None = None) -> Any:
@@ -168,12 +218,18 @@ def _usable(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple
 
 
 def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    fake = _any_fake(args) or _any_fake(tuple(kwargs.values()))
-    if fake and _recorder is not None:
-        _recorder.append(Recorded(op.name, backend, module.launches(*args, **kwargs) if module else []))
+    if not (_any_fake(args) or _any_fake(tuple(kwargs.values()))):
+        return (op.reference if module is None else module.run)(*args, **kwargs)
     if module is None:
-        return op.reference(*args, **kwargs)
-    return (module.fake if fake else module.run)(*args, **kwargs)
+        launches, result = [], op.reference(*args, **kwargs)
+    elif hasattr(module, "fake"):
+        launches, result = module.launches(*args, **kwargs), module.fake(*args, **kwargs)
+    else:
+        with note_launches() as launches:
+            result = module.run(*args, **kwargs)
+    if _recorder is not None:
+        _recorder.append(Recorded(op.name, backend, launches))
+    return result
 
 
 def _any_fake(values: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Bits of the flag, and what each means.
 POSITION_OUT_OF_RANGE = 1
@@ -31,16 +32,25 @@ def flag(device: torch.device) -> Tensor:
     return _flags[device]
 
 
+def flag_for(tensor: Tensor) -> Tensor:
+    """The flag of the device that `tensor` is on; for a FakeTensor a fake one, which is not kept."""
+    return tensor.new_empty(1, dtype=torch.int32) if isinstance(tensor, FakeTensor) else flag(tensor.device)
+
+
 def note(bad: Tensor, bit: int) -> None:
     """Set `bit` of the flag where `bad` (0-d bool, on the flag's device) is True; no host synchronisation."""
-    flag(bad.device).bitwise_or_(bad.to(torch.int32) * bit)
+    flag_for(bad).bitwise_or_(bad.to(torch.int32) * bit)
+
+
+def noted(device: torch.device) -> str:
+    """What kernels on `device` noted since the last call, "" for nothing, and clear it. Waits for the device."""
+    value = int(_flags[device].item()) if device in _flags else 0
+    if value:
+        _flags[device].zero_()
+    return "; ".join(meaning for bit, meaning in _MEANINGS.items() if value & bit)
 
 
 def raise_if_set(device: torch.device) -> None:
-    """Raise IndexError saying what kernels on `device` noted since the last call, and clear it. Waits for the device."""
-    if device not in _flags:
-        return
-    value = int(_flags[device].item())
-    if value:
-        _flags[device].zero_()
-        raise IndexError("; ".join(meaning for bit, meaning in _MEANINGS.items() if value & bit))
+    """Raise IndexError saying what `noted` says, if anything. Where ranks wait for each other all must agree first: Engine.raise_if_noted."""
+    if found := noted(device):
+        raise IndexError(found)

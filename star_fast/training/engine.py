@@ -20,6 +20,7 @@ from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
 from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
+from star_fast.ops import error_flag
 from star_fast.training import deepspeed_settings, zero1
 from star_fast.training.batches import MicroBatch
 from star_fast.training.host_memory import keep_freed_memory
@@ -187,6 +188,13 @@ class Engine:
         found = torch.tensor([int(flag)])
         dist.all_reduce(found, group=self.hosts)
         return bool(found.item())
+
+    def raise_if_noted(self) -> None:
+        """Raise IndexError on every rank if a kernel on any rank noted a bad value (ops/error_flag.py): one that stopped alone would leave the others
+        waiting in their next collective. A collective of the hosts."""
+        own = error_flag.noted(self.device)
+        if self.any_rank(bool(own)):
+            raise IndexError(own or "a kernel on another rank noted a bad value; that rank says which")
 
     def settle(self) -> None:
         """Wait until the weights of student and teacher that are on their way from other ranks have arrived."""

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from star_fast.config import RunConfig
-from star_fast.ops import error_flag
 from star_fast.storage import atomic_write_json
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
@@ -79,7 +78,7 @@ def train(engine: Engine, batches: Batches, run: Path, first_step: int, *, stop:
                 telemetry.step(step, losses, grad_norm, lr)
                 done = step + 1
                 if done % config.train.log_every_steps == 0 and engine.device.type == "cuda":  # where numbers are read back from the device anyway
-                    error_flag.raise_if_set(engine.device)
+                    engine.raise_if_noted()
                 if validates and (done % config.train.validate_every_steps == 0 or done == total):
                     dog.at(done, "validation")
                     telemetry.validation(done, engine.evaluate(validation))

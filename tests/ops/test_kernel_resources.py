@@ -6,13 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from star_fast.ops import dispatch
-from star_fast.ops.shapes import SHAPES as PRESETS
+from star_fast.ops.triton.described import described
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "kernel_resources.json"
@@ -24,10 +20,8 @@ def rows() -> list[dict]:
 
 
 def described_kernels(shape: str) -> set[str]:
-    """Names of the variants that the backends of all ops describe."""
-    paths = {path for op in dispatch.op_names() for path in dispatch.module_paths(op).values() if ".triton." in path}
-    assert len(paths) >= 8, paths
-    return {variant.name for path in paths for variant in import_module(path).variants(PRESETS[shape], torch.bfloat16)}
+    """Titles of the kernels that a training and a decoding step launch."""
+    return {kernel.title for kernel in described(shape)}
 
 
 def test_table_holds_every_kernel_at_every_shape_on_every_architecture() -> None:

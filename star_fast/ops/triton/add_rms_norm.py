@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops.add_rms_norm import keys, threshold
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.tiles import ADD_RMS_NORM
 
 _COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
@@ -96,6 +98,20 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, total, mask=cols < n_cols)
 
 
+def _forward_cost(a: SimpleNamespace) -> Cost:
+    tensors = 2 + a.HAS_RESIDUAL + (a.HAS_RESIDUAL or a.HAS_DROPOUT)  # x and normed; the residual; its new value
+    return Cost(tensors * a.normed_ptr.nbytes + a.weight_ptr.nbytes, 6 * a.normed_ptr.numel())
+
+
+def _backward_cost(a: SimpleNamespace) -> Cost:
+    tensors = 2 * a.HAS_DNORMED + a.HAS_DH_IN + a.WRITE_DH + a.WRITE_DX
+    return Cost(tensors * a.n_rows * a.n_cols * a.h_ptr.element_size() + a.weight_ptr.nbytes + a.partial_ptr.nbytes, 11 * a.n_rows * a.n_cols)
+
+
+FORWARD = Kernel("add_rms_norm forward", add_rms_norm_forward, _forward_cost)
+BACKWARD = Kernel("add_rms_norm backward", add_rms_norm_backward, _backward_cost)
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -105,10 +121,13 @@ class _AddRMSNorm(torch.autograd.Function):
         row_key, column_key = keys(seed)
         if rows.numel():
             shortcut = rows if residual is None else _rows(residual)
-            add_rms_norm_forward[_forward_grid(*rows.shape)](
-                rows, shortcut, weight, normed, normed if new_residual is None else new_residual, rows.stride(0), shortcut.stride(0),
-                rows.shape[0], rows.shape[1], _forward_rows(*rows.shape), row_key, column_key, EPS=eps, LIMIT=threshold(dropout),
-                SCALE=1 / (1 - dropout), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout > 0, **_widths(rows.shape[1], x.dtype))
+            rows_a_program = _forward_rows(*rows.shape)
+            FORWARD.launch(
+                (triton.cdiv(rows.shape[0], rows_a_program),),
+                (rows, shortcut, weight, normed, normed if new_residual is None else new_residual, rows.stride(0), shortcut.stride(0),
+                 rows.shape[0], rows.shape[1], rows_a_program, row_key, column_key),
+                EPS=eps, LIMIT=threshold(dropout), SCALE=1 / (1 - dropout), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout > 0,
+                **_widths(rows.shape[1], x.dtype))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows if new_residual is None else new_residual, weight)
         ctx.shape, ctx.eps, ctx.dropout, ctx.keys = x.shape, eps, dropout, (row_key, column_key)
@@ -129,11 +148,12 @@ class _AddRMSNorm(torch.autograd.Function):
         partial = torch.zeros(programs, n_cols, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device)
         if n_rows:
             from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
-            add_rms_norm_backward[(triton.cdiv(n_rows, rows_a_program),)](
-                h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0), from_normed.stride(0),
-                from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys, EPS=ctx.eps, LIMIT=threshold(ctx.dropout),
-                SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None, WRITE_DH=write_dh,
-                WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0, **_widths(n_cols, h.dtype))
+            BACKWARD.launch(
+                (triton.cdiv(n_rows, rows_a_program),),
+                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0), from_normed.stride(0),
+                 from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys),
+                EPS=ctx.eps, LIMIT=threshold(ctx.dropout), SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None,
+                WRITE_DH=write_dh, WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0, **_widths(n_cols, h.dtype))
         dh, dx = (None if grad is None else grad.view(ctx.shape) for grad in (dh, dx))
         dweight = partial.sum(0).to(weight.dtype) if want_weight and dnormed is not None else None
         return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
@@ -145,6 +165,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _rows_at_once(n_cols: int) -> int:
     """Rows of one tile: several where a row alone would leave a warp idle."""
     return max(1, _LEAST_TILE // triton.next_power_of_2(n_cols))
@@ -155,16 +176,12 @@ def _forward_rows(n_rows: int, n_cols: int) -> int:
     return max(_rows_at_once(n_cols), min(ADD_RMS_NORM.block[0], n_rows // ADD_RMS_NORM.block[1]))
 
 
-def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
-    return (triton.cdiv(n_rows, _forward_rows(n_rows, n_cols)),)
-
-
+@functools.cache  # a Python launch costs more than most kernels run
 def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """The launch settings that follow from the width of a row."""
     block = triton.next_power_of_2(n_cols)
     warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
-    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages,
-            "enable_fp_fusion": FP_FUSION}
+    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages}
 
 
 def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -178,39 +195,3 @@ def why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, drop
     if x.shape[-1] > _MOST_COLUMNS:
         return f"a row is held in registers: D must be at most {_MOST_COLUMNS}, got {x.shape[-1]}"
     return why_not_device(x)
-
-
-def fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Empty results."""
-    return x.new_empty(x.shape), x if residual is None and not dropout else x.new_empty(x.shape)
-
-
-def launches(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> list[Launch]:
-    """The forward launches."""
-    return [Launch("add_rms_norm_forward", _forward_grid(x.numel() // x.shape[-1], x.shape[-1]))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for a training step at `shape`: residual, dropout 0.1, all gradients."""
-    size, numbers, dropout, p = dtype.itemsize, shape.rows * shape.D, 0.1, pointer(dtype)
-    widths = _widths(shape.D, dtype)
-    constants = {"EPS": 1e-5, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": True,
-                 **{name: widths[name] for name in ("ROWS", "BLOCK", "ACC")}}
-    strides = ("x_row_stride", "residual_row_stride")
-    forward_signature = {**dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "new_residual_ptr"), p),
-                         **dict.fromkeys((*strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}
-    forward_constants = {**constants, "HAS_RESIDUAL": True}
-    backward_strides = ("h_row_stride", "dnormed_row_stride", "dh_in_row_stride")
-    backward_signature = {**dict.fromkeys(("h_ptr", "dnormed_ptr", "dh_in_ptr", "weight_ptr", "dh_ptr", "dx_ptr"), p), "partial_ptr": "*fp32",
-                          **dict.fromkeys((*backward_strides, "n_rows", "n_cols", "rows_a_program", "row_key", "column_key"), "i32")}
-    backward_constants = {**constants, **dict.fromkeys(("HAS_DNORMED", "HAS_DH_IN", "WRITE_DH", "WRITE_DX"), True)}
-    partials = 4 * ADD_RMS_NORM.block[2] * shape.D
-    return [
-        Variant("add_rms_norm forward", add_rms_norm_forward, {**forward_signature, **dict.fromkeys(forward_constants, "constexpr")},
-                forward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages, (*list(forward_signature)[:5], *strides, "n_rows", "n_cols"),
-                (4 * size * numbers + size * shape.D, 6 * numbers), _forward_grid(shape.rows, shape.D)),
-        Variant("add_rms_norm backward", add_rms_norm_backward, {**backward_signature, **dict.fromkeys(backward_constants, "constexpr")},
-                backward_constants, widths["num_warps"], ADD_RMS_NORM.num_stages,
-                (*list(backward_signature)[:7], *backward_strides, "n_rows", "n_cols", "rows_a_program"),
-                (5 * size * numbers + size * shape.D + partials, 11 * numbers), (min(shape.rows, ADD_RMS_NORM.block[2]),)),
-    ]

@@ -7,7 +7,9 @@ programs for each multiprocessor, so the sequence is not split further. The step
 
 from __future__ import annotations
 
+import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +19,8 @@ from torch import Tensor
 
 from star_fast.ops import error_flag
 from star_fast.ops.decode_attention import LARGEST_CODE, KVCache
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.tiles import DECODE_ATTENTION, Tile
 
 
@@ -120,6 +121,15 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
     tl.store(out_ptr + stream * E + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _cost(a: SimpleNamespace) -> Cost:
+    """Of the last position, with the whole cache before it: where the position is on the device, nobody here knows it."""
+    streams, row_bytes = a.grid[0], 2 * a.E * a.k_ptr.element_size() + (8 if a.EIGHT_BIT else 0)
+    return Cost(streams * (a.n_positions * row_bytes + 4 * a.E * a.qkv_ptr.element_size()) + (4 * a.E if a.ROTARY else 0), 4 * streams * a.E * a.n_positions)
+
+
+STEP = Kernel("decode_attention", decode_attention_step, _cost)
+
+
 def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
     """See ops/decode_attention.py."""
     rows, _, heads, size = qkv.shape
@@ -129,10 +139,11 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
     on_device = isinstance(position, Tensor)
     tile = _tile(size)
     if rows:
-        decode_attention_step[(rows * heads,)](
-            qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag(qkv.device) if on_device else None, position,
-            *qkv.stride()[:3], heads, cache.k.shape[2], **_constants(size, qkv.dtype, cache.k.dtype, rotary, on_device),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FP_FUSION)
+        STEP.launch(
+            (rows * heads,),
+            (qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag_for(qkv) if on_device else None, position,
+             *qkv.stride()[:3], heads, cache.k.shape[2]),
+            **_constants(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device), num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out
 
 
@@ -140,9 +151,10 @@ def _tile(size: int) -> Tile:
     return DECODE_ATTENTION[max(16, triton.next_power_of_2(size))]
 
 
-def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: object, on_device: bool) -> dict[str, Any]:
+@functools.cache  # a Python launch costs more than this kernel runs
+def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
     return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": _tile(size).block[0],
-            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary is not None, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
+            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
             "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE,
             "ACC": accumulator(dtype)}
 
@@ -154,36 +166,3 @@ def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tens
     if cache.k.dtype == torch.float8_e4m3fn and torch.cuda.is_available() and torch.cuda.get_device_capability(qkv.device) < (8, 9):
         return "a float8_e4m3fn cache needs compute capability 8.9 or more; int8 works everywhere"
     return why_not_device(qkv)
-
-
-def fake(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
-    """An empty result."""
-    rows, _, heads, size = qkv.shape
-    return qkv.new_empty(rows, heads, size)
-
-
-def launches(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> list[Launch]:
-    """The one launch."""
-    return [Launch("decode_attention_step", (qkv.shape[0] * qkv.shape[2],))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for decoding at `shape` with its sequences as rows: a cache of `dtype` and one of int8, the position on the device."""
-    return [_variant(shape, dtype, cache_dtype) for cache_dtype in (dtype, torch.int8)]
-
-
-def _variant(shape: Shape, dtype: torch.dtype, cache_dtype: torch.dtype) -> Variant:
-    eight_bit = cache_dtype in LARGEST_CODE
-    constants = _constants(shape.E, dtype, cache_dtype, True, True)
-    p, cache_p = pointer(dtype), pointer(cache_dtype)
-    pointers = {"qkv_ptr": p, "k_ptr": cache_p, "v_ptr": cache_p, "k_scale_ptr": "*fp32" if eight_bit else "constexpr",
-                "v_scale_ptr": "*fp32" if eight_bit else "constexpr", "table_ptr": "*fp32", "out_ptr": p, "flag_ptr": "*i32", "position": "*i64"}
-    absent = {} if eight_bit else {"k_scale_ptr": None, "v_scale_ptr": None}
-    integers = {"row_stride": 3 * shape.H * shape.E, "part_stride": shape.H * shape.E, "head_stride": shape.E, "n_heads": shape.H, "n_positions": shape.T}
-    signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
-    rows, streams, tile = shape.sequences, shape.sequences * shape.H, _tile(shape.E)
-    row_bytes = 2 * shape.E * cache_dtype.itemsize + (8 if eight_bit else 0)
-    cost = (streams * (shape.T * row_bytes + 4 * shape.E * dtype.itemsize) + 4 * shape.E, 4 * streams * shape.E * shape.T)
-    aligned = [name for name in pointers if name not in absent and name != "position"]
-    return Variant(f"decode_attention, {str(cache_dtype).removeprefix('torch.')} cache", decode_attention_step, signature, {**absent, **constants},
-                   tile.num_warps, tile.num_stages, (*aligned, *(name for name, value in integers.items() if value % 16 == 0)), cost, (rows * shape.H,))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, why_not_device
 from star_fast.ops.triton.tiles import EMA_UPDATE
 
 _TABLES_KEPT = 4  # distinct sets of tensors in turn; a training run has one
@@ -52,6 +53,14 @@ def ema_update_all(tensors_ptr, chunks_ptr, weight, STUDENT: tl.constexpr, COPY:
             tl.store(copy_ptr, t.to(COPY), mask=inside)
 
 
+def _cost(a: SimpleNamespace) -> Cost:
+    numbers = a.grid[0] * a.BLOCK
+    return Cost(numbers * (8 + (a.STUDENT.primitive_bitwidth + (a.COPY.primitive_bitwidth if a.HAS_COPY else 0)) // 8), 3 * numbers)
+
+
+UPDATE = Kernel("ema_update", ema_update_all, _cost)
+
+
 class _Table(NamedTuple):
     tensors: Tensor  # (n, 4) int64: addresses of teacher, student and copy, and how many numbers
     chunks: Tensor  # (programs, 2) int32: index of the tensor, index of the chunk in it
@@ -63,7 +72,10 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 def _table(teacher: list[Tensor], student: list[Tensor], copy_to: list[Tensor] | None) -> _Table:
-    """The table of these very addresses, built on first sight and kept on the device."""
+    """The table of these very addresses, built on first sight and kept on the device. FakeTensors have no addresses, only a table's shape."""
+    if isinstance(teacher[0], FakeTensor):
+        programs = sum(triton.cdiv(t.numel(), EMA_UPDATE.block[0]) for t in teacher)
+        return _Table(teacher[0].new_empty((len(teacher), 4), dtype=torch.int64), teacher[0].new_empty((programs, 2), dtype=torch.int32), True)
     rows = [(t.data_ptr(), s.data_ptr(), c.data_ptr() if copy_to is not None else 0, t.numel())
             for t, s, c in zip(teacher, student, copy_to or teacher, strict=True) if t.numel()]
     key = (teacher[0].device.index or 0, *(value for row in rows for value in row))
@@ -86,10 +98,9 @@ def run(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: lis
     """See ops/ema_update.py."""
     table = _table(teacher, student, copy_to)
     if len(table.chunks):
-        ema_update_all[(len(table.chunks),)](
-            table.tensors, table.chunks, 1.0 - decay, STUDENT=_TRITON[student[0].dtype], COPY=_TRITON[(copy_to or teacher)[0].dtype],
-            HAS_COPY=copy_to is not None, ALIGNED=table.aligned, BLOCK=EMA_UPDATE.block[0], num_warps=EMA_UPDATE.num_warps,
-            num_stages=EMA_UPDATE.num_stages, enable_fp_fusion=FP_FUSION)
+        UPDATE.launch((len(table.chunks),), (table.tensors, table.chunks, 1.0 - decay), STUDENT=_TRITON[student[0].dtype],
+                      COPY=_TRITON[(copy_to or teacher)[0].dtype], HAS_COPY=copy_to is not None, ALIGNED=table.aligned, BLOCK=EMA_UPDATE.block[0],
+                      num_warps=EMA_UPDATE.num_warps, num_stages=EMA_UPDATE.num_stages)
     for tensor in (*teacher, *(copy_to or ())):
         torch.autograd.graph.increment_version(tensor)
 
@@ -103,22 +114,3 @@ def why_not(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to:
     if teacher[0].dtype != torch.float32:
         return f"the teacher must be float32, got {teacher[0].dtype}"
     return why_not_device(teacher[0])
-
-
-def fake(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> None:
-    """Nothing: the op works in place."""
-
-
-def launches(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> list[Launch]:
-    """One launch for all tensors."""
-    return [Launch("ema_update_all", (sum(triton.cdiv(t.numel(), EMA_UPDATE.block[0]) for t in teacher),))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for the update of a whole model from float32 masters, copies in `dtype`."""
-    block = 4 * shape.D * shape.D + 3 * shape.D * shape.F + 2 * shape.D
-    weights = shape.L * block + (2 * shape.V + 1001) * shape.D + shape.D
-    constants = {"STUDENT": tl.float32, "COPY": _TRITON[dtype], "HAS_COPY": True, "ALIGNED": True, "BLOCK": EMA_UPDATE.block[0]}
-    return [Variant("ema_update", ema_update_all, {"tensors_ptr": "*i64", "chunks_ptr": "*i32", "weight": "fp32", **dict.fromkeys(constants, "constexpr")},
-                    constants, EMA_UPDATE.num_warps, EMA_UPDATE.num_stages, ("tensors_ptr", "chunks_ptr"),
-                    ((12 + dtype.itemsize) * weights, 3 * weights), (triton.cdiv(weights, EMA_UPDATE.block[0]),))]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.tiles import FEATURE_DISTANCE, FEATURE_DISTANCE_SCALE
 
 _LARGEST_WIDTH = 16384  # a row is held in registers
@@ -50,6 +51,11 @@ def feature_distance_backward(gradient_ptr, dout_ptr, dstudent_ptr, n_rows, n_nu
     tl.store(dstudent_ptr + index, (gradient * factor).to(dstudent_ptr.dtype.element_ty), mask=inside)
 
 
+FORWARD = Kernel("feature_distance forward", feature_distance_forward, lambda a: Cost(
+    (3 if a.WITH_GRADIENT else 2) * a.student_ptr.nbytes + a.distance_ptr.nbytes, (9 if a.WITH_GRADIENT else 6) * a.student_ptr.numel()))
+BACKWARD = Kernel("feature_distance backward", feature_distance_backward, lambda a: Cost(2 * a.gradient_ptr.nbytes, a.n_numbers))
+
+
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
@@ -62,9 +68,9 @@ class _FeatureDistance(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         dstudent = torch.empty_like(gradient)
-        feature_distance_backward[_backward_grid(gradient.numel())](
-            gradient, dout, dstudent, gradient.shape[0], gradient.numel(), BLOCK=FEATURE_DISTANCE_SCALE.block[0], ACC=accumulator(gradient.dtype),
-            num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages, enable_fp_fusion=FP_FUSION)
+        (block,) = FEATURE_DISTANCE_SCALE.block
+        BACKWARD.launch((triton.cdiv(gradient.numel(), block),), (gradient, dout, dstudent, gradient.shape[0], gradient.numel()), BLOCK=block,
+                        ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages)
         return dstudent, None
 
 
@@ -73,26 +79,19 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     n_rows, n_cols = student.shape
     distances = student.new_empty(n_rows, dtype=torch.promote_types(student.dtype, torch.float32))
-    feature_distance_forward[_forward_grid(n_rows, n_cols)](
-        student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_rows, n_cols,
-        WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, enable_fp_fusion=FP_FUSION,
-        **_widths(n_cols))
+    widths = _widths(n_cols)
+    FORWARD.launch((triton.cdiv(n_rows, widths["ROWS"]),),
+                   (student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_rows, n_cols),
+                   WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, **widths)
     return distances.mean()
 
 
+@functools.cache
 def _widths(n_cols: int) -> dict[str, int]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)
     return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block,
             "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
-
-
-def _forward_grid(n_rows: int, n_cols: int) -> tuple[int]:
-    return (triton.cdiv(n_rows, _widths(n_cols)["ROWS"]),)
-
-
-def _backward_grid(n_numbers: int) -> tuple[int]:
-    return (triton.cdiv(n_numbers, FEATURE_DISTANCE_SCALE.block[0]),)
 
 
 def run(student: Tensor, teacher: Tensor) -> Tensor:
@@ -107,32 +106,3 @@ def why_not(student: Tensor, teacher: Tensor) -> str | None:
     if student.shape[1] > _LARGEST_WIDTH:
         return f"a row of D = {student.shape[1]} does not fit in registers, at most {_LARGEST_WIDTH}"
     return why_not_device(student)
-
-
-def fake(student: Tensor, teacher: Tensor) -> Tensor:
-    """An empty result."""
-    return student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
-
-
-def launches(student: Tensor, teacher: Tensor) -> list[Launch]:
-    """The forward launches."""
-    return [Launch("feature_distance_forward", _forward_grid(*student.shape))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for a training step at `shape`."""
-    p, size, numbers, widths = pointer(dtype), dtype.itemsize, shape.rows * shape.D, _widths(shape.D)
-    exact = pointer(torch.promote_types(dtype, torch.float32))
-    return [
-        Variant("feature_distance forward", feature_distance_forward,
-                {"student_ptr": p, "teacher_ptr": p, "distance_ptr": exact, "gradient_ptr": p, "student_row_stride": "i32", "teacher_row_stride": "i32",
-                 "n_rows": "i32", "n_cols": "i32", "WITH_GRADIENT": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"WITH_GRADIENT": True, "ROWS": widths["ROWS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)}, widths["num_warps"],
-                FEATURE_DISTANCE.num_stages,
-                ("student_ptr", "teacher_ptr", "distance_ptr", "gradient_ptr", "student_row_stride", "teacher_row_stride", "n_rows", "n_cols"),
-                (3 * numbers * size + 4 * shape.rows, 9 * numbers), _forward_grid(shape.rows, shape.D)),
-        Variant("feature_distance backward", feature_distance_backward,
-                {"gradient_ptr": p, "dout_ptr": exact, "dstudent_ptr": p, "n_rows": "i32", "n_numbers": "i32", "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"BLOCK": FEATURE_DISTANCE_SCALE.block[0], "ACC": accumulator(dtype)}, FEATURE_DISTANCE_SCALE.num_warps, FEATURE_DISTANCE_SCALE.num_stages,
-                ("gradient_ptr", "dout_ptr", "dstudent_ptr", "n_rows", "n_numbers"), (2 * numbers * size, numbers), _backward_grid(numbers)),
-    ]

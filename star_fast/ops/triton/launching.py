@@ -1,4 +1,8 @@
-"""What every Triton kernel of this package shares: when it can run, how it is launched, how it is described for compiling.
+"""What every Triton kernel of this package shares: when it can run, and the one place where it is launched.
+
+A launch is described once, by the call that makes it (`Kernel.launch`). On real tensors it runs, on their device. On FakeTensors, which have shapes
+and no data, it is only noted: so the fake result, the counted launches and what the compile proof compiles (described.py) come from the very
+code that runs on a GPU, and none of them can drift from it.
 
 Kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, set before a kernel module is loaded).
 Tile sizes come from tiles.py: no autotuning, which would need a driver and would change the numerics from machine to machine.
@@ -6,29 +10,114 @@ Tile sizes come from tiles.py: no autotuning, which would need a driver and woul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from star_fast.ops import dispatch
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.on_device import on_device
 
 # Fused multiply-add is set explicitly: Triton's default differs between releases.
 FP_FUSION = True
 
 
-class Variant(NamedTuple):
-    """One compilation of a kernel, enough for triton.compile without a driver (see benchmarks/kernel_resources.py)."""
+class Kernel:
+    """A Triton function and what one launch of it must do at least.
 
-    name: str  # e.g. "swiglu forward"
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr" ...
-    constants: dict[str, Any]  # values of the constexpr arguments
+    Args:
+        title: for people, e.g. "swiglu forward".
+        function: the @triton.jit function. Its first argument is a tensor, whose device is where it runs.
+        cost: least bytes and FLOPs of a launch, from its arguments by name, beside them `grid`.
+    """
+
+    def __init__(self, title: str, function: Any, cost: Callable[[SimpleNamespace], Cost]) -> None:
+        self.title, self.function, self.cost = title, function, cost
+        self.name: str = function.__name__
+
+    def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], *, num_warps: int, num_stages: int, **constants: Any) -> None:
+        """Run the kernel on the device of its first argument; on FakeTensors only note the launch.
+
+        Args:
+            grid: numbers of programs.
+            arguments: everything that is not constexpr, in the function's order; None stands for a tensor that is not there.
+            num_warps, num_stages: from tiles.py.
+            constants: the constexpr arguments.
+        """
+        if torch.compiler.is_compiling():  # Inductor launches on the right device by itself
+            self.function[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION)
+            return
+        if dispatch.noting():
+            dispatch.note(dispatch.Launch(self.name, grid, Call(self, grid, arguments, dict(constants), num_warps, num_stages)))
+        if isinstance(arguments[0], FakeTensor):
+            return
+        constants["num_warps"], constants["num_stages"], constants["enable_fp_fusion"] = num_warps, num_stages, FP_FUSION
+        with on_device(arguments[0].device):
+            start(self.function, grid, arguments, constants)
+
+
+def start(function: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Hand a kernel to Triton. The only line of this package that does."""
+    function[grid](*arguments, **options)
+
+
+class Call(NamedTuple):
+    """One launch with all that decides what is compiled for it."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    divisible: tuple[str, ...]  # arguments that are multiples of 16 (pointers: 16-byte aligned) at these shapes
-    cost: tuple[int, int]  # least (bytes, FLOPs) of this kernel at this shape
-    grid: tuple[int, ...]
+
+    def cost(self) -> Cost:
+        """Least bytes and FLOPs of this launch."""
+        names = [name for name in self.kernel.function.arg_names if name not in self.constants]
+        return self.kernel.cost(SimpleNamespace(**dict(zip(names, self.arguments, strict=True)), **self.constants, grid=self.grid))
+
+    def compilation(self, capability: int = 90) -> Compilation:
+        """What Triton itself would compile for this launch on a GPU of this compute capability; needs no GPU."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
+
+        function = self.kernel.function
+        if not isinstance(function, JITFunction):  # its interpreted form
+            function = JITFunction(function.fn, do_not_specialize=function.kwargs.get("do_not_specialize"))
+        target = GPUTarget("cuda", capability, 32)
+        backend = make_backend(target)
+        settings = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
+        # A FakeTensor has no address; Triton's own stand-in counts as aligned, as memory fresh from the allocator is.
+        arguments = [MockTensor(x.dtype) if isinstance(x, FakeTensor) else x for x in self.arguments]
+        bound, special, options = create_function_from_signature(function.signature, function.params, backend)(*arguments, **settings)
+        options, signature, constants, attributes = function._pack_args(backend, settings, bound, special, options)
+        return Compilation(f"{self.kernel.name} {special} {options}", function, target, options, signature, constants, attributes)
+
+
+class Compilation(NamedTuple):
+    """Input of triton.compile."""
+
+    key: str  # two launches of one key share one compiled kernel
+    function: Any
+    target: Any
+    options: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+
+    def compile(self) -> Any:
+        """Triton's CompiledKernel; not in a process that interprets kernels."""
+        from triton.compiler import ASTSource
+
+        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=self.target, options=self.options.__dict__)
 
 
 def interpreting() -> bool:
@@ -37,9 +126,10 @@ def interpreting() -> bool:
 
 
 def why_not_device(*tensors: Tensor | None) -> str | None:
-    """None if Triton can run on these tensors' device, else the reason."""
-    device = next(t.device for t in tensors if t is not None)
-    if device.type == "cuda":
+    """None if Triton can run on these tensors' device (a FakeTensor's launches are only described, which any device can), else the reason."""
+    tensor = next(t for t in tensors if t is not None)
+    device = tensor.device
+    if device.type == "cuda" or isinstance(tensor, FakeTensor):
         return None
     if device.type == "cpu" and interpreting():
         return None
@@ -55,9 +145,3 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     """The dtype of tl.dot's factors: the inputs' own; the interpreter multiplies bfloat16 as bit patterns, so there float32 (values rounded before)."""
     return {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
             torch.bfloat16: tl.float32 if interpreting() else tl.bfloat16}[dtype]
-
-
-def pointer(dtype: torch.dtype) -> str:
-    """Triton's name of a pointer to `dtype`, for Variant.signature."""
-    return "*" + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-                  torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv"}[dtype]

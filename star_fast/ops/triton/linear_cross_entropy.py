@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops import error_flag
-from star_fast.ops.dispatch import Launch
+from star_fast.ops.dispatch import Cost
 from star_fast.ops.linear_cross_entropy import in_chunks
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.tiles import CROSS_ENTROPY_ROWS, LOGITS_CHUNK_BYTES
 
 _TARGET_OUT_OF_RANGE = tl.constexpr(error_flag.TARGET_OUT_OF_RANGE)
@@ -61,11 +59,14 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
     tl.store(loss_ptr + row, top + tl.log(total) - at_target)
 
 
+ROWS = Kernel("linear_cross_entropy rows", cross_entropy_rows, lambda a: Cost(
+    a.grid[0] * ((2 if a.WITH_GRADIENT else 1) * a.n_cols * a.logits_ptr.element_size() + 12), (6 if a.WITH_GRADIENT else 4) * a.grid[0] * a.n_cols))
+
+
 def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
     """See `Overwrite` in ops/linear_cross_entropy.py. A target out of range sets the error flag."""
-    cross_entropy_rows[(logits.shape[0],)](
-        logits, target, losses, error_flag.flag(logits.device), logits.stride(0), logits.shape[1], WITH_GRADIENT=gradient,
-        ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, enable_fp_fusion=FP_FUSION, **_widths(logits.shape[1]))
+    ROWS.launch((logits.shape[0],), (logits, target, losses, error_flag.flag_for(logits), logits.stride(0), logits.shape[1]), WITH_GRADIENT=gradient,
+                ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, **_widths(logits.shape[1]))
 
 
 def _widths(n_cols: int) -> dict[str, int]:
@@ -87,29 +88,3 @@ def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def why_not(hidden: Tensor, weight: Tensor, target: Tensor) -> str | None:
     """None if the kernel can serve this call."""
     return why_not_device(hidden)
-
-
-def fake(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """An empty result."""
-    return hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-
-def launches(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Launch]:
-    """The forward launches of this package's kernel, one a chunk; cuBLAS comes on top: one product a chunk, three with both gradients."""
-    n_rows, chunk = hidden.shape[0], _chunk_rows(weight)
-    return [Launch("cross_entropy_rows", (min(chunk, n_rows - start),)) for start in range(0, n_rows, chunk)]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for a training step at `shape`: one chunk."""
-    widths, rows = _widths(shape.V), min(shape.rows, max(16, LOGITS_CHUNK_BYTES // (shape.V * dtype.itemsize)))
-    return [
-        Variant("linear_cross_entropy rows", cross_entropy_rows,
-                {"logits_ptr": pointer(dtype), "target_ptr": pointer(torch.int64), "loss_ptr": pointer(torch.promote_types(dtype, torch.float32)),
-                 "flag_ptr": pointer(torch.int32), "logits_row_stride": "i32", "n_cols": "i32", "WITH_GRADIENT": "constexpr", "BLOCKS": "constexpr",
-                 "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"WITH_GRADIENT": True, "BLOCKS": widths["BLOCKS"], "BLOCK": widths["BLOCK"], "ACC": accumulator(dtype)},
-                widths["num_warps"], CROSS_ENTROPY_ROWS.num_stages,
-                ("logits_ptr", "target_ptr", "loss_ptr", "flag_ptr", "logits_row_stride", "n_cols"),
-                (rows * (2 * shape.V * dtype.itemsize + 12), 6 * rows * shape.V), (rows,)),
-    ]

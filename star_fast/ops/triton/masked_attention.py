@@ -16,15 +16,16 @@ Bytes: backward reads q, k, v and dout twice (once a kernel): 13 tensors of (B, 
 from __future__ import annotations
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, interpreting, pointer, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, accumulator, operand, why_not_device
 from star_fast.ops.triton.tiles import (
     ATTENTION_BACKWARD,
     ATTENTION_BACKWARD_FULL_PRECISION,
@@ -200,6 +201,18 @@ def attention_backward_keys(qkv_ptr, keep_ptr, table_ptr, dout_ptr, lse_ptr, del
     store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)
 
 
+def _cost(tensors: int, statistics: int, products: int, a: SimpleNamespace) -> Cost:
+    """A kernel that moves so many tensors of (B, T, H, E) and statistics of (B, H, T), and makes so many causal products."""
+    batch, n, _, heads, size = a.qkv_ptr.shape
+    side = (a.keep_ptr.nbytes if a.MASK else 0) + (4 * n * size if a.ROTARY else 0) + statistics * a.lse_ptr.nbytes
+    return Cost(tensors * batch * n * heads * size * a.qkv_ptr.element_size() + side, products * batch * heads * size * n * (n + 1))
+
+
+FORWARD = Kernel("masked_attention forward", attention_forward, partial(_cost, 4, 1, 2))
+BACKWARD_QUERIES = Kernel("masked_attention backward, queries", attention_backward_queries, partial(_cost, 6, 2, 3))
+BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_keys, partial(_cost, 6, 2, 4))
+
+
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor:
@@ -208,7 +221,7 @@ class _MaskedAttention(torch.autograd.Function):
         keep, table = (None if x is None else x.contiguous() for x in (keep, table))
         out = torch.empty(batch, positions, heads, size, dtype=qkv.dtype, device=qkv.device)
         lse = torch.empty(batch, heads, positions, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
-        _launch(attention_forward, qkv, keep, table, out, lse)
+        _launch(FORWARD, qkv, keep, table, out, lse)
         ctx.save_for_backward(qkv, keep, table, out, lse)
         return out
 
@@ -219,8 +232,8 @@ class _MaskedAttention(torch.autograd.Function):
         dout = dout.contiguous()
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         delta = torch.empty_like(lse)
-        _launch(attention_backward_queries, qkv, keep, table, out, dout, lse, delta, dqkv)
-        _launch(attention_backward_keys, qkv, keep, table, dout, lse, delta, dqkv)
+        _launch(BACKWARD_QUERIES, qkv, keep, table, out, dout, lse, delta, dqkv)
+        _launch(BACKWARD_KEYS, qkv, keep, table, dout, lse, delta, dqkv)
         return dqkv, None, None
 
 
@@ -233,15 +246,14 @@ def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
     return table[_padded(size)]
 
 
-def _launch(kernel: object, qkv: Tensor, keep: Tensor | None, table: Tensor | None, *more: Tensor) -> None:
+def _launch(kernel: Kernel, qkv: Tensor, keep: Tensor | None, table: Tensor | None, *more: Tensor) -> None:
     """Run a kernel on all blocks of all heads of all sequences."""
     batch, positions, _, heads, size = qkv.shape
-    tile = kernel_tile(kernel, size, qkv.dtype)
+    tile = kernel_tile(kernel.function, size, qkv.dtype)
     n_tiles = triton.cdiv(positions, tile.block[0])
     if batch:
-        kernel[(batch * heads * n_tiles,)](
-            qkv, keep, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, **_constants(kernel, size, qkv.stride(3), qkv.dtype, keep, table),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FP_FUSION)
+        kernel.launch((batch * heads * n_tiles,), (qkv, keep, table, *more, *qkv.stride()[:3], positions, heads, n_tiles),
+                      **_constants(kernel.function, size, qkv.stride(3), qkv.dtype, keep, table), num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def _padded(size: int) -> int:
@@ -255,13 +267,7 @@ def _constants(kernel: object, size: int, head_stride: int, dtype: torch.dtype, 
     root = size**-0.5
     return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is attention_forward else {"ROOT": root}), "E": size,
             "BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": keep is not None, "ROTARY": table is not None,
-            "DOT": _operand(dtype), "ACC": accumulator(dtype)}
-
-
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    """Operand dtype of tl.dot: the input's own; the interpreter multiplies bfloat16 as bit patterns, so there it is float32 (values already rounded)."""
-    return {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
-            torch.bfloat16: tl.float32 if interpreting() else tl.bfloat16}[dtype]
+            "DOT": operand(dtype), "ACC": accumulator(dtype)}
 
 
 def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
@@ -276,42 +282,3 @@ def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = 
     if qkv.dtype == torch.float64 and qkv.device.type == "cuda":
         return "float64 is for tests in the interpreter: its tiles do not fit the registers of a GPU"
     return why_not_device(qkv)
-
-
-def fake(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
-    """An empty result."""
-    batch, positions, _, heads, size = qkv.shape
-    return qkv.new_empty(batch, positions, heads, size)
-
-
-def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> list[Launch]:
-    """The forward launch."""
-    batch, positions, _, heads, size = qkv.shape
-    return [Launch("attention_forward", (batch * heads * triton.cdiv(positions, kernel_tile(attention_forward, size, qkv.dtype).block[0]),))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for the student's training step at `shape`: key mask and rotary on."""
-    size, heads, batch = dtype.itemsize, shape.H, shape.sequences
-    p = pointer(dtype)
-    integers = {"batch_stride": 3 * shape.T * heads * shape.E, "position_stride": 3 * heads * shape.E, "part_stride": heads * shape.E,
-                "n_positions": shape.T, "n_heads": heads, "n_tiles": 1}
-    divisible = [name for name, value in integers.items() if value % 16 == 0]
-    passes = shape.rows * heads * shape.E * size  # bytes of one (B, T, H, E) tensor
-    statistic = 4 * shape.rows * heads  # lse or delta
-    side = shape.rows + 4 * shape.T * shape.E + statistic  # keep, rotary table, lse
-    product = 2 * batch * heads * shape.E * shape.T * (shape.T + 1) // 2  # FLOPs of one causal product
-    found = []
-    for name, kernel, pointers, bytes_moved, flops in (
-            ("masked_attention forward", attention_forward, {"out_ptr": p, "lse_ptr": "*fp32"}, 4 * passes + side, 2 * product),
-            ("masked_attention backward, queries", attention_backward_queries,
-             {"out_ptr": p, "dout_ptr": p, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dqkv_ptr": p}, 6 * passes + side + statistic, 3 * product),
-            ("masked_attention backward, keys", attention_backward_keys,
-             {"dout_ptr": p, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dqkv_ptr": p}, 6 * passes + side + statistic, 4 * product)):
-        tile = kernel_tile(kernel, shape.E, dtype)
-        constants = {**_constants(kernel, shape.E, shape.E, dtype, True, True), **({"DOT": tl.bfloat16} if dtype == torch.bfloat16 else {})}
-        pointers = {"qkv_ptr": p, "keep_ptr": "*i1", "table_ptr": "*fp32", **pointers}
-        signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
-        found.append(Variant(name, kernel, signature, constants, tile.num_warps, tile.num_stages, (*pointers, *divisible), (bytes_moved, flops),
-                             (batch * heads * triton.cdiv(shape.T, tile.block[0]),)))
-    return found

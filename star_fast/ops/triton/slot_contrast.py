@@ -13,16 +13,17 @@ once from memory if a slot's keys stay in the L2 cache, and (parts + 1) times fr
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops import error_flag
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
+from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.feature_distance import inverse_norm
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, operand, pointer, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, operand, why_not_device
 from star_fast.ops.triton.tiles import SLOT_CONTRAST, SLOT_CONTRAST_SUM, SLOT_CONTRAST_WIDE, Tile
 
 _SLOT_OUT_OF_RANGE = tl.constexpr(error_flag.SLOT_OUT_OF_RANGE)
@@ -122,6 +123,18 @@ def slot_contrast_backward(gradient_ptr, pairs_ptr, dout_ptr, danchor_ptr, dout_
     tl.store(danchor_ptr + slot * slot_numbers + index, total.to(danchor_ptr.dtype.element_ty), mask=inside)
 
 
+def _forward_cost(a: SimpleNamespace) -> Cost:
+    n_pairs, (_, keys, width), size = a.grid[1], a.key_ptr.shape, a.anchor_ptr.element_size()
+    gradients = n_pairs * a.n_rows * width * size if a.WITH_GRADIENT else 0
+    return Cost(a.anchor_ptr.nbytes + a.key_ptr.nbytes + gradients + a.loss_ptr.nbytes + a.pairs_ptr.nbytes,
+                (4 if a.WITH_GRADIENT else 2) * n_pairs * a.n_rows * keys * width)
+
+
+FORWARD = Kernel("slot_contrast forward", slot_contrast_forward, _forward_cost)
+BACKWARD = Kernel("slot_contrast backward", slot_contrast_backward,
+                  lambda a: Cost(a.gradient_ptr.nbytes + a.danchor_ptr.nbytes, 2 * a.gradient_ptr.numel()))
+
+
 class _SlotContrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str) -> Tensor:
@@ -137,10 +150,11 @@ class _SlotContrast(torch.autograd.Function):
         gradient, pairs = ctx.saved_tensors
         slots, n_rows, n_cols = ctx.shape
         danchor = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device)
-        slot_contrast_backward[(triton.cdiv(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots)](
-            gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, len(pairs), n_rows * n_cols, n_rows if dout.ndim else n_rows * len(pairs),
+        BACKWARD.launch(
+            (triton.cdiv(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots),
+            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, len(pairs), n_rows * n_cols, n_rows if dout.ndim else n_rows * len(pairs)),
             BLOCK=SLOT_CONTRAST_SUM.block[0], ACC=accumulator(gradient.dtype), num_warps=SLOT_CONTRAST_SUM.num_warps,
-            num_stages=SLOT_CONTRAST_SUM.num_stages, enable_fp_fusion=FP_FUSION)
+            num_stages=SLOT_CONTRAST_SUM.num_stages)
         return danchor, None, None, None, None, None
 
 
@@ -149,11 +163,12 @@ def _forward(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row
     anchor, key = (x if x.stride(2) == 1 else x.contiguous() for x in (anchor, key))
     losses = anchor.new_empty(len(pairs), anchor.shape[1], dtype=torch.promote_types(anchor.dtype, torch.float32))
     tile = _tile(anchor.dtype)
-    slot_contrast_forward[_grid(anchor, pairs, gradient is not None)](
-        anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag(anchor.device), anchor.stride(0), anchor.stride(1),
-        key.stride(0), key.stride(1), anchor.shape[0], key.shape[0], anchor.shape[1], key.shape[1], anchor.shape[2], row_offset,
+    FORWARD.launch(
+        _grid(anchor, pairs, gradient is not None),
+        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), anchor.stride(0), anchor.stride(1),
+         key.stride(0), key.stride(1), anchor.shape[0], key.shape[0], anchor.shape[1], key.shape[1], anchor.shape[2], row_offset),
         SHARPNESS=1 / temperature, WITH_GRADIENT=gradient is not None, **_blocks(tile), DOT=operand(anchor.dtype), ACC=accumulator(anchor.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FP_FUSION)
+        num_warps=tile.num_warps, num_stages=tile.num_stages)
     return losses
 
 
@@ -185,39 +200,3 @@ def why_not(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_
     if len(pairs) > 65535 or anchor.shape[0] > 65535:
         return f"a grid has at most 65535 pairs and slots, got {len(pairs)} and {anchor.shape[0]}"
     return why_not_device(anchor)
-
-
-def fake(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> Tensor:
-    """An empty result."""
-    return anchor.new_empty(() if reduction == "mean" else (len(pairs),), dtype=torch.promote_types(anchor.dtype, torch.float32))
-
-
-def launches(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> list[Launch]:
-    """The forward launches."""
-    return [Launch("slot_contrast_forward", _grid(anchor, pairs, torch.is_grad_enabled() and anchor.requires_grad))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for a training step at `shape` on one rank: all pairs of both losses, with gradient."""
-    slots = shape.M * shape.K
-    n_pairs = slots * (shape.K - 1 + shape.M - 1)
-    tile, p, size, numbers = _tile(dtype), pointer(dtype), dtype.itemsize, shape.B * shape.D
-    exact = pointer(torch.promote_types(dtype, torch.float32))
-    blocks, block = _blocks(tile), SLOT_CONTRAST_SUM.block[0]
-    counts = ("anchor_slot_stride", "anchor_row_stride", "key_slot_stride", "key_row_stride", "anchor_slots", "key_slots", "n_rows", "n_keys", "n_cols",
-              "row_offset")
-    constants = {"SHARPNESS": 5.0, "WITH_GRADIENT": True, **blocks, "DOT": operand(dtype), "ACC": accumulator(dtype)}
-    pointers = {"anchor_ptr": p, "key_ptr": p, "pairs_ptr": "*i64", "loss_ptr": exact, "gradient_ptr": p, "flag_ptr": "*i32"}
-    return [
-        Variant("slot_contrast forward", slot_contrast_forward,
-                {**pointers, **dict.fromkeys(counts, "i32"), **dict.fromkeys(constants, "constexpr")}, constants, tile.num_warps, tile.num_stages,
-                (*pointers, "anchor_slot_stride", "anchor_row_stride", "key_slot_stride", "key_row_stride", "n_rows", "n_keys", "n_cols"),
-                ((2 * slots + n_pairs) * numbers * size + 4 * n_pairs * shape.B + 16 * n_pairs, 4 * n_pairs * shape.B * numbers),
-                (triton.cdiv(shape.B, blocks["ROWS"]), n_pairs, triton.cdiv(shape.D, blocks["PART"]))),
-        Variant("slot_contrast backward", slot_contrast_backward,
-                {"gradient_ptr": p, "pairs_ptr": "*i64", "dout_ptr": exact, "danchor_ptr": p, "dout_stride": "i32", "n_pairs": "i32", "slot_numbers": "i32",
-                 "divisor": "i32", "BLOCK": "constexpr", "ACC": "constexpr"},
-                {"BLOCK": block, "ACC": accumulator(dtype)}, SLOT_CONTRAST_SUM.num_warps, SLOT_CONTRAST_SUM.num_stages,
-                ("gradient_ptr", "pairs_ptr", "dout_ptr", "danchor_ptr", "n_pairs", "slot_numbers", "divisor"),
-                ((n_pairs + slots) * numbers * size, 2 * n_pairs * numbers), (triton.cdiv(numbers, block), slots)),
-    ]

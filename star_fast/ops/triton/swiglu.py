@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_fast.ops.dispatch import Launch
-from star_fast.ops.shapes import Shape
-from star_fast.ops.triton.launching import FP_FUSION, Variant, accumulator, pointer, why_not_device
+from star_fast.ops.dispatch import Cost
+from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.tiles import SWIGLU
 
 
@@ -43,6 +44,10 @@ def swiglu_backward(x_ptr, dout_ptr, dx_ptr, x_row_stride, dout_row_stride, n_ro
     tl.store(dx_ptr + row * 2 * n_cols + n_cols + cols, db.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+FORWARD = Kernel("swiglu forward", swiglu_forward, lambda a: Cost(3 * a.out_ptr.nbytes, 5 * a.out_ptr.numel()))
+BACKWARD = Kernel("swiglu backward", swiglu_backward, lambda a: Cost(5 * a.dout_ptr.nbytes, 11 * a.dout_ptr.numel()))
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w1w3: Tensor) -> Tensor:
@@ -50,8 +55,7 @@ class _SwiGLU(torch.autograd.Function):
         n_cols = x.shape[1] // 2
         out = torch.empty(x.shape[0], n_cols, dtype=x.dtype, device=x.device)
         if out.numel():
-            swiglu_forward[_grid(*out.shape)](x, out, x.stride(0), *out.shape, **_tile(n_cols), ACC=accumulator(x.dtype),
-                                              num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages, enable_fp_fusion=FP_FUSION)
+            FORWARD.launch(_grid(*out.shape), (x, out, x.stride(0), *out.shape), **_settings(n_cols, x.dtype))
         ctx.save_for_backward(w1w3)
         return out.view(*w1w3.shape[:-1], n_cols)
 
@@ -62,9 +66,7 @@ class _SwiGLU(torch.autograd.Function):
         x, dout = _rows(w1w3), _rows(dout)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if dx.numel():
-            swiglu_backward[_grid(*dout.shape)](x, dout, dx, x.stride(0), dout.stride(0), *dout.shape, **_tile(dout.shape[1]),
-                                                ACC=accumulator(x.dtype), num_warps=SWIGLU.num_warps, num_stages=SWIGLU.num_stages,
-                                                enable_fp_fusion=FP_FUSION)
+            BACKWARD.launch(_grid(*dout.shape), (x, dout, dx, x.stride(0), dout.stride(0), *dout.shape), **_settings(dout.shape[1], x.dtype))
         return dx.view(w1w3.shape)
 
 
@@ -74,10 +76,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _tile(n_cols: int) -> dict[str, int]:
     """Narrow rows share a tile: (rows, columns) with a product of SWIGLU.block[0]."""
     block = min(SWIGLU.block[0], triton.next_power_of_2(n_cols))
     return {"ROWS": SWIGLU.block[0] // block, "BLOCK": block}
+
+
+@functools.cache  # a Python launch costs more than most kernels run
+def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
+    return {**_tile(n_cols), "ACC": accumulator(dtype), "num_warps": SWIGLU.num_warps, "num_stages": SWIGLU.num_stages}
 
 
 def _grid(n_rows: int, n_cols: int) -> tuple[int, int]:
@@ -93,29 +101,3 @@ def run(w1w3: Tensor) -> Tensor:
 def why_not(w1w3: Tensor) -> str | None:
     """None if the kernels can serve this call."""
     return why_not_device(w1w3)
-
-
-def fake(w1w3: Tensor) -> Tensor:
-    """An empty result."""
-    return w1w3.new_empty(*w1w3.shape[:-1], w1w3.shape[-1] // 2)
-
-
-def launches(w1w3: Tensor) -> list[Launch]:
-    """The forward launches."""
-    n_cols = w1w3.shape[-1] // 2
-    return [Launch("swiglu_forward", _grid(w1w3.numel() // (2 * n_cols), n_cols))]
-
-
-def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
-    """What to compile for a training step at `shape`."""
-    size, numbers, p, grid = dtype.itemsize, shape.rows * shape.F, pointer(dtype), _grid(shape.rows, shape.F)
-    constants = {**_tile(shape.F), "ACC": accumulator(dtype)}
-    forward = {"x_ptr": p, "out_ptr": p, "x_row_stride": "i32", "n_rows": "i32", "n_cols": "i32"}
-    backward = {"x_ptr": p, "dout_ptr": p, "dx_ptr": p, "x_row_stride": "i32", "dout_row_stride": "i32", "n_rows": "i32", "n_cols": "i32"}
-    static = dict.fromkeys(constants, "constexpr")
-    return [
-        Variant("swiglu forward", swiglu_forward, {**forward, **static}, constants, SWIGLU.num_warps, SWIGLU.num_stages, tuple(forward),
-                (3 * size * numbers, 5 * numbers), grid),
-        Variant("swiglu backward", swiglu_backward, {**backward, **static}, constants, SWIGLU.num_warps, SWIGLU.num_stages, tuple(backward),
-                (5 * size * numbers, 11 * numbers), grid),
-    ]

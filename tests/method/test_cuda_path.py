@@ -101,4 +101,4 @@ def test_fused_objective_in_five_launches(fake_cuda: None) -> None:
     launches = {call.op: len(call.launches) for call in calls}
     assert launches["feature_distance"] == 1
     assert launches["slot_contrast"] <= 2
-    assert launches["linear_cross_entropy"] == B * M * T // 1024
+    assert launches["linear_cross_entropy"] == 1  # B * M * T = 2048 rows

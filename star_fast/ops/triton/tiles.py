@@ -42,9 +42,17 @@ DECODE_ATTENTION = {16: Tile((64,), 4, 1), 32: Tile((64,), 4, 1), 64: Tile((64,)
 FEATURE_DISTANCE = Tile((8, 1024), num_warps=16, num_stages=1)
 # Numbers a program: 16 a thread, two 16-byte accesses of bf16.
 FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
-# Logits of one chunk of rows: 1024 x 16384 in bf16. They stay in the L2 cache (40 MB A100, 50 MB H100 and H200, 126 MB B200) between the product
-# that makes them, the kernel that overwrites them and the two products that read their gradient; still tall enough for full-speed products.
-LOGITS_CHUNK_BYTES = 2**25
+# Most logits of one chunk of rows, in bytes: 3968 x 16384 in bf16 (16384 rows: five chunks of 3328 or less). A chunk moves, with n rows, V codes and
+# width D, the weight twice and the float32 sum in and out: 12 V D bytes; and its logits five times: 10 n V. Weight and sum alone, 75 MB (B) to 315 MB (3B),
+# exceed every L2 cache (40 MB A100, 50 MB H100, 126 MB B200) and stream through it while the logits are read, so a chunk sized for the cache (1024
+# rows, as it was) finds little there and pays 12 V D often: counted without any hit, a call at 16384 rows moves
+#                 B      L      XL     XXL     3B   GB
+#     1024 rows   5.1    5.9    6.7    7.5    12.7
+#     2048 rows   3.9    4.3    4.7    5.1     7.7
+#     3328 rows   3.4    3.7    3.9    4.2     5.8
+# and the product that accumulates, 2 n V D FLOPs on 8 V D + 2 n V bytes, meets 192 FLOPs a byte at B with 1024 rows, below the 295 where an H100 turns
+# from bytes to arithmetic (A100 156, B200 281); 3328 rows meet 399 at B and more elsewhere. More rows would break the op's promise of 134 MB.
+LOGITS_CHUNK_BYTES = 31 * 2**22
 # A row of up to block[0] codes is held in registers and read once: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
 # A longer one is read twice, block[1] codes at a time. block[2]: columns a thread below the most warps.
 CROSS_ENTROPY_ROWS = Tile((16384, 8192, 16), num_warps=32, num_stages=1)

@@ -290,6 +290,13 @@ def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None =
     return [Launch("attention_forward", (batch * heads * triton.cdiv(positions, kernel_tile(attention_forward, size, qkv.dtype).block[0]),))]
 
 
+def moved_bytes(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> int:
+    """q, k, v read and the result written, one float32 a query, the mask and the rotary table; nothing comes before or after."""
+    batch, positions, _, heads, size = qkv.shape
+    side = (0 if keep is None else batch * positions) + (0 if rotary is None else 4 * positions * size)
+    return (4 * size * qkv.element_size() + 4) * batch * positions * heads + side
+
+
 def variants(shape: Shape, dtype: torch.dtype) -> list[Variant]:
     """What to compile for the student's training step at `shape`: key mask and rotary on."""
     size, heads, batch = dtype.itemsize, shape.H, shape.sequences

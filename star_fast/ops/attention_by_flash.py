@@ -13,7 +13,7 @@ from star_fast.ops.dispatch import Launch
 from star_fast.ops.rotary import rotate
 
 
-def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
+def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """See ops/masked_attention.py; rotary is applied before, by torch's own operations (`rotary.rotate`)."""
     from flash_attn import flash_attn_func
 
@@ -30,7 +30,7 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_2_cuda"))
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> str | None:
+def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
     """None if flash-attn's compiled module is there and takes this call."""
     if keep is not None:
         return "a key mask is given, which flash-attn has no argument for"
@@ -46,6 +46,6 @@ def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = 
 fake, moved_bytes = attention_by_sdpa.fake, attention_by_sdpa.moved_bytes
 
 
-def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> list[Launch]:
+def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> list[Launch]:
     """Rotary's launches where it is wanted, then the fused attention kernel."""
     return [*attention_by_sdpa.eager_rotary_launches(qkv, rotary), Launch("flash_attn_func", (qkv.shape[0], qkv.shape[3]))]

@@ -59,5 +59,5 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 
 def pointer(dtype: torch.dtype) -> str:
     """Triton's name of a pointer to `dtype`, for Variant.signature."""
-    return "*" + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-                  torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv"}[dtype]
+    return "*" + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32",
+                  torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv"}[dtype]

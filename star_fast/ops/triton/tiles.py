@@ -25,6 +25,9 @@ ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=1)
 # One program handles block[0] numbers of one tensor: 8 a thread, so 2 x 16 bytes of teacher and student and 16 of a bf16 copy.
 EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 
+# Positions and columns of their keys that a program turns and whose mask it packs into a word: the rotary table's tile is then as many bytes as the keys'
+# (32 rows of 64 pairs' cos and sin, 8 KB, for 32 x 128 bf16), and a row of it 256 bytes; 4 warps have 8 KB in flight a program.
+ATTENTION_PREPARE = Tile((32, 128), num_warps=4, num_stages=1)
 # Attention, by padded head size (next power of two): (rows a program owns, rows it streams). 16-bit dtypes: 64 rows for 4 warps is the least
 # wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a head at T = 256, of 33 needed). Backward
 # holds two accumulators and three operands, so it streams 32 rows: 64 spill on sm_80. Two stages: the next tile is fetched during this one.

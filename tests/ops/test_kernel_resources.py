@@ -64,3 +64,10 @@ def test_fresh_compilation_has_no_fault() -> None:
     done = check("--arch", "90", "--shape", "XL", "--triton-only", "--workers", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no fault" in done.stdout and f" of {len(described_kernels('XL'))} kernels" in done.stdout
+
+
+def test_attention_loop_within_its_bars() -> None:
+    """480 SASS instructions a tile of keys at E = 64 on sm_90 (676 with rotary in the loop), one load of the mask."""
+    done = check(program="attention_loops.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no fault" in done.stdout

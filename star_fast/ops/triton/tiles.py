@@ -28,11 +28,17 @@ EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 # Positions and columns of their keys that a program turns and whose mask it packs into a word: the rotary table's tile is then as many bytes as the keys'
 # (32 rows of 64 pairs' cos and sin, 8 KB, for 32 x 128 bf16), and a row of it 256 bytes; 4 warps have 8 KB in flight a program.
 ATTENTION_PREPARE = Tile((32, 128), num_warps=4, num_stages=1)
-# Attention, by padded head size (next power of two): (rows a program owns, rows it streams). 16-bit dtypes: 64 rows for 4 warps is the least
-# wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a head at T = 256, of 33 needed). Backward
-# holds two accumulators and three operands, so it streams 32 rows: 64 spill on sm_80. Two stages: the next tile is fetched during this one.
-ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 32), 4, 2)}
-ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 8, 2)}
+# Attention, by padded head size (next power of two): (rows a program owns, rows it streams). Instructions below are SASS a thread and score in the
+# loop, with the causal branch, by registers a share of the warps' slots: counted for sm_80 and sm_90, benchmarks/results/attention_loops.md.
+# 16-bit dtypes: 64 rows for 4 warps is the least wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a
+# head at T = 256, of 33 needed; 184 against 237 at T = 576, of 166), which would save 2 % of the instructions at E = 64 and 8 % at 100, and halve the
+# warps. Forward streams 64 keys: at E = 100 17.6 instructions where 32 keys take 23.7, at the same occupancy. Backward holds two accumulators and three
+# operands, so it streams 32: 64 spill in the keys' kernel on sm_80; in the queries' they save 17 % on sm_90 and nothing on sm_80, where they take all
+# 255 registers. Four warps at every size: eight would share 64 rows, and do 33 and 43 instructions a score at E = 100 for 19 and 21.
+# Two stages: the next tile is fetched during this one. E = 100 loads 8 bytes a thread (rows start at multiples of 8): 16 of the forward's 564
+# instructions, of which padding in memory would save half, for two more passes over k and v.
+ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 64), 4, 2)}
+ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 4, 2)}
 # float32 multiplies without tensor cores (full products), float64 in the interpreter only: small tiles keep the operands in registers.
 ATTENTION_FORWARD_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 16), 8, 1)}
 ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16), 4, 1), 64: Tile((32, 16), 4, 1), 128: Tile((16, 16), 8, 1)}

@@ -53,7 +53,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("star_fast._C", _extension(), "fast token sampling; else plain torch, same tokens, slower. Build: pip install --no-build-isolation -e ."),
         ("deepspeed", _version("deepspeed"), "training. Install: pip install --no-build-isolation 'star_fast[train]'"),
         ("tensorboard", _version("tensorboard"), "curves in TensorBoard; metrics.jsonl is written without it"),
-        ("flash-attn", _compiled("flash_attn", "flash_attn_2_cuda"), "unmasked attention on a GPU (teacher, plain training); else torch's SDPA"),
+        ("flash-attn", _compiled("flash_attn", "flash_attn_2_cuda"), "attention without mask and rotary, for callers of the op; models take our kernels"),
         ("apex", _compiled("apex.optimizers", "amp_C"), "fused AdamW on a GPU; else torch's fused AdamW. From source: github.com/NVIDIA/apex"),
         ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "image decoding, on a GPU too; else Pillow. Install: pip install 'star_fast[data]'"),
         ("torch-fidelity", _version("torch-fidelity"), "Inception features for FID"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,8 @@ def test_chunk_of_logits_is_the_ops() -> None:
     XL = preset("XL")
     found = activations.activations(XL, sizes.micro(XL, 32, 8))
     assert found.logits_chunk == TRITON_CHUNK_BYTES
+    plain_op = import_module("star_fast.ops.linear_cross_entropy")
+    assert (activations.PLAIN_CHUNK_BYTES, activations.PARTIAL_BYTES) == (plain_op._CHUNK_BYTES, plain_op._PARTIAL_BYTES)
     assert activations.activations(XL, sizes.micro(XL, 64, 8)).saved == pytest.approx(2 * found.saved, rel=1e-3)
 
 

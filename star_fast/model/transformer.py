@@ -129,7 +129,7 @@ class Block(nn.Module):
         """
         B, T, D = normed_BTD.shape
         qkv = self.attention.wqkv(normed_BTD).view(B, T, 3, self.heads, D // self.heads)
-        attended_BTD = masked_attention_qkv(qkv, keep_BT, rotary=rotary).reshape(B, T, D)
+        attended_BTD = masked_attention_qkv(qkv, keep_BT, rotary=rotary, overwrite=True).reshape(B, T, D)
         if recompute_rest:
             return checkpoint(self._rest, attended_BTD, residual_BTD, dropout, seed, use_reentrant=False, preserve_rng_state=False,
                               context_fn=same_choice_again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -12,8 +13,8 @@ from star_fast.ops.dispatch import Launch
 from star_fast.ops.rotary import rotate
 
 
-def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
-    """See ops/masked_attention.py; rotary is applied before, by elementwise torch operations."""
+def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
+    """See ops/masked_attention.py; rotary is applied before, by torch's own operations (`rotary.rotate`)."""
     from flash_attn import flash_attn_func
 
     q, k, v = qkv.unbind(2)
@@ -23,12 +24,13 @@ def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None
     return flash_attn_func(q, k, v, causal=True, deterministic=True)
 
 
+@functools.cache
 def installed() -> bool:
     """Whether flash-attn is there with its compiled module; the Python part alone can do nothing."""
     return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_2_cuda"))
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> str | None:
+def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
     """None if flash-attn's compiled module is there and takes this call."""
     if keep is not None:
         return "a key mask is given, which flash-attn has no argument for"
@@ -41,10 +43,9 @@ def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = 
     return None
 
 
-fake = attention_by_sdpa.fake
+fake, moved_bytes = attention_by_sdpa.fake, attention_by_sdpa.moved_bytes
 
 
-def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> list[Launch]:
-    """The fused attention kernel; torch's own launches for rotary are not listed one by one."""
-    batch, _, _, heads, _ = qkv.shape
-    return [*([Launch("torch elementwise rotary (q, k)", (2,))] if rotary is not None else []), Launch("flash_attn_func", (batch, heads))]
+def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> list[Launch]:
+    """Rotary's launches where it is wanted, then the fused attention kernel."""
+    return [*attention_by_sdpa.eager_rotary_launches(qkv, rotary), Launch("flash_attn_func", (qkv.shape[0], qkv.shape[3]))]

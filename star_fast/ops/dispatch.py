@@ -7,13 +7,15 @@ name at first use, that define functions with the op's own arguments:
     why_not(...)   None, or one sentence saying why this call cannot be served
     fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
+    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel included
 
 The last two are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes FakeTensors, and the one place that
 launches (ops/triton/launching.py) then notes what it would launch.
 
 Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order for the
-device. A backend that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives
-way to the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
+device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A backend that was asked for
+and cannot serve the call raises with the reason; one that was merely first in the order gives way to the next, logged once. Every backend
+meets the same error bound, so giving way never changes the numerics.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Recorded(NamedTuple):
     op: str
     backend: str
     launches: list[Launch]
+    moved_bytes: int | None = None  # of the whole path, where the backend counts it
 
 
 class BackendUnavailable(RuntimeError):
@@ -188,14 +191,25 @@ def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | 
     asked = backend or overridden or os.environ.get("STAR_FAST_BACKEND")
     if asked is not None:
         return _run(op, asked, *_usable(op, asked, args, kwargs), args, kwargs)
+    return _run(op, *_first_or_cheapest(op, device, args, kwargs), args, kwargs)
+
+
+def _first_or_cheapest(op: _Op, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ModuleType | None]:
+    """Of the op's order the first backend that serves the call; of several that count their bytes the cheapest, the earlier where equal."""
+    best: tuple[str, ModuleType | None] = ("reference", None)
+    fewest = None
     for candidate in op.order.get(device.type, ()):
         module, reason = _try(op, candidate, args, kwargs)
+        if reason is None and not hasattr(module, "moved_bytes"):
+            return (candidate, module) if fewest is None else best
         if reason is None:
-            return _run(op, candidate, module, args, kwargs)
-        if (name, candidate, reason) not in _gave_way:
-            _gave_way.add((name, candidate, reason))
-            log.info("%s: backend %s gives way: %s", name, candidate, reason)
-    return _run(op, "reference", None, args, kwargs)
+            moved = module.moved_bytes(*args, **kwargs)
+            if fewest is None or moved < fewest:
+                best, fewest = (candidate, module), moved
+        elif (op.name, candidate, reason) not in _gave_way:
+            _gave_way.add((op.name, candidate, reason))
+            log.info("%s: backend %s gives way: %s", op.name, candidate, reason)
+    return best
 
 
 def _try(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
@@ -228,7 +242,8 @@ def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: 
         with note_launches() as launches:
             result = module.run(*args, **kwargs)
     if _recorder is not None:
-        _recorder.append(Recorded(op.name, backend, launches))
+        moved = module.moved_bytes(*args, **kwargs) if hasattr(module, "moved_bytes") else None
+        _recorder.append(Recorded(op.name, backend, launches, moved))
     return result
 
 

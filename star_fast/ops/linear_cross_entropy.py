@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ Overwrite = Callable[[Tensor, Tensor, Tensor, bool], None]
 _CHUNK_BYTES = 2**25  # logits of one chunk on the CPU: large enough that the three products run at full speed
 _BLOCK_BYTES = 2**20  # float32 logits handled at once: they stay in a core's cache between the passes of the softmax
 _PARTIAL_BYTES = 2**24  # one chunk's share of a block of the weight gradient, before it is added
+_ALIGNED_BYTES = 16  # where rows of a product's operands must start for 16-byte loads and the bulk copy engine
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
@@ -37,10 +39,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, back
 
     Numerics:
         Logits and G are rounded to the dtype of `hidden` (what the matrix products take); softmax statistics, losses and the sum of
-        the weight gradient over chunks are float32 (float64 for float64). No small entry of G is dropped. Deterministic.
+        the weight gradient over chunks are float32 (float64 for float64), on CUDA inside cuBLAS too. No small entry of G is dropped. Deterministic.
 
     Memory:
-        Beyond the returned gradients: one weight gradient in float32 and at most 134 MB, whatever N (chunk of logits 34 MB, blocks).
+        Beyond the returned gradients: one weight gradient in float32 and at most 134 MB, whatever N (a chunk of logits, 130 MB on CUDA and 34 on the CPU).
         Without gradients asked for (torch.no_grad, or inputs that require none) one chunk of logits, and no gradient work.
 
     Raises:
@@ -122,43 +124,77 @@ def _chunk_by_chunk(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: 
     """The mean loss, and where wanted N times its gradients: by hidden in the dtype of `hidden`, by weight in float32 or float64."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(hidden.shape[0], dtype=exact)
-    logits = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
+    logits = _aligned(hidden, min(chunk_rows, hidden.shape[0]), weight.shape[0])
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted[0] else None
-    dweight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wanted[1] else None
-    for start in range(0, hidden.shape[0], chunk_rows):
-        rows = slice(start, start + chunk_rows)
-        chunk = logits[: len(target[rows])]
-        torch.mm(hidden[rows], weight.t(), out=chunk)
-        overwrite(chunk, target[rows], losses[rows], any(wanted))
-        if dhidden is not None:
-            torch.mm(chunk, weight, out=dhidden[rows])
-        if dweight is not None:
-            _add_product(dweight, chunk, hidden[rows])
+    dweight = torch.empty(weight.shape, dtype=exact, device=weight.device) if wanted[1] else None
+    with _full_precision_sums(hidden.device):
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            chunk = logits[: len(target[rows])]
+            torch.mm(hidden[rows], weight.t(), out=chunk)
+            overwrite(chunk, target[rows], losses[rows], any(wanted))
+            if dhidden is not None:
+                torch.mm(chunk, weight, out=dhidden[rows])
+            if dweight is not None:
+                _add_product(dweight, chunk, hidden[rows], first=start == 0)
     return losses.mean(), dhidden, dweight
 
 
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient^T hidden, where `total` may be wider (float32) than the factors."""
-    if total.dtype == gradient.dtype:
-        total.addmm_(gradient.t(), hidden)
+def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty (rows, columns) tensor whose rows all start at a multiple of 16 bytes."""
+    step = _ALIGNED_BYTES // like.element_size()
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+
+
+@contextlib.contextmanager
+def _full_precision_sums(device: torch.device) -> Iterator[None]:
+    """On CUDA, products of 16-bit factors sum in float32 throughout: by default cuBLAS may add the parts of a split sum in 16 bits."""
+    if device.type != "cuda":
+        yield
         return
-    # By blocks of codes, so that the product waits for its addition in cache. On the CPU torch.mm cannot return float32 for
-    # bfloat16 factors: there a chunk's share is rounded once, and the shares are added in float32.
-    wider = {"out_dtype": total.dtype} if total.is_cuda else {}
-    codes = max(128, _PARTIAL_BYTES // (4 * hidden.shape[1]))
-    for part, columns in zip(total.split(codes), gradient.split(codes, dim=1), strict=True):
-        part.add_(torch.mm(columns.t(), hidden, **wider))
+    flags = torch.backends.cuda.matmul
+    allowed = [name for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction") if getattr(flags, name)]
+    try:
+        for name in allowed:
+            setattr(flags, name, False)
+        yield
+    finally:
+        for name in allowed:
+            setattr(flags, name, True)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """total += gradient^T hidden, where `total` may be wider (float32) than the factors; the `first` product finds it empty and sets it."""
+    beta = 0 if first else 1  # with 0 nothing is read, whatever lies there
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden, beta=beta)
+    elif total.is_cuda and _accumulates_wider():
+        torch.addmm(total, gradient.t(), hidden, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        # By blocks of codes, so that the product waits for its addition in cache; by whole 128s, so that every block stays aligned. On the CPU
+        # torch.mm cannot return float32 for bfloat16 factors: there a chunk's share is rounded once, and the shares are added in float32.
+        wider = {"out_dtype": total.dtype} if total.is_cuda else {}
+        codes = max(1, _PARTIAL_BYTES // (4 * hidden.shape[1] * 128)) * 128
+        for part, columns in zip(total.split(codes), gradient.split(codes, dim=1), strict=True):
+            share = torch.mm(columns.t(), hidden, **wider)
+            part.copy_(share) if first else part.add_(share)
+
+
+def _accumulates_wider() -> bool:
+    """Whether this torch has the product of 16-bit factors that accumulates in place into float32."""
+    return "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * scale in `dtype`, computed in the dtype of `scale`; a gradient of that dtype is scaled in place."""
+    """gradient * scale in `dtype`, computed in the dtype of `scale` and rounded once; in place where the gradient has that dtype already."""
     if gradient is None:
         return None
-    if gradient.dtype == scale.dtype:
-        return gradient.mul_(scale).to(dtype)
-    for block in gradient.split(4096):  # the CPU computes with a float32 copy
-        torch.mul(block, scale, out=block)
-    return gradient
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    # On CUDA one launch; the CPU computes with float32 copies, which blocks keep small.
+    rows = gradient.shape[0] if gradient.is_cuda else 4096
+    for block, scaled in zip(gradient.split(rows), out.split(rows), strict=True):
+        torch.mul(block, scale, out=scaled)
+    return out
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None
     return masked_attention_qkv(torch.stack((q, k, v), dim=2), keep, backend=backend)
 
 
-def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, backend: str | None = None) -> Tensor:
+def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False,
+                         backend: str | None = None) -> Tensor:
     """out[t] = sum over visible s <= t of softmax_s(q'[t] . k'[s] / sqrt(E)) v[s], per sequence and head; q', k' = rotary applied to q, k.
 
     A hidden key has no influence on any other position (its score is -inf for every query, its own included); its position still runs
@@ -47,6 +48,8 @@ def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Ten
         keep: (B, T) bool, True = visible as a key; None: all are. Position 0 must be visible, so that every query has a key.
         rotary: (T or more, E/2, 2) float32 = (cos, sin) of each pair (x[2p], x[2p+1]), applied to q and k; None: applied already.
             An all-zero entry makes q and k vanish there (LlamaGen's class position).
+        overwrite: the caller reads `qkv` no more, so q and k in it may be overwritten by their rotated form (Triton does; it copies qkv otherwise).
+            Its gradient is the same.
         backend: name of a backend; None chooses (see dispatch).
 
     Returns:
@@ -58,7 +61,7 @@ def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Ten
         torch.use_deterministic_algorithms.
 
     Memory:
-        Triton saves qkv, out and one float32 per (sequence, head, position); the score matrix and rotated q and k are never stored.
+        Triton saves qkv (q and k rotated in place), out, one float32 per (sequence, head, position) and a bit a key; the score matrix is never stored.
 
     Raises:
         TypeError: qkv not floating point, keep not bool. ValueError: shapes or devices that do not fit; keep[:, 0] not all True
@@ -75,7 +78,7 @@ def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Ten
         check_table("masked_attention", rotary, qkv.shape[1], qkv.shape[4], qkv.device)
     if keep is not None:
         _check_keep(keep, qkv)
-    return dispatch.call("masked_attention_qkv", qkv.device, (qkv, keep), {"rotary": rotary}, backend=backend)
+    return dispatch.call("masked_attention_qkv", qkv.device, (qkv, keep), {"rotary": rotary, "overwrite": overwrite}, backend=backend)
 
 
 def _check_keep(keep: Tensor, qkv: Tensor) -> None:
@@ -89,7 +92,7 @@ def _check_keep(keep: Tensor, qkv: Tensor) -> None:
         raise ValueError(f"masked_attention: keep[:, 0] must be True (the class position is never hidden), got False in {int((~keep[:, 0]).sum())} rows")
 
 
-def reference(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
+def reference(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """The formula, in plain torch: scaled_dot_product_attention, causal or with one boolean mask that all heads share."""
     q, k, v = qkv.unbind(2)
     if rotary is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from star_fast.ops.dispatch import Launch
+
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn each pair (x[2p], x[2p+1]) of a head by its table entry (cos, sin): (x0 cos - x1 sin, x0 sin + x1 cos), a complex product.
@@ -22,6 +24,19 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.to(compute).contiguous().unflatten(-1, (-1, 2)))  # complex products are one fast loop on the CPU
     turned = pairs * torch.view_as_complex(table.to(compute).contiguous())
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_bytes(numbers: int, dtype: torch.dtype) -> int:
+    """Bytes that `rotate` moves for a strided tensor of that many numbers on a GPU, where each torch operation is a launch: a copy in float32, the
+    complex product, and the rounding."""
+    wide, narrow = torch.promote_types(dtype, torch.float32).itemsize, dtype.itemsize
+    return numbers * ((narrow + wide) + 2 * wide + (wide + narrow if narrow < wide else 0))
+
+
+def rotate_launches(name: str, numbers: int, dtype: torch.dtype) -> list[Launch]:
+    """Those launches, for the tensor called `name`; torch sizes its grids itself, given here as programs of 1024 numbers."""
+    steps = ("copy to float32", "complex product", *(["rounding"] if dtype.itemsize < 4 else []))
+    return [Launch(f"torch rotary of {name}: {step}", (max(1, numbers // 1024),)) for step in steps]
 
 
 def check_table(op: str, table: Tensor, positions: int, head_size: int, device: torch.device) -> None:

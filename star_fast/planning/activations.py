@@ -10,8 +10,9 @@ from typing import NamedTuple
 from star_fast.config import RunConfig
 from star_fast.planning.sizes import Micro, number_bytes, projector
 
-LOGITS_CHUNK_BYTES = 2**25  # of ops/linear_cross_entropy.py and ops/triton/tiles.py
-PARTIAL_BYTES = 2**24  # a block of the weight gradient on its way to the float32 sum (ops/linear_cross_entropy.py)
+LOGITS_CHUNK_BYTES = 31 * 2**22  # of ops/triton/tiles.py
+PLAIN_CHUNK_BYTES = 2**25  # of ops/linear_cross_entropy.py
+PARTIAL_BYTES = 2**24  # there, on the CPU: a block of the weight gradient on its way to the float32 sum
 
 
 class Activations(NamedTuple):
@@ -20,7 +21,7 @@ class Activations(NamedTuple):
     saved: int  # for backward, at the end of the forward pass
     working: int  # on top, at the worst moment of forward or backward
     logits_chunk: int  # the only logits that exist
-    loss: int  # float32 gradient of the output matrix, its rounded copy, a block of it
+    loss: int  # float32 gradient of the output matrix, its rounded copy, on the CPU a block of it
 
     @property
     def total(self) -> int:
@@ -53,8 +54,9 @@ def activations(config: RunConfig, size: Micro, *, fused: bool = True) -> Activa
         saved = model.blocks * block + outside
         working = max(loss_rows, backward)
     working = max(working, teacher - saved)
-    chunk = min(max(16, LOGITS_CHUNK_BYTES // (model.vocab * s)), N) * model.vocab * s
-    return Activations(saved, working, chunk, model.vocab * D * (4 + (s if s == 2 else 0)) + min(PARTIAL_BYTES, 4 * model.vocab * D))
+    chunk = min(max(16, (LOGITS_CHUNK_BYTES if fused else PLAIN_CHUNK_BYTES) // (model.vocab * s)), N) * model.vocab * s
+    partial = 0 if fused else min(PARTIAL_BYTES, 4 * model.vocab * D)
+    return Activations(saved, working, chunk, model.vocab * D * (4 + (s if s == 2 else 0)) + partial)
 
 
 def saved_block(config: RunConfig, size: Micro, fused: bool = True) -> tuple[int, int]:

@@ -82,9 +82,7 @@ def test_teacher_forward_and_update(fake_cuda: None) -> None:
     assert (last.shape, last.dtype) == ((B * M, T, 768), torch.bfloat16)
     assert (slots.shape, slots.dtype) == ((M * K, B, 768), torch.bfloat16)
     chosen = Counter((call.op, call.backend) for call in calls)
-    # Without a key mask, torch's own attention (or flash-attn where installed) is as good as ours.
-    unmasked = {backend for op, backend in chosen if op == "masked_attention_qkv"}
-    assert unmasked <= {"sdpa", "flash_attn"}
+    assert chosen["masked_attention_qkv", "triton"] == 12  # rotary inside; before torch's own attention it would cost five times the bytes
     assert chosen["add_rms_norm", "triton"] == 25
     assert chosen["ema_update", "triton"] == 1
     assert len(next(call for call in calls if call.op == "ema_update").launches) == 1
@@ -101,4 +99,4 @@ def test_fused_objective_in_five_launches(fake_cuda: None) -> None:
     launches = {call.op: len(call.launches) for call in calls}
     assert launches["feature_distance"] == 1
     assert launches["slot_contrast"] <= 2
-    assert launches["linear_cross_entropy"] == B * M * T // 1024
+    assert launches["linear_cross_entropy"] == 1  # B * M * T = 2048 rows

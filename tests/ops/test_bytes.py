@@ -122,16 +122,20 @@ def test_slot_contrast_inputs() -> None:
 
 
 def test_masked_attention_factor(record_property: pytest.RecordProperty) -> None:
-    """Not memory-bound at these shapes: keys are loaded again for every tile of queries, from the cache. The factor is reported and bounded."""
+    """Not memory-bound at these shapes: keys are loaded again for every tile of queries, from the cache. The factor is reported and bounded.
+
+    Forward and rotary pass over 7 tensors where 4 are the least: keys are turned in memory, and queries left turned for backward.
+    """
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 256, generator=generator) > 0.25
     keep[:, 0] = True
     call = {"qkv": torch.randn(1, 256, 3, 1, 64, generator=generator).bfloat16(), "keep": keep, "rotary": random_table(256, 64, generator)}
     with count_accesses() as launches:
         contract.run_with_gradients(lambda **kw: masked_attention.masked_attention_qkv(**kw, backend="triton"), call, ("qkv",))
-    forward, *backward = launches
-    for name, found, least in (("forward", [forward], masked_attention.cost(call)), ("backward", backward, masked_attention.cost(call, backward=True))):
+    forward, backward = launches[:2], launches[2:]  # the forward's first launch turns the keys
+    assert [launch.kernel for launch in forward] == ["attention_prepare", "attention_forward"]
+    for name, found, least in (("forward", forward, masked_attention.cost(call)), ("backward", backward, masked_attention.cost(call, backward=True))):
         asked, distinct = (sum(launch.moved_bytes(once) for launch in found) / least.bytes_moved for once in (False, True))
         print(f"masked_attention {name}: {asked:.2f} times the least bytes asked for, {distinct:.2f} times with each address once a launch")
         record_property(f"masked_attention {name} bytes factor", round(asked, 3))
-        assert asked <= {"forward": 2.6, "backward": 4.0}[name] and distinct <= {"forward": 1.1, "backward": 1.8}[name]
+        assert asked <= {"forward": 2.6, "backward": 4.0}[name] and distinct <= {"forward": 1.9, "backward": 1.8}[name]

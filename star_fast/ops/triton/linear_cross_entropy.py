@@ -76,13 +76,17 @@ def _widths(n_cols: int) -> dict[str, int]:
     return {"BLOCK": block, "BLOCKS": triton.cdiv(n_cols, block), "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))}
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(16, LOGITS_CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
+    """Rows of a chunk: as few chunks as LOGITS_CHUNK_BYTES allows, all of one size but for the last, whole tiles of 128 where a chunk holds one."""
+    most = max(16, LOGITS_CHUNK_BYTES // (n_cols * itemsize))
+    whole = 128 if most >= 128 else 1
+    most -= most % whole
+    return triton.cdiv(triton.cdiv(n_rows, triton.cdiv(n_rows, most)), whole) * whole
 
 
 def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """See ops/linear_cross_entropy.py."""
-    return in_chunks(hidden, weight, target.contiguous(), _chunk_rows(weight), overwrite)
+    return in_chunks(hidden, weight, target.contiguous(), _chunk_rows(hidden.shape[0], weight.shape[0], weight.element_size()), overwrite)
 
 
 def why_not(hidden: Tensor, weight: Tensor, target: Tensor) -> str | None:

@@ -1,16 +1,10 @@
-"""Masked causal attention: one forward kernel, two backward kernels (queries, then keys), rotary inside, no atomics.
+"""Masked causal attention: a launch that turns the keys and packs the mask, one forward kernel, two backward kernels; no atomics.
 
-How keys are hidden, decided by counting. A hidden key gets position HIDDEN, beyond every query, so the comparison that causality needs
-anyway (query >= key position) hides it too: nothing is added per score. Per key it is one byte read beside the 4 E bytes of k and v in bfloat16
-(0.4 % at E = 64), and in PTX for sm_90 85 of the 669 instructions of the forward's loop, 45 of 350 and 1 of 354 of the backward's.
-The other way, gathering the visible keys so that a quarter of the rows is never touched, would save at T = 256 one
-of ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys visible 1 + 2 + 3 + 3), and a quarter of k and v, which is 2/4
-of the forward's bytes and 2/8 of the backward's: 12.5 % and 6 %. At B (64 sequences, 12 heads) the forward moves 101 MB, 30 us at 3.35 TB/s, so
-that is at most 4 us. But finding the visible positions takes a launch of its own a call (2-3 us), or T comparisons per key of a tile inside
-the kernel (16384 integer operations beside the tile's 4096 exponentials), gathered rows rule out block loads, and dk and dv of hidden keys
-must be zeroed separately. What is left to win is below one per cent of a training step.
+The kernels, and what was decided about them by counting, are in masked_attention_kernels.py.
 
-Bytes: backward reads q, k, v and dout twice (once a kernel): 13 tensors of (B, T, H, E) where 8 are the least, if no cache helps.
+Bytes, in tensors of (B, T, H, E): forward 4 (q, k, v, out), 2 more where rotary is applied (keys read and written), 1 more where a gradient is wanted
+(turned queries written), 6 more where the caller keeps its qkv (a copy). Backward reads q, k, v and dout twice (once a kernel): 13 where 8 are the
+least, if no cache helps.
 """
 
 from __future__ import annotations
@@ -21,220 +15,89 @@ from types import SimpleNamespace
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.launching import Kernel, accumulator, operand, why_not_device
+from star_fast.ops.triton.masked_attention_kernels import attention_backward_keys, attention_backward_queries, attention_forward, attention_prepare
 from star_fast.ops.triton.tiles import (
     ATTENTION_BACKWARD,
     ATTENTION_BACKWARD_FULL_PRECISION,
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_FULL_PRECISION,
+    ATTENTION_PREPARE,
     Tile,
 )
 
-HIDDEN = tl.constexpr(2**30)  # the position a hidden key is given: beyond every query
-
-
-@triton.jit
-def inside(rows, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Which entries of a (len(rows), BLOCK_E) tile exist."""
-    mask = rows[:, None] < n_rows
-    if E != BLOCK_E:
-        mask = mask & (tl.arange(0, BLOCK_E)[None, :] < E)
-    return mask
-
-
-@triton.jit
-def turn(x, table_ptr, rows, n_rows, SIGN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr):
-    """Rotary on a (BLOCK, BLOCK_E) tile: each pair (x0, x1) becomes (x0 cos - x1 sin, x0 sin + x1 cos); SIGN -1 turns back (the transpose)."""
-    cols = tl.arange(0, BLOCK_E)
-    table = tl.load(table_ptr + rows[:, None] * E + cols[None, :], mask=inside(rows, n_rows, E, BLOCK_E), other=0.0).to(ACC)
-    cos, sin = tl.split(tl.reshape(table, (BLOCK, BLOCK_E // 2, 2)))
-    even, odd = tl.split(tl.reshape(x.to(ACC), (BLOCK, BLOCK_E // 2, 2)))
-    sin = sin * SIGN
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK, BLOCK_E))
-
-
-@triton.jit
-def load_tile(ptr, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows of one head as a (len(rows), BLOCK_E) tile, zero outside."""
-    cols = tl.arange(0, BLOCK_E)
-    return tl.load(ptr + rows[:, None] * row_stride + cols[None, :], mask=inside(rows, n_rows, E, BLOCK_E), other=0.0)
-
-
-@triton.jit
-def load_turned(ptr, table_ptr, rows, row_stride, n_rows, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr,
-                DOT: tl.constexpr, ACC: tl.constexpr):
-    """`load_tile`, rotary applied and rounded to the input's dtype, as an operand of tl.dot."""
-    x = load_tile(ptr, rows, row_stride, n_rows, E, BLOCK_E)
-    if ROTARY:
-        x = turn(x, table_ptr, rows, n_rows, 1, E, BLOCK, BLOCK_E, ACC).to(x.dtype)
-    return x.to(DOT)
-
-
-@triton.jit
-def store_tile(ptr, x, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Write a tile back, rounded to the pointer's dtype."""
-    cols = tl.arange(0, BLOCK_E)
-    tl.store(ptr + rows[:, None] * row_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=inside(rows, n_rows, E, BLOCK_E))
-
-
-@triton.jit
-def key_positions(keep_ptr, offset, cols, n_positions, MASK: tl.constexpr):
-    """Position of each key, HIDDEN where no query may see it; position 0 is always visible."""
-    if MASK:
-        keep = tl.load(keep_ptr + offset + cols, mask=cols < n_positions, other=0)
-        return tl.where((keep != 0) | (cols == 0), cols, HIDDEN)
-    return cols
-
-
-@triton.jit
-def attention_forward(qkv_ptr, keep_ptr, table_ptr, out_ptr, lse_ptr, batch_stride, position_stride, part_stride, n_positions, n_heads,
-                      n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
-    """One block of queries of one head: streams the keys up to the last query; lse is in base 2, of the scaled scores."""
-    tile = n_tiles - 1 - tl.program_id(0) % n_tiles  # long rows first
-    head = (tl.program_id(0) // n_tiles) % n_heads
-    batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
-    k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_turned(q_ptr, table_ptr, rows, position_stride, n_positions, E, BLOCK_M, BLOCK_E, ROTARY, DOT, ACC)
-    top = tl.full((BLOCK_M,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_M,), ACC)
-    acc = tl.zeros((BLOCK_M, BLOCK_E), ACC)
-    for start in tl.range(0, tl.minimum((tile + 1) * BLOCK_M, n_positions), BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        positions = key_positions(keep_ptr, batch * n_positions, cols, n_positions, MASK)
-        k = load_turned(k_ptr, table_ptr, cols, position_stride, n_positions, E, BLOCK_N, BLOCK_E, ROTARY, DOT, ACC)
-        v = load_tile(v_ptr, cols, position_stride, n_positions, E, BLOCK_E).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-        scores = tl.where(rows[:, None] >= positions[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)  # finite: position 0 is in the first tile
-        weights = tl.exp2(scores * SCALE - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v_ptr.dtype.element_ty).to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
-        top = new_top
-    out_ptr += (batch * n_positions * n_heads + head) * E
-    store_tile(out_ptr, acc * (1.0 / total)[:, None], rows, n_heads * E, n_positions, E, BLOCK_E)
-    tl.store(lse_ptr + (batch * n_heads + head) * n_positions + rows, top + tl.log2(total), mask=rows < n_positions)
-
-
-@triton.jit
-def attention_backward_queries(qkv_ptr, keep_ptr, table_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride,
-                               part_stride, n_positions, n_heads, n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
-                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr,
-                               DOT: tl.constexpr, ACC: tl.constexpr):
-    """dq of one block of queries, and delta = rowsum(dout * out) for the keys' kernel."""
-    tile = n_tiles - 1 - tl.program_id(0) % n_tiles
-    head = (tl.program_id(0) // n_tiles) % n_heads
-    batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
-    k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
-    offset = (batch * n_positions * n_heads + head) * E
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_stat = (batch * n_heads + head) * n_positions + rows
-    dout = load_tile(dout_ptr + offset, rows, n_heads * E, n_positions, E, BLOCK_E)
-    out = load_tile(out_ptr + offset, rows, n_heads * E, n_positions, E, BLOCK_E)
-    delta = tl.sum(dout.to(ACC) * out.to(ACC), 1)
-    tl.store(delta_ptr + row_stat, delta, mask=rows < n_positions)
-    lse = tl.load(lse_ptr + row_stat, mask=rows < n_positions, other=0.0)
-    q = load_turned(q_ptr, table_ptr, rows, position_stride, n_positions, E, BLOCK_M, BLOCK_E, ROTARY, DOT, ACC)
-    dout = dout.to(DOT)
-    acc = tl.zeros((BLOCK_M, BLOCK_E), ACC)
-    for start in tl.range(0, tl.minimum((tile + 1) * BLOCK_M, n_positions), BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        positions = key_positions(keep_ptr, batch * n_positions, cols, n_positions, MASK)
-        k = load_turned(k_ptr, table_ptr, cols, position_stride, n_positions, E, BLOCK_N, BLOCK_E, ROTARY, DOT, ACC)
-        v = load_tile(v_ptr, cols, position_stride, n_positions, E, BLOCK_E).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-        weights = tl.exp2(tl.where(rows[:, None] >= positions[None, :], scores * SCALE - lse[:, None], float("-inf")))
-        dweights = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
-        dscores = weights * (dweights - delta[:, None])
-        acc = tl.dot(dscores.to(k_ptr.dtype.element_ty).to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
-    acc *= ROOT
-    if ROTARY:
-        acc = turn(acc, table_ptr, rows, n_positions, -1, E, BLOCK_M, BLOCK_E, ACC)
-    dq_ptr = dqkv_ptr + batch * n_positions * 3 * n_heads * E + head * E
-    store_tile(dq_ptr, acc, rows, 3 * n_heads * E, n_positions, E, BLOCK_E)
-
-
-@triton.jit
-def attention_backward_keys(qkv_ptr, keep_ptr, table_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride, part_stride,
-                            n_positions, n_heads, n_tiles, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
-                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr,
-                            DOT: tl.constexpr, ACC: tl.constexpr):
-    """dk and dv of one block of keys: streams the queries from the first key on; the tiles are (keys, queries)."""
-    tile = tl.program_id(0) % n_tiles  # the first keys have the most queries
-    head = (tl.program_id(0) // n_tiles) % n_heads
-    batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
-    q_ptr = qkv_ptr + batch * batch_stride + head * HEAD_STRIDE
-    k_ptr, v_ptr = q_ptr + part_stride, q_ptr + 2 * part_stride
-    dout_ptr += (batch * n_positions * n_heads + head) * E
-    row_stats = (batch * n_heads + head) * n_positions
-    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    positions = key_positions(keep_ptr, batch * n_positions, cols, n_positions, MASK)
-    k = load_turned(k_ptr, table_ptr, cols, position_stride, n_positions, E, BLOCK_N, BLOCK_E, ROTARY, DOT, ACC)
-    v = load_tile(v_ptr, cols, position_stride, n_positions, E, BLOCK_E).to(DOT)
-    dk = tl.zeros((BLOCK_N, BLOCK_E), ACC)
-    dv = tl.zeros((BLOCK_N, BLOCK_E), ACC)
-    for start in tl.range(tile * BLOCK_N // BLOCK_M * BLOCK_M, n_positions, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q = load_turned(q_ptr, table_ptr, rows, position_stride, n_positions, E, BLOCK_M, BLOCK_E, ROTARY, DOT, ACC)
-        dout = load_tile(dout_ptr, rows, n_heads * E, n_positions, E, BLOCK_E)  # zero past the end: those rows add nothing
-        lse = tl.load(lse_ptr + row_stats + rows, mask=rows < n_positions, other=0.0)
-        delta = tl.load(delta_ptr + row_stats + rows, mask=rows < n_positions, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
-        weights = tl.exp2(tl.where(rows[None, :] >= positions[:, None], scores * SCALE - lse[None, :], float("-inf")))
-        dv = tl.dot(weights.to(dout.dtype).to(DOT), dout.to(DOT), dv, input_precision="ieee", out_dtype=ACC)
-        dweights = tl.dot(v, tl.trans(dout.to(DOT)), input_precision="ieee", out_dtype=ACC)
-        dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(dout.dtype).to(DOT), q, dk, input_precision="ieee", out_dtype=ACC)
-    dk *= ROOT
-    if ROTARY:
-        dk = turn(dk, table_ptr, cols, n_positions, -1, E, BLOCK_N, BLOCK_E, ACC)
-    dk_ptr = dqkv_ptr + batch * n_positions * 3 * n_heads * E + (n_heads + head) * E
-    store_tile(dk_ptr, dk, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)
-    store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)
+_WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # a word of the packed mask, by the keys in it
 
 
 def _cost(tensors: int, statistics: int, products: int, a: SimpleNamespace) -> Cost:
     """A kernel that moves so many tensors of (B, T, H, E) and statistics of (B, H, T), and makes so many causal products."""
     batch, n, _, heads, size = a.qkv_ptr.shape
-    side = (a.keep_ptr.nbytes if a.MASK else 0) + (4 * n * size if a.ROTARY else 0) + statistics * a.lse_ptr.nbytes
+    side = (a.words_ptr.nbytes if a.MASK else 0) + (4 * n * size if a.ROTARY else 0) + statistics * a.lse_ptr.nbytes
     return Cost(tensors * batch * n * heads * size * a.qkv_ptr.element_size() + side, products * batch * heads * size * n * (n + 1))
 
 
-FORWARD = Kernel("masked_attention forward", attention_forward, partial(_cost, 4, 1, 2))
+def _forward_cost(a: SimpleNamespace) -> Cost:
+    return _cost(4 + a.LEAVE_TURNED, 1, 2, a)
+
+
+def _prepare_cost(a: SimpleNamespace) -> Cost:
+    batch, n, _, heads, size = a.qkv_ptr.shape
+    numbers = batch * n * heads * size if a.ROTARY else 0  # keys, read and written
+    side = (a.keep_ptr.nbytes + a.words_ptr.nbytes if a.MASK else 0) + (4 * n * size if a.ROTARY else 0)
+    return Cost(2 * numbers * a.qkv_ptr.element_size() + side, 3 * numbers)
+
+
+PREPARE = Kernel("masked_attention prepare", attention_prepare, _prepare_cost)
+FORWARD = Kernel("masked_attention forward", attention_forward, _forward_cost)
 BACKWARD_QUERIES = Kernel("masked_attention backward, queries", attention_backward_queries, partial(_cost, 6, 2, 3))
 BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_keys, partial(_cost, 6, 2, 4))
 
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor:
+    def forward(ctx, qkv: Tensor, keep: Tensor | None, table: Tensor | None, overwrite: bool) -> Tensor:
         batch, positions, _, heads, size = qkv.shape
-        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         keep, table = (None if x is None else x.contiguous() for x in (keep, table))
+        if table is None:
+            qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        else:  # q and k are turned in place
+            qkv = qkv.contiguous() if overwrite or not qkv.is_contiguous() else qkv.clone()
+        words = _prepare(qkv, keep, table)
         out = torch.empty(batch, positions, heads, size, dtype=qkv.dtype, device=qkv.device)
         lse = torch.empty(batch, heads, positions, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
-        _launch(FORWARD, qkv, keep, table, out, lse)
-        ctx.save_for_backward(qkv, keep, table, out, lse)
+        _launch(FORWARD, qkv, words, table, out, lse, LEAVE_TURNED=table is not None and ctx.needs_input_grad[0])
+        ctx.save_for_backward(qkv, words, table, out, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
-        qkv, keep, table, out, lse = ctx.saved_tensors
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv, words, table, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         delta = torch.empty_like(lse)
-        _launch(BACKWARD_QUERIES, qkv, keep, table, out, dout, lse, delta, dqkv)
-        _launch(BACKWARD_KEYS, qkv, keep, table, dout, lse, delta, dqkv)
-        return dqkv, None, None
+        _launch(BACKWARD_QUERIES, qkv, words, table, out, dout, lse, delta, dqkv)
+        _launch(BACKWARD_KEYS, qkv, words, table, dout, lse, delta, dqkv)
+        return dqkv, None, None, None
+
+
+def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """Turn the keys of a contiguous qkv in place and pack the mask: (B, ceil(T / 64)) int64, bit s % 64 of word s // 64 is set where key s is visible."""
+    if keep is None and table is None:
+        return None
+    batch, positions, _, heads, size = qkv.shape
+    rows, cols = ATTENTION_PREPARE.block
+    words = None if keep is None else torch.empty(batch, triton.cdiv(positions, 64), dtype=torch.int64, device=qkv.device)
+    groups = triton.cdiv(positions, 64) * (64 // rows)  # all words of the mask, so that none is left unwritten
+    grid = (batch * groups, 1 if table is None else triton.cdiv(heads * size, cols))
+    if math.prod(grid):
+        PREPARE.launch(grid, (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size), E=size, ROWS=rows,
+                       COLS=cols, MASK=keep is not None, ROTARY=table is not None, ACC=accumulator(qkv.dtype), num_warps=ATTENTION_PREPARE.num_warps,
+                       num_stages=ATTENTION_PREPARE.num_stages)
+    return words
 
 
 def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
@@ -246,14 +109,18 @@ def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
     return table[_padded(size)]
 
 
-def _launch(kernel: Kernel, qkv: Tensor, keep: Tensor | None, table: Tensor | None, *more: Tensor) -> None:
+def _launch(kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | None, *more: Tensor, **constants: bool) -> None:
     """Run a kernel on all blocks of all heads of all sequences."""
     batch, positions, _, heads, size = qkv.shape
     tile = kernel_tile(kernel.function, size, qkv.dtype)
     n_tiles = triton.cdiv(positions, tile.block[0])
+    constants = {**_constants(kernel.function, size, qkv.stride(3), qkv.dtype, words, table), **constants}
+    if words is not None:
+        words = words.view(_WORDS[constants["BLOCK_N"]])
     if batch:
-        kernel.launch((batch * heads * n_tiles,), (qkv, keep, table, *more, *qkv.stride()[:3], positions, heads, n_tiles),
-                      **_constants(kernel.function, size, qkv.stride(3), qkv.dtype, keep, table), num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel.launch((batch * heads * n_tiles,),
+                      (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, 0 if words is None else words.shape[1]),
+                      **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def _padded(size: int) -> int:
@@ -270,15 +137,25 @@ def _constants(kernel: object, size: int, head_stride: int, dtype: torch.dtype, 
             "DOT": operand(dtype), "ACC": accumulator(dtype)}
 
 
-def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> Tensor:
+def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """See ops/masked_attention.py."""
-    return _MaskedAttention.apply(qkv, keep, rotary)
+    return _MaskedAttention.apply(qkv, keep, rotary, overwrite)
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None) -> str | None:
+def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
     """None if the kernels can serve this call."""
     if qkv.shape[-1] > 128:
         return f"the kernels take head sizes up to 128, got {qkv.shape[-1]}"
     if qkv.dtype == torch.float64 and qkv.device.type == "cuda":
         return "float64 is for tests in the interpreter: its tiles do not fit the registers of a GPU"
     return why_not_device(qkv)
+
+
+def moved_bytes(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> int:
+    """The tensors counted at the head of this file, one float32 a query, the mask and its bits, the rotary table."""
+    batch, positions, _, heads, size = qkv.shape
+    tensors = 4
+    if rotary is not None:
+        tensors += 2 + (torch.is_grad_enabled() and qkv.requires_grad) + (0 if overwrite else 6)
+    side = (0 if keep is None else batch * (positions + 2 * positions // 8)) + (0 if rotary is None else 4 * positions * size)
+    return (tensors * size * qkv.element_size() + 4) * batch * positions * heads + side

@@ -25,11 +25,20 @@ ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=1)
 # One program handles block[0] numbers of one tensor: 8 a thread, so 2 x 16 bytes of teacher and student and 16 of a bf16 copy.
 EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 
-# Attention, by padded head size (next power of two): (rows a program owns, rows it streams). 16-bit dtypes: 64 rows for 4 warps is the least
-# wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a head at T = 256, of 33 needed). Backward
-# holds two accumulators and three operands, so it streams 32 rows: 64 spill on sm_80. Two stages: the next tile is fetched during this one.
-ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 32), 4, 2)}
-ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 8, 2)}
+# Positions and columns of their keys that a program turns and whose mask it packs into a word: the rotary table's tile is then as many bytes as the keys'
+# (32 rows of 64 pairs' cos and sin, 8 KB, for 32 x 128 bf16), and a row of it 256 bytes; 4 warps have 8 KB in flight a program.
+ATTENTION_PREPARE = Tile((32, 128), num_warps=4, num_stages=1)
+# Attention, by padded head size (next power of two): (rows a program owns, rows it streams). Instructions below are SASS a thread and score in the
+# loop, with the causal branch, by registers a share of the warps' slots: counted for sm_80 and sm_90, benchmarks/results/attention_loops.md.
+# 16-bit dtypes: 64 rows for 4 warps is the least wgmma takes, and less is computed above the diagonal than with 128 (41 against 49 thousand scores a
+# head at T = 256, of 33 needed; 184 against 237 at T = 576, of 166), which would save 2 % of the instructions at E = 64 and 8 % at 100, and halve the
+# warps. Forward streams 64 keys: at E = 100 17.6 instructions where 32 keys take 23.7, at the same occupancy. Backward holds two accumulators and three
+# operands, so it streams 32: 64 spill in the keys' kernel on sm_80; in the queries' they save 17 % on sm_90 and nothing on sm_80, where they take all
+# 255 registers. Four warps at every size: eight would share 64 rows, and do 33 and 43 instructions a score at E = 100 for 19 and 21.
+# Two stages: the next tile is fetched during this one. E = 100 loads 8 bytes a thread (rows start at multiples of 8): 16 of the forward's 564
+# instructions, of which padding in memory would save half, for two more passes over k and v.
+ATTENTION_FORWARD = {16: Tile((64, 64), 4, 2), 32: Tile((64, 64), 4, 2), 64: Tile((64, 64), 4, 2), 128: Tile((64, 64), 4, 2)}
+ATTENTION_BACKWARD = {16: Tile((64, 32), 4, 2), 32: Tile((64, 32), 4, 2), 64: Tile((64, 32), 4, 2), 128: Tile((64, 32), 4, 2)}
 # float32 multiplies without tensor cores (full products), float64 in the interpreter only: small tiles keep the operands in registers.
 ATTENTION_FORWARD_FULL_PRECISION = {16: Tile((32, 32), 4, 1), 32: Tile((32, 32), 4, 1), 64: Tile((32, 32), 4, 1), 128: Tile((32, 16), 8, 1)}
 ATTENTION_BACKWARD_FULL_PRECISION = {16: Tile((32, 16), 4, 1), 32: Tile((32, 16), 4, 1), 64: Tile((32, 16), 4, 1), 128: Tile((16, 16), 8, 1)}
@@ -42,9 +51,17 @@ DECODE_ATTENTION = {16: Tile((64,), 4, 1), 32: Tile((64,), 4, 1), 64: Tile((64,)
 FEATURE_DISTANCE = Tile((8, 1024), num_warps=16, num_stages=1)
 # Numbers a program: 16 a thread, two 16-byte accesses of bf16.
 FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
-# Logits of one chunk of rows: 1024 x 16384 in bf16. They stay in the L2 cache (40 MB A100, 50 MB H100 and H200, 126 MB B200) between the product
-# that makes them, the kernel that overwrites them and the two products that read their gradient; still tall enough for full-speed products.
-LOGITS_CHUNK_BYTES = 2**25
+# Most logits of one chunk of rows, in bytes: 3968 x 16384 in bf16 (16384 rows: five chunks of 3328 or less). A chunk moves, with n rows, V codes and
+# width D, the weight twice and the float32 sum in and out: 12 V D bytes; and its logits five times: 10 n V. Weight and sum alone, 75 MB (B) to 315 MB (3B),
+# exceed every L2 cache (40 MB A100, 50 MB H100, 126 MB B200) and stream through it while the logits are read, so a chunk sized for the cache (1024
+# rows, as it was) finds little there and pays 12 V D often: counted without any hit, a call at 16384 rows moves
+#                 B      L      XL     XXL     3B   GB
+#     1024 rows   5.1    5.9    6.7    7.5    12.7
+#     2048 rows   3.9    4.3    4.7    5.1     7.7
+#     3328 rows   3.4    3.7    3.9    4.2     5.8
+# and the product that accumulates, 2 n V D FLOPs on 8 V D + 2 n V bytes, meets 192 FLOPs a byte at B with 1024 rows, below the 295 where an H100 turns
+# from bytes to arithmetic (A100 156, B200 281); 3328 rows meet 399 at B and more elsewhere. More rows would break the op's promise of 134 MB.
+LOGITS_CHUNK_BYTES = 31 * 2**22
 # A row of up to block[0] codes is held in registers and read once: 16 float32 a thread at 32 warps is what 64 registers hold (32768 columns spill).
 # A longer one is read twice, block[1] codes at a time. block[2]: columns a thread below the most warps.
 CROSS_ENTROPY_ROWS = Tile((16384, 8192, 16), num_warps=32, num_stages=1)

@@ -53,8 +53,8 @@ FEATURE_DISTANCE = Tile((8, 1024), num_warps=16, num_stages=1)
 FEATURE_DISTANCE_SCALE = Tile((2048,), num_warps=4, num_stages=1)
 # Most logits of one chunk of rows, in bytes: 3968 x 16384 in bf16 (16384 rows: five chunks of 3328 or less). A chunk moves, with n rows, V codes and
 # width D, the weight twice and the float32 sum in and out: 12 V D bytes; and its logits five times: 10 n V. Weight and sum alone, 75 MB (B) to 315 MB (3B),
-# exceed every L2 cache (40 MB A100, 50 MB H100, 126 MB B200) and stream through it while the logits are read, so a chunk sized for the cache (1024
-# rows, as it was) finds little there and pays 12 V D often: counted without any hit, a call at 16384 rows moves
+# exceed the L2 cache of an A100 (40 MB) and an H100 (50 MB), from L on a B200's too (126 MB), and stream through it while the logits are read, so a chunk
+# sized for the cache (1024 rows, as it was) finds little there and pays 12 V D often: counted without any hit, a call at 16384 rows moves
 #                 B      L      XL     XXL     3B   GB
 #     1024 rows   5.1    5.9    6.7    7.5    12.7
 #     2048 rows   3.9    4.3    4.7    5.1     7.7

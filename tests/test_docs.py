@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from tests.evaluation.test_evaluate import FewFeatures, pictures, write_adm_refe
 from tests.evaluation.test_evaluate import few_features as few_features  # a fixture
 from tests.generation.small_model import save_small_model
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 RUNS = {"probe": (probe, "run_probe"), "attention": (attention, "run_attention"), "stability": (stability, "run_stability"),
         "figure6": (figure6, "run_figure6"), "evaluate": (evaluate, "run_evaluate")}
 SMALLER = {  # what a model of two blocks, 16 codes an image and three classes has in place of ImageNet's
@@ -37,7 +39,7 @@ def lines_of(name: str) -> list[str]:
     assert not re.search(r"^    (star-fast|torchrun)", text, re.MULTILINE), f"{name}: a command outside a bash block"
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     inline = re.findall(r"`((?:star-fast \S+|torchrun [^`]*star-fast \S+) --[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()] + inline
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if not line.startswith("scripts/")] + inline
 
 
 UNDERSTANDING, EVALUATION = lines_of("understanding.md"), lines_of("evaluation.md")
@@ -57,6 +59,17 @@ def test_the_pages_show_every_command_that_they_are_about() -> None:
     assert {words_of(line)[0] for line in EVALUATION} == {"evaluate"}
     assert len(UNDERSTANDING) > 9 and len(EVALUATION) > 4
     assert all(any(part in line for line in UNDERSTANDING + EVALUATION) for part in SMALLER)
+
+
+def test_the_small_study_has_the_parts_that_are_shown() -> None:
+    """The study itself takes hours; its committed rows are there for every run of its core."""
+    lines = re.findall(r"^scripts/small_study\.sh *([a-z ]*)", (DOCS / "understanding.md").read_text(), re.MULTILINE)
+    source = (ROOT / "benchmarks/small_study.py").read_text()
+    groups = re.search(r"^GROUPS = {(.*)}", source, re.MULTILINE)[1]
+    assert len(lines) == 2 and all(f'"{group}"' in groups for line in lines for group in line.split())
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/small_study.jsonl").read_text().splitlines()]
+    core = re.findall(r'"([^"]+)": Variant', source[source.index("CORE"):source.index("_NO_MASK")])
+    assert len(core) == 6 and {(row["name"], row["seed"]) for row in rows} >= {(name, seed) for name in core for seed in range(3)}
 
 
 @pytest.mark.parametrize("line", [line for line in UNDERSTANDING + EVALUATION if " demo " not in line])

@@ -46,7 +46,7 @@ def _protocol(figures: dict[str, Any]) -> Section:
             for what, settings in figures["protocol"].items()]
     section.add(page.text("Compare figures with those of a report whose protocol is this one; --against names every condition in which two reports differ. "
                           "The classifier and its Fréchet distance are made for this dataset: FID, sFID, Inception Score, precision and recall as the "
-                          "literature reports them come from `star-fast evaluate`."),
+                          "literature reports them come from star-fast evaluate."),
                 page.table(("", ""), rows, css_class="values"))
     return section
 
@@ -67,4 +67,4 @@ def _cost(figures: dict[str, Any]) -> Section:
 
 
 def _plain(value: Any) -> str:
-    return number(value) if isinstance(value, int) and not isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -26,7 +26,7 @@ import torch
 from benchmarks import timing
 
 # Each module has measure(device, quick, ceilings) -> rows with at least name, backend, median_ms, spread, ratio, share.
-SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op"}
+SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op", "python-cost": "benchmarks.python_cost"}
 RESULTS = Path(__file__).resolve().parent / "results"
 CAPTION = "ratio: naive time over this one's (above 1 is faster); share: of what the measured ceilings allow (caches can lift it above 100 %)"
 

@@ -55,6 +55,7 @@ class Row(NamedTuple):
     share: float | None
     megabytes: float = 0.0
     gigaflops: float = 0.0
+    how: str = ""  # on CUDA: a graph's replay, or why not
     error: str = ""  # why there is no figure; the run goes on and exits with 1
 
 
@@ -93,7 +94,7 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
     first = next(iter(v for v in _tensors(call) if v.is_floating_point()))
     least_ms = ceilings.least_ms(bytes_moved, flops, first.dtype)
     return failed + [Row(name, backend, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms, least_ms / found.median_ms,
-                         bytes_moved / 1e6, flops / 1e9) for backend, found in times.items()]
+                         bytes_moved / 1e6, flops / 1e9, found.how) for backend, found in times.items()]
 
 
 def _tensors(call: dict[str, Any]) -> list[Tensor]:

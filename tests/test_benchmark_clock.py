@@ -59,7 +59,7 @@ print(json.dumps({"how": {name: row.how for name, row in found.items()}, "repeat
 OPS = FEW_TURNS + """
 from benchmarks import ops
 from importlib import import_module
-rows = []
+rows, ops.baselines.beside = [], lambda op, call: ()  # which compile
 with CudaDouble():
     for subject in ops.SUBJECTS:
         call = import_module(f"star_fast.ops.{subject.file}").inputs("unit", torch.float32, "cuda")
@@ -73,6 +73,28 @@ sampling.IMAGES, sampling.SIZES = 2, {"B": (2, 2, 64)}
 with CudaDouble(), dispatch.use_backend("reference"):
     ms, how = sampling.step_times(sampling.Steps(sampling.gpt("B", torch.float32, "cuda"), {"plain": ("plain", None)}), "cuda", True)
 print(json.dumps({"ms": ms, "how": how}))
+"""
+
+BASELINES = """
+from importlib import import_module
+from unittest import mock
+from torch.nn.attention import SDPBackend
+from benchmarks import baselines
+from star_fast.ops.masked_attention import inputs
+
+def told(op, call):
+    return {name: found if isinstance(found, str) else "runs" for name, found in baselines.beside(op, call)}
+
+call = inputs("unit", torch.float32)
+found = {"no GPU": told("masked_attention_qkv", call)}
+with (mock.patch.object(torch.cuda, "is_available", lambda: True), mock.patch.object(torch, "compile", lambda function, **_: function),
+      mock.patch.object(baselines, "_CUDNN", SDPBackend.MATH)):
+    found["masks"] = told("masked_attention_qkv", call)
+    with mock.patch.object(baselines.importlib.util, "find_spec", lambda name: None):
+        found["swiglu"] = told("swiglu", import_module("star_fast.ops.swiglu").inputs("unit", torch.float32))
+    with mock.patch.object(baselines, "visible_pairs", lambda keep: torch.ones(keep.shape[1], keep.shape[1], dtype=torch.bool).tril()[None]):
+        found["wrong mask"] = told("masked_attention_qkv", call)
+print(json.dumps(found))
 """
 
 
@@ -111,3 +133,11 @@ def test_a_decoding_step_is_timed_as_a_replay() -> None:
     found = run(DECODING)
     assert found["how"]["plain"] == "replay of a CUDA graph"
     assert set(found["ms"]) == {"LlamaGen style", "its products", "our products", "plain"} and min(found["ms"].values()) > 0
+
+
+def test_baselines_compute_the_same_or_say_why_they_are_left_out() -> None:
+    found = run(BASELINES)
+    assert found["no GPU"] == dict.fromkeys(("compiled naive", "FlexAttention", "cuDNN SDPA"), "skipped: needs a CUDA device")
+    assert found["masks"] == dict.fromkeys(found["no GPU"], "runs")
+    assert found["wrong mask"]["FlexAttention"] == "runs" and "away from the naive one" in found["wrong mask"]["cuDNN SDPA"]
+    assert found["swiglu"] == {"compiled naive": "runs", "Liger": "skipped: liger-kernel is not installed"}

@@ -32,21 +32,23 @@ class NotHere(Exception):
     """Why a baseline has no figures."""
 
 
-def beside(op: str, call: dict[str, Any]) -> Iterator[tuple[str, Function | str]]:
-    """The baselines of an op for this call: (name, function of the op's arguments), or (name, why there is none)."""
+def beside(op: str, call: dict[str, Any], runner: Callable[[Function], Callable[[], object]]) -> Iterator[tuple[str, Callable[[], object] | str]]:
+    """The baselines of an op for this call: (name, what `runner` makes of its function, run once), or (name, why there is none)."""
     for name, make in {"compiled naive": compiled_naive, **_OF_OP.get(op, {})}.items():
         try:
             if not torch.cuda.is_available():
                 raise NotHere("needs a CUDA device")
             function = make(op, call)
             _check_agreement(getattr(naive, op), function, call)
+            run = runner(function)
+            run()  # its backward may be what it lacks
         except NotHere as error:
             yield name, f"skipped: {error}"
         except Exception as error:  # a baseline that breaks must not cost the other figures
             first = str(error).strip().splitlines() or [""]
             yield name, f"skipped: {type(error).__name__}: {first[0]}"
         else:
-            yield name, function
+            yield name, run
 
 
 def _check_agreement(plain: Function, function: Function, call: dict[str, Any]) -> None:

@@ -91,11 +91,11 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
             failed.append(Row(name, backend, None, None, None, None, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
             continue
         candidates[backend] = runner
-    for baseline, found in baselines.beside(subject.function, call):
+    for baseline, found in baselines.beside(subject.function, call, lambda function: _runner(function, call, gradients)):
         if isinstance(found, str):
             failed.append(Row(name, baseline, None, None, None, None, how=found))
         else:
-            candidates[baseline] = _runner(found, call, gradients)
+            candidates[baseline] = found
     times = timing.compare(candidates, device, seconds=0.3 if quick else 2.0, repeats=(5, 50))
     costs = [module.cost(call), *([module.cost(call, backward=True)] if gradients else [])]
     bytes_moved, flops = sum(cost.bytes_moved for cost in costs), sum(cost.flops for cost in costs)

@@ -59,7 +59,7 @@ print(json.dumps({"how": {name: row.how for name, row in found.items()}, "repeat
 OPS = FEW_TURNS + """
 from benchmarks import ops
 from importlib import import_module
-rows, ops.baselines.beside = [], lambda op, call: ()  # which compile
+rows, ops.baselines.beside = [], lambda *_: ()  # which compile
 with CudaDouble():
     for subject in ops.SUBJECTS:
         call = import_module(f"star_fast.ops.{subject.file}").inputs("unit", torch.float32, "cuda")
@@ -83,7 +83,8 @@ from benchmarks import baselines
 from star_fast.ops.masked_attention import inputs
 
 def told(op, call):
-    return {name: found if isinstance(found, str) else "runs" for name, found in baselines.beside(op, call)}
+    runner = lambda function: lambda: function(**call)
+    return {name: found if isinstance(found, str) else "runs" for name, found in baselines.beside(op, call, runner)}
 
 call = inputs("unit", torch.float32)
 found = {"no GPU": told("masked_attention_qkv", call)}

@@ -1,4 +1,7 @@
-"""Every op on every backend that runs here, against its naive composition: time, bytes, FLOPs, share of this machine's ceilings; peak memory."""
+"""Every op on every backend that runs here, beside its naive composition and what others offer (baselines.py).
+
+Time, bytes, FLOPs, share of this machine's ceilings; peak memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import naive, timing
+from benchmarks import baselines, naive, timing
 from star_fast.ops import dispatch
 
 
@@ -55,6 +58,7 @@ class Row(NamedTuple):
     share: float | None
     megabytes: float = 0.0
     gigaflops: float = 0.0
+    how: str = ""  # on CUDA: a graph's replay, or why not; why a baseline has no figures
     error: str = ""  # why there is no figure; the run goes on and exits with 1
 
 
@@ -87,13 +91,18 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
             failed.append(Row(name, backend, None, None, None, None, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
             continue
         candidates[backend] = runner
+    for baseline, found in baselines.beside(subject.function, call, lambda function: _runner(function, call, gradients)):
+        if isinstance(found, str):
+            failed.append(Row(name, baseline, None, None, None, None, how=found))
+        else:
+            candidates[baseline] = found
     times = timing.compare(candidates, device, seconds=0.3 if quick else 2.0, repeats=(5, 50))
     costs = [module.cost(call), *([module.cost(call, backward=True)] if gradients else [])]
     bytes_moved, flops = sum(cost.bytes_moved for cost in costs), sum(cost.flops for cost in costs)
     first = next(iter(v for v in _tensors(call) if v.is_floating_point()))
     least_ms = ceilings.least_ms(bytes_moved, flops, first.dtype)
     return failed + [Row(name, backend, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms, least_ms / found.median_ms,
-                         bytes_moved / 1e6, flops / 1e9) for backend, found in times.items()]
+                         bytes_moved / 1e6, flops / 1e9, found.how) for backend, found in times.items()]
 
 
 def _tensors(call: dict[str, Any]) -> list[Tensor]:

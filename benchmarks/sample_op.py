@@ -56,7 +56,7 @@ def measure(device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
         moved = cost({"logits": logits, **given})
         least_ms = ceilings.least_ms(*moved, dtype)
         rows += [Row(f"sample_tokens {ROWS} x {VOCAB} float32, {name}", who, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms,
-                     least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9) for who, found in times.items()]
+                     least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9, found.how) for who, found in times.items()]
     return rows
 
 

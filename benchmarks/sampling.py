@@ -70,7 +70,7 @@ class Steps:
                      for width in (model.config.width, model.config.feed_forward)}
 
     @torch.no_grad()
-    def ours(self, name: str, position: int) -> None:
+    def ours(self, name: str, position: int | Tensor) -> None:
         """Embed, decode, combine, draw."""
         decoder = self.decoders[name]
         logits = decoder.logits(decoder.embed_tokens(self.tokens, True), position, SAMPLING.guidance)
@@ -94,17 +94,20 @@ class Steps:
         F.linear(narrow[:head_rows], self.model.output.weight)
 
 
-def step_times(steps: Steps, device: str, quick: bool) -> dict[str, float]:
-    """Milliseconds of a step by candidate: medians at each of some positions, averaged over the positions of an image."""
+def step_times(steps: Steps, device: str, quick: bool) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of a step by candidate: medians at each of some positions, averaged over the positions of an image; and on CUDA how each was timed."""
     positions = range(16, 256, 64) if quick else range(4, 256, 8)
     sums: dict[str, float] = {}
+    how: dict[str, str] = {}
     for position in positions:
+        at = torch.tensor(position, device=device) if device == "cuda" else position  # where the decoder's own graph has it
         candidates: dict[str, Any] = {"LlamaGen style": lambda p=position: steps.llamagen_style(p), "its products": lambda: steps.products(2 * IMAGES),
                                       "our products": lambda: steps.products(IMAGES)}
-        candidates |= {name: lambda p=position, name=name: steps.ours(name, p) for name in steps.decoders}
+        candidates |= {name: lambda p=at, name=name: steps.ours(name, p) for name in steps.decoders}
         for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3 if quick else 7, 7)).items():
             sums[name] = sums.get(name, 0.0) + found.median_ms / len(positions)
-    return sums
+            how[name] = found.how
+    return sums, how
 
 
 def end_to_end(steps: Steps, device: str) -> dict[str, float]:
@@ -113,7 +116,7 @@ def end_to_end(steps: Steps, device: str) -> dict[str, float]:
     settings = {"guidance": SAMPLING.guidance, "top_k": SAMPLING.top_k}
     candidates: dict[str, Any] = {"LlamaGen style": lambda: steps.baseline.generate(label, SAMPLING.guidance, 1.0, SAMPLING.top_k)}
     candidates |= {name: lambda d=decoder: d.generate(label, **settings) for name, decoder in steps.decoders.items()}
-    return {name: 1e3 * IMAGES / found.median_ms for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3, 3)).items()}
+    return {name: 1e3 * IMAGES / found.median_ms for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3, 3), replay=False).items()}
 
 
 def breakdown(steps: Steps, device: str, top: int = 9) -> list[tuple[str, float]]:
@@ -215,9 +218,10 @@ def measure(device: str, quick: bool) -> dict[str, Any]:
     """All of it."""
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
     steps = Steps(gpt("B", torch.bfloat16, device), options)
+    step_ms, how = step_times(steps, device, quick)
     launches = step_launches(ModelConfig(blocks=36, heads=20, width=1280, vocab=16384, positions=256, num_classes=1000))
     return {
-        "environment": timing.environment(device), "quick": quick, "step_ms": step_times(steps, device, quick),
+        "environment": timing.environment(device), "quick": quick, "step_ms": step_ms, "how": how,
         "images_per_s": {} if quick else end_to_end(steps, device), "breakdown": breakdown(steps, device), "errors": option_errors(options, device, quick),
         "batch_1_against_64": batch_dependence(quick), "streaming_memory": streaming_memory(quick),
         "launches_xl": {"per_block": launches.per_block, "outside": launches.outside, "total": launches.total, "by_kernel": launches.by_kernel},
@@ -240,6 +244,9 @@ def text(found: dict[str, Any]) -> str:
         base_per_s = rate.get("LlamaGen style", 1e3 * IMAGES / (256 * step["LlamaGen style"]))
         error = f"{found['errors'][name]:.2%}" if name in found["errors"] else ""
         lines.append(f"| {name} | {ms:.1f} | {per_s:.2f} | {per_s / base_per_s:.2f} | {ms / products:.2f} | {error} |")
+    for name, clock in found["how"].items():
+        if clock and clock != timing.REPLAYED:
+            lines += ["", f"{name}: {clock}."]
     lines += ["", f"Products alone: {step['our products']:.1f} ms a step (blocks on {2 * IMAGES} rows, output matrix on {IMAGES}); the baseline's "
               f"{step['its products']:.1f} ms (output matrix on {2 * IMAGES}). Images/s of {'whole batches' if rate else 'single steps over positions'}.",
               "Errors: relative, against the float32 model; bf16 rounding itself is the row \"plain\".", "", "Where our step's time goes:", ""]

@@ -26,7 +26,7 @@ import torch
 from benchmarks import timing
 
 # Each module has measure(device, quick, ceilings) -> rows with at least name, backend, median_ms, spread, ratio, share.
-SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op"}
+SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op", "python-cost": "benchmarks.python_cost"}
 RESULTS = Path(__file__).resolve().parent / "results"
 CAPTION = "ratio: naive time over this one's (above 1 is faster); share: of what the measured ceilings allow (caches can lift it above 100 %)"
 
@@ -36,7 +36,7 @@ def show(subject: str, rows: list[dict[str, Any]]) -> None:
     cells = [[row["name"], row["backend"], "" if row["median_ms"] is None else f"{row['median_ms']:.3f}",
               "" if row["spread"] is None else f"{row['spread']:.0%}",
               row.get("error") or ("" if row["ratio"] is None else f"{row['ratio']:.2f}"),
-              "" if row["share"] is None else f"{row['share']:.1%}"] for row in rows]
+              "" if row["share"] is None else f"{row['share']:.1%}", "" if row["how"] == timing.REPLAYED else row["how"]] for row in rows]
     try:
         from rich.console import Console
         from rich.table import Table
@@ -44,8 +44,8 @@ def show(subject: str, rows: list[dict[str, Any]]) -> None:
         print("\n".join([subject, *("  ".join(row) for row in cells), CAPTION]))
         return
     table = Table(title=subject, caption=CAPTION)
-    for heading in ("what", "backend", "median ms", "spread", "ratio", "share"):
-        table.add_column(heading, justify="left" if heading in ("what", "backend") else "right", overflow="fold")
+    for heading in ("what", "backend", "median ms", "spread", "ratio", "share", "unless a graph's replay"):
+        table.add_column(heading, justify="right" if heading in ("median ms", "spread", "ratio", "share") else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
     console = Console()

@@ -1,7 +1,9 @@
 """The only clock: how long a call takes, and what the machine's memory and arithmetic can do, measured the same way.
 
 Candidates of one comparison take turns, call by call, so that a disturbance of the machine meets them alike. CPU calls are timed by
-perf_counter with warm caches; CUDA calls by a pair of events, with the L2 cache overwritten before each call.
+perf_counter with warm caches. CUDA calls are captured once and timed as replays of a CUDA graph, since the Python of one call takes longer than most
+kernels; by a pair of events, with the L2 cache overwritten before each. A call that waits for the device cannot be captured: it is launched from
+Python, and its Timing says so.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 _FLUSH_BYTES = 2**28  # larger than any L2 cache
+REPLAYED = "replay of a CUDA graph"
 
 
 class Timing(NamedTuple):
@@ -25,6 +28,7 @@ class Timing(NamedTuple):
     median_ms: float
     spread: float
     repeats: int
+    how: str = ""  # on CUDA: REPLAYED, or why the call was launched from Python instead
 
 
 class Metered:
@@ -65,9 +69,17 @@ class Spent(NamedTuple):
     cpu_s: float  # of all its threads: what it would take of one core that others leave alone
 
 
-def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: float = 2.0, repeats: tuple[int, int] = (5, 100)) -> dict[str, Timing]:
-    """Times of all candidates: one warm-up turn, then turns until `seconds` a candidate are spent, between repeats[0] and repeats[1] of them."""
+def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: float = 2.0, repeats: tuple[int, int] = (5, 100), *,
+            replay: bool = True) -> dict[str, Timing]:
+    """Times of all candidates: one warm-up turn, then turns until `seconds` a candidate are spent, between repeats[0] and repeats[1] of them.
+
+    `replay` False launches every call from Python on CUDA too: for whole loops that make graphs of their own.
+    """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
+    how = dict.fromkeys(candidates, "")
+    if device == "cuda":
+        turns = {name: replayed(call) if replay else (call, "launched from Python") for name, call in candidates.items()}
+        candidates, how = ({name: turn[i] for name, turn in turns.items()} for i in (0, 1))
     for call in candidates.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -77,13 +89,44 @@ def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: f
             break
         for name, call in candidates.items():
             times[name].append(clock(call))
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: _timing(values, how[name]) for name, values in times.items()}
 
 
-def _timing(times_ms: list[float]) -> Timing:
+def _timing(times_ms: list[float], how: str) -> Timing:
     median = statistics.median(times_ms)
     lower, _, upper = statistics.quantiles(times_ms, n=4)
-    return Timing(median, (upper - lower) / median, len(times_ms))
+    return Timing(median, (upper - lower) / median, len(times_ms), how)
+
+
+def replayed(call: Callable[[], object]) -> tuple[Callable[[], object], str]:
+    """(replay of a CUDA graph of `call`, REPLAYED); (`call` itself, the reason) where it cannot be captured.
+
+    The call must do the same each time, on the current device. Whether it waits for the device is tried before, outside a capture: one that fails half-way
+    leaves torch's allocator unusable.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with torch.cuda.stream(aside):  # the capture's: autograd remembers where a leaf was first used, and the default stream cannot be captured
+            call()  # compiles kernels, fills tables
+            torch.cuda.set_sync_debug_mode("error")
+            call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return call, "launched from Python: it waits for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=aside):
+            call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return call, f"launched from Python: {str(error).splitlines()[0]}"
+    return graph.replay, REPLAYED
 
 
 def _cpu_ms(call: Callable[[], object]) -> float:

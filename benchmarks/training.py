@@ -2,8 +2,9 @@
 
     python benchmarks/training.py [--quick] [--profile] [--save] [--json FILE]
 
-Preset B, 4 images x 2 views (plain training: the same 8 sequences), bf16, dropout 0.1. Each candidate lives in a process of its own; they take turns step by
-step; medians. Memory is a process's peak from before the model is built; "above state" leaves out weights, gradients' masters, optimizer and teacher.
+Preset B, 4 images x 2 views, 32 on a GPU (plain training: the same sequences), bf16, dropout 0.1. Each candidate lives in a process of its own; they take
+turns step by step; medians. Memory is a process's peak from before the model is built; "above state" leaves out weights, gradients' masters, optimizer and
+teacher.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from star_fast.presets import plain, preset
 from star_fast.training.batches import MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-IMAGES, VIEWS = 4, 2
+IMAGES, VIEWS = 32 if torch.cuda.is_available() else 4, 2
 OURS, COMPOSED, OURS_PLAIN, LLAMAGEN = "star_fast, ST-AR", "plain PyTorch, ST-AR", "star_fast, plain", "LlamaGen's way, plain"
 KEPT = "plain PyTorch, ST-AR, freed memory kept"  # on the CPU, with star_fast's setting of the C library's allocator: what is left is ours
 CANDIDATES = (OURS, COMPOSED, KEPT, OURS_PLAIN, LLAMAGEN)
@@ -180,6 +181,11 @@ def model_flops(config: RunConfig) -> tuple[float, float]:
     return 3 * (forward + 2.0 * rows * model.width * model.vocab), forward if config.method.has_teacher else 0.0
 
 
+def bf16_peak(device_name: str) -> float | None:
+    """FLOP/s of the data sheet for a GPU as torch names it; None for one that devices.py does not know."""
+    return next((known.bf16_flops_per_s for known in DEVICES if known.name in device_name), None)
+
+
 def measure(names: list[str], repeats: int, threads: int, with_profile: bool) -> dict[str, Any]:
     """Times in ms, peak and state bytes, first losses, the teacher's forward, and a profile of each candidate."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
@@ -224,12 +230,13 @@ def text(found: dict[str, Any]) -> str:
     lines = ["# A training step", "", where + (" (quick: not to publish)" if found["quick"] else ""), "",
              f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own take turns; medians of "
              f"{found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to {found['apart']:.0e}).", "",
-             "| | ms a step | spread | peak GiB | above state GiB | share of the product ceiling |", "|---|---|---|---|---|---|"]
+             "| | ms a step | images/s | spread | peak GiB | above state GiB | share of the product ceiling | MFU |", "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         student, teacher = model_flops(run_config(name in (OURS, COMPOSED, KEPT)))
-        share = (student + teacher) / (1e6 * row["median_ms"]) / found["bf16_gflop_per_s"]
-        lines.append(f"| {name} | {row['median_ms']:.0f} | {row['spread']:.0%} | {row['peak_bytes'] / gib:.2f} | "
-                     f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {share:.0%} |")
+        rate = 1e3 * (student + teacher) / row["median_ms"]
+        mfu = "" if found["bf16_peak"] is None else f"{rate / found['bf16_peak']:.1%}"
+        lines.append(f"| {name} | {row['median_ms']:.0f} | {1e3 * IMAGES / row['median_ms']:.1f} | {row['spread']:.0%} | {row['peak_bytes'] / gib:.2f} | "
+                     f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {rate / 1e9 / found['bf16_gflop_per_s']:.0%} | {mfu} |")
     lines.append("")
     for mine, base in ((OURS, COMPOSED), (OURS, KEPT), (OURS_PLAIN, LLAMAGEN)):
         if mine in rows and base in rows:
@@ -242,8 +249,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"- ST-AR costs {a['median_ms'] / b['median_ms'] - 1:+.0%} over plain training at equal views; the teacher's forward alone is "
                      f"{a['teacher_ms'] / b['median_ms']:+.0%} ({a['teacher_ms']:.0f} ms).")
     lines.append(f"- Product ceiling of this machine in this run: {found['bf16_gflop_per_s']:.0f} GFLOP/s in bf16 (2048 cubed).")
-    if found["mfu"] is not None:
-        lines.append(f"- MFU: {found['mfu']:.1%} of the data sheet's dense bf16 peak.")
+    if found["bf16_peak"] is not None:
+        lines.append(f"- MFU: products of student and teacher over the data sheet's dense bf16 peak, {found['bf16_peak'] / 1e12:.0f} TFLOP/s.")
     for name, row in rows.items():
         if "profile" in row:
             lines += ["", f"One step of {name}, by torch's profiler:", "", "| operator | ms | share | calls |", "|---|---|---|---|"]
@@ -260,7 +267,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=9, help="steps of each candidate")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", type=int, nargs="*", default=list(range(len(CANDIDATES))), help="numbers of the candidates, from 0")
+    everywhere = [number for number, name in enumerate(CANDIDATES) if name != KEPT or not torch.cuda.is_available()]
+    parser.add_argument("--only", type=int, nargs="*", default=everywhere, help="numbers of the candidates, from 0")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -275,13 +283,9 @@ def main() -> None:
     if not apart < 1e-4:
         sys.exit(f"the candidates do not compute the same: losses are {apart:.1e} apart")
     candidates = measure([CANDIDATES[index] for index in arguments.only], repeats, arguments.threads, arguments.profile)
-    mfu = None
-    if device == "cuda" and OURS in candidates:
-        name = torch.cuda.get_device_name()
-        peak = next((known.bf16_flops_per_s for known in DEVICES if known.name in name), None)
-        mfu = None if peak is None else sum(model_flops(run_config(True))) / (candidates[OURS]["median_ms"] / 1e3) / peak
-    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "apart": apart, "mfu": mfu,
-             "candidates": candidates}
+    peak = bf16_peak(torch.cuda.get_device_name()) if device == "cuda" else None
+    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "apart": apart,
+             "bf16_peak": peak, "candidates": candidates}
     print(text(found))
     if arguments.save:
         (RESULTS / "training.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -58,6 +58,12 @@ class DeviceTensor(torch.Tensor):
     def record_stream(self, stream: Stream) -> None:
         self.memory.record(stream)
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         raise RuntimeError(f"{func} on a tensor of the CUDA double outside its block")
@@ -68,7 +74,7 @@ class CudaDouble(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.current, self.capturing, self.target = 0, None, None
+        self.current, self.capturing, self.target, self.sync_debug = 0, None, None, 0
         self.host: Clock = {HOST: 0}
         self.streams: list[Stream] = []
         self.faults: list[str] = []
@@ -112,15 +118,24 @@ class CudaDouble(TorchDispatchMode):
             if stream.device == self.device(device):
                 join(self.host, stream.clock)
 
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.sync_debug = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+
     def not_in_capture(self, what: str) -> None:
         if self.capturing is not None:
             raise CaptureBroken(f"{what}: the host waits for the device during a capture")
 
+    def waits(self, what: str) -> None:
+        """An operator that makes the host wait: not in a capture, nor where torch's debug mode forbids it (which does not see an explicit synchronize)."""
+        self.not_in_capture(what)
+        if self.sync_debug == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
     @contextlib.contextmanager
-    def graph(self, graph: Graph, pool: Any = None) -> Iterator[None]:
+    def graph(self, graph: Graph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
         self.synchronize()
         graph.device = self.device()
-        with self.stream(self.Stream(graph.device)):
+        with self.stream(stream or self.Stream(graph.device)):
             self.capturing = graph
             try:
                 yield
@@ -179,7 +194,7 @@ class CudaDouble(TorchDispatchMode):
         result = run(*inner_args, **inner_kwargs)
         by_inner, by_storage = {id(x.inner): x for x in on_device}, {x.inner.untyped_storage()._cdata: x.memory for x in on_device}
         if any(isinstance(x, (bool, int, float)) for x in tree_flatten(result)[0]):
-            self.not_in_capture(str(func))
+            self.waits(str(func))
             join(self.host, self.current_stream(device).clock)
             self.access(on_device, set(), device, str(func))
             return result
@@ -240,7 +255,7 @@ class CudaDouble(TorchDispatchMode):
 
     def upload(self, x: Tensor, device: torch.device) -> DeviceTensor:
         """A copy of a host tensor on a device."""
-        self.not_in_capture("a copy from the host")
+        self.waits("a copy from the host")
         self.read_by_host(x, "a copy to the device")
         with self.plainly():
             made = self.place(x.detach().clone(memory_format=torch.preserve_format), device)
@@ -264,9 +279,9 @@ class CudaDouble(TorchDispatchMode):
 
     def to_host(self, func: Any, args: tuple, inner_args: tuple, inner_kwargs: dict, on_device: list[DeviceTensor], plain: list[Tensor]) -> Any:
         """A copy to host memory: the host waits for the stream, unless it said non_blocking."""
-        self.not_in_capture(str(func))
         device = on_device[0].device
         waits = not (inner_kwargs.get("non_blocking") or (len(inner_args) > 2 and inner_args[2] is True))
+        (self.waits if waits else self.not_in_capture)(str(func))
         self.access(on_device, set(), device, str(func))
         result = func(*inner_args, **inner_kwargs)
         if waits:
@@ -301,7 +316,8 @@ class CudaDouble(TorchDispatchMode):
             "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: DEVICES, "current_device": lambda: self.current,
             "set_device": lambda device: setattr(self, "current", self.device(device).index), "device": self.on, "stream": self.stream, "Stream": self.Stream,
             "Event": self.Event, "CUDAGraph": self.Graph, "graph": self.graph, "graph_pool_handle": object, "current_stream": self.current_stream,
-            "synchronize": self.synchronize, "is_current_stream_capturing": lambda: self.capturing is not None,
+            "synchronize": self.synchronize, "set_sync_debug_mode": self.set_sync_debug_mode, "get_sync_debug_mode": lambda: self.sync_debug,
+            "is_current_stream_capturing": lambda: self.capturing is not None,
             "get_device_capability": lambda device=None: (9, 0),
         }.items():
             patch(mock.patch.object(torch.cuda, attribute, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,17 @@ class Event:
 
     double: CudaDouble
 
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.enable_timing, self.time_s = enable_timing, None
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from one record to the other; raises as torch does where one was not to keep time, or is not over."""
+        if not (self.enable_timing and end.enable_timing) or self.time_s is None or end.time_s is None:
+            raise ValueError("both events must be made with enable_timing and be recorded before the time between them is asked for")
+        return 1e3 * (end.time_s - self.time_s)
+
     def record(self, stream: Stream | None = None) -> None:
+        self.time_s = perf_counter()
         self.clock = dict((stream or self.double.current_stream()).clock)
 
     def synchronize(self) -> None:

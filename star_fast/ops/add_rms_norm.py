@@ -50,15 +50,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float 
     """
     if not x.is_floating_point():
         raise TypeError(f"add_rms_norm: x must be floating point, got {x.dtype}")
-    if x.ndim < 1 or x.shape[-1] == 0:
-        raise ValueError(f"add_rms_norm: x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
-    for name, tensor, expected in (("residual", residual, x.shape), ("weight", weight, x.shape[-1:])):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"add_rms_norm: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.shape != expected or tensor.device != x.device:
-            raise ValueError(f"add_rms_norm: {name} must be {tuple(expected)} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"add_rms_norm: x must be (..., D) with D >= 1, got shape {tuple(shape)}")
+    if residual is not None:
+        _check_beside("residual", residual, x, shape)
+    _check_beside("weight", weight, x, shape[-1:])
     if not eps > 0:
         raise ValueError(f"add_rms_norm: eps must be more than 0, got {eps}")
     if not 0 <= dropout < 1:
@@ -66,6 +63,13 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float 
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"add_rms_norm: seed must be an int with 0 <= seed < 2^63, got {seed!r}")
     return dispatch.call("add_rms_norm", x.device, (x, residual, weight, eps, dropout, seed), backend=backend)
+
+
+def _check_beside(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"add_rms_norm: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.shape != shape or tensor.device != x.device:
+        raise ValueError(f"add_rms_norm: {name} must be {tuple(shape)} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
 
 
 def reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -70,11 +70,15 @@ class _Op:
     reference: Callable[..., Any]
     modules: dict[str, str]
     order: dict[str, tuple[str, ...]]
-    loaded: dict[str, ModuleType] = field(default_factory=dict)
+    loaded: dict[str, ModuleType | ImportError] = field(default_factory=dict)
 
-    def module(self, backend: str) -> ModuleType:
+    def module(self, backend: str) -> ModuleType | ImportError:
+        """A backend's module, or why it cannot be imported: asked of Python once, since every call asks."""
         if backend not in self.loaded:
-            self.loaded[backend] = importlib.import_module(self.modules[backend])
+            try:
+                self.loaded[backend] = importlib.import_module(self.modules[backend])
+            except ImportError as error:
+                self.loaded[backend] = error
         return self.loaded[backend]
 
 
@@ -213,10 +217,9 @@ def _first_or_cheapest(op: _Op, device: torch.device, args: tuple, kwargs: dict[
 
 
 def _try(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    try:
-        module = op.module(backend)
-    except ImportError as error:
-        return None, f"{op.modules[backend]} cannot be imported: {error}"
+    module = op.module(backend)
+    if isinstance(module, ImportError):
+        return None, f"{op.modules[backend]} cannot be imported: {module}"
     return module, module.why_not(*args, **kwargs)
 
 
@@ -232,7 +235,7 @@ def _usable(op: _Op, backend: str, args: tuple, kwargs: dict[str, Any]) -> tuple
 
 
 def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if not (_any_fake(args) or _any_fake(tuple(kwargs.values()))):
+    if not _fake(args[0]):
         return (op.reference if module is None else module.run)(*args, **kwargs)
     if module is None:
         launches, result = [], op.reference(*args, **kwargs)
@@ -247,7 +250,6 @@ def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: 
     return result
 
 
-def _any_fake(values: Any) -> bool:
-    if isinstance(values, FakeTensor):
-        return True
-    return isinstance(values, (tuple, list)) and any(_any_fake(value) for value in values)
+def _fake(first: Any) -> bool:
+    """Whether a call is on FakeTensors, told by its first argument, a tensor or a list of some: a call has all its data, or a trace has none of it."""
+    return isinstance(first[0] if isinstance(first, list) else first, FakeTensor)

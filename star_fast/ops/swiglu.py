@@ -36,7 +36,7 @@ def swiglu(w1w3: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if not w1w3.is_floating_point():
         raise TypeError(f"swiglu: w1w3 must be floating point, got {w1w3.dtype}")
-    if w1w3.ndim < 1 or w1w3.shape[-1] % 2 or w1w3.shape[-1] == 0:
+    if not (shape := w1w3.shape) or shape[-1] % 2 or shape[-1] == 0:
         raise ValueError(f"swiglu: w1w3 must be (..., 2F) with F >= 1, got shape {tuple(w1w3.shape)}")
     return dispatch.call("swiglu", w1w3.device, (w1w3,), backend=backend)
 

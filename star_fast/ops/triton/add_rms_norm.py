@@ -12,7 +12,7 @@ from torch import Tensor
 
 from star_fast.ops.add_rms_norm import keys, threshold
 from star_fast.ops.dispatch import Cost
-from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, rows_of, why_not_device
 from star_fast.ops.triton.tiles import ADD_RMS_NORM
 
 _COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
@@ -115,54 +115,48 @@ BACKWARD = Kernel("add_rms_norm backward", add_rms_norm_backward, _backward_cost
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor | None]:
-        rows, weight = _rows(x), weight.contiguous()
-        new_residual = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None or dropout else None
-        normed = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-        row_key, column_key = keys(seed)
-        if rows.numel():
-            shortcut = rows if residual is None else _rows(residual)
-            rows_a_program = _forward_rows(*rows.shape)
+        (rows, row_stride), weight, n_cols = rows_of(x), weight.contiguous(), x.shape[-1]
+        shortcut, shortcut_stride = (rows, row_stride) if residual is None else rows_of(residual)
+        normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+        new_residual = None if residual is None and not dropout else torch.empty_like(normed)
+        drop_keys = keys(seed) if dropout else (0, 0)
+        if n_rows := x.numel() // n_cols:
+            rows_a_program = _forward_rows(n_rows, n_cols)
             FORWARD.launch(
-                (triton.cdiv(rows.shape[0], rows_a_program),),
-                (rows, shortcut, weight, normed, normed if new_residual is None else new_residual, rows.stride(0), shortcut.stride(0),
-                 rows.shape[0], rows.shape[1], rows_a_program, row_key, column_key),
-                EPS=eps, LIMIT=threshold(dropout), SCALE=1 / (1 - dropout), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout > 0,
-                **_widths(rows.shape[1], x.dtype))
+                (ceil_div(n_rows, rows_a_program),),
+                (rows, shortcut, weight, normed, normed if new_residual is None else new_residual, row_stride, shortcut_stride, n_rows, n_cols,
+                 rows_a_program, *drop_keys),
+                HAS_RESIDUAL=residual is not None, **_settings(n_cols, x.dtype, eps, dropout))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows if new_residual is None else new_residual, weight)
-        ctx.shape, ctx.eps, ctx.dropout, ctx.keys = x.shape, eps, dropout, (row_key, column_key)
-        return normed.view(x.shape), None if new_residual is None else new_residual.view(x.shape)
+        ctx.save_for_backward(x if new_residual is None else new_residual, weight)
+        ctx.rest = eps, dropout, drop_keys
+        return normed, new_residual
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dnormed: Tensor | None, dh_in: Tensor | None) -> tuple[Tensor | None, ...]:
         if dnormed is None and dh_in is None:
             return (None,) * 6
-        h, weight = ctx.saved_tensors
-        (n_rows, n_cols), (want_x, want_residual, want_weight) = h.shape, ctx.needs_input_grad[:3]
-        write_dx = want_x and ctx.dropout > 0
+        (saved, weight), (eps, dropout, drop_keys), (want_x, want_residual, want_weight, *_) = ctx.saved_tensors, ctx.rest, ctx.needs_input_grad
+        write_dx = want_x and dropout > 0
         write_dh = want_residual or (want_x and not write_dx)
-        dh, dx = (torch.empty(h.shape, dtype=h.dtype, device=h.device) if wanted else None for wanted in (write_dh, write_dx))
-        programs = min(n_rows, ADD_RMS_NORM.block[2])
-        rows_a_program = max(triton.cdiv(n_rows, max(programs, 1)), _rows_at_once(n_cols))
-        partial = torch.zeros(programs, n_cols, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device)
+        dh = torch.empty_like(saved, memory_format=torch.contiguous_format) if write_dh else None
+        dx = torch.empty_like(saved, memory_format=torch.contiguous_format) if write_dx else None
+        (h, h_stride), n_cols = rows_of(saved), saved.shape[-1]
+        n_rows = h.numel() // n_cols
+        rows_a_program = max(ceil_div(n_rows, ADD_RMS_NORM.block[2]), _rows_at_once(n_cols))
+        programs = ceil_div(n_rows, rows_a_program)
+        partial = weight.new_empty((programs, n_cols), dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
+        from_normed, normed_stride = (h, h_stride) if dnormed is None else rows_of(dnormed)
+        from_residual, residual_stride = (h, h_stride) if dh_in is None else rows_of(dh_in)
         if n_rows:
-            from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
             BACKWARD.launch(
-                (triton.cdiv(n_rows, rows_a_program),),
-                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0), from_normed.stride(0),
-                 from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys),
-                EPS=ctx.eps, LIMIT=threshold(ctx.dropout), SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None,
-                WRITE_DH=write_dh, WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0, **_widths(n_cols, h.dtype))
-        dh, dx = (None if grad is None else grad.view(ctx.shape) for grad in (dh, dx))
+                (programs,),
+                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h_stride, normed_stride, residual_stride,
+                 n_rows, n_cols, rows_a_program, *drop_keys),
+                HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None, WRITE_DH=write_dh, WRITE_DX=write_dx, **_settings(n_cols, h.dtype, eps, dropout))
         dweight = partial.sum(0).to(weight.dtype) if want_weight and dnormed is not None else None
         return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, width) with unit stride inside a row; a copy only where the strides leave no other way."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @functools.cache
@@ -177,11 +171,12 @@ def _forward_rows(n_rows: int, n_cols: int) -> int:
 
 
 @functools.cache  # a Python launch costs more than most kernels run
-def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
-    """The launch settings that follow from the width of a row."""
+def _settings(n_cols: int, dtype: torch.dtype, eps: float, dropout: float) -> dict[str, object]:
+    """What both kernels share of a launch."""
     block = triton.next_power_of_2(n_cols)
     warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
-    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages}
+    return {"EPS": eps, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": dropout > 0, "ROWS": _rows_at_once(n_cols), "BLOCK": block,
+            "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages}
 
 
 def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from star_fast.ops import error_flag
 from star_fast.ops.decode_attention import LARGEST_CODE, KVCache
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
-from star_fast.ops.triton.tiles import DECODE_ATTENTION, Tile
+from star_fast.ops.triton.tiles import DECODE_ATTENTION
 
 
 @triton.jit
@@ -135,28 +135,24 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
     rows, _, heads, size = qkv.shape
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     rotary = None if rotary is None else rotary.contiguous()
-    out = torch.empty(rows, heads, size, dtype=qkv.dtype, device=qkv.device)
+    out = qkv.new_empty((rows, heads, size))
     on_device = isinstance(position, Tensor)
-    tile = _tile(size)
     if rows:
         STEP.launch(
             (rows * heads,),
             (qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag_for(qkv) if on_device else None, position,
              *qkv.stride()[:3], heads, cache.k.shape[2]),
-            **_constants(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device), num_warps=tile.num_warps, num_stages=tile.num_stages)
+            **_settings(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device))
     return out
 
 
-def _tile(size: int) -> Tile:
-    return DECODE_ATTENTION[max(16, triton.next_power_of_2(size))]
-
-
 @functools.cache  # a Python launch costs more than this kernel runs
-def _constants(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
-    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": _tile(size).block[0],
-            "BLOCK_E": max(16, triton.next_power_of_2(size)), "ROTARY": rotary, "EIGHT_BIT": cache_dtype in LARGEST_CODE,
-            "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE,
-            "ACC": accumulator(dtype)}
+def _settings(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
+    padded = max(16, triton.next_power_of_2(size))
+    tile = DECODE_ATTENTION[padded]
+    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": tile.block[0], "BLOCK_E": padded, "ROTARY": rotary,
+            "EIGHT_BIT": cache_dtype in LARGEST_CODE, "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0),
+            "BAD": error_flag.POSITION_OUT_OF_RANGE, "ACC": accumulator(dtype), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:

@@ -101,8 +101,7 @@ def run(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: lis
         UPDATE.launch((len(table.chunks),), (table.tensors, table.chunks, 1.0 - decay), STUDENT=_TRITON[student[0].dtype],
                       COPY=_TRITON[(copy_to or teacher)[0].dtype], HAS_COPY=copy_to is not None, ALIGNED=table.aligned, BLOCK=EMA_UPDATE.block[0],
                       num_warps=EMA_UPDATE.num_warps, num_stages=EMA_UPDATE.num_stages)
-    for tensor in (*teacher, *(copy_to or ())):
-        torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([*teacher, *(copy_to or ())])
 
 
 def why_not(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: list[Tensor] | None = None) -> str | None:

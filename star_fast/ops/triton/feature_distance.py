@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops.dispatch import Cost
-from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, rows_of, why_not_device
 from star_fast.ops.triton.tiles import FEATURE_DISTANCE, FEATURE_DISTANCE_SCALE
 
 _LARGEST_WIDTH = 16384  # a row is held in registers
@@ -59,7 +59,7 @@ BACKWARD = Kernel("feature_distance backward", feature_distance_backward, lambda
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         ctx.save_for_backward(gradient)
         return _forward(student, teacher, gradient)
 
@@ -68,30 +68,29 @@ class _FeatureDistance(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         dstudent = torch.empty_like(gradient)
-        (block,) = FEATURE_DISTANCE_SCALE.block
-        BACKWARD.launch((triton.cdiv(gradient.numel(), block),), (gradient, dout, dstudent, gradient.shape[0], gradient.numel()), BLOCK=block,
+        (block,), numbers = FEATURE_DISTANCE_SCALE.block, gradient.numel()
+        BACKWARD.launch((ceil_div(numbers, block),), (gradient, dout, dstudent, gradient.shape[0], numbers), BLOCK=block,
                         ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages)
         return dstudent, None
 
 
 def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
     """The mean distance; fills `gradient`, if there is one, with N times its gradient. The mean is taken in a fixed order."""
-    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
-    n_rows, n_cols = student.shape
+    (student, student_stride), (teacher, teacher_stride), (n_rows, n_cols) = rows_of(student), rows_of(teacher), student.shape
+    settings = _settings(n_cols, student.dtype)
     distances = student.new_empty(n_rows, dtype=torch.promote_types(student.dtype, torch.float32))
-    widths = _widths(n_cols)
-    FORWARD.launch((triton.cdiv(n_rows, widths["ROWS"]),),
-                   (student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_rows, n_cols),
-                   WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, **widths)
+    FORWARD.launch((ceil_div(n_rows, settings["ROWS"]),),
+                   (student, teacher, distances, student if gradient is None else gradient, student_stride, teacher_stride, n_rows, n_cols),
+                   WITH_GRADIENT=gradient is not None, **settings)
     return distances.mean()
 
 
-@functools.cache
-def _widths(n_cols: int) -> dict[str, int]:
+@functools.cache  # a Python launch costs more than this kernel runs
+def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)
-    return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block,
-            "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0])))}
+    return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block, "ACC": accumulator(dtype),
+            "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0]))), "num_stages": FEATURE_DISTANCE.num_stages}
 
 
 def run(student: Tensor, teacher: Tensor) -> Tensor:

@@ -120,6 +120,20 @@ class Compilation(NamedTuple):
         return triton.compile(source, target=self.target, options=self.options.__dict__)
 
 
+def ceil_div(numbers: int, size: int) -> int:
+    """Parts of `size` that hold so many numbers. Triton's own cdiv can be called in a kernel too, for which a host call pays 2 us."""
+    return -(-numbers // size)
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """(..., D) as rows: a tensor whose rows have unit stride inside, and the stride from one to the next; a copy only where the strides leave no other way."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0)
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter in this process."""
     return bool(triton.knobs.runtime.interpret)

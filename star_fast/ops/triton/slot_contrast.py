@@ -13,7 +13,9 @@ once from memory if a slot's keys stay in the L2 cache, and (parts + 1) times fr
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -23,8 +25,8 @@ from torch import Tensor
 from star_fast.ops import error_flag
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.feature_distance import inverse_norm
-from star_fast.ops.triton.launching import Kernel, accumulator, operand, why_not_device
-from star_fast.ops.triton.tiles import SLOT_CONTRAST, SLOT_CONTRAST_SUM, SLOT_CONTRAST_WIDE, Tile
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, operand, why_not_device
+from star_fast.ops.triton.tiles import SLOT_CONTRAST, SLOT_CONTRAST_SUM, SLOT_CONTRAST_WIDE
 
 _SLOT_OUT_OF_RANGE = tl.constexpr(error_flag.SLOT_OUT_OF_RANGE)
 
@@ -138,7 +140,7 @@ BACKWARD = Kernel("slot_contrast backward", slot_contrast_backward,
 class _SlotContrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str) -> Tensor:
-        gradient = torch.empty(len(pairs), *anchor.shape[1:], dtype=anchor.dtype, device=anchor.device)
+        gradient = anchor.new_empty((pairs.shape[0], *anchor.shape[1:]))
         losses = _forward(anchor, key, pairs, temperature, row_offset, gradient)
         ctx.save_for_backward(gradient, pairs)
         ctx.shape = anchor.shape
@@ -149,10 +151,10 @@ class _SlotContrast(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         gradient, pairs = ctx.saved_tensors
         slots, n_rows, n_cols = ctx.shape
-        danchor = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        danchor, n_pairs = gradient.new_empty((slots, n_rows, n_cols)), pairs.shape[0]
         BACKWARD.launch(
-            (triton.cdiv(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots),
-            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, len(pairs), n_rows * n_cols, n_rows if dout.ndim else n_rows * len(pairs)),
+            (ceil_div(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots),
+            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, n_pairs, n_rows * n_cols, n_rows if dout.ndim else n_rows * n_pairs),
             BLOCK=SLOT_CONTRAST_SUM.block[0], ACC=accumulator(gradient.dtype), num_warps=SLOT_CONTRAST_SUM.num_warps,
             num_stages=SLOT_CONTRAST_SUM.num_stages)
         return danchor, None, None, None, None, None
@@ -161,29 +163,22 @@ class _SlotContrast(torch.autograd.Function):
 def _forward(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, gradient: Tensor | None) -> Tensor:
     """(P, B) losses; fills `gradient` (P, B, D), if there is one, with the derivative of each loss by its anchor."""
     anchor, key = (x if x.stride(2) == 1 else x.contiguous() for x in (anchor, key))
-    losses = anchor.new_empty(len(pairs), anchor.shape[1], dtype=torch.promote_types(anchor.dtype, torch.float32))
-    tile = _tile(anchor.dtype)
+    (slots, n_rows, n_cols), (key_slots, n_keys, _), n_pairs = anchor.shape, key.shape, pairs.shape[0]
+    losses = anchor.new_empty((n_pairs, n_rows), dtype=torch.promote_types(anchor.dtype, torch.float32))
+    settings = _settings(anchor.dtype)
     FORWARD.launch(
-        _grid(anchor, pairs, gradient is not None),
-        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), anchor.stride(0), anchor.stride(1),
-         key.stride(0), key.stride(1), anchor.shape[0], key.shape[0], anchor.shape[1], key.shape[1], anchor.shape[2], row_offset),
-        SHARPNESS=1 / temperature, WITH_GRADIENT=gradient is not None, **_blocks(tile), DOT=operand(anchor.dtype), ACC=accumulator(anchor.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages)
+        (ceil_div(n_rows, settings["ROWS"]), n_pairs, 1 if gradient is None else ceil_div(n_cols, settings["PART"])),  # without a gradient no part repeats
+        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), *anchor.stride()[:2], *key.stride()[:2],
+         slots, key_slots, n_rows, n_keys, n_cols, row_offset),
+        SHARPNESS=1 / temperature, WITH_GRADIENT=gradient is not None, **settings)
     return losses
 
 
-def _tile(dtype: torch.dtype) -> Tile:
-    return SLOT_CONTRAST if dtype.itemsize == 2 else SLOT_CONTRAST_WIDE
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return dict(zip(("ROWS", "KEYS", "COLS", "PART"), tile.block, strict=True))
-
-
-def _grid(anchor: Tensor, pairs: Tensor, with_gradient: bool) -> tuple[int, int, int]:
-    """Tiles of rows, pairs, parts of the gradient's columns (one part where there is no gradient)."""
-    blocks = _blocks(_tile(anchor.dtype))
-    return triton.cdiv(anchor.shape[1], blocks["ROWS"]), len(pairs), triton.cdiv(anchor.shape[2], blocks["PART"]) if with_gradient else 1
+@functools.cache  # a Python launch costs more than this kernel runs
+def _settings(dtype: torch.dtype) -> dict[str, Any]:
+    tile = SLOT_CONTRAST if dtype.itemsize == 2 else SLOT_CONTRAST_WIDE
+    return {**dict(zip(("ROWS", "KEYS", "COLS", "PART"), tile.block, strict=True)), "DOT": operand(dtype), "ACC": accumulator(dtype),
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def run(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> Tensor:
@@ -197,6 +192,6 @@ def run(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offs
 
 def why_not(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> str | None:
     """None if the kernels can serve this call."""
-    if len(pairs) > 65535 or anchor.shape[0] > 65535:
-        return f"a grid has at most 65535 pairs and slots, got {len(pairs)} and {anchor.shape[0]}"
+    if pairs.shape[0] > 65535 or anchor.shape[0] > 65535:
+        return f"a grid has at most 65535 pairs and slots, got {pairs.shape[0]} and {anchor.shape[0]}"
     return why_not_device(anchor)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops.dispatch import Cost
-from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, rows_of, why_not_device
 from star_fast.ops.triton.tiles import SWIGLU
 
 
@@ -51,46 +51,42 @@ BACKWARD = Kernel("swiglu backward", swiglu_backward, lambda a: Cost(5 * a.dout_
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w1w3: Tensor) -> Tensor:
-        x = _rows(w1w3)
-        n_cols = x.shape[1] // 2
-        out = torch.empty(x.shape[0], n_cols, dtype=x.dtype, device=x.device)
-        if out.numel():
-            FORWARD.launch(_grid(*out.shape), (x, out, x.stride(0), *out.shape), **_settings(n_cols, x.dtype))
+        (x, row_stride), (*leading, width) = rows_of(w1w3), w1w3.shape
+        n_cols = width // 2
+        out = w1w3.new_empty((*leading, n_cols))
+        if n_rows := w1w3.numel() // width:
+            FORWARD.launch(_grid(n_rows, n_cols), (x, out, row_stride, n_rows, n_cols), **_settings(n_cols, x.dtype))
         ctx.save_for_backward(w1w3)
-        return out.view(*w1w3.shape[:-1], n_cols)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout: Tensor) -> Tensor:
         (w1w3,) = ctx.saved_tensors
-        x, dout = _rows(w1w3), _rows(dout)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if dx.numel():
-            BACKWARD.launch(_grid(*dout.shape), (x, dout, dx, x.stride(0), dout.stride(0), *dout.shape), **_settings(dout.shape[1], x.dtype))
-        return dx.view(w1w3.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, width) with unit stride inside a row; a copy only where the strides leave no other way."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+        (x, row_stride), (dout, dout_stride) = rows_of(w1w3), rows_of(dout)
+        n_cols = dout.shape[-1]
+        dx = torch.empty_like(w1w3, memory_format=torch.contiguous_format)
+        if n_rows := dout.numel() // n_cols:
+            BACKWARD.launch(_grid(n_rows, n_cols), (x, dout, dx, row_stride, dout_stride, n_rows, n_cols), **_settings(n_cols, x.dtype))
+        return dx
 
 
 @functools.cache
-def _tile(n_cols: int) -> dict[str, int]:
+def _tile(n_cols: int) -> tuple[int, int]:
     """Narrow rows share a tile: (rows, columns) with a product of SWIGLU.block[0]."""
     block = min(SWIGLU.block[0], triton.next_power_of_2(n_cols))
-    return {"ROWS": SWIGLU.block[0] // block, "BLOCK": block}
+    return SWIGLU.block[0] // block, block
 
 
 @functools.cache  # a Python launch costs more than most kernels run
 def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
-    return {**_tile(n_cols), "ACC": accumulator(dtype), "num_warps": SWIGLU.num_warps, "num_stages": SWIGLU.num_stages}
+    rows, block = _tile(n_cols)
+    return {"ROWS": rows, "BLOCK": block, "ACC": accumulator(dtype), "num_warps": SWIGLU.num_warps, "num_stages": SWIGLU.num_stages}
 
 
 def _grid(n_rows: int, n_cols: int) -> tuple[int, int]:
-    tile = _tile(n_cols)
-    return triton.cdiv(n_rows, tile["ROWS"]), triton.cdiv(n_cols, tile["BLOCK"])
+    rows, block = _tile(n_cols)
+    return ceil_div(n_rows, rows), ceil_div(n_cols, block)
 
 
 def run(w1w3: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from star_fast.ops import error_flag
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.linear_cross_entropy import in_chunks
-from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, why_not_device
 from star_fast.ops.triton.tiles import CROSS_ENTROPY_ROWS, LOGITS_CHUNK_BYTES
 
 _TARGET_OUT_OF_RANGE = tl.constexpr(error_flag.TARGET_OUT_OF_RANGE)
@@ -69,11 +71,12 @@ def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) ->
                 ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, **_widths(logits.shape[1]))
 
 
+@functools.cache
 def _widths(n_cols: int) -> dict[str, int]:
     """BLOCK and BLOCKS cover a row, the warps follow: see CROSS_ENTROPY_ROWS in tiles.py."""
     one_block, long_block, a_thread = CROSS_ENTROPY_ROWS.block
     block = triton.next_power_of_2(n_cols) if n_cols <= one_block else long_block
-    return {"BLOCK": block, "BLOCKS": triton.cdiv(n_cols, block), "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))}
+    return {"BLOCK": block, "BLOCKS": ceil_div(n_cols, block), "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))}
 
 
 def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
@@ -81,7 +84,7 @@ def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
     most = max(16, LOGITS_CHUNK_BYTES // (n_cols * itemsize))
     whole = 128 if most >= 128 else 1
     most -= most % whole
-    return triton.cdiv(triton.cdiv(n_rows, triton.cdiv(n_rows, most)), whole) * whole
+    return ceil_div(ceil_div(n_rows, ceil_div(n_rows, most)), whole) * whole
 
 
 def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

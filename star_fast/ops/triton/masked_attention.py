@@ -9,16 +9,17 @@ least, if no cache helps.
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from star_fast.ops.dispatch import Cost
-from star_fast.ops.triton.launching import Kernel, accumulator, operand, why_not_device
+from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, operand, why_not_device
 from star_fast.ops.triton.masked_attention_kernels import attention_backward_keys, attention_backward_queries, attention_forward, attention_prepare
 from star_fast.ops.triton.tiles import (
     ATTENTION_BACKWARD,
@@ -52,8 +53,8 @@ def _prepare_cost(a: SimpleNamespace) -> Cost:
 
 PREPARE = Kernel("masked_attention prepare", attention_prepare, _prepare_cost)
 FORWARD = Kernel("masked_attention forward", attention_forward, _forward_cost)
-BACKWARD_QUERIES = Kernel("masked_attention backward, queries", attention_backward_queries, partial(_cost, 6, 2, 3))
-BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_keys, partial(_cost, 6, 2, 4))
+BACKWARD_QUERIES = Kernel("masked_attention backward, queries", attention_backward_queries, functools.partial(_cost, 6, 2, 3))
+BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_keys, functools.partial(_cost, 6, 2, 4))
 
 
 class _MaskedAttention(torch.autograd.Function):
@@ -66,8 +67,8 @@ class _MaskedAttention(torch.autograd.Function):
         else:  # q and k are turned in place
             qkv = qkv.contiguous() if overwrite or not qkv.is_contiguous() else qkv.clone()
         words = _prepare(qkv, keep, table)
-        out = torch.empty(batch, positions, heads, size, dtype=qkv.dtype, device=qkv.device)
-        lse = torch.empty(batch, heads, positions, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
+        out = qkv.new_empty((batch, positions, heads, size))
+        lse = qkv.new_empty((batch, heads, positions), dtype=torch.promote_types(qkv.dtype, torch.float32))
         _launch(FORWARD, qkv, words, table, out, lse, LEAVE_TURNED=table is not None and ctx.needs_input_grad[0])
         ctx.save_for_backward(qkv, words, table, out, lse)
         return out
@@ -77,7 +78,7 @@ class _MaskedAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
         qkv, words, table, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         delta = torch.empty_like(lse)
         _launch(BACKWARD_QUERIES, qkv, words, table, out, dout, lse, delta, dqkv)
         _launch(BACKWARD_KEYS, qkv, words, table, dout, lse, delta, dqkv)
@@ -90,9 +91,9 @@ def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor |
         return None
     batch, positions, _, heads, size = qkv.shape
     rows, cols = ATTENTION_PREPARE.block
-    words = None if keep is None else torch.empty(batch, triton.cdiv(positions, 64), dtype=torch.int64, device=qkv.device)
-    groups = triton.cdiv(positions, 64) * (64 // rows)  # all words of the mask, so that none is left unwritten
-    grid = (batch * groups, 1 if table is None else triton.cdiv(heads * size, cols))
+    words = None if keep is None else qkv.new_empty((batch, ceil_div(positions, 64)), dtype=torch.int64)
+    groups = ceil_div(positions, 64) * (64 // rows)  # all words of the mask, so that none is left unwritten
+    grid = (batch * groups, 1 if table is None else ceil_div(heads * size, cols))
     if math.prod(grid):
         PREPARE.launch(grid, (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size), E=size, ROWS=rows,
                        COLS=cols, MASK=keep is not None, ROTARY=table is not None, ACC=accumulator(qkv.dtype), num_warps=ATTENTION_PREPARE.num_warps,
@@ -112,29 +113,28 @@ def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
 def _launch(kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | None, *more: Tensor, **constants: bool) -> None:
     """Run a kernel on all blocks of all heads of all sequences."""
     batch, positions, _, heads, size = qkv.shape
-    tile = kernel_tile(kernel.function, size, qkv.dtype)
-    n_tiles = triton.cdiv(positions, tile.block[0])
-    constants = {**_constants(kernel.function, size, qkv.stride(3), qkv.dtype, words, table), **constants}
+    settings = _settings(kernel, size, qkv.stride(3), qkv.dtype, words is not None, table is not None)
+    rows = settings["BLOCK_N" if kernel is BACKWARD_KEYS else "BLOCK_M"]
+    n_tiles, n_words = ceil_div(positions, rows), 0
     if words is not None:
-        words = words.view(_WORDS[constants["BLOCK_N"]])
+        words = words.view(_WORDS[settings["BLOCK_N"]])
+        n_words = words.shape[1]
     if batch:
-        kernel.launch((batch * heads * n_tiles,),
-                      (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, 0 if words is None else words.shape[1]),
-                      **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel.launch((batch * heads * n_tiles,), (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, n_words), **settings, **constants)
 
 
 def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _constants(kernel: object, size: int, head_stride: int, dtype: torch.dtype, keep: object, table: object) -> dict[str, object]:
-    """The constexpr arguments of a kernel, in its order."""
-    block = kernel_tile(kernel, size, dtype).block
-    queries, keys = block[::-1] if kernel is attention_backward_keys else block
+@functools.cache  # a Python launch costs as much as this kernel runs at small batches
+def _settings(kernel: Kernel, size: int, head_stride: int, dtype: torch.dtype, masked: bool, turned: bool) -> dict[str, Any]:
+    tile = kernel_tile(kernel.function, size, dtype)
+    queries, keys = tile.block[::-1] if kernel is BACKWARD_KEYS else tile.block
     root = size**-0.5
-    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is attention_forward else {"ROOT": root}), "E": size,
-            "BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": keep is not None, "ROTARY": table is not None,
-            "DOT": operand(dtype), "ACC": accumulator(dtype)}
+    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is FORWARD else {"ROOT": root}), "E": size, "BLOCK_M": queries,
+            "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": masked, "ROTARY": turned, "DOT": operand(dtype), "ACC": accumulator(dtype),
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Residual add + dropout + RMSNorm kernels: one pass forward, one backward; the dropout mask is hashed anew in both."""
+"""Residual add + dropout + RMSNorm kernels: one pass forward, one backward and the sum of its weight gradients; the dropout mask is hashed anew in both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from star_fast.ops.add_rms_norm import keys, threshold
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
-from star_fast.ops.triton.tiles import ADD_RMS_NORM
+from star_fast.ops.triton.tiles import ADD_RMS_NORM, ADD_RMS_NORM_WEIGHT
 
 _COLUMNS_A_WARP = 256  # 8 elements a thread: one 16-byte access of bfloat16
 _LEAST_TILE = 1024  # elements: four 16-byte accesses of bfloat16 for each thread of one warp
@@ -66,19 +66,25 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
 def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_ptr, partial_ptr, h_row_stride, dnormed_row_stride,
                           dh_in_row_stride, n_rows, n_cols, rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr,
                           SCALE: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_DH_IN: tl.constexpr, WRITE_DH: tl.constexpr,
-                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, added in a fixed order afterwards."""
+                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+                          BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, which `add_rms_norm_weight` adds up.
+
+    Loads run ahead of the arithmetic by one tile: 512 programs are four of an H100's 132 multiprocessors, and what they have in flight, 48 bytes a thread,
+    is 24 KB a multiprocessor while all of them load. Bytes a second times a latency of 0.7 us ask for 18 KB at every moment (B200: 38 KB), and without
+    the next tile under way nothing is in flight while a row is summed. (Forward has 2048 programs, 16 a multiprocessor and 62 KB, and needs none of it.)
+    """
     cols = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)  # (1, BLOCK)
     column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
     dweight = tl.zeros((ROWS, BLOCK), dtype=ACC)
     first = tl.program_id(0) * rows_a_program
-    for i in range(0, tl.minimum(rows_a_program, n_rows - first), ROWS):
+    for i in tl.range(0, tl.minimum(rows_a_program, n_rows - first), ROWS, num_stages=STAGES):
         row = (first + i + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
         dh = tl.zeros((ROWS, BLOCK), dtype=ACC)
         if HAS_DNORMED:
-            h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)
+            h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
             dnormed = tl.load(dnormed_ptr + row * dnormed_row_stride + cols, mask=inside, other=0.0).to(ACC)
             inverse = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / n_cols + EPS)
             n = h * inverse
@@ -98,6 +104,18 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, total, mask=cols < n_cols)
 
 
+@triton.jit
+def add_rms_norm_weight(partial_ptr, dweight_ptr, n_partials, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+    """dweight: the column sums of partial (n_partials, n_cols), always in the same order. COLS columns a program, ROWS of their rows at once."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), dtype=ACC)
+    for start in range(0, n_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < n_partials)[:, None] & (cols < n_cols)[None, :]
+        total += tl.load(partial_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0)  # (ROWS, COLS)
+    tl.store(dweight_ptr + cols, tl.sum(total, 0).to(dweight_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
 def _forward_cost(a: SimpleNamespace) -> Cost:
     tensors = 2 + a.HAS_RESIDUAL + (a.HAS_RESIDUAL or a.HAS_DROPOUT)  # x and normed; the residual; its new value
     return Cost(tensors * a.normed_ptr.nbytes + a.weight_ptr.nbytes, 6 * a.normed_ptr.numel())
@@ -105,11 +123,13 @@ def _forward_cost(a: SimpleNamespace) -> Cost:
 
 def _backward_cost(a: SimpleNamespace) -> Cost:
     tensors = 2 * a.HAS_DNORMED + a.HAS_DH_IN + a.WRITE_DH + a.WRITE_DX
-    return Cost(tensors * a.n_rows * a.n_cols * a.h_ptr.element_size() + a.weight_ptr.nbytes + a.partial_ptr.nbytes, 11 * a.n_rows * a.n_cols)
+    side = a.weight_ptr.nbytes + (a.partial_ptr.nbytes if a.HAS_DNORMED else 0)
+    return Cost(tensors * a.n_rows * a.n_cols * a.h_ptr.element_size() + side, 11 * a.n_rows * a.n_cols)
 
 
 FORWARD = Kernel("add_rms_norm forward", add_rms_norm_forward, _forward_cost)
 BACKWARD = Kernel("add_rms_norm backward", add_rms_norm_backward, _backward_cost)
+WEIGHT = Kernel("add_rms_norm weight", add_rms_norm_weight, lambda a: Cost(a.partial_ptr.nbytes + a.dweight_ptr.nbytes, a.partial_ptr.numel()))
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -143,19 +163,26 @@ class _AddRMSNorm(torch.autograd.Function):
         write_dx = want_x and ctx.dropout > 0
         write_dh = want_residual or (want_x and not write_dx)
         dh, dx = (torch.empty(h.shape, dtype=h.dtype, device=h.device) if wanted else None for wanted in (write_dh, write_dx))
-        programs = min(n_rows, ADD_RMS_NORM.block[2])
-        rows_a_program = max(triton.cdiv(n_rows, max(programs, 1)), _rows_at_once(n_cols))
-        partial = torch.zeros(programs, n_cols, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device)
+        dweight = None
         if n_rows:
+            rows_a_program = max(triton.cdiv(n_rows, ADD_RMS_NORM.block[2]), _rows_at_once(n_cols))
+            programs = triton.cdiv(n_rows, rows_a_program)
             from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
+            partial = h if dnormed is None else torch.empty(programs, n_cols, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
             BACKWARD.launch(
-                (triton.cdiv(n_rows, rows_a_program),),
-                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0), from_normed.stride(0),
-                 from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys),
-                EPS=ctx.eps, LIMIT=threshold(ctx.dropout), SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None,
-                WRITE_DH=write_dh, WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0, **_widths(n_cols, h.dtype))
+                (programs,),
+                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0),
+                 from_normed.stride(0), from_residual.stride(0), n_rows, n_cols, rows_a_program, *ctx.keys),
+                EPS=ctx.eps, LIMIT=threshold(ctx.dropout), SCALE=1 / (1 - ctx.dropout), HAS_DNORMED=dnormed is not None,
+                HAS_DH_IN=dh_in is not None, WRITE_DH=write_dh, WRITE_DX=write_dx, HAS_DROPOUT=ctx.dropout > 0,
+                STAGES=ADD_RMS_NORM.num_stages, **_widths(n_cols, h.dtype))
+        if want_weight and dnormed is not None:
+            dweight = torch.empty_like(weight) if n_rows else torch.zeros_like(weight)
+            if n_rows:
+                rows, cols = ADD_RMS_NORM_WEIGHT.block
+                WEIGHT.launch((triton.cdiv(n_cols, cols),), (partial, dweight, programs, n_cols), ROWS=rows, COLS=cols, ACC=accumulator(h.dtype),
+                              num_warps=ADD_RMS_NORM_WEIGHT.num_warps, num_stages=ADD_RMS_NORM_WEIGHT.num_stages)
         dh, dx = (None if grad is None else grad.view(ctx.shape) for grad in (dh, dx))
-        dweight = partial.sum(0).to(weight.dtype) if want_weight and dnormed is not None else None
         return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
 
 

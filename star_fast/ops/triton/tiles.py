@@ -20,8 +20,11 @@ SWIGLU = Tile((2048,), num_warps=4, num_stages=1)
 # Forward, a program takes block[0] rows, which share the weight and the hashes of the columns, as long as that leaves block[1] programs (few rows,
 # as in decoding: one row a program). Backward, block[2] programs each leave one float32 row of dweight sums: 1 % of the bytes at 16384 rows,
 # and a fixed number, so that the order of the sum is the same on every device.
-# num_warps is the most; fewer for short rows (8 columns a thread: 16 bytes of bf16).
-ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=1)
+# num_warps is the most; fewer for short rows (8 columns a thread: 16 bytes of bf16). Two stages: backward loads one tile ahead.
+ADD_RMS_NORM = Tile((8, 1024, 512), num_warps=16, num_stages=2)
+# Rows and columns of the float32 sums that a program adds at once: 64 bytes of a row, two sectors, so that there are programs enough to share
+# 1.6 MB (B) to 2.6 MB (XL) that lie in the cache: 48 and 80. Four 16-byte loads a thread in flight, two rounds for 512 rows.
+ADD_RMS_NORM_WEIGHT = Tile((256, 16), num_warps=8, num_stages=1)
 # One program handles block[0] numbers of one tensor: 8 a thread, so 2 x 16 bytes of teacher and student and 16 of a bf16 copy.
 EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 

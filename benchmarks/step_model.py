@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 MATRIX = Group("matrix products", 0.8, 0.7, "cuBLAS in bfloat16 at these sizes")
 GROUPS = {
-    "attention_prepare": Group("attention, keys turned", 0.7, 1.0, "elementwise, once a call"),
+    "attention_prepare": Group("attention, keys turned and mask packed", 0.8, 1.0, "one pass over the keys"),
     "attention_forward": Group("attention, forward", 0.7, 0.5, "T 256: two tiles of keys a query tile leave little to overlap"),
     "attention_backward": Group("attention, backward", 0.7, 0.45, "five products, dq and dk/dv in two kernels"),
     "add_rms_norm": Group("norms", 0.7, 1.0, "one pass over the rows, as FlashAttention's fused norm reaches"),

@@ -1,4 +1,4 @@
-"""Residual add + dropout + RMSNorm kernels: one pass forward, one backward and the sum of its weight gradients; the dropout mask is hashed anew in both."""
+"""Residual add + dropout + RMSNorm kernels: one pass forward; one backward and a sum over it. The dropout mask is hashed anew in both."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
                          ACC: tl.constexpr):
     """A run of rows a program, ROWS at once, so that the weight is loaded and the columns are hashed once for all of them."""
     cols = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)  # (1, BLOCK)
     column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
     first = tl.program_id(0) * rows_a_program
     for i in range(0, tl.minimum(rows_a_program, n_rows - first), ROWS):
         row = (first + i + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
-        h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
+        h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
         if HAS_DROPOUT:
             h = tl.where(_survives(row, column_hash, row_key, LIMIT), h * SCALE, 0.0)
         if HAS_RESIDUAL:
@@ -70,9 +70,10 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
                           BLOCK: tl.constexpr, ACC: tl.constexpr):
     """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, which `add_rms_norm_weight` adds up.
 
-    Loads run ahead of the arithmetic by one tile: 512 programs are four of an H100's 132 multiprocessors, and what they have in flight, 48 bytes a thread,
-    is 24 KB a multiprocessor while all of them load. Bytes a second times a latency of 0.7 us ask for 18 KB at every moment (B200: 38 KB), and without
-    the next tile under way nothing is in flight while a row is summed. (Forward has 2048 programs, 16 a multiprocessor and 62 KB, and needs none of it.)
+    Loads run ahead of the arithmetic by one tile: 512 programs are four a multiprocessor of an H100, and what they have in flight, 48
+    bytes a thread, is 24 KB a multiprocessor while all of them load. Bytes a second times a latency of 0.7 us ask for 18 KB at every moment
+    (B200: 38 KB), and without the next tile under way nothing is in flight while a row is summed. (Forward has 2048 programs, 16 a
+    multiprocessor and 62 KB, and needs none of it.)
     """
     cols = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)  # (1, BLOCK)
@@ -106,7 +107,7 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
 
 @triton.jit
 def add_rms_norm_weight(partial_ptr, dweight_ptr, n_partials, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
-    """dweight: the column sums of partial (n_partials, n_cols), always in the same order. COLS columns a program, ROWS of their rows at once."""
+    """dweight: the column sums of partial (n_partials, n_cols), always in the same order; COLS columns a program, ROWS rows at once."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), dtype=ACC)
     for start in range(0, n_partials, ROWS):
@@ -129,12 +130,14 @@ def _backward_cost(a: SimpleNamespace) -> Cost:
 
 FORWARD = Kernel("add_rms_norm forward", add_rms_norm_forward, _forward_cost)
 BACKWARD = Kernel("add_rms_norm backward", add_rms_norm_backward, _backward_cost)
-WEIGHT = Kernel("add_rms_norm weight", add_rms_norm_weight, lambda a: Cost(a.partial_ptr.nbytes + a.dweight_ptr.nbytes, a.partial_ptr.numel()))
+WEIGHT = Kernel("add_rms_norm weight", add_rms_norm_weight, lambda a: Cost(
+    a.partial_ptr.nbytes + a.dweight_ptr.nbytes, a.partial_ptr.numel()))
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float,
+                seed: int) -> tuple[Tensor, Tensor | None]:
         rows, weight = _rows(x), weight.contiguous()
         new_residual = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None or dropout else None
         normed = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
@@ -168,7 +171,8 @@ class _AddRMSNorm(torch.autograd.Function):
             rows_a_program = max(triton.cdiv(n_rows, ADD_RMS_NORM.block[2]), _rows_at_once(n_cols))
             programs = triton.cdiv(n_rows, rows_a_program)
             from_normed, from_residual = (h if grad is None else _rows(grad) for grad in (dnormed, dh_in))
-            partial = h if dnormed is None else torch.empty(programs, n_cols, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+            wide = torch.promote_types(h.dtype, torch.float32)
+            partial = h if dnormed is None else torch.empty(programs, n_cols, dtype=wide, device=h.device)
             BACKWARD.launch(
                 (programs,),
                 (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h.stride(0),
@@ -180,8 +184,8 @@ class _AddRMSNorm(torch.autograd.Function):
             dweight = torch.empty_like(weight) if n_rows else torch.zeros_like(weight)
             if n_rows:
                 rows, cols = ADD_RMS_NORM_WEIGHT.block
-                WEIGHT.launch((triton.cdiv(n_cols, cols),), (partial, dweight, programs, n_cols), ROWS=rows, COLS=cols, ACC=accumulator(h.dtype),
-                              num_warps=ADD_RMS_NORM_WEIGHT.num_warps, num_stages=ADD_RMS_NORM_WEIGHT.num_stages)
+                WEIGHT.launch((triton.cdiv(n_cols, cols),), (partial, dweight, programs, n_cols), ROWS=rows, COLS=cols,
+                              ACC=accumulator(h.dtype), num_warps=ADD_RMS_NORM_WEIGHT.num_warps, num_stages=ADD_RMS_NORM_WEIGHT.num_stages)
         dh, dx = (None if grad is None else grad.view(ctx.shape) for grad in (dh, dx))
         return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
 
@@ -208,7 +212,8 @@ def _widths(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """The launch settings that follow from the width of a row."""
     block = triton.next_power_of_2(n_cols)
     warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
-    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages}
+    return {"ROWS": _rows_at_once(n_cols), "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps,
+            "num_stages": ADD_RMS_NORM.num_stages}
 
 
 def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:

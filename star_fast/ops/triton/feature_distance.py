@@ -31,10 +31,10 @@ def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_pt
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (cols < n_cols)
-    s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as t and gradient
     t = tl.load(teacher_ptr + row * teacher_row_stride + cols, mask=inside, other=0.0).to(ACC)
     s_inverse, t_inverse = inverse_norm(tl.sum(s * s, 1, keep_dims=True)), inverse_norm(tl.sum(t * t, 1, keep_dims=True))
-    cosine = tl.sum(s * t, 1, keep_dims=True) * (s_inverse * t_inverse)
+    cosine = tl.sum(s * t, 1, keep_dims=True) * (s_inverse * t_inverse)  # (ROWS, 1)
     tl.store(distance_ptr + row, 1.0 - cosine, mask=row < n_rows)
     if WITH_GRADIENT:
         gradient = s * (cosine * s_inverse * s_inverse) - t * (s_inverse * t_inverse)
@@ -44,7 +44,7 @@ def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_pt
 @triton.jit
 def feature_distance_backward(gradient_ptr, dout_ptr, dstudent_ptr, n_rows, n_numbers, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """dstudent = gradient * dout / n_rows."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), as all tiles here
     inside = index < n_numbers
     factor = tl.load(dout_ptr).to(ACC) / n_rows
     gradient = tl.load(gradient_ptr + index, mask=inside, other=0.0).to(ACC)
@@ -69,8 +69,9 @@ class _FeatureDistance(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         dstudent = torch.empty_like(gradient)
         (block,) = FEATURE_DISTANCE_SCALE.block
-        BACKWARD.launch((triton.cdiv(gradient.numel(), block),), (gradient, dout, dstudent, gradient.shape[0], gradient.numel()), BLOCK=block,
-                        ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages)
+        BACKWARD.launch((triton.cdiv(gradient.numel(), block),), (gradient, dout, dstudent, gradient.shape[0], gradient.numel()),
+                        BLOCK=block, ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps,
+                        num_stages=FEATURE_DISTANCE_SCALE.num_stages)
         return dstudent, None
 
 
@@ -81,7 +82,8 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
     distances = student.new_empty(n_rows, dtype=torch.promote_types(student.dtype, torch.float32))
     widths = _widths(n_cols)
     FORWARD.launch((triton.cdiv(n_rows, widths["ROWS"]),),
-                   (student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0), n_rows, n_cols),
+                   (student, teacher, distances, student if gradient is None else gradient, student.stride(0), teacher.stride(0),
+                    n_rows, n_cols),
                    WITH_GRADIENT=gradient is not None, ACC=accumulator(student.dtype), num_stages=FEATURE_DISTANCE.num_stages, **widths)
     return distances.mean()
 

@@ -108,6 +108,13 @@ def test_no_file_over_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_kernels_fit_a_narrow_screen() -> None:
+    """140 columns: shapes are read beside the line that makes them."""
+    long = [f"{path.name}:{number}" for path in (PACKAGE / "ops" / "triton").glob("*.py")
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 140]
+    assert not long
+
+
 def test_no_drawer_files_and_no_package_names() -> None:
     for path in [*PACKAGE.rglob("*")]:
         assert path.stem not in FORBIDDEN_NAMES, f"{path}: a function without a home means a missing room"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from star_fast.generation.products import Products, with_products
 from star_fast.generation.sampling import Sampling, draw, is_int, is_number
-from star_fast.generation.step_graph import DeviceState, StepGraphs
+from star_fast.generation.step_graph import StepGraphs
 from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
 from star_fast.ops.decode_attention import KVCache, new_cache
@@ -106,20 +106,14 @@ class Decoder:
         return self._views[count]
 
     def _generate_on_device(self, label: Tensor, image_index: Tensor, sampling: Sampling) -> Tensor:
-        """The same loop with everything that changes held on the device: each later position replays one captured graph."""
+        """The same loop with everything that changes held on the device: each position replays a captured graph."""
         state = self._graphs.state(len(label), self.config.positions, self.device)
-        steps = {guided: self._graphs.step(self, state, sampling, guided) for guided in {sampling.guided_at(p) for p in range(1, self.config.positions)}}
-        state.begin(image_index, sampling.seed)
-        self.first_step(state, label, sampling)
-        for position in range(1, self.config.positions):
-            steps[sampling.guided_at(position)]()
+        kinds = [(sampling.guided_at(position), position == 0) for position in range(self.config.positions)]
+        replay = {kind: self._graphs.step(self, state, sampling, *kind) for kind in dict.fromkeys(kinds)}
+        state.begin(label, image_index, sampling.seed)
+        for kind in kinds:
+            replay[kind]()
         return state.codes_TB.clone()
-
-    def first_step(self, state: DeviceState, label: Tensor, sampling: Sampling) -> None:
-        """Position 0, whose input is the class: drawn and stored in `state`."""
-        logits_BV = self.logits(self.embed_label(label, sampling.guided), state.position, sampling.guidance)
-        draw(logits_BV, sampling, state.seed, state.image_index, state.position, state.tokens)
-        state.keep_tokens()
 
     def _checked(self, label: Tensor, image_index: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Labels and image indices as (B,) int64 tensors on the model's device."""

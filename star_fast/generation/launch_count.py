@@ -1,4 +1,9 @@
-"""Kernel launches of one decoding step, counted without a GPU: the step is traced on fake CUDA tensors, which have shapes and no data."""
+"""Kernel launches of one decoding step, counted without a GPU: the step is traced on fake CUDA tensors, which have shapes and no data.
+
+Eight a block, and no fewer without a product of our own: four products by cuBLAS, and one kernel of ours between each two of them (norm, attention, norm,
+gate), so that no two of ours are neighbours that could be joined. A product that takes the norm or the gate along on its way in would save three
+launches a block: 0.2 ms of the 1.0 ms that a step of XL takes for 16 rows at 2 us a launch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes that tests, benchmarks and the kernel resource table share: one row a preset.
+"""The shapes that tests, benchmarks and the kernel resource table share: one row a preset, and two more for attention.
 
 `B` counts images of one rank and micro-batch, `M` views; sequences are B*M, rows of flattened tensors N = B*M*T.
 """
@@ -40,5 +40,7 @@ SHAPES = {
     "B": Shape(32, 2, 256, 4, 16384, 768, 12, 64, 2048, 12),
     "L": Shape(32, 2, 256, 4, 16384, 1024, 16, 64, 2816, 24),
     "XL": Shape(32, 2, 256, 4, 16384, 1280, 20, 64, 3584, 36),
+    "XL-384": Shape(16, 2, 576, 4, 16384, 1280, 20, 64, 3584, 36),  # images of 384 pixels
+    "E96": Shape(32, 2, 256, 4, 16384, 768, 8, 96, 2048, 12),  # B with eight heads: three quarters of a tile
     "3B": Shape(8, 2, 256, 4, 16384, 3200, 32, 100, 8704, 24),  # a head size that is no power of two
 }

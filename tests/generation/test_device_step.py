@@ -48,11 +48,10 @@ def test_a_traced_step_keeps_devices_shapes_and_dtypes() -> None:
 def eager(decoder: Decoder, label: Tensor, sampling: Sampling) -> Tensor:
     """(B, T) codes of the loop on the decoder's device without graphs, on the CPU."""
     state = DeviceState.empty(len(label), decoder.config.positions, decoder.device)
-    state.begin(torch.arange(len(label)).to(decoder.device), sampling.seed)
+    state.begin(label.to(decoder.device), torch.arange(len(label)).to(decoder.device), sampling.seed)
     with torch.no_grad():
-        decoder.first_step(state, label.to(decoder.device), sampling)
-        for position in range(1, decoder.config.positions):
-            advance(decoder, state, sampling, sampling.guided_at(position))
+        for position in range(decoder.config.positions):
+            advance(decoder, state, sampling, sampling.guided_at(position), first=position == 0)
     return state.codes_TB.t().cpu()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from star_fast.ops import dispatch
 from tests import contract
@@ -47,6 +49,7 @@ def test_many_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from star_fast.ops.triton import add_rms_norm as kernels
 
     monkeypatch.setattr(kernels, "ADD_RMS_NORM", kernels.ADD_RMS_NORM._replace(block=(4, 2, 3)))
+    monkeypatch.setattr(kernels, "ADD_RMS_NORM_WEIGHT", kernels.ADD_RMS_NORM_WEIGHT._replace(block=(2, 16)))  # two rounds for three sums, two programs
     call = arguments((11, 20))
     contract.check_op(op, "triton", call, wanted(call), torch.float32)
 
@@ -160,6 +163,33 @@ def test_fake_path_names_the_launch() -> None:
         normed, new_residual = op.add_rms_norm(x, x, torch.empty(64, device="cuda", dtype=torch.bfloat16), dropout=0.1)
         assert normed.shape == new_residual.shape == x.shape and normed.dtype == x.dtype and normed.device.type == "cuda"
     assert calls == [dispatch.Recorded("add_rms_norm", "triton", [dispatch.Launch("add_rms_norm_forward", (1,))])]
+
+
+@pytest.mark.parametrize("rows", [1, 16384])
+def test_backward_is_two_launches_and_nothing_of_torch(rows: int) -> None:
+    """No memset before the kernel, no sum and no cast after it."""
+    with FakeTensorMode(), dispatch.note_launches() as launches:
+        x, weight = torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True), torch.empty(64, dtype=torch.bfloat16, requires_grad=True)
+        outs = op.add_rms_norm(x, x, weight, dropout=0.1, backend="triton")
+        del launches[:]
+        with Seen() as seen:
+            gradients = torch.autograd.grad(outs, (x, weight), [torch.empty_like(out) for out in outs])
+    assert [launch.kernel for launch in launches] == ["add_rms_norm_backward", "add_rms_norm_weight"]
+    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
+    launch_nothing = {"view", "_unsafe_view", "detach", "device", "promote_types", "empty", "empty_like", "new_empty"}
+    assert seen.names - launch_nothing == {"add"}, "of the gradients of x as x and as residual, by autograd"
+
+
+class Seen(TorchDispatchMode):
+    """Names of the torch operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -8,43 +8,66 @@ import subprocess
 import sys
 from pathlib import Path
 
-from star_fast.ops.triton.described import described
+from star_fast.ops.triton.described import PROVED, Part, described
+from star_fast.ops.triton.tiles import SWIGLU
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "kernel_resources.json"
-SHAPES, ARCHS = ("B", "L", "XL"), ("sm_80", "sm_90", "sm_100")
+ARCHS = ("sm_80", "sm_90", "sm_100")
 
 
 def rows() -> list[dict]:
     return json.loads(TABLE.read_text())["rows"]
 
 
-def described_kernels(shape: str) -> set[str]:
-    """Titles of the kernels that a training and a decoding step launch."""
-    return {kernel.title for kernel in described(shape)}
+def expected_rows(part: Part) -> set[tuple[str, str, str, str]]:
+    """(kernel, shape, dtype, arch) of the kernels that the calls of a part launch, on each architecture that has what they need."""
+    return {(kernel.title, part.shape, str(part.dtype).removeprefix("torch."), arch) for kernel in described(*part) for arch in ARCHS
+            if int(arch[3:]) >= kernel.capability}
 
 
 def test_table_holds_every_kernel_at_every_shape_on_every_architecture() -> None:
-    held = {(row["kernel"], row["shape"], row["arch"]) for row in rows()}
-    expected = {(kernel, shape, arch) for shape in SHAPES for kernel in described_kernels(shape) for arch in ARCHS}
+    held = {(row["kernel"], row["shape"], row["dtype"], row["arch"]) for row in rows()}
+    expected = set().union(*map(expected_rows, PROVED))
     assert expected <= held, f"missing: {sorted(expected - held)}; run benchmarks/kernel_resources.py"
     triton_rows = {row for row in held if row[1] != "all"}
     assert triton_rows <= expected, f"no longer in the code: {sorted(triton_rows - expected)}; run benchmarks/kernel_resources.py"
     if (ROOT / "csrc" / "sample_cuda.cu").exists():
-        assert {arch for kernel, shape, arch in held if kernel.startswith("sample_tokens")} == set(ARCHS)
+        assert {arch for kernel, _, _, arch in held if kernel.startswith("sample_tokens")} == set(ARCHS)
+
+
+def test_table_covers_what_runs() -> None:
+    """Every head size, a longer image, the caches, no mask, a position of the host; an fp8 cache only where the hardware has fp8."""
+    held = rows()
+    assert {row["shape"] for row in held} == {"B", "L", "XL", "XL-384", "E96", "3B", "all"}
+    assert {row["dtype"] for row in held if row["shape"] == "B"} == {"bfloat16", "float32"}
+    archs = {note: {row["arch"] for row in held if row["kernel"].endswith(note)} for note in
+             (", no mask", ", no mask, no gradient", ", position of the host", ", int8 cache", ", float8_e4m3fn cache")}
+    assert archs.pop(", float8_e4m3fn cache") == {"sm_90", "sm_100"}
+    assert all(found == set(ARCHS) for found in archs.values()), archs
+
+
+def test_the_gate_reads_each_input_once() -> None:
+    """No loop in it: the loads in its text, a thread's, are those it makes. Forward two inputs, backward three, of SWIGLU.block numbers a program."""
+    for row in rows():
+        inputs = {"swiglu forward": 2, "swiglu backward": 3}.get(row["kernel"])
+        if inputs:
+            size = 4 if row["dtype"] == "float32" else 2
+            assert row["load_bytes"] * 32 * row["warps"] == inputs * SWIGLU.block[0] * size, row
 
 
 def test_table_for_people_has_the_same_rows() -> None:
     text = TABLE.with_suffix(".md").read_text()
     for row in rows():
-        assert f"| {row['kernel']} | {row['shape']} | {row['arch']} | {row['registers']} | {row['spill_bytes']} | {row['shared_bytes']} |" in text
+        numbers = f"| {row['registers']} | {row['spill_bytes']} | {row['shared_bytes']} |"
+        assert f"| {row['kernel']} | {row['shape']} | {row['dtype']} | {row['arch']} {numbers}" in text
 
 
 def test_no_spill_and_tensor_cores_where_they_belong() -> None:
     for row in rows():
         assert row["spill_bytes"] == 0, row
-        multiplies = row["kernel"].startswith("masked_attention") and not row["kernel"].endswith("prepare")
-        if multiplies or row["kernel"] == "slot_contrast forward":
+        multiplies = row["kernel"].startswith("masked_attention") and "prepare" not in row["kernel"]
+        if row["dtype"] != "float32" and (multiplies or row["kernel"] == "slot_contrast forward"):
             assert row["tensor_cores"] == {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[row["arch"]], row
 
 
@@ -57,7 +80,8 @@ def check(*arguments: str, program: str = "kernel_resources.py") -> subprocess.C
 def test_fresh_compilation_has_no_fault() -> None:
     done = check("--arch", "90", "--shape", "XL", "--triton-only", "--workers", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no fault" in done.stdout and f" of {len(described_kernels('XL'))} kernels" in done.stdout
+    (part,) = (part for part in PROVED if part.shape == "XL")
+    assert "no fault" in done.stdout and f" of {len(described(*part))} kernels" in done.stdout
 
 
 def test_attention_loop_within_its_bars() -> None:

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def nothing_starts() -> Iterator[list[dispatch.Launch]]:
 @pytest.mark.parametrize("draw", range(4))
 def test_real_calls_compile_to_the_keys_of_the_proof(draw: int) -> None:
     chosen = random.Random(draw)
-    preset, dtype = chosen.choice(["unit", "tiny", "B", "L", "XL"]), chosen.choice([torch.bfloat16, torch.float16, torch.float32])
+    preset, dtype = chosen.choice(["unit", "tiny", "B", "L", "XL", "XL-384", "E96", "3B"]), chosen.choice([torch.bfloat16, torch.float16, torch.float32])
     small = preset in ("unit", "tiny")  # the products of linear_cross_entropy, which are torch's, really run
     cases = [case for case in CASES if small or case.op != "linear_cross_entropy"]
     proved = {kernel.call.compilation().key for kernel in described(preset, dtype, cases)}
@@ -93,12 +94,13 @@ class _Context(SimpleNamespace):
         self.materialize = value
 
 
-def forward_and_backward(cls: type, *arguments: Any) -> Any:
-    """In place of Function.apply: forward, and backward at once."""
-    context = _Context(needs_input_grad=[isinstance(x, Tensor) and x.is_floating_point() for x in arguments])
+def forward_and_backward(wanted: bool, cls: type, *arguments: Any) -> Any:
+    """In place of Function.apply: forward, and backward at once if gradients are wanted."""
+    context = _Context(needs_input_grad=[wanted and isinstance(x, Tensor) and x.is_floating_point() for x in arguments])
     with torch.no_grad():
         out = cls.forward(context, *arguments)
-        cls.backward(context, *(torch.empty_like(o) for o in (out if isinstance(out, tuple) else (out,))))
+        if wanted:
+            cls.backward(context, *(torch.empty_like(o) for o in (out if isinstance(out, tuple) else (out,))))
     return out
 
 
@@ -110,7 +112,7 @@ def on_gpu(case: Case, preset: str, dtype: torch.dtype) -> list[tuple[Call, int]
         for name in case.gradients:
             placed[name].requires_grad_()
         with (mock.patch.object(launching, "start", side_effect=lambda *call: current.append(torch.cuda.current_device())),
-              mock.patch.object(torch.autograd.Function, "apply", classmethod(forward_and_backward))):
+              mock.patch.object(torch.autograd.Function, "apply", classmethod(partial(forward_and_backward, bool(case.gradients))))):
             case._replace(gradients=()).make(placed)
         assert double.current == 0
     assert len(launches) == len(current) > 0

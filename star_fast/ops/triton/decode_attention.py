@@ -1,8 +1,8 @@
 """One decoding step of attention in one launch: rotary, append to the cache, attend over what is there.
 
-A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows) to 2560 (XL, 128), several
-programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position p it moves
-4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit cache.
+A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows) to 2560 (XL, 128),
+several programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position p it moves 4 (p + 1)
+E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit cache.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from star_fast.ops import error_flag
 from star_fast.ops.decode_attention import LARGEST_CODE, KVCache
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
+from star_fast.ops.triton.rotary import turn
 from star_fast.ops.triton.tiles import DECODE_ATTENTION
 
 
 @triton.jit
 def load_turned_row(ptr, table_ptr, inside, E: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
-    """One head's vector of E numbers, zero past E, turned by the table's row at `table_ptr`: (x0 cos - x1 sin, x0 sin + x1 cos)."""
+    """One head's vector of E numbers, zero past E, turned by the table's row at `table_ptr`."""
     cols = tl.arange(0, BLOCK_E)
     x = tl.load(ptr + cols, mask=inside, other=0.0).to(ACC)
     if ROTARY:
-        cos, sin = tl.split(tl.reshape(tl.load(table_ptr + cols, mask=inside, other=0.0).to(ACC), (BLOCK_E // 2, 2)))
-        even, odd = tl.split(tl.reshape(x, (BLOCK_E // 2, 2)))
-        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_E,))
+        table = tl.load(table_ptr + cols, mask=inside, other=0.0)
+        x = tl.reshape(turn(x, table, 1, 1, BLOCK_E, ACC), (BLOCK_E,))
     return x
 
 
@@ -47,7 +47,7 @@ def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.
         x = x / tl.where(scale == 0.0, 1.0, scale)
         if ROUND:
             x = tl.floor(x + 0.5)
-        else:  # to the 4 significant bits of e4m3, ties to even, so that the conversion is exact: Triton's interpreter loses the carry there
+        else:  # to the 4 significant bits of e4m3, ties to even, so that the conversion is exact: the interpreter loses the carry there
             bits = x.to(tl.int32, bitcast=True)
             x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         stored = x.to(ptr.dtype.element_ty)
@@ -64,7 +64,7 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
                           head_stride, n_heads, n_positions, ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
                           BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, EIGHT_BIT: tl.constexpr, ROUND: tl.constexpr,
                           LARGEST: tl.constexpr, BAD: tl.constexpr, ACC: tl.constexpr):
-    """Each of the BLOCK_T slots runs its own softmax over positions slot, slot + BLOCK_T, ...; they are merged, with the current one, at the end."""
+    """Each of the BLOCK_T slots runs its own softmax over positions slot, slot + BLOCK_T, ...; merged, with the current one, at the end."""
     stream = tl.program_id(0).to(tl.int64)
     valid = True
     if ON_DEVICE:
@@ -80,7 +80,7 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
     row_table_ptr = table_ptr
     if ROTARY:
         row_table_ptr = table_ptr + position * E
-    q = load_turned_row(q_ptr, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC).to(qkv_ptr.dtype.element_ty).to(ACC)
+    q = load_turned_row(q_ptr, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC).to(qkv_ptr.dtype.element_ty).to(ACC)  # (BLOCK_E,)
     k_now = load_turned_row(q_ptr + part_stride, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC)
     v_now = load_turned_row(q_ptr + 2 * part_stride, row_table_ptr, inside, E, BLOCK_E, False, ACC)
     k_scale_here, v_scale_here = k_scale_ptr, v_scale_ptr
@@ -95,13 +95,13 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
     for start in tl.range(0, position, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         past = rows < position
-        offsets = (first + rows)[:, None] * E + cols[None, :]
+        offsets = (first + rows)[:, None] * E + cols[None, :]  # (BLOCK_T, BLOCK_E)
         mask = past[:, None]
         if E != BLOCK_E:
             mask = mask & inside[None, :]
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32 if EIGHT_BIT else ACC).to(ACC)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32 if EIGHT_BIT else ACC).to(ACC)
-        scores = tl.sum(k * q[None, :], 1) * SCALE
+        scores = tl.sum(k * q[None, :], 1) * SCALE  # (BLOCK_T,)
         if EIGHT_BIT:
             scores *= tl.load(k_scale_ptr + first + rows, mask=past, other=0.0)
         scores = tl.where(past, scores, top)
@@ -111,12 +111,12 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
         total = total * shrink + weights
         if EIGHT_BIT:
             weights *= tl.load(v_scale_ptr + first + rows, mask=past, other=0.0)
-        acc = acc * shrink[:, None] + weights[:, None] * v
+        acc = acc * shrink[:, None] + weights[:, None] * v  # (BLOCK_T, BLOCK_E)
         top = new_top
     score_now = tl.sum(k_now * q, 0) * SCALE
     highest = tl.maximum(tl.max(top, 0), score_now)
     share, share_now = tl.exp2(top - highest), tl.exp2(score_now - highest)
-    out = tl.sum(acc * share[:, None], 0) + v_now * share_now
+    out = tl.sum(acc * share[:, None], 0) + v_now * share_now  # (BLOCK_E,)
     out = out / (tl.sum(total * share, 0) + share_now)
     tl.store(out_ptr + stream * E + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -124,7 +124,8 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
 def _cost(a: SimpleNamespace) -> Cost:
     """Of the last position, with the whole cache before it: where the position is on the device, nobody here knows it."""
     streams, row_bytes = a.grid[0], 2 * a.E * a.k_ptr.element_size() + (8 if a.EIGHT_BIT else 0)
-    return Cost(streams * (a.n_positions * row_bytes + 4 * a.E * a.qkv_ptr.element_size()) + (4 * a.E if a.ROTARY else 0), 4 * streams * a.E * a.n_positions)
+    moved = streams * (a.n_positions * row_bytes + 4 * a.E * a.qkv_ptr.element_size()) + (4 * a.E if a.ROTARY else 0)
+    return Cost(moved, 4 * streams * a.E * a.n_positions)
 
 
 STEP = Kernel("decode_attention", decode_attention_step, _cost)
@@ -150,9 +151,10 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
 def _settings(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
     padded = max(16, triton.next_power_of_2(size))
     tile = DECODE_ATTENTION[padded]
-    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": tile.block[0], "BLOCK_E": padded, "ROTARY": rotary,
-            "EIGHT_BIT": cache_dtype in LARGEST_CODE, "ROUND": cache_dtype == torch.int8, "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0),
-            "BAD": error_flag.POSITION_OUT_OF_RANGE, "ACC": accumulator(dtype), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": tile.block[0], "BLOCK_E": padded,
+            "ROTARY": rotary, "EIGHT_BIT": cache_dtype in LARGEST_CODE, "ROUND": cache_dtype == torch.int8,
+            "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE, "ACC": accumulator(dtype),
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:

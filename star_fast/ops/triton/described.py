@@ -1,7 +1,7 @@
 """Every kernel launch of a training step and of a decoding step, made by the ops themselves on tensors that have no data.
 
-What the compile proof (benchmarks/kernel_resources.py) compiles is read off the launches that come out of here, so a kernel's argument, tile or alignment
-cannot differ between the proof and a GPU.
+What the compile proof (benchmarks/kernel_resources.py) compiles is read off the launches that come out of here, so a kernel's argument,
+tile or alignment cannot differ between the proof and a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     gradients: tuple[str, ...] = ()  # arguments that ask for a gradient
     note: str = ""  # added to the kernels' titles
     change: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] | None = None  # of what `inputs` makes
+    capability: int = 80  # the least compute capability that compiles it
 
     def arguments(self, preset: str, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the call at a preset's shape; under a FakeTensorMode without data."""
@@ -48,6 +49,7 @@ class Described(NamedTuple):
 
     title: str
     call: Call
+    capability: int  # the least that compiles it
 
     def cost(self) -> Cost:
         """Least bytes and FLOPs of the launch."""
@@ -63,7 +65,8 @@ def _on_device(call: dict[str, Any], cache_dtype: torch.dtype | None = None) -> 
     return {**call, "cache": cache, "position": torch.tensor(call["position"])}
 
 
-CASES = (
+# What a training step and a decoding step launch.
+MAIN = (
     Case("add_rms_norm", "add_rms_norm", ("x", "residual", "weight")),
     Case("decode_attention", "decode_attention", note=", {dtype} cache", change=lambda call, dtype: _on_device(call)),
     Case("decode_attention", "decode_attention", note=", int8 cache", change=lambda call, dtype: _on_device(call, torch.int8)),
@@ -73,6 +76,38 @@ CASES = (
     Case("masked_attention", "masked_attention_qkv", ("qkv",)),
     Case("slot_contrast", "slot_contrast", ("anchor",)),
     Case("swiglu", "swiglu", ("w1w3",)),
+)
+# What else may be launched: by the teacher, training without masks, an 8-bit cache of newer devices, a loop on the host.
+VARIANTS = (
+    Case("add_rms_norm", "add_rms_norm", note=", no dropout", change=lambda call, dtype: {**call, "dropout": 0.0}),
+    Case("decode_attention", "decode_attention", note=", float8_e4m3fn cache",
+         change=lambda call, dtype: _on_device(call, torch.float8_e4m3fn), capability=89),
+    Case("decode_attention", "decode_attention", note=", {dtype} cache, position of the host"),
+    Case("masked_attention", "masked_attention_qkv", ("qkv",), ", no mask", lambda call, dtype: {**call, "keep": None}),
+    Case("masked_attention", "masked_attention_qkv", (), ", no mask, no gradient", lambda call, dtype: {**call, "keep": None}),
+)
+CASES = MAIN + VARIANTS
+
+
+class Part(NamedTuple):
+    """Cases at a shape and dtype: a part of the compile proof."""
+
+    shape: str  # of ops/shapes.py
+    dtype: torch.dtype
+    cases: tuple[Case, ...]
+
+
+# What the table of resources holds: all cases at E 64 and at E 100, the main ones at the other presets, at E 96 and at T 576, and in
+# float32 at one shape. No command makes a float16 model, and its kernels are bfloat16's with another conversion. Launches of one key share
+# a compilation (benchmarks/ kernel_resources.py), as nearly all of XL's and all of T 576's do.
+PROVED = (
+    Part("B", torch.bfloat16, CASES),
+    Part("B", torch.float32, MAIN),
+    Part("L", torch.bfloat16, MAIN),
+    Part("XL", torch.bfloat16, MAIN),
+    Part("XL-384", torch.bfloat16, MAIN),
+    Part("E96", torch.bfloat16, MAIN),
+    Part("3B", torch.bfloat16, CASES),
 )
 
 
@@ -84,5 +119,5 @@ def described(preset: str, dtype: torch.dtype = torch.bfloat16, cases: Iterable[
             case.make(case.arguments(preset, dtype))
         for launch in launches:
             title = launch.call.kernel.title + case.note.format(dtype=str(dtype).removeprefix("torch."))
-            found.setdefault(title, Described(title, launch.call))
+            found.setdefault(title, Described(title, launch.call, case.capability))
     return list(found.values())

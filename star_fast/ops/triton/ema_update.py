@@ -22,7 +22,10 @@ _TABLES_KEPT = 4  # distinct sets of tensors in turn; a training run has one
 @triton.jit
 def ema_update_all(tensors_ptr, chunks_ptr, weight, STUDENT: tl.constexpr, COPY: tl.constexpr, HAS_COPY: tl.constexpr,
                    ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """One chunk of one tensor: t += weight * (s - t); copy = t. tensors: rows of (teacher, student, copy, numbers); chunks: (tensor, chunk in it)."""
+    """One chunk of one tensor: t += weight * (s - t); copy = t.
+
+    tensors holds rows of (teacher, student, copy, numbers), chunks rows of (tensor, chunk in it).
+    """
     chunk = tl.program_id(0).to(tl.int64)
     entry = tensors_ptr + tl.load(chunks_ptr + 2 * chunk).to(tl.int64) * 4
     start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * BLOCK
@@ -34,7 +37,7 @@ def ema_update_all(tensors_ptr, chunks_ptr, weight, STUDENT: tl.constexpr, COPY:
         teacher_ptr = tl.multiple_of(teacher_ptr, 16)
         student_ptr = tl.multiple_of(student_ptr, 16)
         copy_ptr = tl.multiple_of(copy_ptr, 16)
-    offsets = start + tl.arange(0, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)  # (BLOCK,), as all tiles here
     teacher_ptr += offsets
     student_ptr += offsets
     copy_ptr += offsets
@@ -72,10 +75,11 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 def _table(teacher: list[Tensor], student: list[Tensor], copy_to: list[Tensor] | None) -> _Table:
-    """The table of these very addresses, built on first sight and kept on the device. FakeTensors have no addresses, only a table's shape."""
+    """The table of these very addresses, built on first sight and kept on the device. FakeTensors get the shape of one."""
     if isinstance(teacher[0], FakeTensor):
         programs = sum(triton.cdiv(t.numel(), EMA_UPDATE.block[0]) for t in teacher)
-        return _Table(teacher[0].new_empty((len(teacher), 4), dtype=torch.int64), teacher[0].new_empty((programs, 2), dtype=torch.int32), True)
+        empty = teacher[0].new_empty
+        return _Table(empty((len(teacher), 4), dtype=torch.int64), empty((programs, 2), dtype=torch.int32), True)
     rows = [(t.data_ptr(), s.data_ptr(), c.data_ptr() if copy_to is not None else 0, t.numel())
             for t, s, c in zip(teacher, student, copy_to or teacher, strict=True) if t.numel()]
     key = (teacher[0].device.index or 0, *(value for row in rows for value in row))
@@ -99,8 +103,8 @@ def run(teacher: list[Tensor], student: list[Tensor], decay: float, copy_to: lis
     table = _table(teacher, student, copy_to)
     if len(table.chunks):
         UPDATE.launch((len(table.chunks),), (table.tensors, table.chunks, 1.0 - decay), STUDENT=_TRITON[student[0].dtype],
-                      COPY=_TRITON[(copy_to or teacher)[0].dtype], HAS_COPY=copy_to is not None, ALIGNED=table.aligned, BLOCK=EMA_UPDATE.block[0],
-                      num_warps=EMA_UPDATE.num_warps, num_stages=EMA_UPDATE.num_stages)
+                      COPY=_TRITON[(copy_to or teacher)[0].dtype], HAS_COPY=copy_to is not None, ALIGNED=table.aligned,
+                      BLOCK=EMA_UPDATE.block[0], num_warps=EMA_UPDATE.num_warps, num_stages=EMA_UPDATE.num_stages)
     torch.autograd.graph.increment_version([*teacher, *(copy_to or ())])
 
 

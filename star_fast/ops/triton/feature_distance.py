@@ -31,10 +31,10 @@ def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_pt
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (cols < n_cols)
-    s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    s = tl.load(student_ptr + row * student_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as t and gradient
     t = tl.load(teacher_ptr + row * teacher_row_stride + cols, mask=inside, other=0.0).to(ACC)
     s_inverse, t_inverse = inverse_norm(tl.sum(s * s, 1, keep_dims=True)), inverse_norm(tl.sum(t * t, 1, keep_dims=True))
-    cosine = tl.sum(s * t, 1, keep_dims=True) * (s_inverse * t_inverse)
+    cosine = tl.sum(s * t, 1, keep_dims=True) * (s_inverse * t_inverse)  # (ROWS, 1)
     tl.store(distance_ptr + row, 1.0 - cosine, mask=row < n_rows)
     if WITH_GRADIENT:
         gradient = s * (cosine * s_inverse * s_inverse) - t * (s_inverse * t_inverse)
@@ -44,7 +44,7 @@ def feature_distance_forward(student_ptr, teacher_ptr, distance_ptr, gradient_pt
 @triton.jit
 def feature_distance_backward(gradient_ptr, dout_ptr, dstudent_ptr, n_rows, n_numbers, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """dstudent = gradient * dout / n_rows."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), as all tiles here
     inside = index < n_numbers
     factor = tl.load(dout_ptr).to(ACC) / n_rows
     gradient = tl.load(gradient_ptr + index, mask=inside, other=0.0).to(ACC)
@@ -70,7 +70,8 @@ class _FeatureDistance(torch.autograd.Function):
         dstudent = torch.empty_like(gradient)
         (block,), numbers = FEATURE_DISTANCE_SCALE.block, gradient.numel()
         BACKWARD.launch((ceil_div(numbers, block),), (gradient, dout, dstudent, gradient.shape[0], numbers), BLOCK=block,
-                        ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps, num_stages=FEATURE_DISTANCE_SCALE.num_stages)
+                        ACC=accumulator(gradient.dtype), num_warps=FEATURE_DISTANCE_SCALE.num_warps,
+                        num_stages=FEATURE_DISTANCE_SCALE.num_stages)
         return dstudent, None
 
 
@@ -90,7 +91,8 @@ def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has FEATURE_DISTANCE.block[0] columns."""
     block = triton.next_power_of_2(n_cols)
     return {"ROWS": max(1, FEATURE_DISTANCE.block[1] // block), "BLOCK": block, "ACC": accumulator(dtype),
-            "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0]))), "num_stages": FEATURE_DISTANCE.num_stages}
+            "num_warps": max(1, min(FEATURE_DISTANCE.num_warps, block // (32 * FEATURE_DISTANCE.block[0]))),
+            "num_stages": FEATURE_DISTANCE.num_stages}
 
 
 def run(student: Tensor, teacher: Tensor) -> Tensor:

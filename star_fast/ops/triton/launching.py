@@ -1,8 +1,8 @@
 """What every Triton kernel of this package shares: when it can run, and the one place where it is launched.
 
-A launch is described once, by the call that makes it (`Kernel.launch`). On real tensors it runs, on their device. On FakeTensors, which have shapes
-and no data, it is only noted: so the fake result, the counted launches and what the compile proof compiles (described.py) come from the very
-code that runs on a GPU, and none of them can drift from it.
+A launch is described once, by the call that makes it (`Kernel.launch`). On real tensors it runs, on their device. On FakeTensors, which
+have shapes and no data, it is only noted: so the fake result, the counted launches and what the compile proof compiles (described.py) come
+from the very code that runs on a GPU, and none of them can drift from it.
 
 Kernels run on CUDA tensors, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, set before a kernel module is loaded).
 Tile sizes come from tiles.py: no autotuning, which would need a driver and would change the numerics from machine to machine.
@@ -126,7 +126,7 @@ def ceil_div(numbers: int, size: int) -> int:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """(..., D) as rows: a tensor whose rows have unit stride inside, and the stride from one to the next; a copy only where the strides leave no other way."""
+    """(..., D) as rows of unit stride, and the stride from one to the next; a copy only where the strides leave no other way."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x = x.reshape(-1, x.shape[-1])
@@ -140,7 +140,7 @@ def interpreting() -> bool:
 
 
 def why_not_device(*tensors: Tensor | None) -> str | None:
-    """None if Triton can run on these tensors' device (a FakeTensor's launches are only described, which any device can), else the reason."""
+    """None if Triton can run on these tensors' device, else the reason. A FakeTensor's launches are described, which needs none."""
     tensor = next(t for t in tensors if t is not None)
     device = tensor.device
     if device.type == "cuda" or isinstance(tensor, FakeTensor):
@@ -156,6 +156,6 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def operand(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of tl.dot's factors: the inputs' own; the interpreter multiplies bfloat16 as bit patterns, so there float32 (values rounded before)."""
+    """The dtype of tl.dot's factors: the inputs' own; in the interpreter, which multiplies bfloat16 as bit patterns, float32 instead."""
     return {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16,
             torch.bfloat16: tl.float32 if interpreting() else tl.bfloat16}[dtype]

@@ -18,8 +18,8 @@ _TARGET_OUT_OF_RANGE = tl.constexpr(error_flag.TARGET_OUT_OF_RANGE)
 
 
 @triton.jit
-def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_stride, n_cols, WITH_GRADIENT: tl.constexpr, BLOCKS: tl.constexpr,
-                       BLOCK: tl.constexpr, ACC: tl.constexpr):
+def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_stride, n_cols, WITH_GRADIENT: tl.constexpr,
+                       BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """One row a program: its loss, and softmax - one_hot in place of its logits.
 
     A row of one block is read once and stays in registers. A longer one is read twice, the second time from the cache.
@@ -29,7 +29,7 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
     target = tl.load(target_ptr + row)
     if (target < 0) | (target >= n_cols):
         tl.atomic_or(flag_ptr, _TARGET_OUT_OF_RANGE)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # (BLOCK,), as all tiles here; what belongs to the row is a scalar
     if BLOCKS == 1:
         x = tl.load(logits_ptr + cols, mask=cols < n_cols, other=float("-inf")).to(ACC)
         top = tl.max(x, 0)
@@ -62,13 +62,14 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
 
 
 ROWS = Kernel("linear_cross_entropy rows", cross_entropy_rows, lambda a: Cost(
-    a.grid[0] * ((2 if a.WITH_GRADIENT else 1) * a.n_cols * a.logits_ptr.element_size() + 12), (6 if a.WITH_GRADIENT else 4) * a.grid[0] * a.n_cols))
+    a.grid[0] * ((2 if a.WITH_GRADIENT else 1) * a.n_cols * a.logits_ptr.element_size() + 12),
+    (6 if a.WITH_GRADIENT else 4) * a.grid[0] * a.n_cols))
 
 
 def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
     """See `Overwrite` in ops/linear_cross_entropy.py. A target out of range sets the error flag."""
-    ROWS.launch((logits.shape[0],), (logits, target, losses, error_flag.flag_for(logits), logits.stride(0), logits.shape[1]), WITH_GRADIENT=gradient,
-                ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, **_widths(logits.shape[1]))
+    ROWS.launch((logits.shape[0],), (logits, target, losses, error_flag.flag_for(logits), logits.stride(0), logits.shape[1]),
+                WITH_GRADIENT=gradient, ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, **_widths(logits.shape[1]))
 
 
 @functools.cache
@@ -76,11 +77,12 @@ def _widths(n_cols: int) -> dict[str, int]:
     """BLOCK and BLOCKS cover a row, the warps follow: see CROSS_ENTROPY_ROWS in tiles.py."""
     one_block, long_block, a_thread = CROSS_ENTROPY_ROWS.block
     block = triton.next_power_of_2(n_cols) if n_cols <= one_block else long_block
-    return {"BLOCK": block, "BLOCKS": ceil_div(n_cols, block), "num_warps": max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))}
+    warps = max(1, min(CROSS_ENTROPY_ROWS.num_warps, block // (32 * a_thread)))
+    return {"BLOCK": block, "BLOCKS": ceil_div(n_cols, block), "num_warps": warps}
 
 
 def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
-    """Rows of a chunk: as few chunks as LOGITS_CHUNK_BYTES allows, all of one size but for the last, whole tiles of 128 where a chunk holds one."""
+    """Rows of a chunk: few chunks, within LOGITS_CHUNK_BYTES each, all of a size but the last, whole tiles of 128 where one fits."""
     most = max(16, LOGITS_CHUNK_BYTES // (n_cols * itemsize))
     whole = 128 if most >= 128 else 1
     most -= most % whole

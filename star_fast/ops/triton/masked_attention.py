@@ -2,9 +2,9 @@
 
 The kernels, and what was decided about them by counting, are in masked_attention_kernels.py.
 
-Bytes, in tensors of (B, T, H, E): forward 4 (q, k, v, out), 2 more where rotary is applied (keys read and written), 1 more where a gradient is wanted
-(turned queries written), 6 more where the caller keeps its qkv (a copy). Backward reads q, k, v and dout twice (once a kernel): 13 where 8 are the
-least, if no cache helps.
+Bytes, in tensors of (B, T, H, E): forward 4 (q, k, v, out), 2 more where rotary is applied (keys read and written), 1 more where a gradient
+is wanted (turned queries written), 6 more where the caller keeps its qkv (a copy). Backward reads q, k, v and dout twice (once a kernel):
+13 where 8 are the least, if no cache helps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torch import Tensor
 
 from star_fast.ops.dispatch import Cost
 from star_fast.ops.triton.launching import Kernel, accumulator, ceil_div, operand, why_not_device
-from star_fast.ops.triton.masked_attention_kernels import attention_backward_keys, attention_backward_queries, attention_forward, attention_prepare
+from star_fast.ops.triton.masked_attention_kernels import (
+    attention_backward_keys,
+    attention_backward_queries,
+    attention_forward,
+    attention_prepare,
+)
 from star_fast.ops.triton.tiles import (
     ATTENTION_BACKWARD,
     ATTENTION_BACKWARD_FULL_PRECISION,
@@ -86,7 +91,7 @@ class _MaskedAttention(torch.autograd.Function):
 
 
 def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor | None:
-    """Turn the keys of a contiguous qkv in place and pack the mask: (B, ceil(T / 64)) int64, bit s % 64 of word s // 64 is set where key s is visible."""
+    """Turn the keys of a contiguous qkv in place and pack the mask: (B, ceil(T / 64)) int64, visible keys as bits from the lowest on."""
     if keep is None and table is None:
         return None
     batch, positions, _, heads, size = qkv.shape
@@ -95,9 +100,9 @@ def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor |
     groups = ceil_div(positions, 64) * (64 // rows)  # all words of the mask, so that none is left unwritten
     grid = (batch * groups, 1 if table is None else ceil_div(heads * size, cols))
     if math.prod(grid):
-        PREPARE.launch(grid, (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size), E=size, ROWS=rows,
-                       COLS=cols, MASK=keep is not None, ROTARY=table is not None, ACC=accumulator(qkv.dtype), num_warps=ATTENTION_PREPARE.num_warps,
-                       num_stages=ATTENTION_PREPARE.num_stages)
+        PREPARE.launch(grid, (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size),
+                       E=size, ROWS=rows, COLS=cols, MASK=keep is not None, ROTARY=table is not None, ACC=accumulator(qkv.dtype),
+                       num_warps=ATTENTION_PREPARE.num_warps, num_stages=ATTENTION_PREPARE.num_stages)
     return words
 
 
@@ -120,7 +125,8 @@ def _launch(kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | N
         words = words.view(_WORDS[settings["BLOCK_N"]])
         n_words = words.shape[1]
     if batch:
-        kernel.launch((batch * heads * n_tiles,), (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, n_words), **settings, **constants)
+        kernel.launch((batch * heads * n_tiles,), (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, n_words),
+                      **settings, **constants)
 
 
 def _padded(size: int) -> int:
@@ -132,9 +138,9 @@ def _settings(kernel: Kernel, size: int, head_stride: int, dtype: torch.dtype, m
     tile = kernel_tile(kernel.function, size, dtype)
     queries, keys = tile.block[::-1] if kernel is BACKWARD_KEYS else tile.block
     root = size**-0.5
-    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is FORWARD else {"ROOT": root}), "E": size, "BLOCK_M": queries,
-            "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": masked, "ROTARY": turned, "DOT": operand(dtype), "ACC": accumulator(dtype),
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is FORWARD else {"ROOT": root}), "E": size,
+            "BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": masked, "ROTARY": turned, "DOT": operand(dtype),
+            "ACC": accumulator(dtype), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:

@@ -1,20 +1,23 @@
 """The kernels of masked_attention: what is done once a call, the forward pass, and the two backward passes (queries, then keys).
 
-How keys are hidden, decided by counting. `attention_prepare` packs the mask, a bit a key, so that a tile of keys reads one word. The forward and the
-queries' kernel test its bits: four shifts a tile and one instruction a column, none a score. The keys' kernel tests nothing in its loop: a hidden key's
-gradients are a row of their own, zeroed at the end. The other way, gathering the visible keys so that a quarter of the rows is never touched, would
-save at T = 256 one of ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys visible 1 + 2 + 3 + 3), and a quarter of k and v,
-12.5 % of the forward's bytes and 6 % of the backward's. At B (64 sequences, 12 heads) the forward moves 101 MB, 30 us at 3.35 TB/s, so that is at most
-4 us. But gathered rows rule out block loads, and dk and dv of hidden keys must be zeroed separately. It is below one per cent of a training step.
+How keys are hidden, decided by counting. `attention_prepare` packs the mask, a bit a key, so that a tile of keys reads one word. The
+forward and the queries' kernel test its bits: four shifts a tile and one instruction a column, none a score. The keys' kernel tests nothing
+in its loop: a hidden key's gradients are a row of their own, zeroed at the end. The other way, gathering the visible keys so that a quarter
+of the rows is never touched, would save at T = 256 one of ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys
+visible 1 + 2 + 3 + 3), and a quarter of k and v, 12.5 % of the forward's bytes and 6 % of the backward's. At B (64 sequences, 12 heads) the
+forward moves 101 MB, 30 us at 3.35 TB/s, so that is at most 4 us. But gathered rows rule out block loads, and dk and dv of hidden keys must
+be zeroed separately. It is below one per cent of a training step.
 
-Where rotary is applied, decided by counting too. Every tile of queries streams all keys before it, so turning keys in the loop does the same work 2.5
-times at T = 256, moves a 16 KB table for 8 KB of keys, and puts registers between memory and the matrix unit: 676 instructions a tile of keys on sm_90,
-against 426 now. So `attention_prepare` turns the keys once, in place (2 passes over a (B, T, H, E) tensor beside the forward's 4), and the forward
-kernel its own queries, each of which one program alone reads; where a gradient is wanted it leaves them turned (1 pass), and backward finds both.
-Turned copies beside qkv would cost the same passes and 2 of the 16 tensors of width D that a block keeps for backward.
+Where rotary is applied, decided by counting too. Every tile of queries streams all keys before it, so turning keys in the loop does the
+same work 2.5 times at T = 256, moves a 16 KB table for 8 KB of keys, and puts registers between memory and the matrix unit: 676
+instructions a tile of keys on sm_90, against 426 now. So `attention_prepare` turns the keys once, in place (2 passes over a (B, T, H, E)
+tensor beside the forward's 4), and the forward kernel its own queries, each of which one program alone reads; where a gradient is wanted it
+leaves them turned (1 pass), and backward finds both. Turned copies beside qkv would cost the same passes and 2 of the 16 tensors of width D
+that a block keeps for backward.
 
-Only tiles on the diagonal compare positions: a branch that all threads of a program take alike. Rows past the end are read as the last row, which costs
-one minimum a row where a predicate costs three instructions a load; they are hidden by causality, and in the keys' kernel by lse = infinity.
+Only tiles on the diagonal compare positions: a branch that all threads of a program take alike. Rows past the end are read as the last row,
+which costs one minimum a row where a predicate costs three instructions a load; they are hidden by causality, and in the keys' kernel by
+lse = infinity.
 
 Letters in the comments: M queries, N keys of a tile, E padded head size.
 """
@@ -24,6 +27,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from star_fast.ops.triton.rotary import turn
+
 
 @triton.jit
 def inside(rows, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
@@ -32,15 +37,6 @@ def inside(rows, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
     if E != BLOCK_E:
         mask = mask & (tl.arange(0, BLOCK_E)[None, :] < E)
     return mask
-
-
-@triton.jit
-def turn(x, table, SIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
-    """Rotary on a (ROWS, COLS) tile: each pair (x0, x1) becomes (x0 cos - x1 sin, x0 sin + x1 cos); SIGN -1 turns back (the transpose)."""
-    cos, sin = tl.split(tl.reshape(table.to(ACC), (ROWS, COLS // 2, 2)))
-    even, odd = tl.split(tl.reshape(x.to(ACC), (ROWS, COLS // 2, 2)))
-    sin = sin * SIGN
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, COLS))
 
 
 @triton.jit
@@ -69,17 +65,19 @@ def store_tile(ptr, x, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.co
 
 @triton.jit
 def visible(word, offsets):
-    """Bit `offsets` of a word, for each key of a tile. In two steps: the first shift is the same for all columns that a thread holds, the second is
-    known when compiling."""
+    """Bit `offsets` of a word, for each key of a tile.
+
+    In two steps: the first shift is the same for all columns that a thread holds, the second is known when compiling.
+    """
     return (((word >> (offsets & 7)) >> (offsets & 56)) & 1) != 0
 
 
 @triton.jit
-def attention_prepare(qkv_ptr, table_ptr, keep_ptr, words_ptr, n_positions, n_groups, width, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                      MASK: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
-    """ROWS positions of one sequence: their keys (COLS of the `width` = heads x E columns) turned in place, their mask packed, position 0 visible.
+def attention_prepare(qkv_ptr, table_ptr, keep_ptr, words_ptr, n_positions, n_groups, width, E: tl.constexpr, ROWS: tl.constexpr,
+                      COLS: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
+    """ROWS positions of one sequence: their keys (COLS of the `width` = heads x E columns) turned in place, their mask packed.
 
-    qkv is contiguous here; words has n_groups words of ROWS bits a sequence.
+    Position 0 is packed as visible. qkv is contiguous here; words has n_groups words of ROWS bits a sequence.
     """
     group = tl.program_id(0) % n_groups
     batch = (tl.program_id(0) // n_groups).to(tl.int64)
@@ -100,9 +98,9 @@ def attention_prepare(qkv_ptr, table_ptr, keep_ptr, words_ptr, n_positions, n_gr
 
 @triton.jit
 def attention_forward(qkv_ptr, words_ptr, table_ptr, out_ptr, lse_ptr, batch_stride, position_stride, part_stride, n_positions, n_heads,
-                      n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, LEAVE_TURNED: tl.constexpr, DOT: tl.constexpr,
-                      ACC: tl.constexpr):
+                      n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, LEAVE_TURNED: tl.constexpr,
+                      DOT: tl.constexpr, ACC: tl.constexpr):
     """One block of queries of one head: streams the keys up to the last query; lse is in base 2, of the scaled scores."""
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles  # long rows first
     head = (tl.program_id(0) // n_tiles) % n_heads
@@ -144,10 +142,10 @@ def attention_forward(qkv_ptr, words_ptr, table_ptr, out_ptr, lse_ptr, batch_str
 
 
 @triton.jit
-def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride,
-                               part_stride, n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr,
-                               E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr,
-                               ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride,
+                               position_stride, part_stride, n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr,
+                               SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
     """dq of one block of queries, and delta = rowsum(dout * out) for the keys' kernel. q and k come turned."""
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles
     head = (tl.program_id(0) // n_tiles) % n_heads
@@ -189,10 +187,10 @@ def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr,
 
 
 @triton.jit
-def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride, part_stride,
-                            n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr,
-                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr,
-                            DOT: tl.constexpr, ACC: tl.constexpr):
+def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride,
+                            part_stride, n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr,
+                            ROOT: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+                            MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
     """dk and dv of one block of keys: streams the queries from the first key on; the tiles are (keys, queries). q and k come turned."""
     tile = tl.program_id(0) % n_tiles  # the first keys have the most queries
     head = (tl.program_id(0) // n_tiles) % n_heads
@@ -225,8 +223,8 @@ def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, de
     if MASK:  # each key has a row of its own, so hidden ones ran along; what came of them, infinities too, is dropped
         seen = visible(tl.load(words_ptr + batch * n_words + tile), own)[:, None]
         dk, dv = tl.where(seen, dk, 0.0), tl.where(seen, dv, 0.0)
+    dk_ptr = dqkv_ptr + batch * n_positions * 3 * n_heads * E + (n_heads + head) * E
+    store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)  # first, for its registers: turning takes many
     if ROTARY:
         dk = turn(dk, load_tile(table_ptr, cols, E, n_positions, E, BLOCK_E), -1, BLOCK_N, BLOCK_E, ACC)
-    dk_ptr = dqkv_ptr + batch * n_positions * 3 * n_heads * E + (n_heads + head) * E
     store_tile(dk_ptr, dk, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)
-    store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)

@@ -32,11 +32,14 @@ _SLOT_OUT_OF_RANGE = tl.constexpr(error_flag.SLOT_OUT_OF_RANGE)
 
 
 @triton.jit(do_not_specialize=["row_offset"])
-def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr, flag_ptr, anchor_slot_stride, anchor_row_stride, key_slot_stride,
-                          key_row_stride, anchor_slots, key_slots, n_rows, n_keys, n_cols, row_offset, SHARPNESS: tl.constexpr,
-                          WITH_GRADIENT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
-                          ACC: tl.constexpr):
-    """loss[pair, row], and gradient[pair, row, part]: B times the derivative of the pair's loss by its anchors. SHARPNESS = 1 / temperature."""
+def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr, flag_ptr, anchor_slot_stride, anchor_row_stride,
+                          key_slot_stride, key_row_stride, anchor_slots, key_slots, n_rows, n_keys, n_cols, row_offset,
+                          SHARPNESS: tl.constexpr, WITH_GRADIENT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr,
+                          PART: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+    """loss[pair, row], and gradient[pair, row, part]: B times the derivative of the pair's loss by its anchors.
+
+    SHARPNESS = 1 / temperature.
+    """
     pair = tl.program_id(1).to(tl.int64)
     anchor_slot, key_slot = tl.load(pairs_ptr + 2 * pair), tl.load(pairs_ptr + 2 * pair + 1)
     if (anchor_slot < 0) | (anchor_slot >= anchor_slots) | (key_slot < 0) | (key_slot >= key_slots):
@@ -51,7 +54,7 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
     for first in range(0, n_cols, COLS):
         cols = first + tl.arange(0, COLS)
         a = tl.load(anchor_rows + cols[None, :], mask=row_inside[:, None] & (cols < n_cols)[None, :], other=0.0).to(ACC)
-        a_squares += tl.sum(a * a, 1)
+        a_squares += tl.sum(a * a, 1)  # (ROWS,), a (ROWS, COLS)
     a_inverse = inverse_norm(a_squares)
 
     top = tl.full((ROWS,), float("-inf"), ACC)
@@ -75,14 +78,14 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
             cols = first + tl.arange(0, COLS)
             k = tl.load(key_rows + cols[None, :], mask=key_inside[:, None] & (cols < n_cols)[None, :], other=0.0)
             a = tl.load(anchor_rows + cols[None, :], mask=row_inside[:, None] & (cols < n_cols)[None, :], other=0.0)
-            products = tl.dot(k.to(DOT), tl.trans(a.to(DOT)), products, input_precision="ieee", out_dtype=ACC)
+            products = tl.dot(k.to(DOT), tl.trans(a.to(DOT)), products, input_precision="ieee", out_dtype=ACC)  # (KEYS, ROWS)
             k_squares += tl.sum(k.to(ACC) * k.to(ACC), 1)
         k_inverse = inverse_norm(k_squares)
         cosines = products * k_inverse[:, None] * a_inverse[None, :]
         logits = tl.where(key_inside[:, None], cosines * SHARPNESS, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 0))
         rescale = tl.exp(top - higher)
-        weights = tl.exp(logits - higher[None, :])
+        weights = tl.exp(logits - higher[None, :])  # (KEYS, ROWS), as cosines and logits
         total = total * rescale + tl.sum(weights, 0)
         top = higher
         is_positive = keys[:, None] == (row_offset + rows)[None, :]
@@ -93,7 +96,7 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
             expected = expected * rescale + tl.sum(weights * cosines, 0)
             positive_inverse += tl.sum(tl.where(is_positive, k_inverse[:, None], 0.0), 0)
             k = tl.load(key_rows + part[None, :], mask=key_inside[:, None] & part_inside[None, :], other=0.0)
-            weights = (weights * k_inverse[:, None]).to(k.dtype).to(DOT)
+            weights = (weights * k_inverse[:, None]).to(k.dtype).to(DOT)  # (KEYS, ROWS); k (KEYS, PART)
             pulled = tl.dot(tl.trans(k.to(DOT)), weights, pulled * rescale[None, :], input_precision="ieee", out_dtype=ACC)
 
     if tl.program_id(2) == 0:
@@ -103,6 +106,7 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
         k = tl.load(key_ptr + (row_offset + rows)[:, None].to(tl.int64) * key_row_stride + part[None, :], mask=inside, other=0.0).to(ACC)
         a = tl.load(anchor_rows + part[None, :], mask=inside, other=0.0).to(ACC)
         along = a_inverse * (expected - others * positive)  # dz . z, which the division by the norm removes
+        # (ROWS, PART), as k and a here
         gradient = tl.trans(pulled) - k * (others * positive_inverse)[:, None] - a * along[:, None]
         gradient *= (a_inverse * SHARPNESS / total)[:, None]
         where = gradient_ptr + (pair * n_rows + rows[:, None]) * n_cols + part[None, :]
@@ -115,7 +119,7 @@ def slot_contrast_backward(gradient_ptr, pairs_ptr, dout_ptr, danchor_ptr, dout_
     """danchor[slot] = sum over the pairs of that slot, in their order, of dout[pair] / divisor * gradient[pair]."""
     slot = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < slot_numbers
+    inside = index < slot_numbers  # (BLOCK,), as all tiles here
     total = tl.zeros((BLOCK,), ACC)
     for pair in range(n_pairs):
         if tl.load(pairs_ptr + 2 * pair) == slot:
@@ -154,7 +158,8 @@ class _SlotContrast(torch.autograd.Function):
         danchor, n_pairs = gradient.new_empty((slots, n_rows, n_cols)), pairs.shape[0]
         BACKWARD.launch(
             (ceil_div(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots),
-            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, n_pairs, n_rows * n_cols, n_rows if dout.ndim else n_rows * n_pairs),
+            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, n_pairs, n_rows * n_cols,
+             n_rows if dout.ndim else n_rows * n_pairs),
             BLOCK=SLOT_CONTRAST_SUM.block[0], ACC=accumulator(gradient.dtype), num_warps=SLOT_CONTRAST_SUM.num_warps,
             num_stages=SLOT_CONTRAST_SUM.num_stages)
         return danchor, None, None, None, None, None
@@ -167,9 +172,10 @@ def _forward(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row
     losses = anchor.new_empty((n_pairs, n_rows), dtype=torch.promote_types(anchor.dtype, torch.float32))
     settings = _settings(anchor.dtype)
     FORWARD.launch(
-        (ceil_div(n_rows, settings["ROWS"]), n_pairs, 1 if gradient is None else ceil_div(n_cols, settings["PART"])),  # without a gradient no part repeats
-        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), *anchor.stride()[:2], *key.stride()[:2],
-         slots, key_slots, n_rows, n_keys, n_cols, row_offset),
+        (ceil_div(n_rows, settings["ROWS"]), n_pairs,
+         1 if gradient is None else ceil_div(n_cols, settings["PART"])),  # without a gradient no part repeats
+        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), *anchor.stride()[:2],
+         *key.stride()[:2], slots, key_slots, n_rows, n_keys, n_cols, row_offset),
         SHARPNESS=1 / temperature, WITH_GRADIENT=gradient is not None, **settings)
     return losses
 

@@ -20,7 +20,7 @@ def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_rows, n_cols, ROWS: tl.conste
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (cols < n_cols)
-    a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
     b = tl.load(x_ptr + row * x_row_stride + n_cols + cols, mask=inside, other=0.0).to(ACC)
     sigmoid = 1.0 / (1.0 + tl.exp(-a))
     out = a * sigmoid * b
@@ -34,7 +34,7 @@ def swiglu_backward(x_ptr, dout_ptr, dx_ptr, x_row_stride, dout_row_stride, n_ro
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (cols < n_cols)
-    a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
+    a = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
     b = tl.load(x_ptr + row * x_row_stride + n_cols + cols, mask=inside, other=0.0).to(ACC)
     dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=inside, other=0.0).to(ACC)
     sigmoid = 1.0 / (1.0 + tl.exp(-a))

@@ -273,8 +273,8 @@ class DataConfig:
         require(self.decoder in ("pillow", "dali", "dali-gpu"), "data.decoder", self.decoder, "'pillow', 'dali' or 'dali-gpu'")
         require(self.affine_views >= 1, "data.affine_views", self.affine_views, "at least 1")
         for name, most in (("crop_area", 1.0), ("crop_aspect", 1e3)):
-            low, high = getattr(self, name)
-            require(0 < low <= high <= most, f"data.{name}", (low, high), f"two rising numbers above 0, up to {most:g}")
+            pair = getattr(self, name)
+            require(len(pair) == 2 and 0 < pair[0] <= pair[1] <= most, f"data.{name}", pair, f"two rising numbers above 0, up to {most:g}")
         require(0 <= self.held_out_share < 1, "data.held_out_share", self.held_out_share, "a share in [0, 1)")
 
 

@@ -28,7 +28,7 @@ from star_fast.data.views import check_view_settings, plain_view, read_views, vi
 from star_fast.errors import UserError, printable
 from star_fast.locks import LOCK_FILE, only_writer
 from star_fast.model.tokenizer import VQTokenizer
-from star_fast.storage import remove_leftovers
+from star_fast.storage import explain_write_errors, remove_leftovers
 
 PARTS_FOLDER = "parts"  # within an unfinished store: chunks that ranks have encoded ahead of their turn
 _PIXELS = "upright by EXIF, 16 bits scaled by the white level"  # how files became pixels: a store begun under another rule cannot be finished under this one
@@ -132,7 +132,9 @@ class _Job:
 
     def _append(self, writer: StoreWriter, chunk: EncodedChunk, bar: tqdm) -> None:
         writer.append(chunk.codes, chunk.labels, chunk.keys, chunk.end, chunk.skipped)
-        self._part(chunk.end).unlink(missing_ok=True)
+        part = self._part(chunk.end)
+        with explain_write_errors(part):
+            part.unlink(missing_ok=True)
         bar.update(chunk.end - bar.n)
         bar.set_postfix(skipped=len(writer.skipped))
 

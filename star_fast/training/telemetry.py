@@ -165,7 +165,7 @@ def _cut_back(file: Path, step: int) -> float:
             if line["step"] > step:
                 continue
             time_s = max(time_s, float(line.get("time_s", 0.0)))
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut off by a kill, or damaged
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # a line cut off by a kill, or damaged
             continue
         kept.append(text)
     atomic_write_bytes(file, b"".join(kept))

@@ -80,7 +80,8 @@ def test_what_is_not_there_is_said(store: CodeStore, folder: Path, tmp_path: Pat
         codes = OnlineCodes(store, source, TOKENIZER, replace(DATA, decoder=decoder), 5, CPU)
         with pytest.raises(DataError, match=r"oak/03\.jpg: .*; it could be read when the codes were made"):
             codes(0, np.array([7]), 1)
-    for wrong in ({"crop_area": (0.5, 0.2)}, {"crop_area": (0.0, 0.2)}, {"crop_area": (0.5, 1.5)}, {"crop_aspect": (-1.0, 2.0)}):
+    for wrong in ({"crop_area": (0.5, 0.2)}, {"crop_area": (0.0, 0.2)}, {"crop_area": (0.5, 1.5)}, {"crop_aspect": (-1.0, 2.0)}, {"crop_aspect": (1.0,)},
+                  {"crop_area": (0.1, 0.2, 0.3)}):
         with pytest.raises(ConfigError, match=rf"data\.{next(iter(wrong))}: expected two rising numbers above 0"):
             DataConfig(**wrong)
 

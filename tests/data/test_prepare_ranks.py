@@ -24,6 +24,7 @@ from star_fast.data.sources import ImageFolder
 from star_fast.data.view_reading import processors_of_this_rank
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import from_uint8
+from star_fast.storage import StorageError
 from tests.data.pictures import make_folder, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()  # made once: threads that seed torch's generator would get different ones
@@ -110,6 +111,12 @@ def test_what_another_number_of_ranks_left_is_used(folder: Path, tmp_path: Path,
     monkeypatch.setattr(Encoder, "__call__", lambda self, views: encoded.append(len(views)) or call(self, views))
     run(folder, out)
     assert len(encoded) == 7 and content(out) == whole
+
+
+def test_a_folder_in_a_chunks_place_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "store/parts/until-00000004").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"until-00000004: cannot be written: Is a directory"):
+        run(folder, tmp_path / "store")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -59,7 +59,8 @@ def test_rates_and_times_are_of_training_alone(tmp_path: Path, clock: Clock) -> 
 
 def test_a_resume_counts_on_from_what_was_spent(tmp_path: Path, clock: Clock) -> None:
     kept = [{"step": 4, "loss": 1.0, "time_s": 70.0}, {"step": 5, "val_ar": 2.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*kept, {"step": 6, "loss": 1.0, "time_s": 90.0}]))
+    damaged = {"step": 3, "loss": 1.0, "time_s": 10**400}  # no float holds it
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [damaged, *kept, {"step": 6, "loss": 1.0, "time_s": 90.0}]))
     told = telemetry(tmp_path, first=5)
     for step in range(5, 10):
         clock.now += 1.0

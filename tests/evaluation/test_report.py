@@ -236,6 +236,12 @@ def test_other_things_that_do_not_fit(finished_run: Path, tmp_path: Path) -> Non
         read_metrics(tmp_path)
 
 
+def test_a_single_sample_is_too_few(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
+    with pytest.raises(UserError, match=r"samples-per-class: expected at least 2 images of a single class.*, got 1"):
+        write_report(ReportConfig(tmp_path / "run", source=str(finished_run / "images"), classes=("fox",), **{**QUICK, "samples_per_class": 1}))
+
+
 def test_probe_command_writes_its_files(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "run", tmp_path / "run")
     result = run_probe(ProbeConfig(tmp_path / "run", epochs=12, warmup_epochs=2, train_views=2, device="cpu"))

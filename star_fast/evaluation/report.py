@@ -144,12 +144,12 @@ def _gather(config: ReportConfig, run: Run, device: torch.device, other: Figures
                         "files of two runs are mixed")
     images = len(classes) * config.samples_per_class
     source = open_real_images(store, config.source)
-    require(images >= 2 or source is None, option("samples_per_class"), config.samples_per_class, "at least 2 images of a single class: a Fréchet distance needs two")
+    require(images >= 2 or source is None, option("samples_per_class"), config.samples_per_class,
+            "at least 2 images of a single class: a Fréchet distance needs two")
     most = MOST_SAMPLE_BYTES // (made.image_channels * made.image_size**2)
     require(images <= most, option("samples_per_class"), config.samples_per_class,
             f"at most {max(most // len(classes), 1):,} images of {made.image_size} x {made.image_size} pixels of each of {len(classes)} classes")
-    return Material(run, config, training, validation, device, classes, spread(judging.judge, MOST_HELD_OUT), tokenizer,
-                    source, against=other)
+    return Material(run, config, training, validation, device, classes, spread(judging.judge, MOST_HELD_OUT), tokenizer, source, against=other)
 
 
 def _write(material: Material, begun: float) -> Path:

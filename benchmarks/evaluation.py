@@ -23,9 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from star_fast.waiting import bound_spinning  # noqa: E402 (needs the path above)
+from star_fast.threads import settle_threads  # noqa: E402 (needs the path above)
 
-bound_spinning()  # as the command line does, before torch starts its threads
+settle_threads()  # as the command line does, before torch starts its threads
 
 import torch  # noqa: E402
 

@@ -2,7 +2,7 @@
 
     python benchmarks/neighbour.py CODES [--save]      CODES: a store of the digits (star-fast prepare digits)
 
-Three ways of waiting take turns: OpenMP's default, the bound that star_fast sets (star_fast/waiting.py), and no spinning at all.
+Three ways of waiting take turns: OpenMP's default, the bound that star_fast sets (star_fast/threads.py), and no spinning at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import timing  # noqa: E402 (needs the path above)
-from star_fast.waiting import SPINS  # noqa: E402
+from star_fast.threads import SPINS  # noqa: E402
 
 WAYS = {"OpenMP's default": {"GOMP_SPINCOUNT": "300000"}, f"bounded ({SPINS} spins, ours)": {}, "no spinning": {"GOMP_SPINCOUNT": "0"}}
 

@@ -17,7 +17,7 @@ from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.presets import IMAGENET_CODES, PRESETS, plain
 from star_fast.records import require
-from star_fast.waiting import bound_spinning
+from star_fast.threads import settle_threads
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (see guard.guarded)."""
-    bound_spinning()
+    settle_threads()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -24,7 +24,7 @@ from star_fast.guard import guarded
 from star_fast.locks import only_writer
 from star_fast.presets import plain
 from star_fast.storage import atomic_write_json, remove_leftovers
-from star_fast.waiting import bound_spinning
+from star_fast.threads import settle_threads
 
 # What gloo, NCCL and torch's store say when the process at the other end has gone.
 _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|failed to recv", re.IGNORECASE)
@@ -174,7 +174,7 @@ def run_command(arguments: list[str], prog: str) -> None:
 
 def main() -> int:
     """The command line; returns the exit status (see guard.guarded)."""
-    bound_spinning()
+    settle_threads()
     return guarded(lambda: run_command(command_line(), "train.py"))
 
 

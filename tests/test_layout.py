@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
     "planning": {"planning", "config", "errors"},
     "doctor": set(),
-    "waiting": set(),
+    "threads": set(),
 }
 ENTRANCES = {"cli", "data_commands", "train", "demo"}  # may import everything; nobody imports them
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}

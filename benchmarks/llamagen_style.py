@@ -1,17 +1,37 @@
-"""The named baseline of benchmarks/sampling.py: a decent, straightforward PyTorch sampling loop in the style of LlamaGen's released code.
+"""The named baseline of benchmarks/sampling.py: a decent, straightforward PyTorch pipeline in the style of LlamaGen's released code, labels to pixels.
 
-What it shares with that code (autoregressive/models/{gpt,generate}.py): a padded key-value cache read in full at every step with a mask over the future,
+    python benchmarks/llamagen_style.py MODEL OUT.npz [--images 32]      as a process of its own: what a user of it waits for
+
+What its codes share with that code (autoregressive/models/{gpt,generate}.py): a padded key-value cache read in full at every step with a mask over the future,
 separate w1, w3 products, both logit rows of a guided image computed and combined, top-k by sorting, softmax, multinomial. What it does better: weights and
 cache in one dtype, no autocast, no list building; everything that a careful reader would do without changing the method.
+
+Its pixels are that code's arithmetic (tokenizer/tokenizer_image/vq_model.py): float32, contiguous, the whole batch at once, x * sigmoid(x), attention by two
+batched products; plain torch throughout, so that it stays what it is whatever our own decoder becomes.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from star_fast.model.llamagen import load_tokenizer
+from star_fast.model.tokenizer import VQTokenizer, to_uint8
+from star_fast.model.tokenizer_blocks import AttentionBlock, ResidualBlock
 from star_fast.model.transformer import NORM_EPS, Block, Transformer
+from star_fast.model.weights import load_model
 
 
 class LlamaGenStyle:
@@ -78,3 +98,67 @@ def draw(logits: Tensor, top_k: int, top_p: float = 1.0) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     h = x.float()
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(x) * weight
+
+
+@torch.no_grad()
+def decode_pixels(tokenizer: VQTokenizer, codes: Tensor) -> Tensor:
+    """Images (B, C, H, W) float32 in about [-1, 1] of codes (B, T), in LlamaGen's order of operations."""
+    side, decoder = math.isqrt(codes.shape[1]), tokenizer.decoder
+    h = decoder.conv_in(tokenizer.post_quant_conv(tokenizer.quantize.look_up(codes, (side, side))))
+    for block in decoder.mid:
+        h = _residual(block, h) if isinstance(block, ResidualBlock) else _attend_pixels(block, h)
+    for level in decoder.conv_blocks:
+        for number, block in enumerate(level.res):
+            h = _residual(block, h)
+            if len(level.attn):
+                h = _attend_pixels(level.attn[number], h)
+        if hasattr(level, "upsample"):
+            h = level.upsample.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+    return decoder.conv_out(_swish(_group_norm(decoder.norm_out, h)))
+
+
+def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
+    h = block.conv1(_swish(_group_norm(block.norm1, x)))
+    h = block.conv2(_swish(_group_norm(block.norm2, h)))
+    return (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x) + h
+
+
+def _attend_pixels(block: AttentionBlock, x: Tensor) -> Tensor:
+    h, (batch, channels, height, width) = _group_norm(block.norm, x), x.shape
+    q, k, v = (layer(h).reshape(batch, channels, height * width) for layer in (block.q, block.k, block.v))
+    weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * channels**-0.5, dim=2)
+    return x + block.proj_out(torch.bmm(v, weights.transpose(1, 2)).reshape(x.shape))
+
+
+def _group_norm(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def main() -> None:
+    """Load, draw one batch with guidance 2.0 and top-k 2000, write the .npz; prints the seconds of drawing as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a model folder with its tokenizer")
+    parser.add_argument("out")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the transformer")
+    arguments = parser.parse_args()
+    loaded = load_model(arguments.model)
+    model = loaded.transformer.to(torch.bfloat16 if arguments.precision == "bf16" else torch.float32).eval()
+    tokenizer = load_tokenizer(loaded.tokenizer_folder).float().eval().requires_grad_(False)
+    start = time.perf_counter()
+    label = torch.arange(arguments.images) % model.config.num_classes
+    torch.manual_seed(0)
+    codes = LlamaGenStyle(model, arguments.images).generate(label, 2.0, 1.0, 2000)
+    drawn = time.perf_counter()
+    images = to_uint8(decode_pixels(tokenizer, codes)).permute(0, 2, 3, 1).numpy()
+    seen = time.perf_counter()
+    np.savez(arguments.out, images, label.numpy())
+    print(json.dumps({"codes_s": drawn - start, "pixels_s": seen - drawn, "all_s": time.perf_counter() - start}))
+
+
+if __name__ == "__main__":
+    main()

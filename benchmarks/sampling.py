@@ -1,8 +1,8 @@
-"""Sampling, end to end: against LlamaGen's way, against its own matrix products, and what memory, launches and ceilings say.
+"""Sampling: what a user waits for, labels in and pictures out; then its codes, its products and its attention, each beside its ceiling.
 
-    python benchmarks/sampling.py [--quick] [--save]
+    python benchmarks/sampling.py [--quick] [--save] [--before CHECKOUT]      CHECKOUT: an earlier commit, its extension built in place
 
-GPT-B, 256 pixels (256 codes), random weights, guidance 2.0, top-k 2000, 32 images, bf16. Candidates take turns step by step; medians.
+GPT-B, 256 pixels (256 codes), VQ-16, random weights, guidance 2.0, top-k 2000, 32 images, bf16. Candidates take turns; medians.
 """
 
 from __future__ import annotations
@@ -17,140 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import sample_op, timing
+from benchmarks import sample_op, sampling_steps, sampling_whole, timing
 from benchmarks.devices import DEVICES
-from benchmarks.llamagen_style import LlamaGenStyle
+from benchmarks.sampling_steps import GPU_OPTIONS, IMAGES, OPERATOR, OPTIONS, SIZES, Steps, gpt
 from star_fast.config import ModelConfig, TokenizerConfig
 from star_fast.generation import Decoder
 from star_fast.generation.launch_count import step_launches
 from star_fast.generation.sample import SampleConfig, sample_images
-from star_fast.generation.sampling import Sampling, draw
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import save_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
-IMAGES = 32
-SAMPLING = Sampling(guidance=2.0, top_k=2000)
-SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280)}  # blocks, heads, width
-# name -> (products, cache dtype): the options of a Decoder on the CPU. The first two give the same numbers.
-OPTIONS: dict[str, tuple[Any, torch.dtype | None]] = {
-    "packed": ("packed", None), "plain": ("plain", None), "packed, int8 cache": ("packed", torch.int8), "int8": ("int8", None),
-    "int8, int8 cache": ("int8", torch.int8),
-}
-GPU_OPTIONS: dict[str, tuple[Any, torch.dtype | None]] = {"plain": ("plain", None), "plain, int8 cache": ("plain", torch.int8)}
-
-
-def gpt(size: str, dtype: torch.dtype, device: str) -> Transformer:
-    """A model of this size with random weights, the output matrix included."""
-    blocks, heads, width = SIZES[size]
-    model = Transformer(ModelConfig(blocks=blocks, heads=heads, width=width, vocab=16384, positions=256, num_classes=1000))
-    model.init_weights(torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(model.output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
-    return model.to(device, dtype).eval()
-
-
-class Steps:
-    """Single decoding steps at any position, on caches that hold random keys and values."""
-
-    def __init__(self, model: Transformer, options: dict[str, tuple[Any, torch.dtype | None]]) -> None:
-        self.model, device = model, model.output.weight.device
-        self.baseline = LlamaGenStyle(model, IMAGES)
-        self.decoders = {name: Decoder(model, 2 * IMAGES, cache, products=products) for name, (products, cache) in options.items()}
-        generator = torch.Generator().manual_seed(2)
-        self.tokens = torch.randint(0, model.config.vocab, (IMAGES,), generator=generator).to(device)
-        self.index, self.out = torch.arange(IMAGES, device=device), torch.empty(IMAGES, dtype=torch.int64, device=device)
-        self.rows = {width: torch.randn(2 * IMAGES, width, generator=generator).to(device, model.output.weight.dtype)
-                     for width in (model.config.width, model.config.feed_forward)}
-
-    @torch.no_grad()
-    def ours(self, name: str, position: int | Tensor) -> None:
-        """Embed, decode, combine, draw."""
-        decoder = self.decoders[name]
-        logits = decoder.logits(decoder.embed_tokens(self.tokens, True), position, SAMPLING.guidance)
-        draw(logits, SAMPLING, 0, self.index, position, self.out)
-
-    @torch.no_grad()
-    def llamagen_style(self, position: int) -> None:
-        """The baseline's step."""
-        rows = self.model.tok_embeddings(torch.cat([self.tokens, self.tokens]))
-        self.baseline.step(rows, position, SAMPLING.guidance, 1.0, SAMPLING.top_k)
-
-    @torch.no_grad()
-    def products(self, head_rows: int) -> None:
-        """The matrix products of a step and nothing else, weights as they are: blocks on 2B rows, output matrix on `head_rows`."""
-        narrow, wide = self.rows[self.model.config.width], self.rows[self.model.config.feed_forward]
-        for block in self.model.layers:
-            F.linear(narrow, block.attention.wqkv.weight)
-            F.linear(narrow, block.attention.wo.weight)
-            F.linear(narrow, block.feed_forward.w13.weight)
-            F.linear(wide, block.feed_forward.w2.weight)
-        F.linear(narrow[:head_rows], self.model.output.weight)
-
-
-def step_times(steps: Steps, device: str, quick: bool) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of a step by candidate: medians at each of some positions, averaged over the positions of an image; and on CUDA how each was timed."""
-    positions = range(16, 256, 64) if quick else range(4, 256, 8)
-    sums: dict[str, float] = {}
-    how: dict[str, str] = {}
-    for position in positions:
-        at = torch.tensor(position, device=device) if device == "cuda" else position  # where the decoder's own graph has it
-        candidates: dict[str, Any] = {"LlamaGen style": lambda p=position: steps.llamagen_style(p), "its products": lambda: steps.products(2 * IMAGES),
-                                      "our products": lambda: steps.products(IMAGES)}
-        candidates |= {name: lambda p=at, name=name: steps.ours(name, p) for name in steps.decoders}
-        for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3 if quick else 7, 7)).items():
-            sums[name] = sums.get(name, 0.0) + found.median_ms / len(positions)
-            how[name] = found.how
-    return sums, how
-
-
-def end_to_end(steps: Steps, device: str) -> dict[str, float]:
-    """Images per second of whole batches, three turns each."""
-    label = torch.arange(IMAGES, device=device)
-    settings = {"guidance": SAMPLING.guidance, "top_k": SAMPLING.top_k}
-    candidates: dict[str, Any] = {"LlamaGen style": lambda: steps.baseline.generate(label, SAMPLING.guidance, 1.0, SAMPLING.top_k)}
-    candidates |= {name: lambda d=decoder: d.generate(label, **settings) for name, decoder in steps.decoders.items()}
-    return {name: 1e3 * IMAGES / found.median_ms for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3, 3), replay=False).items()}
-
-
-def breakdown(steps: Steps, device: str, top: int = 9) -> list[tuple[str, float]]:
-    """Where our step's time goes: share of each operator's own time, largest first (torch's profiler)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    name = next(iter(steps.decoders))
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
-        for position in range(16, 256, 32):
-            steps.ours(name, position)
-    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = {row.key: getattr(row, attribute) for row in profiler.key_averages()}
-    total = sum(times.values())
-    ordered = sorted(times.items(), key=lambda item: -item[1])[:top]
-    return [(key, time / total) for key, time in ordered]
-
-
-@torch.no_grad()
-def option_errors(options: dict[str, tuple[Any, torch.dtype | None]], device: str, quick: bool) -> dict[str, float]:
-    """Relative error (norm) of the guided logits at the last of 32 forced positions, against the float32 model."""
-    images, positions = 4, 4 if quick else 32
-    codes = torch.randint(0, 16384, (images, positions), generator=torch.Generator().manual_seed(3)).to(device)
-    label = torch.arange(images, device=device)
-
-    def last_logits(model: Transformer, products: Any, cache: torch.dtype | None) -> Tensor:
-        decoder = Decoder(model, 2 * images, cache, products)
-        for position in range(positions):
-            rows = decoder.embed_tokens(codes[:, position - 1], True) if position else decoder.embed_label(label, True)
-            logits = decoder.logits(rows, position, SAMPLING.guidance)
-        return logits
-
-    exact, model = last_logits(gpt("B", torch.float32, device), "plain", None), gpt("B", torch.bfloat16, device)
-    return {name: float((last_logits(model, *option) - exact).norm() / exact.norm()) for name, option in options.items()}
 
 
 def batch_dependence(quick: bool) -> dict[str, str]:
@@ -214,28 +96,41 @@ def _peak_mib(config: SampleConfig) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
-def measure(device: str, quick: bool) -> dict[str, Any]:
-    """All of it."""
+def measure(device: str, quick: bool, before: Path | None) -> dict[str, Any]:
+    """All of it, what must not be disturbed by the rest's memory first."""
+    whole = sampling_whole.measure(SIZES["B"], quick, before)
+    codes_before = sampling_steps.codes_against(before, quick) if before else {}
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
+    ceilings_here = timing.ceilings(device, quick)
     steps = Steps(gpt("B", torch.bfloat16, device), options)
-    step_ms, how = step_times(steps, device, quick)
+    step_ms, how = sampling_steps.step_times(steps, device, quick)
     launches = step_launches(ModelConfig(blocks=36, heads=20, width=1280, vocab=16384, positions=256, num_classes=1000))
     return {
-        "environment": timing.environment(device), "quick": quick, "step_ms": step_ms, "how": how,
-        "images_per_s": {} if quick else end_to_end(steps, device), "breakdown": breakdown(steps, device), "errors": option_errors(options, device, quick),
-        "batch_1_against_64": batch_dependence(quick), "streaming_memory": streaming_memory(quick),
-        "launches_xl": {"per_block": launches.per_block, "outside": launches.outside, "total": launches.total, "by_kernel": launches.by_kernel},
+        "environment": timing.environment(device), "quick": quick, "whole": whole, "codes_before": codes_before, "read_gb_per_s": ceilings_here.read_gb_per_s,
+        "step_ms": step_ms, "how": how, "images_per_s": {} if quick else sampling_steps.end_to_end(steps, device),
+        "product_ms": {} if device == "cuda" else sampling_steps.product_times(steps, quick),
+        "attention": {} if device == "cuda" else sampling_steps.attention_rates(steps, quick),
+        "errors": sampling_steps.option_errors(options, device, quick), "batch_1_against_64": batch_dependence(quick),
+        "streaming_memory": streaming_memory(quick),
+        "launches_xl": {"per_block": launches.per_block, "outside": launches.outside, "total": launches.total, "by_kernel": launches.by_kernel,
+                        "backends": launches.backends},
         "h100_ceilings": {size: ceilings(size) for size in SIZES},
     }
 
 
 def text(found: dict[str, Any]) -> str:
     """The report as Markdown."""
-    step, rate = found["step_ms"], found["images_per_s"]
     where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-    lines = ["# Sampling", "", where + (" (quick: not to publish)" if found["quick"] else ""),
-             "", f"GPT-B, 256 px, random weights, guidance 2.0, top-k 2000, {IMAGES} images, bf16. Candidates take turns; medians.", "",
-             "| | ms a step | images/s | x LlamaGen style | x its step's products, F.linear | error of logits |", "|---|---|---|---|---|---|"]
+    lines = ["# Sampling", "", where + (" (quick: not to publish)" if found["quick"] else ""), "",
+             f"GPT-B, 256 px, VQ-16, random weights, guidance 2.0, top-k 2000, {IMAGES} images, bf16.", "", *sampling_whole.lines(found["whole"]),
+             "", *_codes(found), "", *_parts(found), "", *_elsewhere(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _codes(found: dict[str, Any]) -> list[str]:
+    step, rate, before = found["step_ms"], found["images_per_s"], found["codes_before"]
+    lines = ["## Codes alone", "", "| | ms a step | images/s | x LlamaGen style | " + ("x before | " if before else "") +
+             "x its step's products, F.linear | error of logits |", "|---" * (6 + bool(before)) + "|"]
     for name, ms in step.items():
         if "products" in name:
             continue
@@ -243,25 +138,43 @@ def text(found: dict[str, Any]) -> str:
         per_s = rate.get(name, 1e3 * IMAGES / (256 * ms))
         base_per_s = rate.get("LlamaGen style", 1e3 * IMAGES / (256 * step["LlamaGen style"]))
         error = f"{found['errors'][name]:.2%}" if name in found["errors"] else ""
-        lines.append(f"| {name} | {ms:.1f} | {per_s:.2f} | {per_s / base_per_s:.2f} | {ms / products:.2f} | {error} |")
-    for name, clock in found["how"].items():
-        if clock and clock != timing.REPLAYED:
-            lines += ["", f"{name}: {clock}."]
-    lines += ["", f"Products alone: {step['our products']:.1f} ms a step (blocks on {2 * IMAGES} rows, output matrix on {IMAGES}); the baseline's "
-              f"{step['its products']:.1f} ms (output matrix on {2 * IMAGES}). Images/s of {'whole batches' if rate else 'single steps over positions'}.",
-              "Errors: relative, against the float32 model; bf16 rounding itself is the row \"plain\".", "", "Where our step's time goes:", ""]
-    lines += [f"- {share:.1%} {key}" for key, share in found["breakdown"]]
+        earlier = (f"{before[name][1] / before[name][0]:.2f} | " if name in before else " | ") if before else ""
+        lines.append(f"| {name} | {ms:.1f} | {per_s:.2f} | {per_s / base_per_s:.2f} | {earlier}{ms / products:.2f} | {error} |")
+    lines += [f"\n{name}: {clock}." for name, clock in found["how"].items() if clock and clock != timing.REPLAYED]
     dependence = "; ".join(f"{dtype}: {what} differ" for dtype, what in found["batch_1_against_64"].items())
-    lines += ["", f"Batches of 1 against batches of 64: {dependence}.", ""]
-    lines += ["Streaming: " + ", ".join(f"{key} {value:.1f}" for key, value in found["streaming_memory"].items()) + ".", ""]
+    return [*lines, "", f"Images/s of {'whole batches' if rate else 'single steps over positions'}. Errors: relative, against the float32 model; bf16 rounding "
+            "itself is the row \"plain\".", "", f"Batches of 1 against batches of 64: {dependence}."]
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+    product, read = found["product_ms"], found["read_gb_per_s"]
+    if not product:
+        return []
+    lines = ["## A step's parts beside what bounds them", "",
+             f"Products of a step, all weights from memory (blocks on {2 * IMAGES} rows, output matrix on {IMAGES}):", "",
+             "| | ms | x packed | share of the operator alone |", "|---|---|---|---|"]
+    for name, ms in product.items():
+        lines.append(f"| {name} | {ms:.1f} | {product['packed'] / ms:.2f} | {f'{product[OPERATOR] / ms:.0%}' if name == 'int8' else ''} |")
+    lines += ["", f"Attention of a step, all caches from memory; plain reads reach {read:.1f} GB/s in this run:", "",
+              "| position | bf16 cache, ms | GB/s | share of reads | int8 cache, ms | GB/s | share of reads | int8 over bf16 |", "|---" * 8 + "|"]
+    for position, (ms, rate) in found["attention"]["bf16"].items():
+        ms_8, rate_8 = found["attention"]["int8"][position]
+        lines.append(f"| {position} | {ms:.1f} | {rate:.1f} | {rate / read:.0%} | {ms_8:.1f} | {rate_8:.1f} | {rate_8 / read:.0%} | {ms / ms_8:.2f} |")
+    return lines
+
+
+def _elsewhere(found: dict[str, Any]) -> list[str]:
     launches = found["launches_xl"]
-    lines += [f"CUDA launches of one step, XL, traced on fake tensors: {launches['per_block']} a block, {launches['outside']} outside the blocks, "
-              f"{launches['total']} in all, one CUDA graph.", "",
-              "What bandwidth allows an H100 (3.35 TB/s; weights and cache read once a step), guided, images/s; not measured:", "",
-              "| images in a batch | " + " | ".join(f"{size}, bf16 cache | {size}, int8 cache" for size in SIZES) + " |", "|---" * (1 + 2 * len(SIZES)) + "|"]
+    lines = ["## Memory, launches, ceilings of a GPU", "",
+             "Streaming: " + ", ".join(f"{key} {value:.1f}" for key, value in found["streaming_memory"].items()) + ".", "",
+             f"CUDA launches of one step, XL, traced on fake tensors: {launches['per_block']} a block, {launches['outside']} outside the blocks, "
+             f"{launches['total']} in all, one CUDA graph" + (" (built without CUDA: the draw is counted as plain torch's)."
+                                                              if launches["backends"]["sample_tokens"] == "reference" else "."), "",
+             "What bandwidth allows an H100 (3.35 TB/s; weights and cache read once a step), guided, images/s; not measured:", "",
+             "| images in a batch | " + " | ".join(f"{size}, bf16 cache | {size}, int8 cache" for size in SIZES) + " |", "|---" * (1 + 2 * len(SIZES)) + "|"]
     for rows in zip(*found["h100_ceilings"].values(), strict=True):
         lines.append(f"| {rows[0][0]} | " + " | ".join(f"{row[1]:.0f} | {row[2]:.0f}" for row in rows) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -269,11 +182,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few positions and repeats: a check that all runs, not a measurement to publish")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/sampling.{json,md}")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, its extension built in place: measured in turns with this one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of single steps")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = measure(device, arguments.quick)
+    found = measure(device, arguments.quick, arguments.before and arguments.before.resolve())
     print(text(found))
     sampler = sample_op.measure(device, arguments.quick, timing.ceilings(device, arguments.quick))
     found["sampler_op"] = [row._asdict() for row in sampler]

@@ -68,7 +68,7 @@ print(json.dumps([row._asdict() for row in rows]))
 """
 
 DECODING = FEW_TURNS + """
-from benchmarks import sampling
+from benchmarks import sampling_steps as sampling
 sampling.IMAGES, sampling.SIZES = 2, {"B": (2, 2, 64)}
 with CudaDouble(), dispatch.use_backend("reference"):
     ms, how = sampling.step_times(sampling.Steps(sampling.gpt("B", torch.float32, "cuda"), {"plain": ("plain", None)}), "cuda", True)

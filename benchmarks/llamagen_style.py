@@ -146,17 +146,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the transformer")
     arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(arguments.model)
-    model = loaded.transformer.to(torch.bfloat16 if arguments.precision == "bf16" else torch.float32).eval()
-    tokenizer = load_tokenizer(loaded.tokenizer_folder).float().eval().requires_grad_(False)
+    model = loaded.transformer.to(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32).eval()
+    tokenizer = load_tokenizer(loaded.tokenizer_folder).to(device).float().eval().requires_grad_(False)
     start = time.perf_counter()
-    label = torch.arange(arguments.images) % model.config.num_classes
+    label = torch.arange(arguments.images, device=device) % model.config.num_classes
     torch.manual_seed(0)
-    codes = LlamaGenStyle(model, arguments.images).generate(label, 2.0, 1.0, 2000)
+    codes = LlamaGenStyle(model, arguments.images).generate(label, 2.0, 1.0, 2000).cpu()  # waits for the device
     drawn = time.perf_counter()
-    images = to_uint8(decode_pixels(tokenizer, codes)).permute(0, 2, 3, 1).numpy()
+    images = to_uint8(decode_pixels(tokenizer, codes.to(device))).permute(0, 2, 3, 1).cpu().numpy()
     seen = time.perf_counter()
-    np.savez(arguments.out, images, label.numpy())
+    np.savez(arguments.out, images, label.cpu().numpy())
     print(json.dumps({"codes_s": drawn - start, "pixels_s": seen - drawn, "all_s": time.perf_counter() - start}))
 
 

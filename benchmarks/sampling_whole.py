@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DRAW = ["--guidance", "2", "--top-k", "2000", "--no-grid"]
 LLAMAGEN, OURS, BEFORE = "LlamaGen style", "star-fast sample", "before"
 OPTIONS: dict[str, list[str]] = {OURS: [], f"{OURS}, int8": ["--products", "int8", "--cache", "int8"], f"{OURS}, fp32": ["--precision", "fp32"]}
+GPU_OPTIONS: dict[str, list[str]] = {OURS: [], f"{OURS}, int8 cache": ["--cache", "int8"]}
 # Operators by what they are for; what no group claims is "other". On CUDA the kernels' own names are not sorted: the breakdown is one of the CPU.
 GROUPS = {
     "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::linear", "aten::_int_mm", "onednn::", "star_fast::int8"),
@@ -55,7 +56,7 @@ def random_model(folder: Path, size: tuple[int, int, int]) -> Path:
 def whole_jobs(model: Path, images: int, turns: int, before: Path | None) -> dict[str, dict[str, float]]:
     """{candidate: medians over turns of process_s (start to end), draw_s (model loaded to file closed)}; `before`: a checkout of an earlier commit, built."""
     commands = {LLAMAGEN: [sys.executable, ROOT / "benchmarks/llamagen_style.py", model, "OUT", "--images", str(images)]}
-    commands |= {name: _sample(model, images, options) for name, options in OPTIONS.items()}
+    commands |= {name: _sample(model, images, options) for name, options in (GPU_OPTIONS if torch.cuda.is_available() else OPTIONS).items()}
     if before:
         commands[BEFORE] = _sample(model, images, [])
     seconds: dict[str, dict[str, list[float]]] = {name: {"process_s": [], "draw_s": []} for name in commands}

@@ -110,6 +110,7 @@ def measure(device: str, quick: bool, before: Path | None) -> dict[str, Any]:
         "step_ms": step_ms, "how": how, "images_per_s": {} if quick else sampling_steps.end_to_end(steps, device),
         "product_ms": {} if device == "cuda" else sampling_steps.product_times(steps, quick),
         "attention": {} if device == "cuda" else sampling_steps.attention_rates(steps, quick),
+        "by_threads": {} if device == "cuda" else sampling_steps.by_threads(steps, quick),
         "errors": sampling_steps.option_errors(options, device, quick), "batch_1_against_64": batch_dependence(quick),
         "streaming_memory": streaming_memory(quick),
         "launches_xl": {"per_block": launches.per_block, "outside": launches.outside, "total": launches.total, "by_kernel": launches.by_kernel,
@@ -160,6 +161,10 @@ def _parts(found: dict[str, Any]) -> list[str]:
     for position, (ms, rate) in found["attention"]["bf16"].items():
         ms_8, rate_8 = found["attention"]["int8"][position]
         lines.append(f"| {position} | {ms:.1f} | {rate:.1f} | {rate / read:.0%} | {ms_8:.1f} | {rate_8:.1f} | {rate_8 / read:.0%} | {ms / ms_8:.2f} |")
+    columns = ["step", "products", "attention", "step, int8", "read_gb_per_s"]
+    lines += ["", "One thread and all, ms at position 128:", "",
+              "| threads | step, packed | its products | its attention | step, int8 and int8 cache | reads, GB/s |", "|---" * 6 + "|"]
+    lines += [f"| {threads} | " + " | ".join(f"{row[column]:.1f}" for column in columns) + " |" for threads, row in found["by_threads"].items()]
     return lines
 
 

@@ -176,6 +176,21 @@ def option_errors(options: dict[str, tuple[Any, torch.dtype | None]], device: st
     return {name: float((last_logits(model, *option) - exact).norm() / exact.norm()) for name, option in options.items()}
 
 
+def by_threads(steps: Steps, quick: bool) -> dict[int, dict[str, float]]:
+    """{threads: ms of a step (packed, position 128) and of its products and attention, GB/s of plain reads}, of one thread and of all, on the CPU."""
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for count in dict.fromkeys((1, threads)):
+            torch.set_num_threads(count)
+            candidates = {"step": lambda: steps.ours("packed", 128), "products": lambda: steps.own_products("packed"),
+                          "attention": lambda: steps.attend("packed", 128), "step, int8": lambda: steps.ours("int8, int8 cache", 128)}
+            times = timing.compare(candidates, "cpu", seconds=0.5 if quick else 2.0, repeats=(3, 100))
+            found[count] = {"read_gb_per_s": timing.ceilings("cpu", quick).read_gb_per_s, **{name: time.median_ms for name, time in times.items()}}
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
 # Codes of whole batches by any commit's package, as a process of its own: prints images/s.
 _CODES = """
 import sys, time, torch

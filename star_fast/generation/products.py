@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from star_fast.model.transformer import Transformer
+from star_fast.ops.int8_linear import Int8Weight, int8_linear, why_not_here
 
 Products = Literal["auto", "plain", "packed", "int8"]
 
@@ -43,26 +44,15 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x W^T in 8 bits: W (N, K) rounded to int8 with one scale for each of its rows, x to int8 with one scale for each row of the batch, sums in int32.
+    """x W^T in 8 bits, see ops/int8_linear.py: W (N, K) kept as int8, packed, with one scale for each of its rows."""
 
-    Numerics: relative to the product's size about 1 % (both roundings are half a step of max/127); rows of a batch stay independent of each other.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rows: int) -> None:
         super().__init__()
-        self.weight, self.scale = _to_int8(weight.detach())
-        self.scale = self.scale.squeeze(1)
+        self.weight_int8 = Int8Weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, K) -> (R, N), dtype of x."""
-        x_int8, x_scale = _to_int8(x)
-        return torch._int_mm(x_int8, self.weight.t()).float().mul_(x_scale).mul_(self.scale).to(x.dtype)
-
-
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, K) -> int8 (R, K) and float32 (R, 1) scales: x ~ int8 * scale, the largest entry of a row at +-127."""
-    scale = x.abs().amax(1, keepdim=True).float().div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).round_().to(torch.int8), scale
+        return int8_linear(x, self.weight_int8)
 
 
 def why_not(products: Products, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -71,8 +61,10 @@ def why_not(products: Products, device: torch.device, dtype: torch.dtype) -> str
         return f"there are {', '.join(get_args(Products))}"
     if products == "packed" and not (device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return f"packed weights are for bfloat16 on a CPU with AVX-512, got {dtype} on {device}"
-    if products == "int8" and device.type != "cpu":
-        return f"int8 weights are for the CPU, got {device}"
+    if products == "int8":
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            return f"int8 weights are for float32 or bfloat16 models on the CPU, got {dtype} on {device}"
+        return why_not_here()
     return None
 
 
@@ -106,5 +98,5 @@ def with_products(model: Transformer, products: Products, rows: int) -> Transfor
     for module in list(decoding.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, rows) if products == "packed" else Int8Linear(child.weight))
+                setattr(module, name, (PackedLinear if products == "packed" else Int8Linear)(child.weight, rows))
     return decoding

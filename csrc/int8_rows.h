@@ -1,10 +1,10 @@
-// What stands around an 8-bit matrix product, one row at a time: rounding a row to unsigned 8 bits with one scale, and scaling the product's row back.
-// int8_cpu.cpp includes this file once per instruction set, inside a namespace of its own, after lanes.h. Knows no torch.
+// What stands around an 8-bit product, one row at a time: rounding a row to unsigned 8 bits with one scale, and turning sums back into numbers. int8_cpu.cpp
+// includes this file once per instruction set, inside a namespace of its own, after lanes.h. Knows no torch.
 
 typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
 
-constexpr int kZeroPoint = 128;         // the code of 0
-constexpr float kLargestCode = 127.0f;  // of a row's largest entry, counted from the zero point
+constexpr int kZeroPoint = 128;          // the code of 0
+constexpr float kLargestCode = 127.0f;   // of a row's largest entry, counted from the zero point
 constexpr float kTakenForZero = 1e-35f;  // a row whose largest entry is smaller has no scale that float32 can invert
 
 // `count` < kLanes entries, and zeros after them.
@@ -13,13 +13,6 @@ STAR_FAST_INLINE Lanes load_first(const T* at, int count) {
   T whole[kLanes] = {};
   std::memcpy(whole, at, count * sizeof(T));
   return load(whole);
-}
-
-template <class T>
-STAR_FAST_INLINE void store_first(const Lanes& lanes, T* at, int count) {
-  T whole[kLanes];
-  store(lanes, whole);
-  std::memcpy(at, whole, count * sizeof(T));
 }
 
 // The larger of `largest` and the bits of |x|, which are ordered as the numbers are, infinity and NaN above all others.
@@ -37,30 +30,42 @@ STAR_FAST_INLINE void store_codes(const Lanes& x, float inverse, uint8_t* at) {
   std::memcpy(at, &raw, sizeof(raw));
 }
 
-// x ~ (codes - kZeroPoint) * scale; returns the scale: max|x| / 127, 0 for a row of zeros, NaN (and codes of no meaning) for one that is not finite.
+// x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last one filled up. Returns the scale: max|x| / 127, 0 for a
+// row of zeros, NaN (and codes of no meaning) for one that is not finite.
 template <class T>
-static float round_row(const T* x, int width, uint8_t* codes) {
+static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stride) {
   const int rest = width % kLanes, whole = width - rest;
   IntLanes largest = {};
   for (int e = 0; e < whole; e += kLanes) largest = larger(largest, load(x + e));
   if (rest) largest = larger(largest, load_first(x + whole, rest));
   int32_t top = 0;
   for (int lane = 0; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
+  const bool finite = top < 0x7f800000;
   const float most = same_bits<float>(top);
-  const float inverse = most < kTakenForZero || top >= 0x7f800000 ? 0.0f : kLargestCode / most;
-  for (int e = 0; e < whole; e += kLanes) store_codes(load(x + e), inverse, codes + e);
-  if (rest) {
-    uint8_t last[kLanes];
-    store_codes(load_first(x + whole, rest), inverse, last);
-    std::memcpy(codes + whole, last, rest);
-  }
-  return top >= 0x7f800000 ? same_bits<float>(0x7fc00000) : inverse == 0.0f ? 0.0f : most / kLargestCode;
+  const float inverse = finite && most >= kTakenForZero ? kLargestCode / most : 0.0f;
+  for (int e = 0; e < whole; e += kLanes) store_codes(load(x + e), inverse, codes + e / kBlock * block_stride + e % kBlock);
+  for (int e = whole; e % kBlock; e += kLanes)
+    store_codes(e < width ? load_first(x + e, width - e) : Lanes{}, inverse, codes + e / kBlock * block_stride + e % kBlock);
+  return !finite ? same_bits<float>(0x7fc00000) : inverse == 0.0f ? 0.0f : most / kLargestCode;
 }
 
-// out = product * scale, rounded once; `out` may be the product itself.
+// out[row] = (sums[row] - correction) * weight_scale * scale[row], in this order, rounded once, for the first `count` of 16 columns.
 template <class T>
-static void scale_row(const float* product, float scale, int width, T* out) {
-  const int rest = width % kLanes, whole = width - rest;
-  for (int e = 0; e < whole; e += kLanes) store(load(product + e) * scale, out + e);
-  if (rest) store_first(load_first(product + whole, rest) * scale, out + whole, rest);
+static void store_rows(const int32_t* sums, int64_t sums_stride, int rows, const int32_t* correction, const float* weight_scale, const float* scale,
+                       int count, T* out, int64_t out_stride) {
+  const Lanes column_scale = load(weight_scale);
+  IntLanes zero;
+  std::memcpy(&zero, correction, sizeof(zero));
+  for (int row = 0; row < rows; ++row) {
+    IntLanes sum;
+    std::memcpy(&sum, sums + row * sums_stride, sizeof(sum));
+    const Lanes value = __builtin_convertvector(sum - zero, Lanes) * column_scale * scale[row];
+    if (count == kLanes) {
+      store(value, out + row * out_stride);
+    } else {
+      T whole[kLanes];
+      store(value, whole);
+      std::memcpy(out + row * out_stride, whole, count * sizeof(T));
+    }
+  }
 }

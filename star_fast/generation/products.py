@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from star_fast.model.transformer import Transformer
-from star_fast.ops.int8_linear import Int8Weight, int8_linear, why_not_here
+from star_fast.ops.int8_linear import Int8Weight, int8_linear
 
 Products = Literal["auto", "plain", "packed", "int8"]
 
@@ -46,9 +46,9 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """x W^T in 8 bits, see ops/int8_linear.py: W (N, K) kept as int8, packed, with one scale for each of its rows."""
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight_int8 = Int8Weight(weight, rows)
+        self.weight_int8 = Int8Weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, K) -> (R, N), dtype of x."""
@@ -61,10 +61,8 @@ def why_not(products: Products, device: torch.device, dtype: torch.dtype) -> str
         return f"there are {', '.join(get_args(Products))}"
     if products == "packed" and not (device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return f"packed weights are for bfloat16 on a CPU with AVX-512, got {dtype} on {device}"
-    if products == "int8":
-        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-            return f"int8 weights are for float32 or bfloat16 models on the CPU, got {dtype} on {device}"
-        return why_not_here()
+    if products == "int8" and (device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
+        return f"int8 weights are for float32 or bfloat16 models on the CPU, got {dtype} on {device}"
     return None
 
 
@@ -98,5 +96,5 @@ def with_products(model: Transformer, products: Products, rows: int) -> Transfor
     for module in list(decoding.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, (PackedLinear if products == "packed" else Int8Linear)(child.weight, rows))
+                setattr(module, name, PackedLinear(child.weight, rows) if products == "packed" else Int8Linear(child.weight))
     return decoding

@@ -1,4 +1,4 @@
-"""Backend "cpp" of int8_linear: one pass that rounds the rows, oneDNN's product, one pass that scales back, in one call (csrc/int8_cpu.cpp)."""
+"""Backend "cpp" of int8_linear: one pass that rounds the rows, one that multiplies and scales back (csrc/int8_cpu.cpp)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if not hasattr(torch.ops.star_fast, "int8_linear"):
 
 def run(x: Tensor, weight: Int8Weight) -> Tensor:
     """See ops/int8_linear.py."""
-    return torch.ops.star_fast.int8_linear(x.contiguous(), weight.packed, weight.scale, weight.zero_point)
+    return torch.ops.star_fast.int8_linear(x.contiguous(), weight.packed, weight.scale, weight.correction, weight.shape[0])
 
 
 def why_not(x: Tensor, weight: Int8Weight) -> str | None:
@@ -25,7 +25,7 @@ def why_not(x: Tensor, weight: Int8Weight) -> str | None:
 
 def fake(x: Tensor, weight: Int8Weight) -> Tensor:
     """An empty result."""
-    return x.new_empty(x.shape[0], weight.packed.shape[1])
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def launches(x: Tensor, weight: Int8Weight) -> list[Launch]:

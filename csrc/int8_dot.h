@@ -1,0 +1,81 @@
+// Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32. int8_cpu.cpp includes this file once per instruction set, inside
+// a namespace of its own, after lanes.h and int8_rows.h. Layouts: int8_product.h. Knows no torch.
+
+constexpr int kRowsTogether = 8;     // whose sums stay in registers
+constexpr int kTilesTogether = 2;
+
+typedef int16_t ShortLanes __attribute__((vector_size(4 * kLanes)));
+
+// Of each lane's two pairs of 16-bit numbers the products' sum.
+STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b) {
+#if defined(__AVX512BW__)
+  return same_bits<IntLanes>(_mm512_madd_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(__AVX2__)
+  __m256i left[2], right[2];
+  std::memcpy(left, &a, sizeof(left));
+  std::memcpy(right, &b, sizeof(right));
+  const __m256i sums[2] = {_mm256_madd_epi16(left[0], right[0]), _mm256_madd_epi16(left[1], right[1])};
+  return same_bits<IntLanes>(sums);
+#else
+  const IntLanes x = same_bits<IntLanes>(a), y = same_bits<IntLanes>(b);
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// sums (kRowsTogether, TILES * 16) = codes of kRowsTogether rows, `block_stride` bytes from block to block, times TILES tiles of weights, `tile_bytes` apart.
+template <int TILES>
+static void dot_rows(const uint8_t* codes, int64_t block_stride, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
+  IntLanes total[kRowsTogether][TILES] = {};
+  for (int block = 0; block < blocks; ++block) {
+    const uint8_t* row_codes = codes + block * block_stride;
+    for (int k = 0; k < kBlock; k += 4) {
+      IntLanes four[TILES];  // four weights of each column
+      for (int tile = 0; tile < TILES; ++tile) std::memcpy(&four[tile], weights + tile * tile_bytes + (block * kBlock + k) * kTile, sizeof(IntLanes));
+#ifdef __AVX512VNNI__
+      for (int row = 0; row < kRowsTogether; ++row) {
+        int32_t word;
+        std::memcpy(&word, row_codes + row * kBlock + k, 4);
+        const __m512i given = _mm512_set1_epi32(word);
+        for (int tile = 0; tile < TILES; ++tile)
+          total[row][tile] = same_bits<IntLanes>(_mm512_dpbusd_epi32(same_bits<__m512i>(total[row][tile]), given, same_bits<__m512i>(four[tile])));
+      }
+#else
+      ShortLanes even[TILES], odd[TILES];  // the first and third of the four, the second and fourth
+      for (int tile = 0; tile < TILES; ++tile) {
+        even[tile] = (same_bits<ShortLanes>(four[tile]) << 8) >> 8;
+        odd[tile] = same_bits<ShortLanes>(four[tile]) >> 8;
+      }
+      for (int row = 0; row < kRowsTogether; ++row) {
+        uint32_t word;
+        std::memcpy(&word, row_codes + row * kBlock + k, 4);
+        const ShortLanes first = same_bits<ShortLanes>(IntLanes{} + int32_t(word & 0x00ff00ffu));
+        const ShortLanes second = same_bits<ShortLanes>(IntLanes{} + int32_t((word >> 8) & 0x00ff00ffu));
+        for (int tile = 0; tile < TILES; ++tile) total[row][tile] += pair_products(even[tile], first) + pair_products(odd[tile], second);
+      }
+#endif
+    }
+  }
+  for (int row = 0; row < kRowsTogether; ++row)
+    for (int tile = 0; tile < TILES; ++tile) std::memcpy(sums + (row * TILES + tile) * kTile, &total[row][tile], sizeof(IntLanes));
+}
+
+// Columns of tiles `begin` ... `end` - 1: codes times weights, scaled.
+template <class T>
+static void product_tiles(const Int8Product& p, int64_t begin, int64_t end, T* out) {
+  const int64_t block_stride = p.padded_rows() * kBlock, tile_bytes = p.blocks * kBlock * kTile;
+  int32_t sums[kRowsTogether * kTilesTogether * kTile];
+  for (int64_t first = begin; first < end; first += kTilesTogether) {
+    const int tiles = first + kTilesTogether <= end ? kTilesTogether : 1;
+    const auto dot = tiles == 1 ? &dot_rows<1> : &dot_rows<kTilesTogether>;
+    for (int64_t row = 0; row < p.rows; row += kRowsTogether) {
+      dot(p.codes + row * kBlock, block_stride, p.weights + first * tile_bytes, tile_bytes, int(p.blocks), sums);
+      const int rows = int(p.rows - row < kRowsTogether ? p.rows - row : kRowsTogether);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int64_t column = (first + tile) * kTile;
+        const int count = int(p.columns - column < kTile ? p.columns - column : kTile);
+        store_rows(sums + tile * kTile, tiles * kTile, rows, p.correction + column, p.weight_scale + column, p.scale + row, count,
+                   out + row * p.columns + column, p.columns);
+      }
+    }
+  }
+}

@@ -27,6 +27,7 @@ namespace baseline {
 #include "lanes.h"
 #include "int8_rows.h"
 #include "int8_dot.h"
+#include "int8_tiles.h"
 }
 
 #ifdef STAR_FAST_X86
@@ -36,6 +37,7 @@ namespace avx2 {
 #include "lanes.h"
 #include "int8_rows.h"
 #include "int8_dot.h"
+#include "int8_tiles.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -44,6 +46,7 @@ namespace avx512 {
 #include "lanes.h"
 #include "int8_rows.h"
 #include "int8_dot.h"
+#include "int8_tiles.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -52,6 +55,7 @@ namespace vnni {
 #include "lanes.h"
 #include "int8_rows.h"
 #include "int8_dot.h"
+#include "int8_tiles.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -60,6 +64,7 @@ namespace amx {
 #include "lanes.h"
 #include "int8_rows.h"
 #include "int8_amx.h"
+#include "int8_tiles.h"
 }
 #pragma GCC pop_options
 #endif

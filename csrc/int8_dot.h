@@ -1,8 +1,10 @@
-// Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32. int8_cpu.cpp includes this file once per instruction set, inside
+// Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32, by vectors. int8_cpu.cpp includes this file once per instruction set, inside
 // a namespace of its own, after lanes.h and int8_rows.h. Layouts: int8_product.h. Knows no torch.
 
 constexpr int kRowsTogether = 8;     // whose sums stay in registers
 constexpr int kTilesTogether = 2;
+
+struct Registers {};  // nothing to prepare
 
 typedef int16_t ShortLanes __attribute__((vector_size(4 * kLanes)));
 
@@ -24,12 +26,12 @@ STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b
 
 // sums (kRowsTogether, TILES * 16) = codes of kRowsTogether rows, `block_stride` bytes from block to block, times TILES tiles of weights, `tile_bytes` apart.
 template <int TILES>
-static void dot_rows(const uint8_t* codes, int64_t block_stride, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
+static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
   IntLanes total[kRowsTogether][TILES] = {};
   for (int block = 0; block < blocks; ++block) {
     const uint8_t* row_codes = codes + block * block_stride;
     for (int k = 0; k < kBlock; k += 4) {
-      IntLanes four[TILES];  // four weights of each column
+      IntLanes four[TILES];  // weights of each column
       for (int tile = 0; tile < TILES; ++tile) std::memcpy(&four[tile], weights + tile * tile_bytes + (block * kBlock + k) * kTile, sizeof(IntLanes));
 #ifdef __AVX512VNNI__
       for (int row = 0; row < kRowsTogether; ++row) {
@@ -57,25 +59,4 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, const int8_t* w
   }
   for (int row = 0; row < kRowsTogether; ++row)
     for (int tile = 0; tile < TILES; ++tile) std::memcpy(sums + (row * TILES + tile) * kTile, &total[row][tile], sizeof(IntLanes));
-}
-
-// Columns of tiles `begin` ... `end` - 1: codes times weights, scaled.
-template <class T>
-static void product_tiles(const Int8Product& p, int64_t begin, int64_t end, T* out) {
-  const int64_t block_stride = p.padded_rows() * kBlock, tile_bytes = p.blocks * kBlock * kTile;
-  int32_t sums[kRowsTogether * kTilesTogether * kTile];
-  for (int64_t first = begin; first < end; first += kTilesTogether) {
-    const int tiles = first + kTilesTogether <= end ? kTilesTogether : 1;
-    const auto dot = tiles == 1 ? &dot_rows<1> : &dot_rows<kTilesTogether>;
-    for (int64_t row = 0; row < p.rows; row += kRowsTogether) {
-      dot(p.codes + row * kBlock, block_stride, p.weights + first * tile_bytes, tile_bytes, int(p.blocks), sums);
-      const int rows = int(p.rows - row < kRowsTogether ? p.rows - row : kRowsTogether);
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int64_t column = (first + tile) * kTile;
-        const int count = int(p.columns - column < kTile ? p.columns - column : kTile);
-        store_rows(sums + tile * kTile, tiles * kTile, rows, p.correction + column, p.weight_scale + column, p.scale + row, count,
-                   out + row * p.columns + column, p.columns);
-      }
-    }
-  }
 }

@@ -7,45 +7,42 @@ constexpr int kZeroPoint = 128;          // the code of 0
 constexpr float kLargestCode = 127.0f;   // of a row's largest entry, counted from the zero point
 constexpr float kTakenForZero = 1e-35f;  // a row whose largest entry is smaller has no scale that float32 can invert
 
-// `count` < kLanes entries, and zeros after them.
-template <class T>
-STAR_FAST_INLINE Lanes load_first(const T* at, int count) {
-  T whole[kLanes] = {};
-  std::memcpy(whole, at, count * sizeof(T));
-  return load(whole);
-}
-
 // The larger of `largest` and the bits of |x|, which are ordered as the numbers are, infinity and NaN above all others.
 STAR_FAST_INLINE IntLanes larger(const IntLanes& largest, const Lanes& x) {
   const IntLanes magnitude = same_bits<IntLanes>(x) & 0x7fffffff;
   return magnitude > largest ? magnitude : largest;
 }
 
-// round(x * inverse) + kZeroPoint for |x * inverse| <= 127, ties to even: the sum's last bit is worth 1, so its low byte is the code.
-STAR_FAST_INLINE void store_codes(const Lanes& x, float inverse, uint8_t* at) {
-  typedef uint8_t Raw __attribute__((vector_size(kLanes)));
-  typedef uint16_t Wide __attribute__((vector_size(2 * kLanes)));  // in two steps, as in lanes.h
-  const UintLanes bits = same_bits<UintLanes>(x * inverse + (12582912.0f + kZeroPoint));
-  const Raw raw = __builtin_convertvector(__builtin_convertvector(bits & 0xffu, Wide), Raw);
-  std::memcpy(at, &raw, sizeof(raw));
+// round(x * inverse) + kZeroPoint in the low byte, for |x * inverse| <= 127, ties to even: the sum's last bit is worth 1.
+STAR_FAST_INLINE UintLanes code_of(const Lanes& x, float inverse) {
+  return same_bits<UintLanes>(x * inverse + (12582912.0f + kZeroPoint));
+}
+
+// The codes of kBlock entries, in the order of int8_product.h: no byte changes its lane.
+template <class T>
+STAR_FAST_INLINE void store_codes(const T* x, float inverse, uint8_t* at) {
+  const UintLanes codes = (code_of(load(x), inverse) & 0xffu) | (code_of(load(x + kLanes), inverse) & 0xffu) << 8 |
+                          (code_of(load(x + 2 * kLanes), inverse) & 0xffu) << 16 | code_of(load(x + 3 * kLanes), inverse) << 24;
+  std::memcpy(at, &codes, sizeof(codes));
 }
 
 // x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last one filled up. Returns the scale: max|x| / 127, 0 for a
 // row of zeros, NaN (and codes of no meaning) for one that is not finite.
 template <class T>
 static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stride) {
-  const int rest = width % kLanes, whole = width - rest;
+  const int rest = width % kBlock, whole = width - rest;
+  T last[kBlock] = {};
+  std::memcpy(last, x + whole, rest * sizeof(T));
   IntLanes largest = {};
   for (int e = 0; e < whole; e += kLanes) largest = larger(largest, load(x + e));
-  if (rest) largest = larger(largest, load_first(x + whole, rest));
+  for (int e = 0; e < rest; e += kLanes) largest = larger(largest, load(last + e));
   int32_t top = 0;
   for (int lane = 0; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
   const bool finite = top < 0x7f800000;
   const float most = same_bits<float>(top);
   const float inverse = finite && most >= kTakenForZero ? kLargestCode / most : 0.0f;
-  for (int e = 0; e < whole; e += kLanes) store_codes(load(x + e), inverse, codes + e / kBlock * block_stride + e % kBlock);
-  for (int e = whole; e % kBlock; e += kLanes)
-    store_codes(e < width ? load_first(x + e, width - e) : Lanes{}, inverse, codes + e / kBlock * block_stride + e % kBlock);
+  for (int e = 0; e < whole; e += kBlock) store_codes(x + e, inverse, codes + e / kBlock * block_stride);
+  if (rest) store_codes(last, inverse, codes + whole / kBlock * block_stride);
   return !finite ? same_bits<float>(0x7fc00000) : inverse == 0.0f ? 0.0f : most / kLargestCode;
 }
 

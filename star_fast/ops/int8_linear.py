@@ -38,14 +38,16 @@ class Int8Weight:
         codes, scale = rounded(weight.detach())
         N, K = self.shape = tuple(weight.shape)
         codes = F.pad(codes, (0, -K % BLOCK, 0, -N % TILE))
-        self.packed = codes.to(torch.int8).view(-1, TILE, codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        in_blocks = codes.to(torch.int8).view(-1, TILE, codes.shape[1] // BLOCK, 4, BLOCK // 4)
+        self.packed = in_blocks.permute(0, 2, 4, 1, 3).flatten(1, 2).contiguous()
         self.scale = F.pad(scale, (0, -N % TILE))
         self.correction = (codes.sum(1, dtype=torch.float64) * 128).to(torch.int32)
 
     def codes(self) -> Tensor:
         """(N, K) int8, in the matrix's own order."""
         N, K = self.shape
-        return self.packed.transpose(1, 2).reshape(self.scale.numel(), -1)[:N, :K]
+        in_blocks = self.packed.unflatten(1, (-1, BLOCK // 4)).permute(0, 3, 1, 4, 2)
+        return in_blocks.reshape(self.scale.numel(), -1)[:N, :K]
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) -> Tensor:

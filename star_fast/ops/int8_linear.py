@@ -13,6 +13,8 @@ LARGEST_CODE = 127.0  # of a row's largest entry
 TAKEN_FOR_ZERO = 1e-35  # a row whose largest entry is smaller has no scale that float32 can invert
 MOST_INNER = 65536  # entries of a row: 65536 * 255 * 127 is below 2^31
 TILE, BLOCK = 16, 64  # csrc/int8_product.h
+DTYPES = (torch.float32, torch.bfloat16)
+_CPU = torch.device("cpu")
 
 
 class Int8Weight:
@@ -72,11 +74,12 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) ->
     Raises:
         TypeError, ValueError: dtype or shapes.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    shape = x.shape
+    if len(shape) != 2 or not shape[0] or shape[1] != weight.shape[1] or not x.is_cpu:
+        raise ValueError(f"int8_linear: x must be (R, {weight.shape[1]}) with R >= 1 on the CPU, got {tuple(shape)} on {x.device}")
+    if x.dtype not in DTYPES:
         raise TypeError(f"int8_linear: x must be float32 or bfloat16, got {x.dtype}")
-    if x.ndim != 2 or not len(x) or x.shape[1] != weight.shape[1] or x.device.type != "cpu":
-        raise ValueError(f"int8_linear: x must be (R, {weight.shape[1]}) with R >= 1 on the CPU, got {tuple(x.shape)} on {x.device}")
-    return dispatch.call("int8_linear", x.device, (x, weight), backend=backend)
+    return dispatch.call("int8_linear", _CPU, (x, weight), backend=backend)
 
 
 def reference(x: Tensor, weight: Int8Weight) -> Tensor:

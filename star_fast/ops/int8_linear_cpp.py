@@ -19,8 +19,8 @@ def run(x: Tensor, weight: Int8Weight) -> Tensor:
 
 
 def why_not(x: Tensor, weight: Int8Weight) -> str | None:
-    """None if the extension can serve this call."""
-    return None if x.device.type == "cpu" else f"it runs on the CPU, the call is on {x.device}"
+    """None: it serves every call."""
+    return None  # int8_linear has refused what is not on the CPU
 
 
 def fake(x: Tensor, weight: Int8Weight) -> Tensor:

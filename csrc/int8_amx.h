@@ -1,5 +1,5 @@
-// The sums of int8_dot.h by the matrix unit (AMX) of newer Xeons: same layouts, same numbers. Included by int8_cpu.cpp in int8_dot.h's place, inside a namespace
-// for amx-int8. Knows no torch.
+// The sums of int8_dot.h by the matrix unit (AMX) of newer Xeons: same layouts, same numbers. Included by int8_cpu.cpp in int8_dot.h's place, inside
+// a namespace for amx-int8. Knows no torch.
 
 constexpr int kRowsTogether = 32;    // two tile registers of codes times two of weights: the fewest loads for the four of sums
 constexpr int kTilesTogether = 2;

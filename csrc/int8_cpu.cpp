@@ -108,7 +108,8 @@ at::Tensor int8_linear_of(const at::Tensor& x, const at::Tensor& packed, const a
   uint8_t* to = codes.mutable_data_ptr<uint8_t>();
   const auto round_row = STAR_FAST_HERE(round_row);
   at::parallel_for(0, rows, std::max<int64_t>(1, kEntriesWorthAThread / width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) scale[row] = round_row(from + row * width, int(width), to + row * kBlock, block_stride);
+    std::vector<float> rotated(p.blocks * kBlock);
+    for (int64_t row = begin; row < end; ++row) scale[row] = round_row(from + row * width, int(width), to + row * kBlock, block_stride, rotated.data());
   });
   p.codes = to;
   p.scale = scale.data();
@@ -120,9 +121,9 @@ at::Tensor int8_linear_of(const at::Tensor& x, const at::Tensor& packed, const a
 }
 
 at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale, const at::Tensor& correction, int64_t columns) {
-  TORCH_CHECK_VALUE(packed.dim() == 4 && packed.size(2) == kTile && packed.size(3) == 4 && packed.size(1) % (kBlock / 4) == 0 && packed.is_contiguous() &&
+  TORCH_CHECK_VALUE(packed.dim() == 4 && packed.size(2) == kTile && packed.size(3) == 4 && packed.size(1) % (kGroup / 4) == 0 && packed.is_contiguous() &&
                         packed.scalar_type() == at::kChar && x.dim() == 2 && x.numel() > 0 && x.is_contiguous() &&
-                        (x.size(1) + kBlock - 1) / kBlock * kBlock == packed.size(1) * 4,
+                        (x.size(1) + kGroup - 1) / kGroup * kGroup == packed.size(1) * 4,
                     "int8_linear: x ", x.sizes(), " and packed weights ", packed.sizes(), " do not fit together");
   const int64_t padded = packed.size(0) * kTile;
   TORCH_CHECK_VALUE(columns > padded - kTile && columns <= padded && weight_scale.numel() == padded && weight_scale.is_contiguous() &&

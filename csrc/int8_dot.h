@@ -1,5 +1,5 @@
-// Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32, by vectors. int8_cpu.cpp includes this file once per instruction set, inside
-// a namespace of its own, after lanes.h and int8_rows.h. Layouts: int8_product.h. Knows no torch.
+// Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32, by vectors. int8_cpu.cpp includes this file once per instruction
+// set, inside a namespace of its own, after lanes.h and int8_rows.h. Layouts: int8_product.h. Knows no torch.
 
 constexpr int kRowsTogether = 8;     // whose sums stay in registers
 constexpr int kTilesTogether = 2;

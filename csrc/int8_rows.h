@@ -1,4 +1,5 @@
-// What stands around an 8-bit product, one row at a time: rounding a row to unsigned 8 bits with one scale, and turning sums back into numbers. int8_cpu.cpp
+// What stands around an 8-bit product, one row at a time: rotating it, rounding it to unsigned 8 bits
+// with one scale, and turning sums back into numbers. int8_cpu.cpp
 // includes this file once per instruction set, inside a namespace of its own, after lanes.h. Knows no torch.
 
 typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
@@ -19,30 +20,47 @@ STAR_FAST_INLINE UintLanes code_of(const Lanes& x, float inverse) {
 }
 
 // The codes of kBlock entries, in the order of int8_product.h: no byte changes its lane.
-template <class T>
-STAR_FAST_INLINE void store_codes(const T* x, float inverse, uint8_t* at) {
+STAR_FAST_INLINE void store_codes(const float* x, float inverse, uint8_t* at) {
   const UintLanes codes = (code_of(load(x), inverse) & 0xffu) | (code_of(load(x + kLanes), inverse) & 0xffu) << 8 |
                           (code_of(load(x + 2 * kLanes), inverse) & 0xffu) << 16 | code_of(load(x + 3 * kLanes), inverse) << 24;
   std::memcpy(at, &codes, sizeof(codes));
 }
 
-// x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last one filled up. Returns the scale: max|x| / 127, 0 for a
-// row of zeros, NaN (and codes of no meaning) for one that is not finite.
+// Every 16 entries of a group that are 16 apart times the Hadamard matrix of size 16: sums and differences of neighbours at distance 1, 2, 4, 8.
 template <class T>
-static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stride) {
-  const int rest = width % kBlock, whole = width - rest;
-  T last[kBlock] = {};
-  std::memcpy(last, x + whole, rest * sizeof(T));
+STAR_FAST_INLINE void rotate(const T* x, Lanes* rotated) {
+  for (int part = 0; part < kGroup / kLanes; ++part) rotated[part] = load(x + part * kLanes);
+  for (int distance = 1; distance < kGroup / kLanes; distance *= 2)
+    for (int part = 0; part < kGroup / kLanes; ++part)
+      if (!(part & distance)) {
+        const Lanes first = rotated[part], second = rotated[part + distance];
+        rotated[part] = first + second;
+        rotated[part + distance] = first - second;
+      }
+}
+
+// rotated x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last group filled up; `rotated` has room for them as
+// floats. Returns the scale: largest / 127, 0 for a row of zeros, NaN (and codes of no meaning) for one that is not finite.
+template <class T>
+static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stride, float* rotated) {
+  const int rest = width % kGroup, padded = width - rest + (rest ? kGroup : 0);
+  T last[kGroup] = {};
+  std::memcpy(last, x + width - rest, rest * sizeof(T));
   IntLanes largest = {};
-  for (int e = 0; e < whole; e += kLanes) largest = larger(largest, load(x + e));
-  for (int e = 0; e < rest; e += kLanes) largest = larger(largest, load(last + e));
+  for (int e = 0; e < padded; e += kGroup) {
+    Lanes group[kGroup / kLanes];
+    rotate(e + kGroup <= width ? x + e : last, group);
+    for (int part = 0; part < kGroup / kLanes; ++part) {
+      largest = larger(largest, group[part]);
+      store(group[part], rotated + e + part * kLanes);
+    }
+  }
   int32_t top = 0;
   for (int lane = 0; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
   const bool finite = top < 0x7f800000;
   const float most = same_bits<float>(top);
   const float inverse = finite && most >= kTakenForZero ? kLargestCode / most : 0.0f;
-  for (int e = 0; e < whole; e += kBlock) store_codes(x + e, inverse, codes + e / kBlock * block_stride);
-  if (rest) store_codes(last, inverse, codes + whole / kBlock * block_stride);
+  for (int e = 0; e < padded; e += kBlock) store_codes(rotated + e, inverse, codes + e / kBlock * block_stride);
   return !finite ? same_bits<float>(0x7fc00000) : inverse == 0.0f ? 0.0f : most / kLargestCode;
 }
 

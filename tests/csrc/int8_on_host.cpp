@@ -76,25 +76,26 @@ struct Header {
 bool read(std::FILE* file, void* to, size_t bytes) { return std::fread(to, 1, bytes, file) == bytes; }
 
 template <class T>
-using RoundRow = float (*)(const T*, int, uint8_t*, int64_t);
+using RoundRow = float (*)(const T*, int, uint8_t*, int64_t, float*);
 template <class T>
 using ProductTiles = void (*)(const Int8Product&, int64_t, int64_t, T*);
 
 template <class T>
 bool run(const Header& h, RoundRow<T> round_row, ProductTiles<T> product_tiles, std::FILE* in, std::FILE* out) {
   Int8Product p{};
-  p.rows = h.rows, p.columns = h.columns, p.blocks = (h.inner + kBlock - 1) / kBlock;
+  p.rows = h.rows, p.columns = h.columns, p.blocks = (h.inner + kGroup - 1) / kGroup * (kGroup / kBlock);
   const int64_t padded = p.tiles() * kTile, block_stride = p.padded_rows() * kBlock;
   // Each exactly as long as it must be: AddressSanitizer sees a step beyond it.
   std::unique_ptr<T[]> x(new T[h.rows * h.inner]), result(new T[h.rows * h.columns]);
   std::unique_ptr<int8_t[]> weights(new int8_t[padded * p.blocks * kBlock]);
   std::unique_ptr<uint8_t[]> codes(new uint8_t[p.blocks * block_stride]());
-  std::unique_ptr<float[]> weight_scale(new float[padded]), scale(new float[h.rows]);
+  std::unique_ptr<float[]> weight_scale(new float[padded]), scale(new float[h.rows]), rotated(new float[p.blocks * kBlock]);
   std::unique_ptr<int32_t[]> correction(new int32_t[padded]);
   if (!read(in, x.get(), sizeof(T) * h.rows * h.inner) || !read(in, weights.get(), padded * p.blocks * kBlock) ||
       !read(in, weight_scale.get(), 4 * padded) || !read(in, correction.get(), 4 * padded))
     return false;
-  for (int64_t row = 0; row < h.rows; ++row) scale[row] = round_row(x.get() + row * h.inner, int(h.inner), codes.get() + row * kBlock, block_stride);
+  for (int64_t row = 0; row < h.rows; ++row)
+    scale[row] = round_row(x.get() + row * h.inner, int(h.inner), codes.get() + row * kBlock, block_stride, rotated.get());
   p.codes = codes.get(), p.scale = scale.get(), p.weights = weights.get(), p.weight_scale = weight_scale.get(), p.correction = correction.get();
   const int64_t middle = p.tiles() / 2;  // as two threads would share the columns
   product_tiles(p, 0, middle, result.get());

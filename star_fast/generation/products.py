@@ -3,9 +3,9 @@
 Decoding multiplies a few dozen rows by every weight at each step, so the layout and size of the weights decide its speed on a CPU.
 The transformer stays as it is: `with_products` returns one of the same kind whose nn.Linear modules are replaced; everything else is shared.
 
-"int8" (ops/int8_linear.py): half the bytes of the weights, and sums by AMX, VNNI or narrower vectors with the same bits. GPT-B's products, 64 rows, output matrix
-on 32, on two cores of a Xeon with AMX: 8.4 ms a step where packed bfloat16 takes 16.8, each call's two passes over its rows included. What it costs, by the
-relative error of guided logits against the float32 model (a GPT-B of random weights; bfloat16 alone: 1.3 %), as if only this were rounded to 8 bits:
+"int8" (ops/int8_linear.py): half the bytes of the weights, and sums by AMX, VNNI or narrower vectors with the same bits. GPT-B's products, 64 rows, output
+matrix on 32, on two cores of a Xeon with AMX: 11.2 ms a step where packed bfloat16 takes 20.5 in the same run, the pass that rounds each input included. What
+it costs, by the relative error of guided logits against the float32 model (a GPT-B of random weights, rounded as it is), if only this has 8 bits:
 
     everything 4.2 %     weights 3.2 %     inputs 3.0 %
     wo 2.4 %     wqkv 2.3 %     w2 2.1 %     w13 1.6 %     output matrix 1.1 %

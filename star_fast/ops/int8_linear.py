@@ -66,10 +66,10 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) ->
         (R, N), dtype of `x`.
 
     Numerics:
-        rotated in float32; scale = a row's largest / 127, codes rounded to nearest, ties to even: at most half a scale off. Sums are exact; they and the scales are multiplied in
-        float32, and the result is rounded once to x's dtype. Deterministic; a row's result depends on no other row. A row that holds NaN or infinity (or sums to it, above 2e37) comes out as NaN
-        whole, one
-        whose entries are all below 1e-35 as zeros.
+        Rotated in float32; scale = a row's largest / 127, codes rounded to nearest, ties to even: at most half a scale off. Sums are exact; they and the
+        scales are multiplied in float32, and the result is rounded once to x's dtype. Deterministic, the same bits on every backend and instruction set;
+        a row's result depends on no other row. A row that holds NaN or infinity (or comes to it, above 2e37) comes out as NaN whole, one whose rotated
+        entries are all below 1e-35 as zeros.
 
     Memory:
         R * K bytes of codes, R rounded up to 16 and K to 256; sums stay in registers.
@@ -102,7 +102,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, K) float32 -> whole numbers in -127 ... 127 (R, K) float32 and scales (R,) float32, x ~ codes * scale; the scale of a row that is not finite is NaN."""
+    """(R, K) float32 -> whole numbers in -127 ... 127 (R, K) float32 and scales (R,), x ~ codes * scale; the scale of a row that is not finite is NaN."""
     most = x.abs().amax(1)
     finite, tiny = most.isfinite(), most < TAKEN_FOR_ZERO
     inverse = torch.where(finite & ~tiny, torch.full_like(most, LARGEST_CODE) / most, 0.0)  # number / tensor would round twice

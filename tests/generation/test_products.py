@@ -31,19 +31,15 @@ def test_every_matrix_is_replaced_and_the_rest_shared() -> None:
 
 def test_the_weights_as_they_were_are_let_go() -> None:
     model, quantised = int8_copy()
-    matrix = weakref.ref(model.layers[1].feed_forward.w13.weight.untyped_storage())
     kept = weakref.ref(model.layers[1].feed_forward.w13.weight)
-    del model, matrix
+    del model
     gc.collect()
     assert kept() is None and isinstance(quantised.output, Int8Linear)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Products keep rows apart to the last bit, so codes of one image are the same alone and among others: int8 products alone, attention is by rows too."""
-    _, quantised = int8_copy(dtype)
-    alone = Decoder(quantised, 1, products="plain") if hasattr(quantised.output, "weight") else None
-    assert alone is None  # a replaced model cannot be replaced again
+    """Products keep rows apart to the last bit, attention too: the codes of one image are the same alone and among others."""
     decoder = Decoder(small_model(dtype), 6, products="int8")
     together = decoder.generate(LABEL, guidance=2.0, seed=3)
     for image in range(3):
@@ -55,7 +51,7 @@ def test_nan_in_the_model_is_an_error_and_no_picture() -> None:
     model = small_model()
     with torch.no_grad():
         model.tok_embeddings.weight[:, 3] = torch.nan
-    with pytest.raises(ValueError, match="finite|NaN"):
+    with pytest.raises(ValueError, match="finite"):
         Decoder(model, 3, products="int8").generate(LABEL)
 
 

@@ -159,7 +159,7 @@ def test_any_strides() -> None:
 def test_what_makes_no_sense_says_so() -> None:
     x, weight = made(2, 16, 32)
     packed = Int8Weight(weight)
-    with pytest.raises(TypeError, match="must be float32 or bfloat16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"must be float32 or bfloat16, got torch\.float64"):
         int8_linear(x.double(), packed)
     for wrong in (x[:, :31], x[0], x[:0]):
         with pytest.raises(ValueError, match=r"x must be \(R, 32\)"):

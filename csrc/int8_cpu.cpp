@@ -13,7 +13,7 @@
 #include "instruction_sets.h"
 #include "int8_product.h"
 #include "scalars.h"
-#ifdef STAR_FAST_X86
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 

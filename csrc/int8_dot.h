@@ -1,5 +1,6 @@
 // Sums of products of unsigned 8-bit rows with packed signed 8-bit weights, exact in int32, by vectors. int8_cpu.cpp includes this file once per instruction
 // set, inside a namespace of its own, after lanes.h and int8_rows.h. Layouts: int8_product.h. Knows no torch.
+// STAR_FAST_DOT says what for, since GCC's own macros don't follow its target pragma: 0 plain vectors, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI.
 
 constexpr int kRowsTogether = 8;     // whose sums stay in registers
 constexpr int kTilesTogether = 2;
@@ -10,9 +11,9 @@ typedef int16_t ShortLanes __attribute__((vector_size(4 * kLanes)));
 
 // Of each lane's two pairs of 16-bit numbers the products' sum.
 STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b) {
-#if defined(__AVX512BW__)
+#if STAR_FAST_DOT >= 2
   return same_bits<IntLanes>(_mm512_madd_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
-#elif defined(__AVX2__)
+#elif STAR_FAST_DOT == 1
   __m256i left[2], right[2];
   std::memcpy(left, &a, sizeof(left));
   std::memcpy(right, &b, sizeof(right));
@@ -33,7 +34,7 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8
     for (int k = 0; k < kBlock; k += 4) {
       IntLanes four[TILES];  // weights of each column
       for (int tile = 0; tile < TILES; ++tile) std::memcpy(&four[tile], weights + tile * tile_bytes + (block * kBlock + k) * kTile, sizeof(IntLanes));
-#ifdef __AVX512VNNI__
+#if STAR_FAST_DOT == 3
       for (int row = 0; row < kRowsTogether; ++row) {
         int32_t word;
         std::memcpy(&word, row_codes + row * kBlock + k, 4);

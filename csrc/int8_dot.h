@@ -9,10 +9,22 @@ struct Registers {};  // nothing to prepare
 
 typedef int16_t ShortLanes __attribute__((vector_size(4 * kLanes)));
 
+// The upper byte of each 16 bits, as a number.
+STAR_FAST_INLINE ShortLanes high_bytes(const IntLanes& bytes) {
+#if STAR_FAST_DOT == 1  // GCC takes vectors of 64 bytes of shorts apart entry by entry
+  __m256i halves[2];
+  std::memcpy(halves, &bytes, sizeof(halves));
+  const __m256i shifted[2] = {_mm256_srai_epi16(halves[0], 8), _mm256_srai_epi16(halves[1], 8)};
+  return same_bits<ShortLanes>(shifted);
+#else
+  return same_bits<ShortLanes>(bytes) >> 8;
+#endif
+}
+
 // Of each lane's two pairs of 16-bit numbers the products' sum.
 STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b) {
 #if STAR_FAST_DOT >= 2
-  return same_bits<IntLanes>(_mm512_madd_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
+  return (IntLanes)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif STAR_FAST_DOT == 1
   __m256i left[2], right[2];
   std::memcpy(left, &a, sizeof(left));
@@ -35,29 +47,35 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8
       IntLanes four[TILES];  // weights of each column
       for (int tile = 0; tile < TILES; ++tile) std::memcpy(&four[tile], weights + tile * tile_bytes + (block * kBlock + k) * kTile, sizeof(IntLanes));
 #if STAR_FAST_DOT == 3
+#pragma GCC unroll 8
       for (int row = 0; row < kRowsTogether; ++row) {
         int32_t word;
         std::memcpy(&word, row_codes + row * kBlock + k, 4);
         const __m512i given = _mm512_set1_epi32(word);
+#pragma GCC unroll 2
         for (int tile = 0; tile < TILES; ++tile)
-          total[row][tile] = same_bits<IntLanes>(_mm512_dpbusd_epi32(same_bits<__m512i>(total[row][tile]), given, same_bits<__m512i>(four[tile])));
+          total[row][tile] = (IntLanes)_mm512_dpbusd_epi32((__m512i)total[row][tile], given, (__m512i)four[tile]);
       }
 #else
       ShortLanes even[TILES], odd[TILES];  // the first and third of the four, the second and fourth
       for (int tile = 0; tile < TILES; ++tile) {
-        even[tile] = (same_bits<ShortLanes>(four[tile]) << 8) >> 8;
-        odd[tile] = same_bits<ShortLanes>(four[tile]) >> 8;
+        odd[tile] = high_bytes(four[tile]);
+        even[tile] = high_bytes(four[tile] << 8);
       }
+#pragma GCC unroll 8
       for (int row = 0; row < kRowsTogether; ++row) {
         uint32_t word;
         std::memcpy(&word, row_codes + row * kBlock + k, 4);
         const ShortLanes first = same_bits<ShortLanes>(IntLanes{} + int32_t(word & 0x00ff00ffu));
         const ShortLanes second = same_bits<ShortLanes>(IntLanes{} + int32_t((word >> 8) & 0x00ff00ffu));
+#pragma GCC unroll 2
         for (int tile = 0; tile < TILES; ++tile) total[row][tile] += pair_products(even[tile], first) + pair_products(odd[tile], second);
       }
 #endif
     }
   }
+#pragma GCC unroll 8
   for (int row = 0; row < kRowsTogether; ++row)
+#pragma GCC unroll 2
     for (int tile = 0; tile < TILES; ++tile) std::memcpy(sums + (row * TILES + tile) * kTile, &total[row][tile], sizeof(IntLanes));
 }

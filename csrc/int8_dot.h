@@ -9,28 +9,10 @@ struct Registers {};  // nothing to prepare
 
 typedef int16_t ShortLanes __attribute__((vector_size(4 * kLanes)));
 
-// The upper byte of each 16 bits, as a number.
-STAR_FAST_INLINE ShortLanes high_bytes(const IntLanes& bytes) {
-#if STAR_FAST_DOT == 1  // GCC takes vectors of 64 bytes of shorts apart entry by entry
-  __m256i halves[2];
-  std::memcpy(halves, &bytes, sizeof(halves));
-  const __m256i shifted[2] = {_mm256_srai_epi16(halves[0], 8), _mm256_srai_epi16(halves[1], 8)};
-  return same_bits<ShortLanes>(shifted);
-#else
-  return same_bits<ShortLanes>(bytes) >> 8;
-#endif
-}
-
 // Of each lane's two pairs of 16-bit numbers the products' sum.
 STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b) {
 #if STAR_FAST_DOT >= 2
   return (IntLanes)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif STAR_FAST_DOT == 1
-  __m256i left[2], right[2];
-  std::memcpy(left, &a, sizeof(left));
-  std::memcpy(right, &b, sizeof(right));
-  const __m256i sums[2] = {_mm256_madd_epi16(left[0], right[0]), _mm256_madd_epi16(left[1], right[1])};
-  return same_bits<IntLanes>(sums);
 #else
   const IntLanes x = same_bits<IntLanes>(a), y = same_bits<IntLanes>(b);
   return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
@@ -38,6 +20,43 @@ STAR_FAST_INLINE IntLanes pair_products(const ShortLanes& a, const ShortLanes& b
 }
 
 // sums (kRowsTogether, TILES * 16) = codes of kRowsTogether rows, `block_stride` bytes from block to block, times TILES tiles of weights, `tile_bytes` apart.
+#if STAR_FAST_DOT == 1  // GCC takes 64-byte vectors of 16-bit numbers apart entry by entry here
+template <int TILES>
+static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
+  constexpr int kFew = 2, kHalves = 2 * TILES;  // rows whose sums fit the sixteen registers; halves of tiles: 8 columns
+  for (int first = 0; first < kRowsTogether; first += kFew) {
+    __m256i total[kFew][kHalves];
+    for (auto& row : total)
+      for (auto& half : row) half = _mm256_setzero_si256();
+    for (int block = 0; block < blocks; ++block) {
+      const uint8_t* row_codes = codes + block * block_stride + first * kBlock;
+      for (int k = 0; k < kBlock; k += 4) {
+        __m256i even[kFew], odd[kFew];  // each row's first and third code of four, its second and fourth
+#pragma GCC unroll 2
+        for (int row = 0; row < kFew; ++row) {
+          uint32_t word;
+          std::memcpy(&word, row_codes + row * kBlock + k, 4);
+          even[row] = _mm256_set1_epi32(int(word & 0x00ff00ffu));
+          odd[row] = _mm256_set1_epi32(int((word >> 8) & 0x00ff00ffu));
+        }
+#pragma GCC unroll 4
+        for (int half = 0; half < kHalves; ++half) {
+          const int8_t* at = weights + half / 2 * tile_bytes + (block * kBlock + k) * kTile + half % 2 * 32;
+          const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+          const __m256i even_weights = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), odd_weights = _mm256_srai_epi16(four, 8);
+#pragma GCC unroll 2
+          for (int row = 0; row < kFew; ++row)
+            total[row][half] = _mm256_add_epi32(total[row][half], _mm256_add_epi32(_mm256_madd_epi16(even_weights, even[row]),
+                                                                                    _mm256_madd_epi16(odd_weights, odd[row])));
+        }
+      }
+    }
+    for (int row = 0; row < kFew; ++row)
+      for (int half = 0; half < kHalves; ++half)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + ((first + row) * TILES * kTile + half * 8)), total[row][half]);
+  }
+}
+#else
 template <int TILES>
 static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
   IntLanes total[kRowsTogether][TILES] = {};
@@ -59,8 +78,8 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8
 #else
       ShortLanes even[TILES], odd[TILES];  // the first and third of the four, the second and fourth
       for (int tile = 0; tile < TILES; ++tile) {
-        odd[tile] = high_bytes(four[tile]);
-        even[tile] = high_bytes(four[tile] << 8);
+        even[tile] = (same_bits<ShortLanes>(four[tile]) << 8) >> 8;
+        odd[tile] = same_bits<ShortLanes>(four[tile]) >> 8;
       }
 #pragma GCC unroll 8
       for (int row = 0; row < kRowsTogether; ++row) {
@@ -79,3 +98,4 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, int, const int8
 #pragma GCC unroll 2
     for (int tile = 0; tile < TILES; ++tile) std::memcpy(sums + (row * TILES + tile) * kTile, &total[row][tile], sizeof(IntLanes));
 }
+#endif

@@ -28,6 +28,9 @@ TORCH_LIBRARY(star_fast, m) {
   // CPU only. w1w3, dw1w3 (..., 2F), out, dout (..., F), contiguous.
   m.def("swiglu(Tensor w1w3, Tensor(a!) out) -> ()");
   m.def("swiglu_backward(Tensor w1w3, Tensor dout, Tensor(a!) dw1w3) -> ()");
+  // CPU only. x (R, K) contiguous float32 or bfloat16; packed (tiles, K padded / 4, 16, 4) int8, weight_scale (N padded) float32 and correction (N padded)
+  // int32 as in csrc/int8_product.h; columns N; returns (R, N) of x's dtype.
+  m.def("int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor correction, int columns) -> Tensor");
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ from star_fast.ops.decode_attention import KVCache
 # What an op is differentiated by; ops that are not named here have no gradient.
 _GRADIENTS = {"add_rms_norm": ("x", "residual", "weight"), "masked_attention_qkv": ("qkv",), "linear_cross_entropy": ("hidden", "weight"),
               "feature_distance": ("student",), "slot_contrast": ("anchor",), "all_slots_contrast": ("anchor",), "swiglu": ("w1w3",)}
-_EXACT = {"sample_tokens"}  # every backend draws the same numbers
+_EXACT = {"sample_tokens", "int8_linear"}  # every backend gives the same numbers
 # Calls beside the usual one: {op: [(what is other, changes to `inputs`, changes to its arguments)]}.
 _MORE_CALLS = {"masked_attention_qkv": [(", nothing hidden", {}, {"keep": None})],
                "decode_attention": [(", 8-bit cache", {"cache_dtype": torch.int8}, {})]}

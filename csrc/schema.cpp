@@ -28,6 +28,8 @@ TORCH_LIBRARY(star_fast, m) {
   // CPU only. w1w3, dw1w3 (..., 2F), out, dout (..., F), contiguous.
   m.def("swiglu(Tensor w1w3, Tensor(a!) out) -> ()");
   m.def("swiglu_backward(Tensor w1w3, Tensor dout, Tensor(a!) dw1w3) -> ()");
+  // CPU only. x, out (B, C, H, W) channels last; weight, bias (C).
+  m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor(a!) out) -> ()");
 }
 
 }  // namespace

@@ -17,10 +17,10 @@ class Norm(nn.GroupNorm):
 
     def __init__(self, channels: int, *, silu: bool) -> None:
         super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels, eps=1e-6)
-        self.silu = silu
+        self.silu, self.in_place = silu, False  # in place: for inference, where nothing else reads x
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, out=x if self.in_place else None)
 
 
 class AddingConv2d(nn.Conv2d):

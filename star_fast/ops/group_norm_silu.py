@@ -12,7 +12,8 @@ from star_fast.ops.shapes import SHAPES
 _SIDE = 16  # of the images that `inputs` makes: the lowest level of a 256-pixel tokenizer
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, silu: bool = True, backend: str | None = None) -> Tensor:
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, silu: bool = True, out: Tensor | None = None,
+                    backend: str | None = None) -> Tensor:
     """silu(n) with n = (x - mean) / sqrt(var + eps) * weight + bias; n itself without `silu`.
 
     Mean and (biased) variance are taken for each image over all pixels of a group of C / groups neighbouring channels. Backward is autograd's.
@@ -23,6 +24,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         groups: a divisor of C.
         eps: added to the variance; > 0.
         silu: whether n goes through n * sigmoid(n).
+        out: where to write, like `x` in all; it may be `x`, which saves a pass over memory and the pages of a new tensor. Without gradients only.
         backend: name of a backend; None chooses (see dispatch).
 
     Returns:
@@ -50,15 +52,20 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
             raise TypeError(f"group_norm_silu: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.shape != x.shape[1:2] or tensor.device != x.device:
             raise ValueError(f"group_norm_silu: {name} must be {tuple(x.shape[1:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device or out.stride() != x.stride()):
+        raise ValueError(f"group_norm_silu: out must be like x, {tuple(x.shape)} {x.dtype} of strides {x.stride()} on {x.device}, got {tuple(out.shape)} "
+                         f"{out.dtype} of strides {out.stride()} on {out.device}")
     if not eps > 0:
         raise ValueError(f"group_norm_silu: eps must be more than 0, got {eps}")
-    return dispatch.call("group_norm_silu", x.device, (x, weight, bias, groups, eps, silu), backend=backend)
+    return dispatch.call("group_norm_silu", x.device, (x, weight, bias, groups, eps, silu, out), backend=backend)
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
+              out: Tensor | None = None) -> Tensor:
     """The formula, in plain torch."""
     normed = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(normed) if silu else normed
+    result = F.silu(normed) if silu else normed
+    return result if out is None else out.copy_(result)
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | int]:

@@ -38,9 +38,11 @@ class Rendering:
 
 def pixel_precision(device: torch.device, float32: bool) -> Literal["bf16", "fp32"]:
     """In what a Renderer computes: it decides bytes. `float32`: on the CPU whatever it multiplies."""
-    if device.type == "cpu" and (float32 or not multiplies_bfloat16(device)):
-        return "fp32"
-    return "bf16"
+    if device.type == "cuda":
+        return "bf16"
+    # torch's attention in bfloat16 cannot do without AVX-512, which ATEN_CPU_CAPABILITY may have forbidden.
+    native = multiplies_bfloat16(device) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bf16" if native and not float32 else "fp32"
 
 
 class Renderer:
@@ -54,8 +56,9 @@ class Renderer:
         float32: on the CPU decode in float32, whatever it multiplies.
 
     Numerics:
-        See pixel_precision. Images are decoded in pieces whose size the tokenizer and the precision decide, never the batch, so that an image's bytes do not
-        depend on the batch it came in.
+        See pixel_precision. Tokenizer and precision decide how many images are decoded at once, never the batch. In bfloat16 on the CPU an image's bytes do
+        not depend on its batch at all: oneDNN's packed kernels sum an image's products in one order however many images lie beside it. In float32 a
+        piece that is not full may differ in a last bit (torch has other convolutions for single images); exact mode (generation/batch.py) fills its pieces.
     """
 
     def __init__(self, tokenizer: VQTokenizer, device: torch.device, pixels: int = 0, *, float32: bool = False) -> None:

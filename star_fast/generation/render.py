@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_fast.generation.device import multiplies_bfloat16
+from star_fast.generation.freed_memory import keep_freed_memory
 from star_fast.generation.packed_convolutions import bfloat16_decoder, largest_activation_bytes
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 
@@ -68,6 +69,7 @@ class Renderer:
             self.tokenizer = _ready(tokenizer).to(device).to(torch.bfloat16, memory_format=torch.channels_last)
             self.stream = torch.cuda.Stream(device)
         elif self.precision == "bf16":
+            keep_freed_memory()
             self.tokenizer = bfloat16_decoder(tokenizer)
         else:
             self.tokenizer = _ready(tokenizer).to(device).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from star_fast import _C  # noqa: F401 (registers the operators; importing this module fails where they were not built)
 from star_fast.ops.dispatch import Launch
 
-_LANES = 16  # a row of whole pixels fills so many, or a multiple
+_BLOCK = 32  # a row of whole pixels fills so many entries, or a multiple
 
 if not hasattr(torch.ops.star_fast, "group_norm_silu"):
     raise ImportError("star_fast._C is an older build without group_norm_silu: build it again (python setup.py build_ext --inplace)")
@@ -38,8 +38,8 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, *settings: object) -> str |
     if x.dtype not in (torch.float32, torch.bfloat16) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return f"it takes float32 or bfloat16, channels last and nothing else, got {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}"
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    if not x.numel() or channels * pixels % math.lcm(channels, _LANES):
-        return f"it takes images whose pixels fill whole rows of a multiple of {_LANES} entries, got shape {tuple(x.shape)}"
+    if not x.numel() or channels * pixels % math.lcm(channels, _BLOCK):
+        return f"it takes images whose pixels fill whole rows of a multiple of {_BLOCK} entries, got shape {tuple(x.shape)}"
     return None
 
 

@@ -122,6 +122,10 @@ def test_plain_layout_keeps_torchs_bits() -> None:
     expected = torch.nn.functional.silu(torch.nn.functional.group_norm(call["x"], 32, call["weight"], call["bias"], 1e-6))
     assert torch.equal(op.group_norm_silu(**call), expected)
     assert not torch.equal(op.group_norm_silu(**call | {"x": call["x"].contiguous(memory_format=torch.channels_last)}), expected)  # the backend's rounding
+    single = call_of((2, 128, 1, 1), 32)  # one pixel lies in both layouts
+    assert torch.equal(op.group_norm_silu(**single), op.reference(**single))
+    with pytest.raises(dispatch.BackendUnavailable, match="nothing else"):
+        op.group_norm_silu(**single, backend="cpp")
 
 
 def test_what_is_not_served_goes_elsewhere() -> None:

@@ -31,6 +31,8 @@ TORCH_LIBRARY(star_fast, m) {
   // CPU only. x (R, K) contiguous float32 or bfloat16; packed (tiles, K padded / 4, 16, 4) int8, weight_scale (N padded) float32 and correction (N padded)
   // int32 as in csrc/int8_product.h; columns N; returns (R, N) of x's dtype.
   m.def("int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor correction, int columns) -> Tensor");
+  // CPU only. x, out (B, C, H, W) channels last; weight, bias (C).
+  m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor(a!) out) -> ()");
 }
 
 }  // namespace

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from star_fast.errors import UserError, printable
 from star_fast.generation.device import take_device
+from star_fast.generation.render import Renderer
 from star_fast.generation.sampling import Sampling
 from star_fast.model.class_names import names_for_model
 from star_fast.model.llamagen import load_tokenizer
-from star_fast.model.tokenizer import VQTokenizer, to_uint8
+from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import load_model
 from star_fast.records import require
 
@@ -64,11 +64,12 @@ class Painter:
         where = command.tokenizer or loaded.tokenizer_folder
         if not where:
             raise UserError(f"{command.model}: comes without a tokenizer; give --tokenizer FOLDER or FILE")
-        self.tokenizer: VQTokenizer = load_tokenizer(where).to(device).eval()
+        self.tokenizer: VQTokenizer = load_tokenizer(where).eval()
         if self.tokenizer.config.codebook != loaded.transformer.config.vocab:
             raise UserError(f"{where}: this tokenizer has {self.tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one "
                             "that the model was trained with")
         self.model, self.device, self.batch_images = loaded.transformer.to(device).eval(), device, batch_images
+        self.renderer = Renderer(self.tokenizer, device)
         self.class_names = names_for_model(loaded.class_names, command.class_names)
 
     def labels(self) -> list[tuple[str, int]]:
@@ -102,14 +103,13 @@ class Painter:
             index = torch.arange(start, min(start + self.batch_images, int(images)), device=self.device)
             codes = generate(self.model, torch.full_like(index, int(label)), image_index=index, guidance=sampling.guidance, temperature=sampling.temperature,
                              top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed)
-            with torch.inference_mode():
-                done += map(_as_picture, to_uint8(self.tokenizer.decode(codes)).cpu())
+            done += map(_as_picture, self.renderer.start(codes).wait())
             yield list(done)
 
 
 def _as_picture(image: Tensor) -> Image.Image:
-    """(C, H, W) uint8, enlarged by a whole factor where it is small."""
-    picture = Image.fromarray(np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy()))
+    """(H, W, 3) uint8, enlarged by a whole factor where it is small."""
+    picture = Image.fromarray(image.numpy())
     factor = max(1, -(-_LEAST_SIDE // picture.width))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 

@@ -11,7 +11,8 @@ import torch
 from star_fast.demo import DemoCommand, Painter, page
 from star_fast.errors import UserError
 from star_fast.generation import generate
-from star_fast.model.tokenizer import VQTokenizer, to_uint8
+from star_fast.generation.render import Renderer
+from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import load_model
 from tests.generation.small_model import save_small_model
 
@@ -29,10 +30,10 @@ def test_images_come_in_batches_and_are_those_of_sampling(model: Path) -> None:
     assert [len(stage) for stage in stages] == [2, 4, 5]
     loaded = load_model(model)
     codes = generate(loaded.transformer, torch.ones(5, dtype=torch.int64), guidance=1.5, temperature=0.9, top_k=10, top_p=0.95, seed=7)
-    images = to_uint8(VQTokenizer.load(loaded.tokenizer_folder).decode(codes))
+    images = Renderer(VQTokenizer.load(loaded.tokenizer_folder), torch.device("cpu")).start(codes).wait()
     for picture, image in zip(stages[-1], images, strict=True):
-        factor = picture.width // image.shape[-1]
-        assert picture.width >= 128 and np.array_equal(np.asarray(picture)[::factor, ::factor], image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        factor = picture.width // image.shape[1]
+        assert picture.width >= 128 and np.array_equal(np.asarray(picture)[::factor, ::factor], image.numpy())
 
 
 def test_what_can_be_chosen_and_what_cannot(model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from PIL import Image
 
 from star_fast.demo import DemoCommand, Painter, page, serve
 from star_fast.generation import generate
-from star_fast.model.tokenizer import VQTokenizer, to_uint8
+from star_fast.generation.render import Renderer
+from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import load_model
 from tests.generation.small_model import save_small_model
 
@@ -107,8 +108,8 @@ def images_of_sampling(model: Path) -> list[np.ndarray]:
     """(H, W, 3) uint8 each: what sampling draws with these settings, as large as the page shows it."""
     found = load_model(model)
     codes = generate(found.transformer, torch.ones(5, dtype=torch.int64), guidance=1.5, seed=7)
-    images = to_uint8(VQTokenizer.load(found.tokenizer_folder).decode(codes)).expand(-1, 3, -1, -1)
-    return [image.permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1) for image in images]  # 16 pixels become 128
+    images = Renderer(VQTokenizer.load(found.tokenizer_folder), torch.device("cpu")).start(codes).wait()
+    return [image.numpy().repeat(8, 0).repeat(8, 1) for image in images]  # 16 pixels become 128
 
 
 def waiting(driver: Any) -> Any:

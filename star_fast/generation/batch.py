@@ -14,8 +14,9 @@ from torch import Tensor
 
 from star_fast.errors import UserError
 from star_fast.generation.decoder import Decoder
+from star_fast.generation.device import multiplies_bfloat16
 from star_fast.generation.products import resolve
-from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering
+from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering, pixel_precision
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 
@@ -51,7 +52,8 @@ class Drawer:
             raise UserError(f"model: its {transformer.config.positions} codes an image fill no square, and no other image can be made of them")
         side = config.pixels or codes * tokenizer.config.downsampling
         self.image_shape = (side, side, 3)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._float32_pixels = tokenizer, dtype == torch.float32
+        self.pixels_precision = pixel_precision(device, self._float32_pixels)
         self._decoder: Decoder | None = None
         self._renderer: Renderer | None = None
 
@@ -64,7 +66,7 @@ class Drawer:
         with _explained(self.config):
             if self._decoder is None:  # not before it is known that there is something to draw
                 self._decoder = self._new_decoder(self.images_together)
-                self._renderer = Renderer(self._tokenizer, self.device, self.config.pixels)
+                self._renderer = Renderer(self._tokenizer, self.device, self.config.pixels, float32=self._float32_pixels)
             if not self.config.exact:
                 return self._renderer.start(self._codes(torch.arange(first, end), torch.from_numpy(labels)))
             blocks = []
@@ -111,9 +113,7 @@ def _step_seconds(decoder: Decoder, rows: int, repeats: int) -> float:
 def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
     if config.exact or config.precision == "fp32":
         return torch.float32
-    if config.precision == "bf16" or device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if config.precision == "bf16" or multiplies_bfloat16(device) else torch.float32
 
 
 @contextlib.contextmanager

@@ -53,6 +53,11 @@ def take_device(name: str = "") -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device's own instructions multiply bfloat16: then it is the faster format; elsewhere float32 is."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
 def _from_environment(name: str, default: int, least: int, most: int) -> int:
     told = os.environ.get(name, str(default))
     if not (told.isascii() and told.isdecimal() and len(told) < 10 and least <= int(told) <= most):

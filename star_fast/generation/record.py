@@ -43,8 +43,11 @@ class JobPlan:
     cache: str
     device: str
     torch: str
+    pixels_precision: str = ""  # of the VQ decoder; plans of versions that do not tell it are of those that decoded in float32 except on CUDA
 
     def __post_init__(self) -> None:
+        if not self.pixels_precision:
+            object.__setattr__(self, "pixels_precision", "bf16" if self.device == "cuda" else "fp32")
         require(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "a whole number in 0 ... 2^63 - 1")
         require(self.classes == "all" or (isinstance(self.classes, list) and all(isinstance(label, int) for label in self.classes)), "classes", self.classes,
                 "'all' or a list of labels")

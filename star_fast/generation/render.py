@@ -1,17 +1,26 @@
-"""Codes to pixels: the VQ decoder in small pieces; on CUDA in bf16, channels last, on a stream of its own beside the next batch's decoding."""
+"""Codes to pixels: the VQ decoder in small pieces, in bf16 and channels last where the device multiplies bf16; on CUDA on a stream of its own beside the next
+batch's decoding."""
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_fast.generation.device import multiplies_bfloat16
+from star_fast.generation.freed_memory import keep_freed_memory
+from star_fast.generation.packed_convolutions import bfloat16_decoder, largest_activation_bytes
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 
-PIECE_IMAGES = 8  # decoded at once: at 256 px one activation of VQ-16 is 268 MB in float32
+# Of the largest activation of a piece in bfloat16 on the CPU: one image of VQ-16 at 256 px (two at once take 10 % longer each, as activations leave the
+# caches), 445 of the built-in digits, which pay the same calls' overhead together (0.14 ms each at 256 together, 0.50 at 8).
+_PIECE_BYTES = 2**24
+PIECE_IMAGES = 8  # decoded at once in float32 and on CUDA: at 256 px one activation of VQ-16 is 268 MB in float32
 
 
 @dataclass
@@ -28,6 +37,15 @@ class Rendering:
         return self.images
 
 
+def pixel_precision(device: torch.device, float32: bool) -> Literal["bf16", "fp32"]:
+    """In what a Renderer computes: it decides bytes. `float32`: on the CPU whatever it multiplies."""
+    if device.type == "cuda":
+        return "bf16"
+    # torch's attention in bfloat16 cannot do without AVX-512, which ATEN_CPU_CAPABILITY may have forbidden.
+    native = multiplies_bfloat16(device) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bf16" if native and not float32 else "fp32"
+
+
 class Renderer:
     """A tokenizer's decoder, ready to turn batches of codes into uint8 images.
 
@@ -36,20 +54,25 @@ class Renderer:
         device: where to decode: the model's device.
         pixels: side of the images to return; 0: as the tokenizer makes them. Another size is reached by bicubic interpolation without antialias, before
             rounding to uint8, as LlamaGen does for its 384-pixel models.
+        float32: on the CPU decode in float32, whatever it multiplies.
 
     Numerics:
-        bfloat16 on CUDA, float32 on the CPU. Images are decoded 8 at a time whatever the batch, so that pieces, not batches, decide the rounding.
+        See pixel_precision. Tokenizer and precision decide how many images are decoded at once, never the batch. In bfloat16 on the CPU an image's bytes do
+        not depend on its batch at all: oneDNN's packed kernels sum an image's products in one order however many images lie beside it. In float32 a
+        piece that is not full may differ in a last bit (torch has other convolutions for single images); exact mode (generation/batch.py) fills its pieces.
     """
 
-    def __init__(self, tokenizer: VQTokenizer, device: torch.device, pixels: int = 0) -> None:
-        self.device, self.pixels = device, pixels
-        self.tokenizer = copy.deepcopy(tokenizer).eval().requires_grad_(False).to(device)
-        self.stream = None
+    def __init__(self, tokenizer: VQTokenizer, device: torch.device, pixels: int = 0, *, float32: bool = False) -> None:
+        self.device, self.pixels, self.stream = device, pixels, None
+        self.precision = pixel_precision(device, float32)
         if device.type == "cuda":
-            self.tokenizer = self.tokenizer.to(torch.bfloat16, memory_format=torch.channels_last)
+            self.tokenizer = _ready(tokenizer).to(device).to(torch.bfloat16, memory_format=torch.channels_last)
             self.stream = torch.cuda.Stream(device)
+        elif self.precision == "bf16":
+            keep_freed_memory()
+            self.tokenizer = bfloat16_decoder(tokenizer)
         else:
-            self.tokenizer = self.tokenizer.float()
+            self.tokenizer = _ready(tokenizer).to(device).float()
 
     def start(self, codes: Tensor) -> Rendering:
         """Begin to decode codes (B, T). On CUDA this returns at once; what is enqueued on the current stream afterwards runs beside it."""
@@ -65,15 +88,25 @@ class Renderer:
             done.record(self.stream)
         return Rendering(images, done)
 
+    def piece_images(self, side: int) -> int:
+        """How many images of side x side codes are decoded at once."""
+        if self.device.type == "cuda" or self.precision == "fp32":
+            return PIECE_IMAGES
+        return max(1, _PIECE_BYTES // largest_activation_bytes(self.tokenizer.config, side, torch.bfloat16))
+
     @torch.no_grad()
     def _images(self, codes_BT: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 on the device; one grey channel is repeated."""
-        images_BHWC = None
-        for start in range(0, len(codes_BT), PIECE_IMAGES):
-            piece_BCHW = self.tokenizer.decode(codes_BT[start : start + PIECE_IMAGES])
+        images_BHWC, piece = None, self.piece_images(math.isqrt(codes_BT.shape[1]))
+        for start in range(0, len(codes_BT), piece):
+            piece_BCHW = self.tokenizer.decode(codes_BT[start : start + piece])
             if self.pixels and self.pixels != piece_BCHW.shape[-1]:
                 piece_BCHW = F.interpolate(piece_BCHW.float(), size=(self.pixels, self.pixels), mode="bicubic")
             if images_BHWC is None:
                 images_BHWC = torch.empty(len(codes_BT), *piece_BCHW.shape[2:], 3, dtype=torch.uint8, device=self.device)
-            images_BHWC[start : start + PIECE_IMAGES] = to_uint8(piece_BCHW).permute(0, 2, 3, 1)
+            images_BHWC[start : start + piece] = to_uint8(piece_BCHW).permute(0, 2, 3, 1)
         return images_BHWC
+
+
+def _ready(tokenizer: VQTokenizer) -> VQTokenizer:
+    return copy.deepcopy(tokenizer).eval().requires_grad_(False)

@@ -53,7 +53,7 @@ class SampleConfig:
     seed: int = 0  # of the images' random streams and of random labels
     batch_images: int = 64  # images drawn together; another number may change a few codes, see exact
     exact: bool = False  # the same bytes for any batch_images, at a cost that is printed: float32, fixed blocks of 8 images
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 where the device multiplies it natively, else fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 where the device multiplies it, else fp32. fp32: pixels too (CPU)
     products: Products = "auto"  # CPU: how matrix products run; int8 takes half the time of bf16, and rounds weights and inputs to 8 bits
     cache: Literal["model", "int8", "fp8"] = "model"  # of keys and values: the model's precision, or 8 bits and a scale a row
     pixels: int = 0  # side of the images written; 0: as the tokenizer makes them; else bicubic (LlamaGen scores 384 px models at 256)
@@ -170,7 +170,7 @@ def _plan(config: SampleConfig, loaded: LoadedModel, tokenizer: VQTokenizer, dra
         **{name: told[name] for name in _DECIDING}, classes=classes if len(classes) < len(loaded.class_names) else "all",
         num_classes=len(loaded.class_names), weights_sha256=loaded.weights_sha256, tokenizer_sha256=tokenizer.weights_hash(),
         image_shape=drawer.image_shape, precision=drawer.precision, products=drawer.products, cache=config.cache, device=drawer.device.type,
-        torch=torch.__version__)
+        torch=torch.__version__, pixels_precision=drawer.pixels_precision)
 
 
 def _tokenizer_for(config: SampleConfig, loaded: LoadedModel) -> VQTokenizer:

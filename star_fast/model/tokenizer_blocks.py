@@ -8,11 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_fast.config import TokenizerConfig
+from star_fast.ops.group_norm_silu import group_norm_silu
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with LlamaGen's 32 groups where a group then has at least its 4 channels (width 128 and up); fewer groups for narrower layers."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1), channels), channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """GroupNorm, then SiLU if asked for, with LlamaGen's 32 groups where a group then has at least its 4 channels (width 128 and up); fewer groups for
+    narrower layers."""
+
+    def __init__(self, channels: int, *, silu: bool) -> None:
+        super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels, eps=1e-6)
+        self.silu, self.in_place = silu, False  # in place: for inference, where nothing else reads x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, out=x if self.in_place else None)
+
+
+class AddingConv2d(nn.Conv2d):
+    """A convolution whose result is added to what is given beside its input: where both are computed at once, the sum costs no pass."""
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        return beside + super().forward(x)
 
 
 def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -25,17 +40,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1 = norm(channels_in)
+        self.norm1 = Norm(channels_in, silu=True)
         self.conv1 = conv3(channels_in, channels_out)
-        self.norm2 = norm(channels_out)
-        self.conv2 = conv3(channels_out, channels_out)
+        self.norm2 = Norm(channels_out, silu=True)
+        self.conv2 = AddingConv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        h = self.conv1(self.norm1(x))
+        return self.conv2(self.norm2(h), self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttentionBlock(nn.Module):
@@ -43,17 +57,17 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = Norm(channels, silu=False)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = AddingConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q_BTC, k_BTC, v_BTC = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed_BTC = F.scaled_dot_product_attention(q_BTC, k_BTC, v_BTC)
-        return x + self.proj_out(mixed_BTC.transpose(1, 2).reshape(x.shape))
+        return self.proj_out(mixed_BTC.transpose(1, 2).reshape(x.shape), x)
 
 
 class Downsample(nn.Module):
@@ -117,14 +131,14 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.conv_blocks.append(level)
         self.mid = middle(widths[-1])
-        self.norm_out = norm(widths[-1])
+        self.norm_out = Norm(widths[-1], silu=True)
         self.conv_out = conv3(widths[-1], config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -141,11 +155,11 @@ class Decoder(nn.Module):
             if i < len(widths) - 1:
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
-        self.norm_out = norm(widths[-1])
+        self.norm_out = Norm(widths[-1], silu=True)
         self.conv_out = conv3(widths[-1], config.image_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
         for block in (*self.mid, *self.conv_blocks):
             z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return self.conv_out(self.norm_out(z))

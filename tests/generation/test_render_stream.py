@@ -41,7 +41,7 @@ def two_batches(tokenizer: VQTokenizer) -> list[Tensor]:
 
 
 def test_images_are_those_of_one_stream(tokenizer: VQTokenizer) -> None:
-    plain, batches = Renderer(tokenizer, torch.device("cpu")), (CODES, (CODES + 1) % 32)
+    plain, batches = Renderer(tokenizer, torch.device("cpu"), float32=True), (CODES, (CODES + 1) % 32)
     with CudaDouble():
         alone = Renderer(tokenizer, torch.device("cuda:1"))
         expected = [alone._images(codes.to("cuda:1")).cpu() for codes in batches]

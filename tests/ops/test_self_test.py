@@ -11,7 +11,7 @@ from star_fast import cli
 from star_fast.ops import dispatch, self_test, swiglu_cpp
 from star_fast.ops.triton.launching import interpreting
 
-CPP = {("add_rms_norm", "cpp"), ("decode_attention", "cpp"), ("int8_linear", "cpp"), ("sample_tokens", "cpp"), ("swiglu", "cpp"),
+CPP = {("add_rms_norm", "cpp"), ("decode_attention", "cpp"), ("group_norm_silu", "cpp"), ("int8_linear", "cpp"), ("sample_tokens", "cpp"), ("swiglu", "cpp"),
        ("masked_attention_qkv", "sdpa")}
 
 

@@ -2,10 +2,11 @@
 
 from star_fast.ops.add_rms_norm import add_rms_norm
 from star_fast.ops.all_slots_contrast import all_slots_contrast
-from star_fast.ops.decode_attention import KVCache, decode_attention
+from star_fast.ops.decode_attention import decode_attention
 from star_fast.ops.dispatch import use_backend
 from star_fast.ops.ema_update import ema_update
 from star_fast.ops.feature_distance import feature_distance
+from star_fast.ops.kv_cache import KVCache
 from star_fast.ops.linear_cross_entropy import linear_cross_entropy
 from star_fast.ops.masked_attention import masked_attention, masked_attention_qkv
 from star_fast.ops.sample_tokens import sample_tokens

@@ -1,5 +1,6 @@
 // Scores of a block of cached keys and weighted sums of cached values. Included once per instruction set, inside a namespace of its own (hence no
-// #pragma once and no includes), after lanes.h; needs scalars.h and decode_step.h, and <immintrin.h> on x86. Knows no torch.
+// #pragma once and no includes), after lanes.h; needs scalars.h, decode_step.h and, where STAR_FAST_VECTOR_BYTES
+// (of the instruction set's integer products: 64, 32, 16, or 0 for none by name) is not 0, <immintrin.h>. Knows no torch.
 //
 // Sums are float32, those of an 8-bit cache exact integers, in an order that depends on the shape alone: every instruction set gives the same bits.
 
@@ -78,14 +79,14 @@ static void to_wholes(const float* x, int n, float largest, FourWholes* wholes) 
 
 // Sixteen sums a[0] b[0] + a[1] b[1] of 16-bit numbers; `b` is one pair for all.
 STAR_FAST_INLINE IntLanes pair_products(const WordLanes& a, int32_t b) {
-#if defined(__AVX512BW__)
+#if STAR_FAST_VECTOR_BYTES == 64
   return same_bits<IntLanes>(_mm512_madd_epi16(same_bits<__m512i>(a), _mm512_set1_epi32(b)));
-#elif defined(__AVX2__)
+#elif STAR_FAST_VECTOR_BYTES == 32
   __m256i parts[2];
   std::memcpy(parts, &a, sizeof(a));
   for (__m256i& part : parts) part = _mm256_madd_epi16(part, _mm256_set1_epi32(b));
   return same_bits<IntLanes>(parts);
-#elif defined(__SSE2__)
+#elif STAR_FAST_VECTOR_BYTES == 16
   __m128i parts[4];
   std::memcpy(parts, &a, sizeof(a));
   for (__m128i& part : parts) part = _mm_madd_epi16(part, _mm_set1_epi32(b));

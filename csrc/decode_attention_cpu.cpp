@@ -5,6 +5,9 @@
 
 #ifdef __x86_64__
 #include <immintrin.h>
+#define STAR_FAST_VECTOR_BYTES 16
+#else
+#define STAR_FAST_VECTOR_BYTES 0
 #endif
 
 #include <algorithm>
@@ -33,6 +36,8 @@ namespace baseline {
 #ifdef STAR_FAST_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#undef STAR_FAST_VECTOR_BYTES
+#define STAR_FAST_VECTOR_BYTES 32  // by hand: g++ defines __AVX2__ for the command line only, not after a pragma
 namespace avx2 {
 #include "lanes.h"
 #include "block_products.h"
@@ -41,6 +46,8 @@ namespace avx2 {
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#undef STAR_FAST_VECTOR_BYTES
+#define STAR_FAST_VECTOR_BYTES 64
 namespace avx512 {
 #include "lanes.h"
 #include "block_products.h"

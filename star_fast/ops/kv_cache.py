@@ -50,12 +50,12 @@ class KVCache(NamedTuple):
         return self._replace(**{name: None if part is None else part[:count] for name, part in zip(self._fields[:4], self[:4], strict=True)})
 
 
-def new_rows(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+def new_rows(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
     """A cache of zeros in rows; `dtype` int8 or float8_e4m3fn gives an 8-bit cache with its scales."""
     return _zeros((rows, heads, positions, head_size), (rows, heads, positions, head_size), (rows, heads, positions), dtype, device)
 
 
-def new_blocks(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+def new_blocks(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
     """A cache of zeros in blocks; `dtype` float32, bfloat16 or int8."""
     layout = Blocks(positions, head_size)
     return _zeros(*blocked_shapes(rows, heads, layout, dtype), dtype, device)._replace(layout=layout)

@@ -27,6 +27,7 @@ _MORE_CALLS = {"masked_attention_qkv": [(", nothing hidden", {}, {"keep": None})
                "decode_attention": [(", 8-bit cache", {"cache_dtype": torch.int8}, {})]}
 # Error allowed beside twice that of the reference in the same dtype, of the truth's largest entry: one rounding more.
 _FLOORS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+_FLOOR_WHOLE = 2**-11  # an 8-bit cache in blocks is multiplied by whole numbers of 15 bits
 
 
 class Checked(NamedTuple):
@@ -58,10 +59,11 @@ def self_test(device: str, shape: str = "unit") -> Iterator[Checked]:
 
 def _check(name: str, backend: str, arguments: dict[str, Any], dtype: torch.dtype) -> tuple[bool, str]:
     public, wanted = getattr(dispatch.module_of(name), name), _GRADIENTS.get(name, ())
-    mine = {name: laid_out(value, backend) if isinstance(value, KVCache) else value for name, value in arguments.items()}
-    got = _outcome(lambda **given: public(**given, backend=backend), mine, wanted)
+    suited = {name: laid_out(value, backend) if isinstance(value, KVCache) else value for name, value in arguments.items()}
+    got = _outcome(lambda **given: public(**given, backend=backend), suited, wanted)
     plain = _outcome(lambda **given: public(**given, backend="reference"), arguments, wanted)
     truth = plain if name in _EXACT else _outcome(lambda **given: public(**given, backend="reference"), _cast(arguments, torch.float64), wanted)
+    whole = any(isinstance(value, KVCache) and value.layout is not None and value.k_scale is not None for value in suited.values())
     worst = 0.0
     for mine, theirs, exact in zip(got, plain, truth, strict=True):
         if not mine.is_floating_point():
@@ -69,7 +71,7 @@ def _check(name: str, backend: str, arguments: dict[str, Any], dtype: torch.dtyp
                 return False, f"{int((mine != theirs).sum())} of {mine.numel()} numbers differ"
             continue
         exact = exact.double()
-        allowed = 2 * (theirs.double() - exact).abs().max().item() + _FLOORS[mine.dtype] * max(exact.abs().max().item(), 1e-30)
+        allowed = 2 * (theirs.double() - exact).abs().max().item() + max(_FLOORS[mine.dtype], _FLOOR_WHOLE * whole) * max(exact.abs().max().item(), 1e-30)
         error = (mine.double() - exact).abs().max().item()
         if not error <= allowed:  # NaN too
             return False, f"error {error:.3g}, {allowed:.3g} is allowed"

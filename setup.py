@@ -62,7 +62,7 @@ def extension() -> dict:
     # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without -fno-trapping-math (which changes
     # no result) g++ takes a choice between two floats for a branch, and vectorises no loop that has one.
     compile_args = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"], "nvcc": ["-O3", "--fmad=false"]}
-    sources = ["csrc/schema.cpp", "csrc/sample_cpu.cpp", "csrc/decode_attention_cpu.cpp", "csrc/between_cpu.cpp"]
+    sources = ["csrc/schema.cpp", "csrc/sample_cpu.cpp", "csrc/decode_attention_cpu.cpp", "csrc/large_pages.cpp", "csrc/between_cpu.cpp"]
     macros: list[tuple[str, str | None]] = []
     if cuda:
         sources += ["csrc/sample_cuda.cu", "csrc/sample_cuda_binding.cpp"]

@@ -17,6 +17,8 @@ TORCH_LIBRARY(star_fast, m) {
   m.def(
       "decode_attention_blocks(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int position, Tensor? rotary, "
       "Tensor(e!) out) -> ()");
+  // CPU only. Contents stay as they are.
+  m.def("large_pages(Tensor(a!) memory) -> ()");
   // CPU only. x, residual, normed, sum (..., D) contiguous; weight (D). Keys, limit and scale of the dropout mask; scale 0: none, then without a residual
   // there is no sum.
   m.def(

@@ -11,16 +11,17 @@ from star_fast import _C  # noqa: F401 (registers the operators; importing this 
 from star_fast.ops.dispatch import Launch
 from star_fast.ops.kv_cache import KVCache, new_blocks
 
-if not hasattr(torch.ops.star_fast, "decode_attention_blocks"):
-    raise ImportError("star_fast._C is an older build without decode_attention_blocks: build it again (python setup.py build_ext --inplace)")
+if not hasattr(torch.ops.star_fast, "large_pages"):
+    raise ImportError("star_fast._C is an older build without decode_attention in blocks: build it again (python setup.py build_ext --inplace)")
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LARGEST_HEAD = 512  # so many products of 8 and 16 bits fit 32
 
 
 @torch.library.register_fake("star_fast::decode_attention_blocks")
+@torch.library.register_fake("star_fast::large_pages")
 def _(*arguments: Any) -> None:
-    """Writes `out` and the cache and returns nothing: no shape to tell."""
+    """They write into what they are given and return nothing: no shape to tell."""
 
 
 def run(qkv: Tensor, cache: KVCache, position: int, *, rotary: Tensor | None) -> Tensor:
@@ -37,7 +38,13 @@ def new_cache(rows: int, heads: int, positions: int, head_size: int, dtype: torc
     """A cache in blocks; None where `run` will not be called: another device, dtype or head size than it takes."""
     if torch.device(device).type != "cpu" or dtype not in (*_DTYPES, torch.int8) or (qkv_dtype or torch.float32) not in _DTYPES or _why_not_size(head_size):
         return None
-    return new_blocks(rows, heads, positions, head_size, dtype, device)
+    return new_blocks(rows, heads, positions, head_size, dtype, device, zeros=_zeros_in_large_pages)
+
+
+def _zeros_in_large_pages(shape: tuple[int, ...], **kind: Any) -> Tensor:
+    memory = torch.empty(shape, **kind)
+    torch.ops.star_fast.large_pages(memory)  # before the first write: pages are laid out then
+    return memory.zero_()
 
 
 def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:

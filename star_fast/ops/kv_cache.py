@@ -14,6 +14,7 @@ Letters: R rows, H heads, T positions, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,13 +53,14 @@ class KVCache(NamedTuple):
 
 def new_rows(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
     """A cache of zeros in rows; `dtype` int8 or float8_e4m3fn gives an 8-bit cache with its scales."""
-    return _zeros((rows, heads, positions, head_size), (rows, heads, positions, head_size), (rows, heads, positions), dtype, device)
+    return _cache((rows, heads, positions, head_size), (rows, heads, positions, head_size), (rows, heads, positions), dtype, device, torch.zeros)
 
 
-def new_blocks(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
-    """A cache of zeros in blocks; `dtype` float32, bfloat16 or int8."""
+def new_blocks(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
+               zeros: Callable[..., Tensor] = torch.zeros) -> KVCache:
+    """A cache of zeros in blocks; `dtype` float32, bfloat16 or int8; `zeros` as torch.zeros makes its keys and values."""
     layout = Blocks(positions, head_size)
-    return _zeros(*blocked_shapes(rows, heads, layout, dtype), dtype, device)._replace(layout=layout)
+    return _cache(*blocked_shapes(rows, heads, layout, dtype), dtype, device, zeros)._replace(layout=layout)
 
 
 def blocked_shapes(rows: int, heads: int, layout: Blocks, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -120,8 +122,9 @@ def _rounded_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _zeros(k: tuple[int, ...], v: tuple[int, ...], scale: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> KVCache:
-    cache = KVCache(torch.zeros(k, dtype=dtype, device=device), torch.zeros(v, dtype=dtype, device=device))
+def _cache(k: tuple[int, ...], v: tuple[int, ...], scale: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
+           zeros: Callable[..., Tensor]) -> KVCache:
+    cache = KVCache(zeros(k, dtype=dtype, device=device), zeros(v, dtype=dtype, device=device))
     if dtype not in LARGEST_CODE:
         return cache
     return cache._replace(k_scale=torch.zeros(scale, device=device), v_scale=torch.zeros(scale, device=device))

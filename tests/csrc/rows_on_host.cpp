@@ -120,8 +120,8 @@ void attend(int rows, int heads, int positions, int size, double allowed) {
       for (int e = 0; e < size; ++e) {
         const double wanted = expected[e] / total, got = to_float(out[one * size + e]);
         expect(std::fabs(got - wanted) <= allowed * largest + (sizeof(T) == 2 ? std::fabs(wanted) / 256 : 0), "attend_rows", size, position, got, wanted);
-        expect(std::fabs(value(position, e) - to_float(given[2 * heads * size + e])) <= (scaled ? 0.51 / 127 * largest : 1e-30), "appended value", size, position,
-               value(position, e), to_float(given[2 * heads * size + e]));
+        const double appended = value(position, e), v = to_float(given[2 * heads * size + e]);
+        expect(std::fabs(appended - v) <= (scaled ? 0.51 / 127 * largest : 1e-30), "appended value", size, position, appended, v);
       }
     }
   }

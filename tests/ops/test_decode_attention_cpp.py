@@ -246,8 +246,8 @@ def test_bad_blocks_are_refused() -> None:
         call(blocks, qkv=torch.ones(1, 3, 1, 4))
     with pytest.raises(ValueError, match="E 4, for this qkv"):
         call(blocks._replace(layout=kv_cache.Blocks(5, 3)))
+    int8 = op.new_cache(2, 1, 5, 4, torch.int8)
     with pytest.raises(ValueError, match=r"k_scale must be \(2, 1, 16\) float32"):
-        int8 = op.new_cache(2, 1, 5, 4, torch.int8)
         call(int8._replace(k_scale=int8.k_scale[:, :, :5].contiguous()))
     with pytest.raises(TypeError, match="in blocks is float32, bfloat16 or int8"):
         kv_cache.new_blocks(2, 1, 5, 4, torch.float64)

@@ -62,7 +62,8 @@ def extension() -> dict:
     # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without -fno-trapping-math (which changes
     # no result) g++ takes a choice between two floats for a branch, and vectorises no loop that has one.
     compile_args = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"], "nvcc": ["-O3", "--fmad=false"]}
-    sources = [f"csrc/{name}.cpp" for name in ("schema", "sample_cpu", "decode_attention_cpu", "between_cpu", "group_norm_cpu", "int8_cpu")]
+    cpu = ("schema", "sample_cpu", "decode_attention_cpu", "large_pages", "between_cpu", "group_norm_cpu", "int8_cpu")
+    sources = [f"csrc/{name}.cpp" for name in cpu]
     macros: list[tuple[str, str | None]] = []
     if cuda:
         sources += ["csrc/sample_cuda.cu", "csrc/sample_cuda_binding.cpp"]

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from benchmarks import baselines, naive, timing
 from star_fast.ops import dispatch
+from star_fast.ops.decode_attention import laid_out
 
 
 class Subject(NamedTuple):
@@ -82,7 +83,8 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
     public = getattr(module, subject.function)
     candidates, failed = {"naive": _runner(getattr(naive, subject.function), call, gradients)}, []
     for backend in dispatch.backends(subject.function):
-        runner = _runner(lambda backend=backend, **kw: public(**kw, backend=backend), call, gradients)
+        suited = {**call, "cache": laid_out(call["cache"], backend)} if "cache" in call else call
+        runner = _runner(lambda backend=backend, **kw: public(**kw, backend=backend), suited, gradients)
         try:
             runner()
         except dispatch.BackendUnavailable:

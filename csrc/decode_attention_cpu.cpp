@@ -3,6 +3,13 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#define STAR_FAST_VECTOR_BYTES 16
+#else
+#define STAR_FAST_VECTOR_BYTES 0
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +17,7 @@
 #include <optional>
 #include <vector>
 
+#include "decode_step.h"
 #include "instruction_sets.h"
 #include "scalars.h"
 
@@ -19,36 +27,30 @@
 namespace star_fast {
 namespace {
 
-// One decoding step. `angles` is the rotary table's row of this position, or null; 8-bit caches have scales, others null.
-template <class T, class Cached>
-struct Step {
-  const T* qkv;
-  int64_t row_stride, part_stride, head_stride, heads;
-  int size;  // of a head
-  Cached *keys, *values;
-  float *key_scales, *value_scales;
-  int64_t positions, position;
-  const float* angles;
-  T* out;
-};
-
 namespace baseline {
 #include "lanes.h"
+#include "block_products.h"
 #include "attend_row.h"
 }
 
 #ifdef STAR_FAST_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#undef STAR_FAST_VECTOR_BYTES
+#define STAR_FAST_VECTOR_BYTES 32  // by hand: g++ defines __AVX2__ for the command line only, not after a pragma
 namespace avx2 {
 #include "lanes.h"
+#include "block_products.h"
 #include "attend_row.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#undef STAR_FAST_VECTOR_BYTES
+#define STAR_FAST_VECTOR_BYTES 64
 namespace avx512 {
 #include "lanes.h"
+#include "block_products.h"
 #include "attend_row.h"
 }
 #pragma GCC pop_options
@@ -79,7 +81,7 @@ void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales
   step.values = static_cast<Cached*>(v.mutable_data_ptr());
   step.key_scales = k_scales;
   step.value_scales = v_scales;
-  step.positions = k.size(2);
+  step.blocks = k.size(2);
   step.position = position;
   step.angles = table ? table + position * step.size : nullptr;
   step.out = static_cast<T*>(out.mutable_data_ptr());
@@ -88,19 +90,36 @@ void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales
   at::parallel_for(0, qkv.size(0) * step.heads, worth_a_thread, [&](int64_t begin, int64_t end) { attend_rows(step, begin, end); });
 }
 
+template <class Cached>
+void check_layout(const at::Tensor& qkv, const at::Tensor& k, const at::Tensor& v) {
+  using At = Layout<Cached>;
+  const int64_t rows = qkv.size(0), heads = qkv.size(2), blocks = k.dim() == 6 ? k.size(2) : 0;
+  const int size = int(qkv.size(3));
+  const int64_t keys[] = {rows, heads, blocks, rounded_up(size, At::kGroup) / At::kGroup, kBlock, At::kGroup};
+  const int64_t values[] = {rows, heads, blocks * kBlock / At::kTogether, At::width(size), At::kTogether};
+  TORCH_CHECK_VALUE(k.sizes() == at::IntArrayRef(keys) && v.sizes() == at::IntArrayRef(values) && k.is_contiguous() && v.is_contiguous(),
+                    "decode_attention: a blocked cache for qkv ", qkv.sizes(), " has k ", at::IntArrayRef(keys), " and v ", at::IntArrayRef(values),
+                    ", got ", k.sizes(), " and ", v.sizes());
+}
+
 void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, const std::optional<at::Tensor>& k_scale,
                           const std::optional<at::Tensor>& v_scale, int64_t position, const std::optional<at::Tensor>& rotary, at::Tensor& out) {
   // The public function has checked all this and says it in better words; these checks keep the loops inside their memory whoever calls.
-  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.stride(3) == 1 && qkv.size(3) % 2 == 0 && k.dim() == 4 && k.size(0) == qkv.size(0) &&
-                        k.size(1) == qkv.size(2) && k.size(3) == qkv.size(3) && v.sizes() == k.sizes() && v.scalar_type() == k.scalar_type() &&
-                        k.is_contiguous() && v.is_contiguous() && position >= 0 && position < k.size(2),
-                    "decode_attention: qkv ", qkv.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " and position ", position, " do not fit together");
+  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.stride(3) == 1 && qkv.size(3) % 2 == 0 && qkv.size(3) <= baseline::kExactSum,
+                    "decode_attention: qkv must be (R, 3, H, E), E even and at most ", baseline::kExactSum, ", got ", qkv.sizes());
+  const bool eight_bit = k.scalar_type() == at::kChar;
+  TORCH_CHECK_TYPE((eight_bit || k.scalar_type() == qkv.scalar_type()) && v.scalar_type() == k.scalar_type(), "decode_attention: a cache of ",
+                   k.scalar_type(), " and ", v.scalar_type(), " with qkv of ", qkv.scalar_type());
+  if (eight_bit) check_layout<int8_t>(qkv, k, v);
+  else if (k.scalar_type() == at::kBFloat16) check_layout<Bfloat16Bits>(qkv, k, v);
+  else check_layout<float>(qkv, k, v);
+  TORCH_CHECK_VALUE(position >= 0 && position < k.size(2) * kBlock, "decode_attention: position ", position, " is outside the cache ", k.sizes());
   TORCH_CHECK_VALUE(out.dim() == 3 && out.size(0) == qkv.size(0) && out.size(1) == qkv.size(2) && out.size(2) == qkv.size(3) && out.is_contiguous() &&
                         out.scalar_type() == qkv.scalar_type(), "decode_attention: out ", out.sizes(), " does not fit qkv ", qkv.sizes());
-  const bool eight_bit = k.scalar_type() == at::kChar;
   const auto scales = [&](const std::optional<at::Tensor>& scale) -> float* {
     if (!eight_bit) return nullptr;
-    TORCH_CHECK_VALUE(scale && scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->numel() * k.size(3) == k.numel(),
+    TORCH_CHECK_VALUE(scale && scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
+                          scale->numel() == qkv.size(0) * qkv.size(2) * k.size(2) * kBlock,
                       "decode_attention: an int8 cache needs float32 scales, one for each row, head and position");
     return scale->mutable_data_ptr<float>();
   };
@@ -110,7 +129,6 @@ void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, c
                       "decode_attention: rotary must be float32 (T, E/2, 2), contiguous");
   }
   const float* table = rotary ? rotary->const_data_ptr<float>() : nullptr;
-  TORCH_CHECK_TYPE(eight_bit || k.scalar_type() == qkv.scalar_type(), "decode_attention: a cache of ", k.scalar_type(), " with qkv of ", qkv.scalar_type());
   if (qkv.scalar_type() == at::kFloat) {
     return eight_bit ? attend<float, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
                      : attend<float, float>(qkv, k, v, k_scales, v_scales, position, table, out);
@@ -122,6 +140,6 @@ void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, c
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(star_fast, CPU, m) { m.impl("decode_attention", &decode_attention_cpu); }
+TORCH_LIBRARY_IMPL(star_fast, CPU, m) { m.impl("decode_attention_blocks", &decode_attention_cpu); }
 
 }  // namespace star_fast

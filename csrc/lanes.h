@@ -2,7 +2,6 @@
 // per instruction set (hence no #pragma once and no includes), after scalars.h. Knows no torch.
 
 constexpr int kLanes = 16;    // floats handled together
-constexpr int kTogether = 4;  // groups of lanes whose sums stay in registers
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float HalfLanes __attribute__((vector_size(2 * kLanes)));
@@ -53,7 +52,7 @@ STAR_FAST_INLINE float sum_of(const Lanes& lanes) {
 
 // e^x for x <= 0, relative error 1e-7; below -87 about 1e-38. NaN stays NaN.
 STAR_FAST_INLINE Lanes exp_of(const Lanes& exponent) {
-  const Lanes x = exponent < -87.0f ? exponent * 0.0f - 87.0f : exponent;
+  const Lanes x = exponent < -87.0f ? Lanes{} - 87.0f : exponent;
   const Lanes z = x * 1.44269504f;
   const IntLanes n = __builtin_convertvector(z - 0.5f, IntLanes);  // cut towards 0: the nearest whole number, as z <= 0
   const Lanes f = z - __builtin_convertvector(n, Lanes);
@@ -80,8 +79,9 @@ STAR_FAST_INLINE void store(const Lanes& lanes, Bfloat16Bits* at) {
   std::memcpy(at, &raw, sizeof(raw));
 }
 
-// Ask for the cache lines of `count` entries from `at` on; any address will do.
-template <class T>
-STAR_FAST_INLINE void prefetch(const T* at, int count) {
-  for (int byte = 0; byte < count * int(sizeof(T)); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(at) + byte);
+STAR_FAST_INLINE void store(const IntLanes& lanes, int8_t* at) {
+  typedef int16_t Narrow __attribute__((vector_size(2 * kLanes)));
+  typedef int8_t Raw __attribute__((vector_size(kLanes)));
+  const Raw raw = __builtin_convertvector(__builtin_convertvector(lanes, Narrow), Raw);
+  std::memcpy(at, &raw, sizeof(raw));
 }

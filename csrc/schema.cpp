@@ -12,10 +12,13 @@ TORCH_LIBRARY(star_fast, m) {
   m.def(
       "sample_tokens(Tensor logits, Tensor? uncond, Tensor image_index, Tensor? seed_at, int seed, Tensor? position_at, int position, "
       "float temperature, int top_k, float top_p, float guidance, Tensor(a!) out, Tensor(b!)? bad_rows) -> ()");
-  // CPU only. qkv (R, 3, H, E); k, v (R, H, T, E), changed at `position`; scales (R, H, T) float32 with an int8 cache; rotary (T, E/2, 2); out (R, H, E).
+  // CPU only. qkv (R, 3, H, E); k, v as Layout in decode_step.h says, changed at `position`; scales (R, H, blocks of 16 positions * 16) float32 with an int8
+  // cache; rotary (T, E/2, 2); out (R, H, E).
   m.def(
-      "decode_attention(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int position, Tensor? rotary, "
+      "decode_attention_blocks(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int position, Tensor? rotary, "
       "Tensor(e!) out) -> ()");
+  // CPU only. Contents stay as they are.
+  m.def("large_pages(Tensor(a!) memory) -> ()");
   // CPU only. x, residual, normed, sum (..., D) contiguous; weight (D). Keys, limit and scale of the dropout mask; scale 0: none, then without a residual
   // there is no sum.
   m.def(

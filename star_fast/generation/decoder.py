@@ -19,7 +19,8 @@ from star_fast.generation.sampling import Sampling, draw, is_int, is_number
 from star_fast.generation.step_graph import StepGraphs
 from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
-from star_fast.ops.decode_attention import KVCache, new_cache
+from star_fast.ops.decode_attention import new_cache
+from star_fast.ops.kv_cache import KVCache
 from star_fast.ops.sample_tokens import raise_on_bad_rows
 
 
@@ -45,7 +46,7 @@ class Decoder:
         self.config, self.rows = model.config, rows
         self.model = with_products(model, products, rows)
         self.device, dtype = model.output.weight.device, model.output.weight.dtype
-        self.caches = [new_cache(rows, self.config.heads, self.config.positions, self.config.head_size, cache_dtype or dtype, self.device)
+        self.caches = [new_cache(rows, self.config.heads, self.config.positions, self.config.head_size, cache_dtype or dtype, self.device, qkv_dtype=dtype)
                        for _ in range(self.config.blocks)]
         self._views: dict[int, list[KVCache]] = {rows: self.caches}
         self._graphs = StepGraphs() if self.device.type == "cuda" else None
@@ -102,7 +103,7 @@ class Decoder:
     def _rows(self, count: int) -> Sequence[KVCache]:
         """Every block's cache, cut to its first `count` rows."""
         if count not in self._views:
-            self._views[count] = [KVCache(*(None if part is None else part[:count] for part in cache)) for cache in self.caches]
+            self._views[count] = [cache.first_rows(count) for cache in self.caches]
         return self._views[count]
 
     def _generate_on_device(self, label: Tensor, image_index: Tensor, sampling: Sampling) -> Tensor:

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from star_fast.ops import dispatch, error_flag
+from star_fast.ops.kv_cache import LARGEST_CODE, KVCache, blocked_shapes, in_blocks, in_rows, new_rows, refuse_blocks
 from star_fast.ops.rotary import check_table, random_table, rotate
 from star_fast.ops.shapes import SHAPES
 
-# Largest code of an 8-bit cache: a row is stored as codes * scale with scale = max|row| / LARGEST_CODE.
-LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+def new_cache(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
+              qkv_dtype: torch.dtype | None = None, backend: str | None = None) -> KVCache:
+    """A cache of zeros, laid out for the backend that will serve the calls with it.
+
+    Args:
+        rows, heads, positions, head_size: R, H, T, E.
+        dtype: of the model, or int8 or float8_e4m3fn: an 8-bit cache with its scales.
+        qkv_dtype: of the calls; None: `dtype`, and of an 8-bit cache float32 or bfloat16.
+        backend: as the calls will name it; None chooses (see dispatch).
+
+    Returns:
+        A KVCache in the layout that the backend's `new_cache` gives it; a backend without one, or that will not serve such calls, gets rows.
+    """
+    chosen = dispatch.module_for("decode_attention", torch.device(device), backend=backend)
+    make = getattr(chosen, "new_cache", None)
+    cache = None if make is None else make(rows, heads, positions, head_size, dtype, device, qkv_dtype)
+    return new_rows(rows, heads, positions, head_size, dtype, device) if cache is None else cache
 
 
-class KVCache(NamedTuple):
-    """Keys (rotary applied) and values of the positions decoded so far; rows past the current position hold anything."""
-
-    k: Tensor  # (R, H, T, E): dtype of the model, or int8 or float8_e4m3fn with scales
-    v: Tensor  # (R, H, T, E), same dtype
-    k_scale: Tensor | None = None  # (R, H, T) float32: key = code * scale
-    v_scale: Tensor | None = None  # (R, H, T) float32
-
-
-def new_cache(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
-    """A cache of zeros; `dtype` int8 or float8_e4m3fn gives an 8-bit cache with its scales."""
-    shape = (rows, heads, positions, head_size)
-    k, v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-    if dtype not in LARGEST_CODE:
-        return KVCache(k, v)
-    return KVCache(k, v, torch.zeros(shape[:3], device=device), torch.zeros(shape[:3], device=device))
+def laid_out(cache: KVCache, backend: str) -> KVCache:
+    """A cache with the same contents in the layout that `backend` reads; the cache itself if it is in that layout."""
+    like = new_cache(0, cache.k.shape[1], cache.positions, cache.layout.size if cache.layout else cache.k.shape[3], cache.k.dtype, cache.k.device,
+                     backend=backend)
+    return in_rows(cache) if like.layout is None else in_blocks(cache)
 
 
 def decode_attention(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None, backend: str | None = None) -> Tensor:
@@ -39,7 +45,8 @@ def decode_attention(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rot
 
     Args:
         qkv: (R, 3, H, E) float: q, k, v of the current position of each row. Any strides. No gradient.
-        cache: k and v (R, H, T, E) in the dtype of `qkv`, or int8 or float8_e4m3fn with float32 scales (R, H, T); changed in place.
+        cache: k and v in the dtype of `qkv`, or int8 or float8_e4m3fn with float32 scales; changed in place. In rows (k and v (R, H, T, E), scales
+            (R, H, T)) for the reference and Triton; in blocks (ops/kv_cache.py) for "cpp". `new_cache` makes what the chosen backend reads.
         position: 0 ... T-1; an int, or a 0-d int64 tensor on the device of `qkv` (read there, so that one CUDA graph serves every step).
         rotary: (T or more, E/2, 2) float32 = (cos, sin), as in `masked_attention_qkv`; None: applied already.
         backend: name of a backend; None chooses (see dispatch).
@@ -51,13 +58,16 @@ def decode_attention(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rot
         Rotary in float32, rounded to the cache's dtype. An 8-bit cache stores each (row, head, position) as codes times max|x| / 127
         (int8, rounded half up: error at most half a code) or max|x| / 448 (float8_e4m3fn: 2^-4 relative); the current position is attended to
         as stored. Triton sums in float32 (float64 for float64); the reference rounds the scores to the dtype of `qkv`, as its matrix
-        product does. Deterministic.
+        product does. "cpp" sums in float32 and gives the same bits on every instruction set and any number of threads; with an int8 cache it
+        multiplies whole numbers, exactly: the query rounded to max|q| / 32767, the probabilities times the values' scales to their largest / 32767
+        (an error of at most n / 65534 of the largest value at n positions; usually 1 / 10 000). Deterministic.
 
     Memory:
-        Only rows 0 ... position of the cache are read; nothing the size of the cache is made on CUDA.
+        Only positions 0 ... position of the cache are read ("cpp": to the end of a block of 16); nothing the size of the cache is made on CUDA or by
+        "cpp". Blocks pad T to 16 and E of the values to 16, E of int8 keys to 4.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit. IndexError: position out of range (a device tensor on CUDA
+        TypeError, ValueError: dtypes, shapes, layouts or devices that do not fit. IndexError: position out of range (a device tensor on CUDA
         sets the error flag instead: `error_flag.raise_if_set`). RuntimeError: `qkv` asks for a gradient.
 
     Source:
@@ -65,7 +75,7 @@ def decode_attention(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rot
     """
     _check(qkv, cache)
     rows, _, heads, size = qkv.shape
-    positions = cache.k.shape[2]
+    positions = cache.positions
     if rotary is not None:
         check_table("decode_attention", rotary, positions, size, qkv.device)
     if isinstance(position, Tensor):
@@ -89,16 +99,23 @@ def _check(qkv: Tensor, cache: KVCache) -> None:
     if qkv.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("decode_attention: it has no gradient; call it under torch.no_grad()")
     rows, _, heads, size = qkv.shape
-    k, v, k_scale, v_scale = cache
-    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (rows, heads, size) or v.shape != k.shape:
-        raise ValueError(f"decode_attention: cache k and v must be ({rows}, {heads}, T, {size}) for this qkv, got {tuple(k.shape)} and {tuple(v.shape)}")
+    k, v, k_scale, v_scale, layout = cache
+    scale_shape = k.shape[:3]
+    if layout is None:
+        if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (rows, heads, size) or v.shape != k.shape:
+            raise ValueError(f"decode_attention: cache k and v must be ({rows}, {heads}, T, {size}) for this qkv, got {tuple(k.shape)} and {tuple(v.shape)}")
+    else:
+        k_shape, v_shape, scale_shape = blocked_shapes(rows, heads, layout, k.dtype)
+        if layout.size != size or k.shape != k_shape or v.shape != v_shape:
+            raise ValueError(f"decode_attention: cache k and v in blocks must be {k_shape} and {v_shape}, E {size}, for this qkv, got {tuple(k.shape)} and "
+                             f"{tuple(v.shape)}, E {layout.size}")
     if k.dtype != v.dtype or (k.dtype != qkv.dtype and k.dtype not in LARGEST_CODE):
         raise TypeError(f"decode_attention: cache k and v must both be {qkv.dtype} like qkv, int8 or float8_e4m3fn, got {k.dtype} and {v.dtype}")
     for name, x in (("k", k), ("v", v), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and (x.device != qkv.device or not x.is_contiguous()):
             raise ValueError(f"decode_attention: cache {name} must be contiguous on {qkv.device} like qkv, got strides {x.stride()} on {x.device}")
-        if x is not None and name.endswith("scale") and (x.dtype != torch.float32 or x.shape != k.shape[:3]):
-            raise ValueError(f"decode_attention: cache {name} must be {tuple(k.shape[:3])} float32, got {tuple(x.shape)} {x.dtype}")
+        if x is not None and name.endswith("scale") and (x.dtype != torch.float32 or x.shape != scale_shape):
+            raise ValueError(f"decode_attention: cache {name} must be {tuple(scale_shape)} float32, got {tuple(x.shape)} {x.dtype}")
     if (k.dtype in LARGEST_CODE) != (k_scale is not None) or (k.dtype in LARGEST_CODE) != (v_scale is not None):
         raise ValueError(f"decode_attention: an int8 or float8_e4m3fn cache needs k_scale and v_scale, another has none; got {k.dtype} with "
                          f"k_scale {'given' if k_scale is not None else 'None'}, v_scale {'given' if v_scale is not None else 'None'}")
@@ -106,6 +123,7 @@ def _check(qkv: Tensor, cache: KVCache) -> None:
 
 def reference(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> Tensor:
     """The formula, in plain torch: two batched products over the rows 0 ... position (all rows, masked, if `position` is on a device)."""
+    refuse_blocks(cache)
     compute = torch.promote_types(qkv.dtype, torch.float32)
     qk, v = qkv[:, :2], qkv[:, 2]
     on_device = isinstance(position, Tensor)
@@ -167,7 +185,7 @@ def _rows(store: Tensor, scale: Tensor | None, n: int, dtype: torch.dtype) -> Te
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, cache_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Arguments for the last step of a preset: rows = its sequences, the cache full, `position` T-1. `cache_dtype`: int8 or float8_e4m3fn."""
+    """Arguments for the last step of a preset: rows = its sequences, the cache full and in rows, `position` T-1. `cache_dtype`: int8 or float8_e4m3fn."""
     shape = SHAPES[preset]
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(shape.sequences, 3, shape.H, shape.E, generator=generator).to(device, dtype)

@@ -7,9 +7,10 @@ name at first use, that define functions with the op's own arguments:
     why_not(...)   None, or one sentence saying why this call cannot be served
     fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
+    new_cache(...)     optional, decode_attention: a cache in the layout that `run` reads (see ops/kv_cache.py)
     moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel included
 
-The last two are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes FakeTensors, and the one place that
+`fake` and `launches` are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes FakeTensors, and the one place that
 launches (ops/triton/launching.py) then notes what it would launch.
 
 Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order for the
@@ -191,11 +192,29 @@ def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | 
         BackendUnavailable: `backend`, `use_backend` or STAR_FAST_BACKEND names one that does not exist or cannot serve the call.
     """
     op, kwargs = _OPS[name], kwargs or {}
-    overridden = _override[1].get(name, _override[0]) if _override is not None else None
-    asked = backend or overridden or os.environ.get("STAR_FAST_BACKEND")
+    asked = _asked(name, backend)
     if asked is not None:
         return _run(op, asked, *_usable(op, asked, args, kwargs), args, kwargs)
     return _run(op, *_first_or_cheapest(op, device, args, kwargs), args, kwargs)
+
+
+def module_for(name: str, device: torch.device, *, backend: str | None = None) -> ModuleType | None:
+    """The module that calls on this device will go to first: of the backend asked for, else the first of the op's order that is there. None: the reference.
+
+    For data that is laid out before the first call. A backend asked for that does not exist is the call's to report.
+    """
+    op, asked = _OPS[name], _asked(name, backend)
+    for candidate in op.order.get(device.type, ()) if asked is None else (asked,):
+        module = op.module(candidate) if candidate in op.modules else None
+        if isinstance(module, ModuleType):
+            return module
+    return None
+
+
+def _asked(name: str, backend: str | None) -> str | None:
+    """The backend that the call, a block around it or the environment names."""
+    overridden = _override[1].get(name, _override[0]) if _override is not None else None
+    return backend or overridden or os.environ.get("STAR_FAST_BACKEND")
 
 
 def _first_or_cheapest(op: _Op, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ModuleType | None]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from star_fast.ops import dispatch
-from star_fast.ops.decode_attention import KVCache
+from star_fast.ops.decode_attention import laid_out
+from star_fast.ops.kv_cache import KVCache, in_rows
 
 # What an op is differentiated by; ops that are not named here have no gradient.
 _GRADIENTS = {"add_rms_norm": ("x", "residual", "weight"), "masked_attention_qkv": ("qkv",), "linear_cross_entropy": ("hidden", "weight"),
@@ -26,6 +27,7 @@ _MORE_CALLS = {"masked_attention_qkv": [(", nothing hidden", {}, {"keep": None})
                "decode_attention": [(", 8-bit cache", {"cache_dtype": torch.int8}, {})]}
 # Error allowed beside twice that of the reference in the same dtype, of the truth's largest entry: one rounding more.
 _FLOORS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+_FLOOR_WHOLE = 2**-11  # an 8-bit cache in blocks is multiplied by whole numbers of 15 bits
 
 
 class Checked(NamedTuple):
@@ -57,9 +59,11 @@ def self_test(device: str, shape: str = "unit") -> Iterator[Checked]:
 
 def _check(name: str, backend: str, arguments: dict[str, Any], dtype: torch.dtype) -> tuple[bool, str]:
     public, wanted = getattr(dispatch.module_of(name), name), _GRADIENTS.get(name, ())
-    got = _outcome(lambda **given: public(**given, backend=backend), arguments, wanted)
+    suited = {name: laid_out(value, backend) if isinstance(value, KVCache) else value for name, value in arguments.items()}
+    got = _outcome(lambda **given: public(**given, backend=backend), suited, wanted)
     plain = _outcome(lambda **given: public(**given, backend="reference"), arguments, wanted)
     truth = plain if name in _EXACT else _outcome(lambda **given: public(**given, backend="reference"), _cast(arguments, torch.float64), wanted)
+    whole = any(isinstance(value, KVCache) and value.layout is not None and value.k_scale is not None for value in suited.values())
     worst = 0.0
     for mine, theirs, exact in zip(got, plain, truth, strict=True):
         if not mine.is_floating_point():
@@ -67,7 +71,7 @@ def _check(name: str, backend: str, arguments: dict[str, Any], dtype: torch.dtyp
                 return False, f"{int((mine != theirs).sum())} of {mine.numel()} numbers differ"
             continue
         exact = exact.double()
-        allowed = 2 * (theirs.double() - exact).abs().max().item() + _FLOORS[mine.dtype] * max(exact.abs().max().item(), 1e-30)
+        allowed = 2 * (theirs.double() - exact).abs().max().item() + max(_FLOORS[mine.dtype], _FLOOR_WHOLE * whole) * max(exact.abs().max().item(), 1e-30)
         error = (mine.double() - exact).abs().max().item()
         if not error <= allowed:  # NaN too
             return False, f"error {error:.3g}, {allowed:.3g} is allowed"
@@ -91,6 +95,8 @@ def _outcome(function: Callable[..., Any], arguments: dict[str, Any], wanted: tu
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, KVCache):
+        value = in_rows(value)
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
@@ -107,6 +113,6 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, KVCache):
-        scales = [None if scale is None else scale.clone() for scale in value[2:]]
-        return KVCache(change(value.k), change(value.v), *scales)
+        scales = {name: None if scale is None else scale.clone() for name, scale in (("k_scale", value.k_scale), ("v_scale", value.v_scale))}
+        return value._replace(k=change(value.k), v=change(value.v), **scales)
     return type(value)(_each(item, change) for item in value) if isinstance(value, (list, tuple)) else value

@@ -178,7 +178,7 @@ def test_cached_steps_equal_the_full_forward(on_device: bool) -> None:
     model = build(TINY)
     tokens, label, _ = batch(TINY, rows=3)
     full = model(tokens, label).hidden
-    caches = [decode_attention.KVCache(torch.zeros(3, 4, 49, 32), torch.zeros(3, 4, 49, 32)) for _ in range(TINY.blocks)]
+    caches = [decode_attention.new_cache(3, 4, 49, 32, torch.float32) for _ in range(TINY.blocks)]
     embedded = model.embed(tokens, label)
     with torch.no_grad():
         for t in range(49):

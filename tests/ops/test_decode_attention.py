@@ -33,7 +33,7 @@ def sequence(rows: int, positions: int, heads: int, size: int, dtype: torch.dtyp
 def filled(qkv: Tensor, rotary: Tensor | None, cache_dtype: torch.dtype, upto: int) -> Any:
     """A cache holding positions 0 ... upto-1 of the sequence, by the reference; what comes after is NaN (8-bit: large)."""
     rows, positions, _, heads, size = qkv.shape
-    cache = op.new_cache(rows, heads, positions, size, cache_dtype)
+    cache = op.new_rows(rows, heads, positions, size, cache_dtype)
     for t in range(upto):
         op.decode_attention(qkv[:, t], cache, t, rotary=rotary, backend="reference")
     for x in cache:
@@ -54,7 +54,7 @@ def copy(cache: Any, dtype: torch.dtype | None = None) -> Any:
 def test_every_step_equals_full_attention(backend: str, rotary: bool) -> None:
     qkv, table = sequence(2, 7, 2, 16, torch.float64)
     table = table if rotary else None
-    cache = op.new_cache(2, 2, 7, 16, torch.float64)
+    cache = op.new_rows(2, 2, 7, 16, torch.float64)
     full = masked_attention_qkv(qkv, rotary=table, backend="reference")
     for t in range(7):
         got = op.decode_attention(qkv[:, t], cache, t, rotary=table, backend=backend)
@@ -110,7 +110,7 @@ def test_error_rule(size: int, position: int, dtype: torch.dtype, cache_dtype: t
 def test_8_bit_cache(backend: str, cache_dtype: torch.dtype, of_row: float, of_number: float, allowed: float) -> None:
     """Stored numbers are off by at most half a code of their row (int8) or 2^-4 of themselves (e4m3); the output by a stated share of v's largest."""
     qkv, table = sequence(2, 12, 2, 32)
-    exact, cache = op.new_cache(2, 2, 12, 32, torch.float32), op.new_cache(2, 2, 12, 32, cache_dtype)
+    exact, cache = op.new_rows(2, 2, 12, 32, torch.float32), op.new_rows(2, 2, 12, 32, cache_dtype)
     qkv[:, 3] = 0  # a row of zeros is stored exactly, with scale 0
     for t in range(12):
         want = op.decode_attention(qkv[:, t], exact, t, rotary=table, backend="reference")
@@ -144,7 +144,7 @@ def device_step(backend: str, qkv: Tensor, cache: Any, position: Tensor, rotary:
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
 def test_position_read_from_memory(backend: str, cache_dtype: torch.dtype) -> None:
     qkv, table = sequence(2, 6, 2, 32)
-    by_int, by_tensor = (op.new_cache(2, 2, 6, 32, cache_dtype) for _ in range(2))
+    by_int, by_tensor = (op.new_rows(2, 2, 6, 32, cache_dtype) for _ in range(2))
     for t in range(6):
         expected = op.decode_attention(qkv[:, t], by_int, t, rotary=table, backend=backend)
         torch.testing.assert_close(device_step(backend, qkv[:, t], by_tensor, torch.tensor(t), table), expected)
@@ -188,7 +188,7 @@ def test_fake_cuda() -> None:
     assert recorded == [dispatch.Recorded("decode_attention", "triton", [dispatch.Launch("decode_attention_step", (24,))])]
 
 
-QKV, CACHE, INT8 = torch.zeros(2, 3, 1, 4), op.new_cache(2, 1, 5, 4, torch.float32), op.new_cache(2, 1, 5, 4, torch.int8)
+QKV, CACHE, INT8 = torch.zeros(2, 3, 1, 4), op.new_rows(2, 1, 5, 4, torch.float32), op.new_rows(2, 1, 5, 4, torch.int8)
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from star_fast.ops import error_flag
-from star_fast.ops.decode_attention import LARGEST_CODE, KVCache
 from star_fast.ops.dispatch import Cost
+from star_fast.ops.kv_cache import LARGEST_CODE, KVCache
 from star_fast.ops.triton.launching import Kernel, accumulator, why_not_device
 from star_fast.ops.triton.rotary import turn
 from star_fast.ops.triton.tiles import DECODE_ATTENTION
@@ -159,6 +159,8 @@ def _settings(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: b
 
 def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:
     """None if the kernel can serve this call."""
+    if cache.layout is not None:
+        return "the cache is in blocks; it reads rows, which new_cache makes for it"
     if qkv.shape[-1] > 128:
         return f"the kernel takes head sizes up to 128, got {qkv.shape[-1]}"
     if cache.k.dtype == torch.float8_e4m3fn and torch.cuda.is_available() and torch.cuda.get_device_capability(qkv.device) < (8, 9):

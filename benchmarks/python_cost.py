@@ -34,9 +34,9 @@ if __name__ == "__main__":
 
 from benchmarks import timing
 from benchmarks.ops import SUBJECTS, Row, Subject
+from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import dispatch
 from star_fast.ops.triton import launching
-from star_fast.training.host_memory import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRESET, DTYPE = "unit", torch.float32

@@ -107,7 +107,7 @@ def build(name: str, device: torch.device) -> tuple[Callable[[int], float], Call
 
         return step, teacher if star else None, engine.state_bytes, config
     from benchmarks.llamagen_training import PlainTraining
-    from star_fast.training.host_memory import keep_freed_memory
+    from star_fast.host_memory import keep_freed_memory
 
     if name == KEPT:
         keep_freed_memory()

@@ -28,12 +28,13 @@ MAY_IMPORT = {
     "model": {"model", "ops", "config", "records", "storage", "errors"},
     "method": {"method", "model", "ops", "config"},
     "data": {"data", "model", "config", "records", "storage", "locks", "errors"},
-    "training": {"training", "data", "model", "method", "ops", "config", "records", "storage", "locks", "errors"},
-    "generation": {"generation", "model", "ops", "config", "records", "storage", "locks", "errors"},
+    "training": {"training", "host_memory", "data", "model", "method", "ops", "config", "records", "storage", "locks", "errors"},
+    "generation": {"generation", "host_memory", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
     "planning": {"planning", "config", "errors"},
     "doctor": set(),
     "threads": set(),
+    "host_memory": set(),
 }
 ENTRANCES = {"cli", "data_commands", "train", "demo"}  # may import everything; nobody imports them
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_fast.generation.device import multiplies_bfloat16
-from star_fast.generation.freed_memory import keep_freed_memory
 from star_fast.generation.packed_convolutions import bfloat16_decoder, largest_activation_bytes
+from star_fast.host_memory import keep_freed_memory
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 
 # Of the largest activation of a piece in bfloat16 on the CPU: one image of VQ-16 at 256 px (two at once take 10 % longer each, as activations leave the
 # caches), 445 of the built-in digits, which pay the same calls' overhead together (0.14 ms each at 256 together, 0.50 at 8).
 _PIECE_BYTES = 2**24
+_KEPT_BYTES = 2**28  # of activations, taken and given back 40 times an image
 PIECE_IMAGES = 8  # decoded at once in float32 and on CUDA: at 256 px one activation of VQ-16 is 268 MB in float32
 
 
@@ -69,7 +70,7 @@ class Renderer:
             self.tokenizer = _ready(tokenizer).to(device).to(torch.bfloat16, memory_format=torch.channels_last)
             self.stream = torch.cuda.Stream(device)
         elif self.precision == "bf16":
-            keep_freed_memory()
+            keep_freed_memory(_KEPT_BYTES)
             self.tokenizer = bfloat16_decoder(tokenizer)
         else:
             self.tokenizer = _ready(tokenizer).to(device).float()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from star_fast.config import RunConfig
+from star_fast.host_memory import keep_freed_memory
 from star_fast.method.masking import dropout_seed
 from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
@@ -23,7 +24,6 @@ from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
 from star_fast.training import deepspeed_settings, zero1
 from star_fast.training.batches import MicroBatch
-from star_fast.training.host_memory import keep_freed_memory
 from star_fast.training.masters import masters_of
 from star_fast.training.ranks import import_deepspeed
 from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it

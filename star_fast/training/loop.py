@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from star_fast.config import RunConfig
+from star_fast.host_memory import give_back
 from star_fast.storage import atomic_write_json
 from star_fast.training import checkpoint
 from star_fast.training.batches import Batches
 from star_fast.training.checkpoint import TelemetryRecord
 from star_fast.training.engine import Engine
-from star_fast.training.host_memory import give_back
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch

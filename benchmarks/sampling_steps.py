@@ -53,7 +53,7 @@ class Steps:
         self.decoders = {name: Decoder(model, 2 * IMAGES, cache, products=products) for name, (products, cache) in options.items()}
         generator = torch.Generator().manual_seed(2)
         for cache in (cache for decoder in self.decoders.values() for cache in decoder.caches):
-            _fill(cache, torch.Generator(device).manual_seed(2))
+            _fill(cache, torch.Generator().manual_seed(2))
         self.tokens = torch.randint(0, model.config.vocab, (IMAGES,), generator=generator).to(device)
         self.index, self.out = torch.arange(IMAGES, device=device), torch.empty(IMAGES, dtype=torch.int64, device=device)
         self.rows = {width: torch.randn(2 * IMAGES, width, generator=generator).to(device, model.output.weight.dtype)
@@ -104,9 +104,9 @@ def _fill(cache: KVCache, generator: torch.Generator) -> None:
     """Random contents in whatever layout: the padding of a head size of 64 is empty."""
     for part, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
         if scale is None:
-            part.normal_(generator=generator)
+            part.copy_(torch.randn(part.shape, generator=generator))
         else:
-            part.random_(-127, 128, generator=generator)
+            part.copy_(torch.randint(-127, 128, part.shape, generator=generator))
             scale.fill_(1 / 40)
 
 

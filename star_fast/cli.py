@@ -31,21 +31,6 @@ class PaperCommand:
 
 
 @dataclass(frozen=True)
-class PlanCommand:
-    """What a training run will need, predicted: memory by part and ZeRO stage, micro-batch, FLOPs, days. Settings as for training."""
-
-    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    # Taken out of the command line before the rest is read, as in training.
-    preset: str = "tiny"  # settings to start from: a name that `star-fast presets` lists
-    config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
-    gpus: int = 8  # GPUs of the whole run
-    gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
-    gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
-    plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
-    json: str = ""  # also write the plan to this file
-
-
-@dataclass(frozen=True)
 class DoctorCommand:
     """What this machine has, what each stage needs, and how to get what is missing."""
 
@@ -76,22 +61,10 @@ def paper(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    """star-fast plan --preset NAME ..."""
-    from star_fast.planning.gpus import gpu
-    from star_fast.planning.plan import as_record, make_plan
-    from star_fast.planning.sizes import sized
-    from star_fast.planning.tables import text
-    from star_fast.storage import atomic_write_json
+    """star-fast plan [sample|prepare] --preset NAME ..."""
+    from star_fast.plan_commands import plan as run
 
-    base, source, rest = base_config(arguments)
-    command = parse(PlanCommand, rest, "star-fast plan", f"{PlanCommand.__doc__} This command line starts from {source}.", config=base)
-    views = command.config.method.views if given(rest, "--method.views") else 1  # as in training: the baseline may see as many views as ST-AR
-    config, assumed = sized(plain(command.config, views) if command.plain else command.config)
-    device = gpu(command.gpu)
-    made = make_plan(config, command.gpus, command.gpu_memory_gib or device.memory_gib, device)
-    if command.json:
-        atomic_write_json(command.json, as_record(made))
-    print(text(made, printable(f"{source}{', plain' if command.plain else ''}"), assumed))
+    run(arguments)
 
 
 def train(arguments: list[str]) -> None:
@@ -211,7 +184,7 @@ def data(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
-    "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
+    "plan": (plan, "what training, sampling (plan sample) or preparation (plan prepare) will need, predicted: memory, FLOPs, time"),
     "paper": (paper, "the paper's tables and figures: exact commands, reported values, cost"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),

@@ -31,11 +31,11 @@ MAY_IMPORT = {
     "training": {"training", "data", "model", "method", "ops", "config", "records", "storage", "locks", "errors"},
     "generation": {"generation", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
-    "planning": {"planning", "config", "errors"},
+    "planning": {"planning", "config", "records", "errors"},
     "doctor": set(),
     "threads": set(),
 }
-ENTRANCES = {"cli", "data_commands", "train", "demo"}  # may import everything; nobody imports them
+ENTRANCES = {"cli", "data_commands", "plan_commands", "train", "demo"}  # may import everything; nobody imports them
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
 PACKAGES = set(sys.stdlib_module_names) | {
     "triton", "torch", "numpy", "kernels", "datasets", "tokenizers", "deepspeed", "apex", "flash_attn", "nvidia", "tyro", "tqdm", "rich", "yaml",

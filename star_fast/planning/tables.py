@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from star_fast.planning.gpus import GIB
-from star_fast.planning.plan import RESERVED_GIB, SAMPLED_IMAGES, Plan, Stage
+from star_fast.planning.gpus import COUNTS, GIB
+from star_fast.planning.plan import RESERVED_GIB, SAMPLED_IMAGES, SHARES, Plan, Stage
 from star_fast.planning.states import float32_gradients
 from star_fast.planning.work import IMAGENET_IMAGES
+
+CURVE_EPOCHS = 50
 
 
 def text(plan: Plan, source: str, assumed: str = "") -> str:
@@ -16,7 +18,7 @@ def text(plan: Plan, source: str, assumed: str = "") -> str:
              f"{plan.parameters.transformer / 1e6:.1f} M parameters, projector {plan.parameters.projector / 1e6:.1f} M"
              f"{', a teacher as large as the student' if method.has_teacher else ', no teacher'}; a step: {train.images_per_step} images x "
              f"{method.views} views x {model.positions} positions = {tokens} tokens", *([assumed] if assumed else []), "", *_memory(plan), "",
-             *_advice(plan), "", *_work(plan), "", *_speed(plan)]
+             *_advice(plan), "", *_work(plan), "", *_speed(plan), *_curve(plan)]
     return "\n".join(lines)
 
 
@@ -87,6 +89,28 @@ def _speed(plan: Plan) -> list[str]:
              f"{row.days_300_epochs:.2f}"] for row in plan.speeds]
     return [f"Time, if the causal FLOPs above{' (recomputed ones included)' if plan.flops.recomputed else ''} run at a share of "
             f"{plan.gpu.bf16_flops_per_s / 1e12:g} TFLOP/s a GPU (dense bf16); ImageNet has {IMAGENET_IMAGES} images:", *aligned([head, *rows])]
+
+
+def _curve(plan: Plan) -> list[str]:
+    """The same run on other numbers of GPUs."""
+    if not plan.curve:
+        return []
+    images, network = plan.config.train.images_per_step, plan.network
+    alone = plan.curve[0]
+    head = ["GPUs", "ZeRO", "images x times", "compute ms", "GB sent", "network ms", "images/s", "of linear", "hidden", f"{CURVE_EPOCHS} epochs, days"]
+    rows = [head]
+    for row in plan.curve:
+        linear = row.images_per_s / row.gpus / (alone.images_per_s / alone.gpus)
+        days = CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400
+        rows.append([str(row.gpus), str(row.stage), f"{row.micro_images} x {row.accumulation}", f"{1e3 * row.compute_s:.1f}", f"{row.sent_bytes_a_gpu / 1e9:.2f}",
+                     f"{1e3 * row.network_s:.1f}", f"{row.images_per_s:.0f}", f"{linear:.0%}", f"{row.hidden_images_per_s:.0f}", f"{days:.2f}"])
+    left_out = [str(count) for count in COUNTS if count not in [row.gpus for row in plan.curve]]
+    lines = [f"The same step on other numbers of GPUs, {network.gpus_a_machine} a machine, at {SHARES[0]:.0%} of the peak or memory's full rate, what is slower;",
+             f"NVLink {plan.gpu.nvlink_bytes_per_s / 1e9:g} GB/s each way, a machine's network {network.gbit_per_s:g} Gbit/s (assumed: --network-gbit-per-s):",
+             *aligned(rows), "  images/s: first compute, then send; hidden: sent while computing. Small micro-batches reach less than is assumed here"]
+    if left_out:
+        lines.append(f"  not on {', '.join(left_out)}: it does not fit, or they do not divide train.images_per_step = {images}")
+    return ["", *lines]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

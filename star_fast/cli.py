@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import tyro
 
 from star_fast import __version__
-from star_fast.config import RunConfig
-from star_fast.config_file import base_config, given, parse
+from star_fast.config_file import parse
 from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.presets import IMAGENET_CODES, PRESETS, plain

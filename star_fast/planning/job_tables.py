@@ -8,7 +8,7 @@ from typing import Any
 from star_fast.planning.assumptions import listed
 from star_fast.planning.gpus import GIB
 from star_fast.planning.plan import RESERVED_GIB
-from star_fast.planning.preparation import CHUNK_IMAGES, PreparationPlan
+from star_fast.planning.preparation import CHUNK_IMAGES, DECODE_MS, RANGE_MS, PreparationPlan
 from star_fast.planning.sampling import PIECE_IMAGES, SamplingPlan, tokenizer_at
 from star_fast.planning.sizes import parameters
 from star_fast.planning.tables import aligned
@@ -55,7 +55,8 @@ def preparation_text(plan: PreparationPlan, source: str) -> str:
     """All tables of a plan. `source`: where its settings come from."""
     side, names = plan.tokenizer.image_size, [kind.gpu.name.upper() for kind in plan.kinds]
     head = [f"Predicted, not measured: codes of {plan.images} images x {plan.views} views of {side} x {side}, {plan.precision}, as {source}",
-            f"The VQ encoder takes {plan.view_flops / 1e9:.3g} GFLOP a view; {plan.batch_views} views at once take {plan.memory_bytes / GIB:.2f} GiB of each GPU; "
+            f"The VQ encoder takes {plan.view_flops / 1e9:.3g} GFLOP a view; "
+            f"{plan.batch_views} views at once take {plan.memory_bytes / GIB:.2f} GiB of each GPU; "
             f"{plan.read_bytes / 1e9:.4g} GB in, {plan.code_bytes / 1e9:.3g} GB of codes out"]
     cores = plan.assumed.cores_per_gpu
     rows = [["One GPU", *names],
@@ -67,12 +68,18 @@ def preparation_text(plan: PreparationPlan, source: str) -> str:
     closing = (f"On {plan.gpus} x {plan.gpu.name.upper()}: encoder {_time(own.encoding_s)}, CPU {_time(own.cpu_s)}, files {_time(own.storage_s)}, beside each "
                f"other; with the start {_time(own.total_s)}; most of it: {own.bound}.")
     notes = [closing,
-             f"One core decodes and crops an image in {plan.cpu_ms:.3g} ms (1.4 + 2.8 for each crop range: measured on one machine, on files of about 500 x 375; "
-             "--assume.cpu-ms-per-image says otherwise). fp32 runs without TF32, on ordinary arithmetic units, so that codes are those of any other machine; "
+             f"One core decodes and crops an image in {plan.cpu_ms:.3g} ms ({_core_time(plan)}). fp32 runs without TF32, on ordinary arithmetic units, so that codes are those of any other machine; "
              "bf16 changes some codes, and says how many. GPUs send each other nothing: images are dealt in chunks of "
              f"{CHUNK_IMAGES}, every process but the first hands its codes over in files.",
              f"fits: within a GPU's memory less {RESERVED_GIB:g} GiB for CUDA, libraries, allocator.", _assumed(plan.assumed)]
     return "\n".join([*_wrapped(head), "", *aligned(rows), "", *_durations(plan, f"{plan.images} images, {plan.precision}"), "", *_wrapped(notes)])
+
+
+def _core_time(plan: PreparationPlan) -> str:
+    if plan.assumed.cpu_ms_per_image:
+        return "as given"
+    return (f"{DECODE_MS} + {RANGE_MS} for each crop range: measured on one machine, on files of about 500 x 375; --assume.cpu-ms-per-image says "
+            "otherwise")
 
 
 def _durations(plan: SamplingPlan | PreparationPlan, what: str) -> list[str]:

@@ -140,7 +140,8 @@ def _one_gpu(kind: Gpu, config: RunConfig, batch_images: int, pixels: Half, assu
             too_many = middle
     pixels_per_s = assumed.convolution_share * kind.bf16_flops_per_s / pixels.flops
     reached = decoding.rates(kind, assumed.read_share, assumed.product_share, assumed.launch_us)
-    speeds = [_speed(config.model, images, reached, pixels_per_s, guided, cache) for images in sorted({*SHOWN_BATCHES, batch_images, *([fits] if fits else [])})]
+    batches = sorted({*SHOWN_BATCHES, batch_images, *([fits] if fits else [])})
+    speeds = [_speed(config.model, images, reached, pixels_per_s, guided, cache) for images in batches]
     chosen = next(speed for speed in speeds if speed.batch_images == batch_images)
     return OneGpu(kind, batch_images <= fits, fits, speeds, chosen, pixels_per_s, assumed.fp32_share * kind.fp32_flops_per_s / INCEPTION_FLOPS)
 

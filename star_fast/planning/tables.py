@@ -95,20 +95,20 @@ def _curve(plan: Plan) -> list[str]:
     """The same run on other numbers of GPUs."""
     if not plan.curve:
         return []
-    images, network = plan.config.train.images_per_step, plan.network
-    alone = plan.curve[0]
-    head = ["GPUs", "ZeRO", "images x times", "compute ms", "GB sent", "network ms", "images/s", "of linear", "hidden", f"{CURVE_EPOCHS} epochs, days"]
-    rows = [head]
+    images, network, alone = plan.config.train.images_per_step, plan.network, plan.curve[0]
+    rows = [["GPUs", "ZeRO", "images x times", "compute ms", "GB sent", "network ms", "images/s", "of linear", "hidden",
+             f"{CURVE_EPOCHS} epochs, days"]]
     for row in plan.curve:
         linear = row.images_per_s / row.gpus / (alone.images_per_s / alone.gpus)
-        days = CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400
-        rows.append([str(row.gpus), str(row.stage), f"{row.micro_images} x {row.accumulation}", f"{1e3 * row.compute_s:.1f}", f"{row.sent_bytes_a_gpu / 1e9:.2f}",
-                     f"{1e3 * row.network_s:.1f}", f"{row.images_per_s:.0f}", f"{linear:.0%}", f"{row.hidden_images_per_s:.0f}", f"{days:.2f}"])
-    left_out = [str(count) for count in COUNTS if count not in [row.gpus for row in plan.curve]]
-    lines = [f"The same step on other numbers of GPUs, {network.gpus_a_machine} a machine, at {SHARES[0]:.0%} of the peak or memory's full rate, what is slower;",
-             f"NVLink {plan.gpu.nvlink_bytes_per_s / 1e9:g} GB/s each way, a machine's network {network.gbit_per_s:g} Gbit/s (assumed: --network-gbit-per-s):",
-             *aligned(rows), "  images/s: first compute, then send; hidden: sent while computing. Small micro-batches reach less than is assumed here"]
-    if left_out:
+        rows.append([str(row.gpus), str(row.stage), f"{row.micro_images} x {row.accumulation}", f"{1e3 * row.compute_s:.1f}",
+                     f"{row.sent_bytes_a_gpu / 1e9:.2f}", f"{1e3 * row.network_s:.1f}", f"{row.images_per_s:.0f}", f"{linear:.0%}",
+                     f"{row.hidden_images_per_s:.0f}", f"{CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400:.2f}"])
+    lines = [f"The same step on other numbers of GPUs, {network.gpus_a_machine} a machine, "
+             f"at {SHARES[0]:.0%} of the peak or memory's full rate, what is slower;",
+             f"NVLink {plan.gpu.nvlink_bytes_per_s / 1e9:g} GB/s each way, a machine's network {network.gbit_per_s:g} Gbit/s "
+             "(assumed: --network-gbit-per-s):", *aligned(rows),
+             "  images/s: first compute, then send; hidden: sent while computing. Small micro-batches reach less than is assumed here"]
+    if left_out := [str(count) for count in COUNTS if count not in [row.gpus for row in plan.curve]]:
         lines.append(f"  not on {', '.join(left_out)}: it does not fit, or they do not divide train.images_per_step = {images}")
     return ["", *lines]
 

@@ -68,9 +68,9 @@ def preparation_text(plan: PreparationPlan, source: str) -> str:
     closing = (f"On {plan.gpus} x {plan.gpu.name.upper()}: encoder {_time(own.encoding_s)}, CPU {_time(own.cpu_s)}, files {_time(own.storage_s)}, beside each "
                f"other; with the start {_time(own.total_s)}; most of it: {own.bound}.")
     notes = [closing,
-             f"One core decodes and crops an image in {plan.cpu_ms:.3g} ms ({_core_time(plan)}). fp32 runs without TF32, on ordinary arithmetic units, so that codes are those of any other machine; "
-             "bf16 changes some codes, and says how many. GPUs send each other nothing: images are dealt in chunks of "
-             f"{CHUNK_IMAGES}, every process but the first hands its codes over in files.",
+             f"One core decodes and crops an image in {plan.cpu_ms:.3g} ms ({_core_time(plan)}). fp32 runs without "
+             "TF32, on ordinary arithmetic units, since rounding changes codes; bf16 changes some, and the store says how many. "
+             f"GPUs send each other nothing: images are dealt in chunks of {CHUNK_IMAGES}, every process but the first hands its codes over in files.",
              f"fits: within a GPU's memory less {RESERVED_GIB:g} GiB for CUDA, libraries, allocator.", _assumed(plan.assumed)]
     return "\n".join([*_wrapped(head), "", *aligned(rows), "", *_durations(plan, f"{plan.images} images, {plan.precision}"), "", *_wrapped(notes)])
 

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from star_fast.config import TokenizerConfig
 
-# Tensors of the largest size that are alive at once in a forward pass without gradients: what entered the level (held until the level is done), the
-# residual block's input, its first convolution, and norm and activation on the way to the second.
-LIVE_TENSORS = 5
 SEARCH_ROWS = 4096  # of model/tokenizer.py: latents that are compared with the codebook at once, in float32
 
 
@@ -21,7 +18,7 @@ class Layer(NamedTuple):
 
     flops: int
     weights: int  # numbers in it
-    numbers: int  # of its output
+    alive: int  # numbers of all tensors that are held while it runs, those of the functions that called it too
 
 
 class Half(NamedTuple):
@@ -29,7 +26,7 @@ class Half(NamedTuple):
 
     flops: int
     weights: int  # numbers
-    largest: int  # numbers of the largest tensor
+    alive: int  # most numbers in tensors at any moment of a forward pass without gradients; weights not counted
 
 
 def encoder(config: TokenizerConfig) -> Half:
@@ -37,12 +34,14 @@ def encoder(config: TokenizerConfig) -> Half:
     layers, before = [_convolution(config.image_channels, config.base_channels, 3, _places(config, 0))], config.base_channels
     lowest = len(config.multipliers) - 1
     for level, width in enumerate(_widths(config)):
-        layers += _level(before, width, config.residual_blocks, level == lowest, _places(config, level))
-        if level < lowest:
-            layers.append(_convolution(width, width, 3, _places(config, level + 1)))
+        places = _places(config, level)
+        layers += _level(before, width, config.residual_blocks, level == lowest, places)
+        if level < lowest:  # padded by one row and column, not counted
+            after = _places(config, level + 1)
+            layers.append(_convolution(width, width, 3, after, (before + 2 * width) * places + width * after))
         before = width
     places = _places(config, lowest)
-    layers += [*_middle(before, places), _norm(before, places), _convolution(before, config.z_channels, 3, places),
+    layers += [*_middle(before, places), _norm(before), _convolution(before, config.z_channels, 3, places),
                _convolution(config.z_channels, config.code_channels, 1, places)]
     search = Layer(2 * places * config.code_channels * config.codebook, config.codebook * config.code_channels, 0)
     return _together([*layers, search])
@@ -56,16 +55,18 @@ def decoder(config: TokenizerConfig) -> Half:
               _convolution(config.z_channels, widths[0], 3, places), *_middle(widths[0], places)]
     before = widths[0]
     for step, width in enumerate(widths):
-        layers += _level(before, width, config.residual_blocks + 1, step == 0, _places(config, lowest - step))
+        places = _places(config, lowest - step)
+        layers += _level(before, width, config.residual_blocks + 1, step == 0, places)
         if step < lowest:
-            layers.append(_convolution(width, width, 3, _places(config, lowest - step - 1)))
+            after = _places(config, lowest - step - 1)
+            layers.append(_convolution(width, width, 3, after, (before + width) * places + 2 * width * after))
         before = width
-    return _together([*layers, _norm(before, _places(config, 0)), _convolution(before, config.image_channels, 3, _places(config, 0))])
+    return _together([*layers, _norm(before), _convolution(before, config.image_channels, 3, places, (3 * before + config.image_channels) * places)])
 
 
 def live_bytes(half: Half, images: int, number_bytes: int) -> int:
-    """Most memory of the tensors of `images` at once, weights and the convolutions' own workspace not counted."""
-    return LIVE_TENSORS * half.largest * images * number_bytes
+    """Most memory of the tensors of `images` at once; weights, and what convolutions and attention take for themselves, not counted."""
+    return half.alive * images * number_bytes
 
 
 def search_bytes(config: TokenizerConfig, images: int) -> int:
@@ -82,9 +83,12 @@ def _places(config: TokenizerConfig, level: int) -> int:
 
 
 def _level(before: int, width: int, blocks: int, attention: bool, places: int) -> list[Layer]:
+    """Whoever called the level holds its input until it is done."""
     layers = []
     for block in range(blocks):
-        layers += _residual(width if block else before, width, places) + (_attention(width, places) if attention else [])
+        held = before * places if block else 0  # the first block's input is the level's
+        layers += _residual(width if block else before, width, places, held)
+        layers += _attention(width, places, before * places) if attention else []
     return layers
 
 
@@ -92,22 +96,25 @@ def _middle(width: int, places: int) -> list[Layer]:
     return [*_residual(width, width, places), *_attention(width, places), *_residual(width, width, places)]
 
 
-def _residual(before: int, width: int, places: int) -> list[Layer]:
+def _residual(before: int, width: int, places: int, held: int = 0) -> list[Layer]:
+    """At its widest: the input, the first convolution's result, that activated, and the second's norm or result, or skip path and sum."""
     skip = [_convolution(before, width, 1, places)] if before != width else []
-    return [_norm(before, places), _convolution(before, width, 3, places), _norm(width, places), _convolution(width, width, 3, places), *skip]
+    return [_norm(before), _convolution(before, width, 3, places), _norm(width),
+            _convolution(width, width, 3, places, held + (before + 3 * width) * places), *skip]
 
 
-def _attention(width: int, places: int) -> list[Layer]:
-    return [_norm(width, places), *[_convolution(width, width, 1, places)] * 4, Layer(4 * places * places * width, 0, places * width)]
+def _attention(width: int, places: int, held: int = 0) -> list[Layer]:
+    """At its widest: the input, its norm, q, k, v, their mixture, that as an image, and what the last product makes of it."""
+    return [_norm(width), *[_convolution(width, width, 1, places)] * 4, Layer(4 * places * places * width, 0, held + 8 * width * places)]
 
 
-def _convolution(before: int, width: int, side: int, places: int) -> Layer:
-    return Layer(2 * side * side * before * width * places, side * side * before * width + width, width * places)
+def _convolution(before: int, width: int, side: int, places: int, alive: int = 0) -> Layer:
+    return Layer(2 * side * side * before * width * places, side * side * before * width + width, alive or width * places)
 
 
-def _norm(width: int, places: int) -> Layer:
-    return Layer(0, 2 * width, width * places)
+def _norm(width: int) -> Layer:
+    return Layer(0, 2 * width, 0)
 
 
 def _together(layers: list[Layer]) -> Half:
-    return Half(sum(layer.flops for layer in layers), sum(layer.weights for layer in layers), max(layer.numbers for layer in layers))
+    return Half(sum(layer.flops for layer in layers), sum(layer.weights for layer in layers), max(layer.alive for layer in layers))

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -30,8 +31,10 @@ class PaperCommand:
 
 @dataclass(frozen=True)
 class DoctorCommand:
-    """What this machine has, what each stage needs, and how to get what is missing."""
+    """What this machine has, what each stage needs, and how to get what is missing. Exit status 1 where something that is needed is missing."""
 
+    need: tuple[Literal["prepare", "train", "sample", "evaluate", "demo"], ...] = ("prepare", "train", "sample")  # stages that must work here
+    weights: str = ""  # a folder: what the weights files in it are, and whether they are whole
     self_test: bool = False  # also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
     device: str = ""  # that the kernels are tested on: cpu, cuda; empty: a GPU where there is one
 
@@ -140,19 +143,21 @@ def demo(arguments: list[str]) -> None:
     run_demo(parse(DemoCommand, arguments, "star-fast demo", DemoCommand.__doc__ or "", model=tyro.MISSING))
 
 
-def doctor(arguments: list[str]) -> None:
+def doctor(arguments: list[str]) -> int:
     """star-fast doctor."""
-    from star_fast.doctor import examine, show_self_test
+    from star_fast.doctor.examination import examine, show_self_test
 
     settings = parse(DoctorCommand, arguments, "star-fast doctor", DoctorCommand.__doc__ or "")
-    examine()
-    if not settings.self_test:
-        return
-    from star_fast.generation.device import take_device
-    from star_fast.ops.self_test import self_test
+    missing = examine(settings.need, settings.weights)
+    if settings.self_test:
+        from star_fast.generation.device import take_device
+        from star_fast.ops.self_test import self_test
 
-    if not show_self_test(self_test(take_device(settings.device).type)):
-        raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
+        if not show_self_test(self_test(take_device(settings.device).type)):
+            raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
+    if missing:
+        print(f"missing: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 def presets(arguments: list[str]) -> None:
@@ -179,7 +184,7 @@ def data(arguments: list[str]) -> None:
     run(arguments)
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {  # what they return is the exit status; None: 0
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
     "plan": (plan, "what training, sampling (plan sample) or preparation (plan prepare) will need, predicted: memory, FLOPs, time"),
@@ -216,7 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"error: unknown command {printable(repr(arguments[0]))}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(lambda: COMMANDS[arguments[0]][0](arguments[1:]))
+    told: list[int] = []
+    return guarded(lambda: told.append(COMMANDS[arguments[0]][0](arguments[1:]) or 0)) or told[0]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "generation": {"generation", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
     "planning": {"planning", "config", "records", "errors"},
-    "doctor": set(),
+    "doctor": {"doctor", "ops", "model", "training", "evaluation", "storage", "threads", "errors"},
     "threads": set(),
 }
 ENTRANCES = {"cli", "data_commands", "plan_commands", "train", "demo"}  # may import everything; nobody imports them

@@ -15,7 +15,7 @@ import torch
 
 from star_fast import cli
 from star_fast.config import ModelConfig, TokenizerConfig
-from star_fast.doctor import machine, operations, packages, weight_files
+from star_fast.doctor import examination, machine, operations, packages, weight_files
 from star_fast.doctor.findings import MISSING, OK, WIDTH, WITHOUT, Finding, shown
 from star_fast.errors import UserError
 from star_fast.evaluation.inception import WEIGHTS_FILE
@@ -58,6 +58,7 @@ def test_a_long_finding_is_wrapped_under_itself_and_its_fix_is_one_line() -> Non
 
 @pytest.mark.parametrize(("need", "status"), [("train", 0), ("demo", 1), ("evaluate", 0)])
 def test_the_exit_status_is_that_of_the_stages_that_are_needed(need: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(examination, "choices", lambda device: [])  # tested below
     real = machine.version
     monkeypatch.setattr(packages, "version", lambda *names: "" if names[0] == "gradio" else real(*names))
     extra = {"train": "deepspeed", "evaluate": "torch_fidelity"}.get(need)
@@ -236,7 +237,8 @@ def test_the_extension_is_absent_or_broken_or_old_or_without_cuda(tmp_path: Path
     assert looked().mark == OK and "8.0;9.0" in looked().told
 
 
-def test_weights_files_are_told_apart(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_weights_files_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(examination, "choices", lambda device: [])
     model = Transformer(ModelConfig(2, 2, 32, vocab=64, positions=16, num_classes=7))
     model.init_weights(torch.Generator().manual_seed(0))
     save_transformer(model, tmp_path / "small.pt")

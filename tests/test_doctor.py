@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import tomllib
@@ -116,6 +117,18 @@ def test_an_extension_that_is_not_built_shows_as_the_reason(monkeypatch: pytest.
     assert "cannot be imported" in found["sample_tokens"].others["cpp"]
 
 
+def test_a_backend_that_fails_is_told_and_the_others_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise RuntimeError("no kernel image is available\nmore lines")
+
+    for name in ("fake", "run"):
+        monkeypatch.setattr(importlib.import_module(dispatch.module_paths("swiglu")["cpp"]), name, fail, raising=False)
+    found = {choice.op: choice for choice in operations.choices("cpu")}
+    assert found["swiglu"].backend == operations.NONE
+    assert {found["swiglu"].others[name] for name in ("any", "cpp")} == {"it fails with RuntimeError: no kernel image is available"}
+    assert all(choice.backend != operations.NONE for op, choice in found.items() if op != "swiglu")
+
+
 @pytest.mark.parametrize(("capability", "built_for", "fits"), [
     ((9, 0), ["sm_80", "sm_90", "compute_90"], True), ((8, 6), ["sm_80", "sm_90"], True), ((12, 0), ["sm_80", "sm_90"], False),
     ((12, 0), ["sm_90", "compute_90"], True), ((7, 0), ["sm_80", "sm_90", "compute_90"], False), ((10, 0), ["sm_90", "sm_100a"], True)])
@@ -207,6 +220,10 @@ def test_a_deepspeed_that_cannot_be_loaded_or_was_not_tried_is_missing(monkeypat
         return lambda: SimpleNamespace(git_version_info=SimpleNamespace(installed_ops=built))
 
     assert [looked(version, loads()).mark for version in ("", "0.18.9", "0.20.0", "0.19.1")] == [MISSING, MISSING, MISSING, OK]
+    def no_compiler() -> Any:
+        raise RuntimeError("CUDA_HOME does not exist\nmore")
+
+    assert "CUDA_HOME does not exist" in looked("0.19.8", no_compiler).told and "more" not in looked("0.19.8", no_compiler).told
     assert "hjson" in looked("0.19.8", cannot).told and looked("0.19.8", cannot).mark == MISSING
     assert "compiled operations: cpu_adam;" in looked("0.19.8", loads(cpu_adam=True, fused_adam=False)).told
 

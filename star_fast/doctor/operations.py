@@ -37,9 +37,12 @@ def _choice(name: str, device: str) -> Choice:
         with FakeTensorMode(), torch.no_grad(), dispatch.record() as recorded:
             call(**_fake(arguments, device))
         taken = recorded[-1].backend
+        failed = {}
     except dispatch.BackendUnavailable:  # STAR_FAST_BACKEND names one that cannot serve it
-        taken = NONE
-    others = {}
+        taken, failed = NONE, {}
+    except Exception as error:  # of a backend that was taken: the doctor goes on, and tells
+        taken, failed = NONE, {"any": _told(error)}
+    others = dict(failed)
     for backend in [*dispatch.module_paths(name), "reference"]:
         if backend not in (taken, "reference"):
             others[backend] = _why_not(name, call, backend, device)
@@ -56,7 +59,13 @@ def _why_not(name: str, call: Any, backend: str, device: str) -> str:
                 call(**_fake(arguments, device), backend=backend)
     except dispatch.BackendUnavailable as error:
         return str(error).rpartition("cannot serve this call: ")[2]
+    except Exception as error:
+        return _told(error)
     return ""
+
+
+def _told(error: Exception) -> str:
+    return f"it fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _fake(value: Any, device: str) -> Any:

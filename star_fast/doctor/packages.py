@@ -12,7 +12,6 @@ from typing import Any
 import star_fast
 from star_fast.doctor.findings import MISSING, OK, WITHOUT, Finding
 from star_fast.doctor.machine import has_gpu, version
-from star_fast.errors import UserError
 from star_fast.evaluation.inception import WEIGHTS_FILE, hub_file
 from star_fast.training.ranks import import_deepspeed
 
@@ -61,7 +60,7 @@ def extension(import_module: Callable[[str], Any] = importlib.import_module, sou
         module = import_module("star_fast._C")
     except ImportError as error:
         absent = "No module named" in str(error)
-        told = "not built" if absent else f"built, but cannot be loaded ({str(error).splitlines()[0]}): it was built for another torch or Python"
+        told = "not built" if absent else f"built, but cannot be loaded ({_first_line(error)}): it was built for another torch or Python"
         return Finding(WITHOUT if absent else MISSING, "star_fast._C", f"{told}; without it plain torch draws the same tokens, many times slower", build)
     cuda = bool(getattr(module, "has_cuda", False))
     sources = sources or Path(star_fast.__file__).resolve().parents[1]
@@ -129,8 +128,9 @@ def _deepspeed(load: Callable[[], Any]) -> Finding:
         return Finding(MISSING, "deepspeed", f"{found}: training reads the optimizers of {series} from inside, and was not tried with others", _extra("train"))
     try:
         loaded = load()
-    except UserError as error:
-        return Finding(MISSING, "deepspeed", f"{found}: {error}", "pip install --no-build-isolation --force-reinstall --no-deps deepspeed")
+    except Exception as error:  # on a GPU without CUDA's compiler, for one, it raises an exception of its own: training would meet the same
+        return Finding(MISSING, "deepspeed", f"{found} cannot be loaded: {_first_line(error)}",
+                       "pip install --no-build-isolation --force-reinstall --no-deps deepspeed")
     ahead = [name for name, built in loaded.git_version_info.installed_ops.items() if built]
     return Finding(OK, "deepspeed", f"{found}; its compiled operations: {', '.join(ahead) or 'none'}; training needs none of them")
 
@@ -144,9 +144,13 @@ def _loads(name: str, modules: tuple[str, ...], use: str, without: str, fix: str
     try:
         for module in modules:
             import_module(module)
-    except ImportError as error:
-        return Finding(WITHOUT, name, f"installed, but cannot be loaded ({str(error).splitlines()[0]}): {without}", fix)
+    except (ImportError, OSError) as error:
+        return Finding(WITHOUT, name, f"installed, but cannot be loaded ({_first_line(error)}): {without}", fix)
     return Finding(OK, name, f"{version(name) or 'installed'}, with its compiled module: {use}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _extra(name: str) -> str:

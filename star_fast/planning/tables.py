@@ -102,7 +102,7 @@ def _curve(plan: Plan) -> list[str]:
         linear = row.images_per_s / row.gpus / (alone.images_per_s / alone.gpus)
         rows.append([str(row.gpus), str(row.stage), f"{row.micro_images} x {row.accumulation}", f"{1e3 * row.compute_s:.1f}",
                      f"{row.sent_bytes_a_gpu / 1e9:.2f}", f"{1e3 * row.network_s:.1f}", f"{row.images_per_s:.0f}", f"{linear:.0%}",
-                     f"{row.hidden_images_per_s:.0f}", f"{CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400:.2f}"])
+                     f"{row.hidden_images_per_s:.0f}", f"{CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400:.3g}"])
     lines = [f"The same step on other numbers of GPUs, {network.gpus_a_machine} a machine, "
              f"at {SHARES[0]:.0%} of the peak or memory's full rate, what is slower;",
              f"NVLink {plan.gpu.nvlink_bytes_per_s / 1e9:g} GB/s each way, a machine's network {network.gbit_per_s:g} Gbit/s "

@@ -6,12 +6,11 @@ import textwrap
 from typing import Any
 
 from star_fast.planning.assumptions import listed
-from star_fast.planning.gpus import GIB
 from star_fast.planning.plan import RESERVED_GIB
 from star_fast.planning.preparation import CHUNK_IMAGES, DECODE_MS, RANGE_MS, PreparationPlan
 from star_fast.planning.sampling import PIECE_IMAGES, SamplingPlan, tokenizer_at
 from star_fast.planning.sizes import parameters
-from star_fast.planning.tables import aligned
+from star_fast.planning.tables import aligned, gib
 
 WIDTH = 120
 _NO = "no"
@@ -26,7 +25,7 @@ def sampling_text(plan: SamplingPlan, source: str, settled: str = "") -> str:
             f"{plan.pixel_flops / 1e9:.3g} GFLOP an image", *([settled] if settled else [])]
     part = {"weights": held.weights, f"cache of {plan.batch_images} images": held.cache, "logits and a step's rows": held.decoding,
             f"pixels, {PIECE_IMAGES} images at once": held.pixels}
-    memory = [["GiB on each GPU", *part, "together"], ["", *(_gib(size) for size in part.values()), _gib(held.total)]]
+    memory = [["GiB on each GPU", *part, "together"], ["", *(gib(size) for size in part.values()), gib(held.total)]]
     names = [kind.gpu.name.upper() for kind in plan.kinds]
     batches = [speed.batch_images for speed in plan.kinds[0].speeds]
     shared = [images for images in batches if all(any(speed.batch_images == images for speed in kind.speeds) for kind in plan.kinds)]
@@ -56,7 +55,7 @@ def preparation_text(plan: PreparationPlan, source: str) -> str:
     side, names = plan.tokenizer.image_size, [kind.gpu.name.upper() for kind in plan.kinds]
     head = [f"Predicted, not measured: codes of {plan.images} images x {plan.views} views of {side} x {side}, {plan.precision}, as {source}",
             f"The VQ encoder takes {plan.view_flops / 1e9:.3g} GFLOP a view; "
-            f"{plan.batch_views} views at once take {plan.memory_bytes / GIB:.2f} GiB of each GPU; "
+            f"{plan.batch_views} views at once take {gib(plan.memory_bytes)} GiB of each GPU; "
             f"{plan.read_bytes / 1e9:.4g} GB in, {plan.code_bytes / 1e9:.3g} GB of codes out"]
     cores = plan.assumed.cores_per_gpu
     rows = [["One GPU", *names],
@@ -105,10 +104,6 @@ def _at(kind: Any, images: int) -> str:
 
 def _rate(per_s: float) -> str:
     return f"{per_s:.0f}" if per_s >= 100 else f"{per_s:.3g}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
 
 
 def _time(seconds: float) -> str:

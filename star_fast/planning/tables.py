@@ -47,24 +47,25 @@ def _within(row: Stage) -> int:
 def _stage(row: Stage) -> list[str]:
     held, work = row.states, row.activations
     parts = [held.weights, held.gradients, held.optimizer, held.teacher, work.saved + work.working, work.logits_chunk, work.loss, held.buffers, row.peak_bytes]
-    return [f"ZeRO-{row.stage}", *(_gib(part) for part in parts), "yes" if row.fits else "no", str(row.largest_images or "none"),
+    return [f"ZeRO-{row.stage}", *(gib(part) for part in parts), "yes" if row.fits else "no", str(row.largest_images or "none"),
             str(row.largest_images_recomputed or "none")]
 
 
-def _gib(size: int) -> str:
-    gib = size / GIB
-    return f"{gib:.2f}" if gib >= 0.095 else f"{gib:.4f}" if gib >= 0.00095 else f"{gib:.1g}"
+def gib(size: int) -> str:
+    """Bytes in GiB, small ones with more digits."""
+    found = size / GIB
+    return f"{found:.2f}" if found >= 0.095 else f"{found:.4f}" if found >= 0.00095 else f"{found:.1g}"
 
 
 def _advice(plan: Plan) -> list[str]:
     advice, train = plan.advice, plan.config.train
     steps = "no accumulation" if advice.accumulation == 1 else f"{advice.accumulation} micro-batches a step"
     lines = [f"Advised for {train.images_per_step} images a step: --train.zero-stage {advice.stage} --train.micro-batch-images {advice.micro_images} "
-             f"({steps}, {_gib(advice.peak_bytes)} GiB)"]
+             f"({steps}, {gib(advice.peak_bytes)} GiB)"]
     if advice.recomputing_helps:
         lines += [f"  --train.block-checkpointing True would do with {advice.recomputing_helps} a step"
                   f"{', so with more negatives' if plan.config.method.contrasts else ''}, and recompute each block"]
-    return [*lines, f"Sampling {SAMPLED_IMAGES} images with guidance: key-value cache of {_gib(plan.cache_bytes)} GiB"]
+    return [*lines, f"Sampling {SAMPLED_IMAGES} images with guidance: key-value cache of {gib(plan.cache_bytes)} GiB"]
 
 
 def _work(plan: Plan) -> list[str]:

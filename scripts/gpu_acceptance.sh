@@ -49,7 +49,7 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 star_fast() { stage "$1" "$2" "$python" -m star_fast.cli "${@:3}"; }
 
 # What is here: seconds.
-star_fast environment "the driver (nvidia-smi) and torch's build: python -c 'import torch; print(torch.version.cuda)'" doctor
+star_fast environment "the driver (nvidia-smi) and torch's build: python -c 'import torch; print(torch.version.cuda)'" doctor --need sample
 if has setuptools && has ninja; then
   stage "build csrc" "nvcc --version, its match with torch.version.cuda, TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" "$python" setup.py build_ext --inplace
 else
@@ -57,7 +57,7 @@ else
 fi
 
 # Each kernel alone: the first FAILED line names op and backend.
-star_fast "self-test of each kernel" "star_fast/ops/triton/OP.py of the first FAILED line; STAR_FAST_BACKEND=reference goes round it" doctor --self-test --device cuda
+star_fast "self-test of each kernel" "star_fast/ops/triton/OP.py of the first FAILED line; STAR_FAST_BACKEND=reference goes round it" doctor --self-test --device cuda --need sample
 if has pytest; then
   gpu_tests=("$python" -m pytest -m gpu -q -p no:cacheprovider)
   stage "tests of ops" "the first failure; its worst index, the three values, the bound (tests/contract.py)" "${gpu_tests[@]}" tests/ops

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
 from star_fast import __version__
-from star_fast.config import RunConfig
-from star_fast.config_file import base_config, given, parse
+from star_fast.config_file import parse
 from star_fast.errors import UserError, printable
 from star_fast.guard import guarded
 from star_fast.presets import IMAGENET_CODES, PRESETS, plain
@@ -31,24 +30,11 @@ class PaperCommand:
 
 
 @dataclass(frozen=True)
-class PlanCommand:
-    """What a training run will need, predicted: memory by part and ZeRO stage, micro-batch, FLOPs, days. Settings as for training."""
-
-    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    # Taken out of the command line before the rest is read, as in training.
-    preset: str = "tiny"  # settings to start from: a name that `star-fast presets` lists
-    config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
-    gpus: int = 8  # GPUs of the whole run
-    gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
-    gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
-    plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
-    json: str = ""  # also write the plan to this file
-
-
-@dataclass(frozen=True)
 class DoctorCommand:
-    """What this machine has, what each stage needs, and how to get what is missing."""
+    """What this machine has, what each stage needs, and how to get what is missing. Exit status 1 where something that is needed is missing."""
 
+    need: tuple[Literal["prepare", "train", "sample", "evaluate", "demo"], ...] = ("prepare", "train", "sample")  # stages that must work here
+    weights: str = ""  # a folder: what the weights files in it are, and whether they are whole
     self_test: bool = False  # also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
     device: str = ""  # that the kernels are tested on: cpu, cuda; empty: a GPU where there is one
 
@@ -76,22 +62,10 @@ def paper(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    """star-fast plan --preset NAME ..."""
-    from star_fast.planning.gpus import gpu
-    from star_fast.planning.plan import as_record, make_plan
-    from star_fast.planning.sizes import sized
-    from star_fast.planning.tables import text
-    from star_fast.storage import atomic_write_json
+    """star-fast plan [sample|prepare] --preset NAME ..."""
+    from star_fast.plan_commands import plan as run
 
-    base, source, rest = base_config(arguments)
-    command = parse(PlanCommand, rest, "star-fast plan", f"{PlanCommand.__doc__} This command line starts from {source}.", config=base)
-    views = command.config.method.views if given(rest, "--method.views") else 1  # as in training: the baseline may see as many views as ST-AR
-    config, assumed = sized(plain(command.config, views) if command.plain else command.config)
-    device = gpu(command.gpu)
-    made = make_plan(config, command.gpus, command.gpu_memory_gib or device.memory_gib, device)
-    if command.json:
-        atomic_write_json(command.json, as_record(made))
-    print(text(made, printable(f"{source}{', plain' if command.plain else ''}"), assumed))
+    run(arguments)
 
 
 def train(arguments: list[str]) -> None:
@@ -169,19 +143,21 @@ def demo(arguments: list[str]) -> None:
     run_demo(parse(DemoCommand, arguments, "star-fast demo", DemoCommand.__doc__ or "", model=tyro.MISSING))
 
 
-def doctor(arguments: list[str]) -> None:
+def doctor(arguments: list[str]) -> int:
     """star-fast doctor."""
-    from star_fast.doctor import examine, show_self_test
+    from star_fast.doctor.examination import examine, show_self_test
 
     settings = parse(DoctorCommand, arguments, "star-fast doctor", DoctorCommand.__doc__ or "")
-    examine()
-    if not settings.self_test:
-        return
-    from star_fast.generation.device import take_device
-    from star_fast.ops.self_test import self_test
+    missing = examine(settings.need, settings.weights)
+    if settings.self_test:
+        from star_fast.generation.device import take_device
+        from star_fast.ops.self_test import self_test
 
-    if not show_self_test(self_test(take_device(settings.device).type)):
-        raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
+        if not show_self_test(self_test(take_device(settings.device).type)):
+            raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
+    if missing:
+        print(f"missing: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 def presets(arguments: list[str]) -> None:
@@ -208,10 +184,10 @@ def data(arguments: list[str]) -> None:
     run(arguments)
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {  # what they return is the exit status; None: 0
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
-    "plan": (plan, "what a training run will need, predicted: memory, micro-batch, FLOPs, days"),
+    "plan": (plan, "what training, sampling (plan sample) or preparation (plan prepare) will need, predicted: memory, FLOPs, time"),
     "paper": (paper, "the paper's tables and figures: exact commands, reported values, cost"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
@@ -245,7 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"error: unknown command {printable(repr(arguments[0]))}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(lambda: COMMANDS[arguments[0]][0](arguments[1:]))
+    told: list[int] = []
+    return guarded(lambda: told.append(COMMANDS[arguments[0]][0](arguments[1:]) or 0)) or told[0]
 
 
 if __name__ == "__main__":

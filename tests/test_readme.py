@@ -43,7 +43,7 @@ def test_commands_and_options_are_understood(line: str, capsys: pytest.CaptureFi
             train.run_command(["--help"], "train.py")
     else:
         with pytest.raises(SystemExit) as end:
-            cli.main([*words[1 : 3 if words[1] == "data" else 2], "--help"])
+            cli.main([*words[1 : 3 if words[1] == "data" or words[1:3] in (["plan", "sample"], ["plan", "prepare"]) else 2], "--help"])
     assert end.value.code == 0
     help_text = capsys.readouterr().out
     for option in [word for word in words if word.startswith("--") and word != "--preset"]:

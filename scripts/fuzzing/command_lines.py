@@ -19,7 +19,7 @@ from unittest import mock
 
 from scripts.fuzzing import goods, small_network
 from scripts.fuzzing.trial import Case, Subject
-from star_fast import cli, data_commands, demo, train
+from star_fast import cli, data_commands, demo, plan_commands, train
 from star_fast.errors import UserError
 from star_fast.evaluation.attention import AttentionConfig
 from star_fast.evaluation.evaluate import EvaluateConfig
@@ -84,7 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str}, "doctor": {}, "presets": {},
     "attention": dict(options_of(AttentionConfig)), "stability": dict(options_of(StabilityConfig)), "figure6": dict(options_of(Figure6Config)),
     "evaluate": dict(options_of(EvaluateConfig)), "paper": dict(options_of(cli.PaperCommand)), "demo": dict(options_of(demo.DemoCommand)),
-    "plan": dict(options_of(cli.PlanCommand, {"config": "", "config_file": "config"}))}
+    "plan": dict(options_of(plan_commands.PlanCommand, {"config": "", "config_file": "config"}))}
 for _command, _positional in (("prepare", "--source"), ("paper", "--exhibit"), ("demo", "--model")):
     OPTIONS[_command].pop(_positional)
 OPTIONS["data"] = {name: hint for kind in ("Show", "Import", "Export") for name, hint in options_of(getattr(data_commands, f"{kind}Command"))

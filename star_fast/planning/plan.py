@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from star_fast.config import RunConfig
 from star_fast.errors import ConfigError, UserError
 from star_fast.planning.activations import Activations, activations
-from star_fast.planning.gpus import GIB, Gpu
+from star_fast.planning.gpus import COUNTS, GIB, Gpu
+from star_fast.planning.network import Network, Reach, check, reach
 from star_fast.planning.sizes import Parameters, cache_bytes, micro, parameters
 from star_fast.planning.states import STAGES, States, states
 from star_fast.planning.work import Flops, Speed, sent_bytes, speed, step_bytes, step_flops
@@ -60,6 +61,8 @@ class Plan(NamedTuple):
     sent_bytes_a_gpu: int
     speeds: list[Speed]  # of bf16; empty for fp32, which the peaks are not for
     cache_bytes: int  # of sampling SAMPLED_IMAGES images with guidance
+    network: Network
+    curve: list[Reach]  # the same run on other numbers of GPUs, at the first of SHARES; of bf16
 
 
 def peak_bytes(held: States, work: Activations, *, accumulating: bool = True) -> int:
@@ -78,16 +81,17 @@ def gpu_bytes(config: RunConfig, stage: int, gpus: int, images: int) -> int:
     return peak_bytes(states(config, stage, gpus), activations(config, micro(config, images, gpus)))
 
 
-def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu) -> Plan:
+def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu, network: Network | None = None) -> Plan:
     """Plan a run whose sizes are set.
 
     Args:
-        gpus: how many; R of the formulas. memory_gib: of each. gpu: whose peaks count.
+        gpus: how many; R of the formulas. memory_gib: of each. gpu: whose peaks count. network: between them; None: as network.Network assumes.
 
     Raises:
         UserError, ConfigError: contradictions, or nothing fits.
     """
     _check(config, gpus, memory_gib)
+    network = check(network or Network())
     share = config.train.images_per_step // gpus
     asked = config.train.micro_batch_images or share
     if share % asked:
@@ -99,7 +103,24 @@ def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu) -> Plan
     return Plan(config, gpus, memory_gib, gpu, parameters(config), asked, stages, advice, flops,
                 step_flops(config, gpus, advice.micro_images, causal=False), step_bytes(config, gpus, advice.micro_images), sent_bytes(config, gpus),
                 [speed(config, flops, gpus * gpu.bf16_flops_per_s, share) for share in SHARES if config.train.precision == "bf16"],
-                cache_bytes(config, 2 * SAMPLED_IMAGES))
+                cache_bytes(config, 2 * SAMPLED_IMAGES), network, _curve(config, gpus, limit, memory_gib, gpu, network))
+
+
+def _curve(config: RunConfig, asked: int, limit: int, memory_gib: float, gpu: Gpu, network: Network) -> list[Reach]:
+    """The run on every number of GPUs of the tables (and those asked for, and on two machines) that divides its images and holds it, each at its best."""
+    rows = []
+    for gpus in sorted({*COUNTS, 2 * network.gpus_a_machine, asked}):
+        if config.train.precision != "bf16" or config.train.images_per_step % gpus:
+            continue
+        share = config.train.images_per_step // gpus
+        stages = [_stage(config, stage, gpus, share, limit) for stage in STAGES]
+        if not any(row.offered and row.largest_images for row in stages):
+            continue
+        best = _advice(config, stages, gpus, share, memory_gib)
+        arithmetic_s = step_flops(config, gpus, best.micro_images).total / (gpus * gpu.bf16_flops_per_s * SHARES[0])
+        compute_s = max(arithmetic_s, step_bytes(config, gpus, best.micro_images) / gpu.bytes_per_s)
+        rows.append(reach(config, gpus, best.stage, best.micro_images, best.accumulation, compute_s, gpu, network))
+    return rows
 
 
 def _check(config: RunConfig, gpus: int, memory_gib: float) -> None:
@@ -171,13 +192,23 @@ def _nothing_fits(config: RunConfig, stages: list[Stage], gpus: int, memory_gib:
 
 def as_record(plan: Plan) -> dict[str, Any]:
     """The plan as plain data for JSON: bytes, FLOPs and seconds; `config` holds the settings that decide."""
+    return record_of(plan, plan.config, ("model", "method", "train"))
+
+
+def record_of(plan: Any, config: RunConfig, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Any plan (a named tuple) as plain data for JSON, with these sections of `config` in place of its own."""
     record = {name: _plain(value) for name, value in plan._asdict().items() if name != "config"}
-    sections = {name: dataclasses.asdict(getattr(plan.config, name)) for name in ("model", "method", "train")}
-    return {"predicted": True, "measured": False, "reserved_gib": RESERVED_GIB, **record, "config": sections}
+    return {"predicted": True, "measured": False, "reserved_gib": RESERVED_GIB, **record,
+            "config": {name: dataclasses.asdict(getattr(config, name)) for name in sections}}
 
 
 def _plain(value: Any) -> Any:
+    """Tuples by name and their properties, dataclasses, lists and mappings, down to numbers and strings."""
     if hasattr(value, "_asdict"):
-        own = {name: _plain(item) for name, item in value._asdict().items()}
-        return {**own, "total": value.total} if isinstance(value, (Flops, Activations)) else own
+        derived = [name for name, found in vars(type(value)).items() if isinstance(found, property)]
+        return {name: _plain(item) for name, item in (*value._asdict().items(), *((name, getattr(value, name)) for name in derived))}
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from star_fast.planning.gpus import GIB
-from star_fast.planning.plan import RESERVED_GIB, SAMPLED_IMAGES, Plan, Stage
+from star_fast.planning.gpus import COUNTS, GIB
+from star_fast.planning.plan import RESERVED_GIB, SAMPLED_IMAGES, SHARES, Plan, Stage
 from star_fast.planning.states import float32_gradients
 from star_fast.planning.work import IMAGENET_IMAGES
+
+CURVE_EPOCHS = 50
 
 
 def text(plan: Plan, source: str, assumed: str = "") -> str:
@@ -16,7 +18,7 @@ def text(plan: Plan, source: str, assumed: str = "") -> str:
              f"{plan.parameters.transformer / 1e6:.1f} M parameters, projector {plan.parameters.projector / 1e6:.1f} M"
              f"{', a teacher as large as the student' if method.has_teacher else ', no teacher'}; a step: {train.images_per_step} images x "
              f"{method.views} views x {model.positions} positions = {tokens} tokens", *([assumed] if assumed else []), "", *_memory(plan), "",
-             *_advice(plan), "", *_work(plan), "", *_speed(plan)]
+             *_advice(plan), "", *_work(plan), "", *_speed(plan), *_curve(plan)]
     return "\n".join(lines)
 
 
@@ -45,24 +47,25 @@ def _within(row: Stage) -> int:
 def _stage(row: Stage) -> list[str]:
     held, work = row.states, row.activations
     parts = [held.weights, held.gradients, held.optimizer, held.teacher, work.saved + work.working, work.logits_chunk, work.loss, held.buffers, row.peak_bytes]
-    return [f"ZeRO-{row.stage}", *(_gib(part) for part in parts), "yes" if row.fits else "no", str(row.largest_images or "none"),
+    return [f"ZeRO-{row.stage}", *(gib(part) for part in parts), "yes" if row.fits else "no", str(row.largest_images or "none"),
             str(row.largest_images_recomputed or "none")]
 
 
-def _gib(size: int) -> str:
-    gib = size / GIB
-    return f"{gib:.2f}" if gib >= 0.095 else f"{gib:.4f}" if gib >= 0.00095 else f"{gib:.1g}"
+def gib(size: int) -> str:
+    """Bytes in GiB, small ones with more digits."""
+    found = size / GIB
+    return f"{found:.2f}" if found >= 0.095 else f"{found:.4f}" if found >= 0.00095 else f"{found:.1g}"
 
 
 def _advice(plan: Plan) -> list[str]:
     advice, train = plan.advice, plan.config.train
     steps = "no accumulation" if advice.accumulation == 1 else f"{advice.accumulation} micro-batches a step"
     lines = [f"Advised for {train.images_per_step} images a step: --train.zero-stage {advice.stage} --train.micro-batch-images {advice.micro_images} "
-             f"({steps}, {_gib(advice.peak_bytes)} GiB)"]
+             f"({steps}, {gib(advice.peak_bytes)} GiB)"]
     if advice.recomputing_helps:
         lines += [f"  --train.block-checkpointing True would do with {advice.recomputing_helps} a step"
                   f"{', so with more negatives' if plan.config.method.contrasts else ''}, and recompute each block"]
-    return [*lines, f"Sampling {SAMPLED_IMAGES} images with guidance: key-value cache of {_gib(plan.cache_bytes)} GiB"]
+    return [*lines, f"Sampling {SAMPLED_IMAGES} images with guidance: key-value cache of {gib(plan.cache_bytes)} GiB"]
 
 
 def _work(plan: Plan) -> list[str]:
@@ -87,6 +90,28 @@ def _speed(plan: Plan) -> list[str]:
              f"{row.days_300_epochs:.2f}"] for row in plan.speeds]
     return [f"Time, if the causal FLOPs above{' (recomputed ones included)' if plan.flops.recomputed else ''} run at a share of "
             f"{plan.gpu.bf16_flops_per_s / 1e12:g} TFLOP/s a GPU (dense bf16); ImageNet has {IMAGENET_IMAGES} images:", *aligned([head, *rows])]
+
+
+def _curve(plan: Plan) -> list[str]:
+    """The same run on other numbers of GPUs."""
+    if not plan.curve:
+        return []
+    images, network, alone = plan.config.train.images_per_step, plan.network, plan.curve[0]
+    rows = [["GPUs", "ZeRO", "images x times", "compute ms", "GB sent", "network ms", "images/s", "of linear", "hidden",
+             f"{CURVE_EPOCHS} epochs, days"]]
+    for row in plan.curve:
+        linear = row.images_per_s / row.gpus / (alone.images_per_s / alone.gpus)
+        rows.append([str(row.gpus), str(row.stage), f"{row.micro_images} x {row.accumulation}", f"{1e3 * row.compute_s:.1f}",
+                     f"{row.sent_bytes_a_gpu / 1e9:.2f}", f"{1e3 * row.network_s:.1f}", f"{row.images_per_s:.0f}", f"{linear:.0%}",
+                     f"{row.hidden_images_per_s:.0f}", f"{CURVE_EPOCHS * IMAGENET_IMAGES / row.images_per_s / 86400:.3g}"])
+    lines = [f"The same step on other numbers of GPUs, {network.gpus_a_machine} a machine, "
+             f"at {SHARES[0]:.0%} of the peak or memory's full rate, what is slower;",
+             f"NVLink {plan.gpu.nvlink_bytes_per_s / 1e9:g} GB/s each way, a machine's network {network.gbit_per_s:g} Gbit/s "
+             "(assumed: --network-gbit-per-s):", *aligned(rows),
+             "  images/s: first compute, then send; hidden: sent while computing. Small micro-batches reach less than is assumed here"]
+    if left_out := [str(count) for count in COUNTS if count not in [row.gpus for row in plan.curve]]:
+        lines.append(f"  not on {', '.join(left_out)}: it does not fit, or they do not divide train.images_per_step = {images}")
+    return ["", *lines]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

@@ -48,7 +48,7 @@ def test_a_kernel_that_fails_is_named(wrong: object, says: str, monkeypatch: pyt
 
     monkeypatch.setattr(swiglu_cpp, "run", run)
     monkeypatch.setattr(dispatch, "op_names", lambda: ["swiglu", "sample_tokens"])
-    monkeypatch.setattr("star_fast.doctor.examine", lambda: None)
+    monkeypatch.setattr("star_fast.doctor.examination.examine", lambda needed, weights: [])
     monkeypatch.setattr("star_fast.generation.device.take_device", lambda name: SimpleNamespace(type="cpu"))
     assert cli.main(["doctor", "--self-test"]) == 2
     said = capfd.readouterr()

@@ -1,0 +1,1 @@
+"""`star-fast doctor`: what this machine has, what each stage needs, and how to get what is missing."""

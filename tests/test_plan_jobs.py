@@ -23,7 +23,7 @@ from star_fast.model import tokenizer as tokenizers
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.ops import dispatch
-from star_fast.ops.decode_attention import new_cache
+from star_fast.ops.kv_cache import new_rows
 from star_fast.planning import decoding, preparation, sampling, tokenizer_work
 from star_fast.planning.assumptions import PreparationAssumptions, SamplingAssumptions
 from star_fast.planning.gpus import GIB, gpu
@@ -99,13 +99,13 @@ def test_live_bytes_are_those_that_torch_holds(config: TokenizerConfig) -> None:
 
 @pytest.mark.parametrize("cache", decoding.CACHES)
 def test_a_step_reads_its_weights_and_the_caches_up_to_its_position(cache: str) -> None:
-    """Summed position by position over slices of the caches that a decoder makes."""
+    """Summed position by position over slices of the caches that a GPU's decoder makes."""
     images, guided = 3, True
     with torch.device("meta"):
         model = Transformer(SMALL)
     multiplied = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embedding" not in name]
     dtype = {"model": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[cache]
-    made = new_cache(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, dtype, torch.device("cpu"))
+    made = new_rows(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, dtype, torch.device("cpu"))
     parts = [part for part in made if part is not None]
     read = [sum(part[:, :, : position + 1].numel() * part.element_size() for part in parts) for position in range(SMALL.positions)]
     found = decoding.step_traffic(SMALL, images, guided=guided, cache=cache)
@@ -120,7 +120,7 @@ def test_a_steps_flops_are_those_that_torch_counts() -> None:
     """All positions of an image, by the reference ops; guidance runs the output matrix on images, everything else on rows."""
     images, model = 2, Transformer(SMALL).eval()
     model.init_weights(torch.Generator().manual_seed(0))
-    caches = [new_cache(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, torch.float32, torch.device("cpu")) for _ in range(SMALL.blocks)]
+    caches = [new_rows(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, torch.float32, torch.device("cpu")) for _ in range(SMALL.blocks)]
     with torch.no_grad(), dispatch.use_backend("reference"), FlopCounterMode(display=False) as counter:
         for position in range(SMALL.positions):
             hidden = model.step(torch.randn(2 * images, SMALL.width), caches, position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from star_fast.doctor.findings import WITHOUT, Finding
 from star_fast.ops import dispatch
+from star_fast.ops.decode_attention import laid_out
+from star_fast.ops.int8_linear import Int8Weight
+from star_fast.ops.kv_cache import KVCache
 
 NONE = "none"
 _NAMES = {"reference": "plain torch", "cpp": "C++", "triton": "Triton", NONE: "nothing can"}
@@ -31,7 +35,7 @@ def choices(device: str) -> list[Choice]:
 
 
 def _choice(name: str, device: str) -> Choice:
-    arguments = dispatch.module_of(name).inputs(_SHAPE, _DTYPE, "cpu", 0)
+    arguments = _arguments(name, None, device)
     call = getattr(dispatch.module_of(name), name)
     try:
         with FakeTensorMode(), torch.no_grad(), dispatch.record() as recorded:
@@ -50,7 +54,7 @@ def _choice(name: str, device: str) -> Choice:
 
 
 def _why_not(name: str, call: Any, backend: str, device: str) -> str:
-    arguments = dispatch.module_of(name).inputs(_SHAPE, _DTYPE, "cpu", 0)
+    arguments = _arguments(name, backend, device)
     try:
         if device == "cpu":  # fake tensors would do for a kernel that needs a GPU
             call(**arguments, backend=backend)
@@ -64,6 +68,12 @@ def _why_not(name: str, call: Any, backend: str, device: str) -> str:
     return ""
 
 
+def _arguments(name: str, backend: str | None, device: str) -> dict[str, Any]:
+    """A small call's, the cache of decoding as it is laid out for this backend on a CPU; a GPU's read rows."""
+    arguments = dispatch.module_of(name).inputs(_SHAPE, _DTYPE, "cpu", 0)
+    return {key: laid_out(value, backend) if isinstance(value, KVCache) and device == "cpu" else value for key, value in arguments.items()}
+
+
 def _told(error: Exception) -> str:
     return f"it fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
@@ -74,6 +84,10 @@ def _fake(value: Any, device: str) -> Any:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     if isinstance(value, dict):
         return {name: _fake(item, device) for name, item in value.items()}
+    if isinstance(value, Int8Weight):
+        made = copy.copy(value)
+        vars(made).update(_fake(vars(value), device))
+        return made
     if hasattr(value, "_fields"):
         return type(value)(*(_fake(item, device) for item in value))
     return [_fake(item, device) for item in value] if isinstance(value, list) else value

@@ -33,8 +33,8 @@ def new_cache(rows: int, heads: int, positions: int, head_size: int, dtype: torc
     return new_rows(rows, heads, positions, head_size, dtype, device) if cache is None else cache
 
 
-def laid_out(cache: KVCache, backend: str) -> KVCache:
-    """A cache with the same contents in the layout that `backend` reads; the cache itself if it is in that layout."""
+def laid_out(cache: KVCache, backend: str | None) -> KVCache:
+    """A cache with the same contents in the layout that `backend` (None: the chosen one) reads; the cache itself if it is in that layout."""
     like = new_cache(0, cache.k.shape[1], cache.positions, cache.layout.size if cache.layout else cache.k.shape[3], cache.k.dtype, cache.k.device,
                      backend=backend)
     return in_rows(cache) if like.layout is None else in_blocks(cache)

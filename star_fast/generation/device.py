@@ -53,6 +53,11 @@ def take_device(name: str = "") -> torch.device:
     return device
 
 
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32: what models draw images in."""
+    return torch.bfloat16 if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
 def _from_environment(name: str, default: int, least: int, most: int) -> int:
     told = os.environ.get(name, str(default))
     if not (told.isascii() and told.isdecimal() and len(told) < 10 and least <= int(told) <= most):

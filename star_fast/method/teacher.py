@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,14 +37,15 @@ class Teacher:
         self._arrivals: list[Any] = []
         self._attached = False  # a rank's share of the masters may be empty
 
-    def attach_whole(self) -> None:
-        """Where nothing is sharded: average into the model's own weights, or into float32 copies of them where they are of less precision.
+    def attach_whole(self) -> Self:
+        """Where nothing is sharded: average into the model's own weights, or into float32 copies where they are of less precision. Returns itself.
 
         `update` then takes the student's weights (`list(model.parameters())`), float32 too: masters, where the student trains in less precision.
         """
         own = list(self.model.parameters())
         exact = all(weight.dtype == torch.float32 for weight in own)
         self.attach(own if exact else [weight.detach().float() for weight in own], None if exact else own)
+        return self
 
     def attach(self, masters: Sequence[Tensor], copies: Sequence[Tensor] | None, publish: Callable[[], list[Any]] = list) -> None:
         """Tell where the weights live.

@@ -26,13 +26,15 @@ from star_fast.generation.label_plan import find_classes
 from star_fast.generation.render import Renderer
 from star_fast.generation.sampling import Sampling, is_int
 from star_fast.model.class_names import names_for_model
+from star_fast.model.hub import PREFIX, fetch, model_card
 from star_fast.model.ieee import ieee_products
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-from star_fast.model.weights import LoadedModel, Weights, load_model
+from star_fast.model.weights import LoadedModel, Weights, load_model, save_model
 from star_fast.presets import preset
 from star_fast.records import from_dict, to_dict
+from star_fast.storage import read_json
 
 Classes = str | int | None | Sequence[str | int | None]
 Pictures = Image.Image | Sequence[Image.Image] | Images | np.ndarray | Tensor
@@ -55,6 +57,7 @@ class ImageModel:
         self.tokenizer = None if tokenizer is None else tokenizer.to(device).eval()
         self.class_names, self.record, self.weights_sha256 = list(class_names), loaded.record, loaded.weights_sha256
         self.device, self.source = device, source
+        self._rounded = ""  # what the weights were before they were loaded in fewer bits unasked
         self._decoder: tuple[Any, Decoder] | None = None
         self._renderer: tuple[Any, Renderer] | None = None
 
@@ -186,6 +189,30 @@ class ImageModel:
             self.transformer.train(training)
         return torch.cat(parts)
 
+    def save(self, folder: str | Path, *, metrics: str | Path = "") -> Path:
+        """Write a model folder, as Hugging Face's hub holds one: config.json, model.safetensors, tokenizer/, and README.md, a card with the training record.
+
+        `load` reads it again; `hf upload OWNER/REPOSITORY FOLDER` publishes it. A model folder that is there is replaced, whole or not at all.
+
+        Args:
+            metrics: the metrics.json that `star-fast evaluate` wrote of this model: its figures and their protocol go into the card.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: other files are in the folder, weights that were rounded when they were loaded, or no such metrics.
+        """
+        if self._rounded:
+            raise UserError(f"save: the weights of {self.source} are {self._rounded}, and were rounded to bfloat16 as they were loaded; load them with "
+                            "dtype=torch.float32 to save them whole, or with dtype=torch.bfloat16 to save them rounded")
+        measured = read_json(metrics, "expected what star-fast evaluate writes") if metrics else None
+        if measured is not None and not (isinstance(measured.get("metrics"), dict) and isinstance(measured.get("protocol"), dict)):
+            raise UserError(f"{metrics}: expected what star-fast evaluate writes, with its metrics and their protocol")
+        card = model_card(self.transformer.config, self.class_names, record=self.record, metrics=measured)
+        save_model(folder, self.transformer, class_names=self.class_names, tokenizer=self.tokenizer, record=self.record, card=card)
+        return Path(folder)
+
     def _need_tokenizer(self, function: str) -> VQTokenizer:
         if self.tokenizer is None:
             raise UserError(f"{function}: {self.source or 'the model'} came without a tokenizer; load it with tokenizer=FOLDER or FILE")
@@ -270,7 +297,8 @@ def load(path: str | Path, *, weights: Weights = "student", tokenizer: VQTokeniz
     """A trained model, ready to draw images, encode them and show its features.
 
     Args:
-        path: a run folder, a model folder, or a LlamaGen file (.pt, .safetensors).
+        path: a run folder, a model folder, or a LlamaGen file (.pt, .safetensors). hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE names one of these
+            on Hugging Face's hub; nothing else is ever downloaded. So for `tokenizer`.
         weights: "student" or "teacher", of a folder that has both.
         tokenizer: a tokenizer folder, a LlamaGen tokenizer file, or a VQTokenizer; None: the folder's own. A LlamaGen file has none: without one the model
             only takes codes.
@@ -285,13 +313,22 @@ def load(path: str | Path, *, weights: Weights = "student", tokenizer: VQTokeniz
     where = pick_device(device)
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"load: dtype must be a floating-point torch.dtype, or None, got {dtype!r:.80}")
-    loaded = load_model(path, weights=weights, dtype=native_dtype(where) if dtype is None else dtype)
+    loaded = load_model(_here(path), weights=weights, dtype=dtype)
+    stored = loaded.transformer.output.weight.dtype
+    loaded.transformer.to(dtype or native_dtype(where))
     source = tokenizer if tokenizer is not None else loaded.tokenizer_folder
-    found = source if isinstance(source, VQTokenizer) or source is None else load_tokenizer(source)
+    found = source if isinstance(source, VQTokenizer) or source is None else load_tokenizer(_here(source))
     if found is not None and found.config.codebook != loaded.transformer.config.vocab:
         raise UserError(f"load: the tokenizer has {found.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one that the model was "
                         "trained with")
-    return ImageModel(loaded, found, names_for_model(loaded.class_names, class_names), where, str(path))
+    model = ImageModel(loaded, found, names_for_model(loaded.class_names, class_names), where, str(path))
+    if dtype is None and stored.itemsize > model.transformer.output.weight.element_size():
+        model._rounded = str(stored).removeprefix("torch.")
+    return model
+
+
+def _here(path: str | Path) -> str | Path:
+    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else path
 
 
 def run_config(base: str | RunConfig = "tiny", settings: Mapping[str, Any] | None = None) -> RunConfig:

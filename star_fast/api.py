@@ -226,6 +226,7 @@ class ImageModel:
         wanted = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
         if isinstance(classes, (np.ndarray, Tensor)):
             wanted = classes.tolist() if classes.ndim else [classes.item()]
+        wanted = [int(one) if isinstance(one, np.integer) else one for one in wanted]
         if not wanted or not all(one is None or isinstance(one, str) or is_int(one) for one in wanted):
             raise UserError(f"{function}: expected classes by name or number, or None, got {classes!r:.80}")
         known = {one: self.transformer.null_class if one is None else None for one in wanted}

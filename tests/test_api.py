@@ -133,6 +133,8 @@ def test_features_are_those_that_the_probe_reads(tmp_path: Path) -> None:
         torch.testing.assert_close(model.features(codes, block=block, batch_images=7), expected, rtol=1e-5, atol=1e-6)
     assert model.contrast_depth == 3 and torch.equal(model.features(codes), model.features(codes, block=3))
     told = model.features(codes, store.labels[rows].tolist(), block=2)
+    for same in (store.labels[rows], store.labels[rows].numpy(), list(store.labels[rows].numpy())):
+        assert torch.equal(model.features(codes, same, block=2), told)
     assert torch.equal(told[3:4], model.features(codes[3:4], model.class_names[store.labels[rows][3]], block=2))
     assert not torch.allclose(told, model.features(codes, block=2))
     images = model.decode(codes)

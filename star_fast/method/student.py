@@ -105,6 +105,8 @@ class Student(nn.Module):
             hidden = self.transformer.features(tokens, label, keep).hidden
             ar = objective.autoregressive_loss(hidden, self.transformer.output.weight, targets)
             return Losses(ar, ar, *[ar.new_zeros(())] * 3)
+        if sizes["B*M"] % self.method.views:
+            raise ValueError(f"Student: targets must hold {self.method.views} views of each image (method.views), got {sizes['B*M']} sequences")
         if self.method.contrasts and (positions is None or keys is None):
             raise ValueError("Student: positions and keys must be given where a contrastive loss is on, got none")
         out = self.transformer.features(tokens, label, keep, block=self.contrast_depth if self.method.contrasts else 0)

@@ -33,7 +33,7 @@ def fetch(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"{name}: downloading needs huggingface_hub, which cannot be imported ({error}): pip install huggingface_hub, or copy the files here "
+        raise UserError(f"{name}: downloading needs huggingface_hub, which cannot be imported ({error}): pip install 'star_fast[hub]', or copy the files here "
                         "and give their folder") from error
     try:
         if found["file"]:

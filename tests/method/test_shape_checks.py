@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from star_fast import ops
 from star_fast.config import MethodConfig, ModelConfig
-from star_fast.method import Features, Projector, Student, Teacher, objective
+from star_fast.method import Features, Projector, Student, Teacher, masking, objective
 from star_fast.method.shape_checks import check_shapes
 from star_fast.model.transformer import Transformer
 
@@ -55,6 +56,12 @@ CALLS: list[tuple[str, Callable[[], object], str]] = [
     ("objective", lambda: objective.objective(r(N, T, D), r(V, D), ints(N, T), r(N, T, D), None, None, None, NO_CONTRAST), "teacher_last must be given where"),
     ("objective", lambda: objective.objective(r(N, T, D), r(V, D), ints(N, T), r(N, T, D), None, r(N, T, D), None, METHOD), "anchor and key must be given"),
     ("objective", lambda: objective.objective(r(N, T, D), r(V, D), ints(N), r(N, T, D), None, None, None, METHOD), r"targets must be \(B\*M, T\)"),
+    ("epoch_order", lambda: masking.epoch_order(0, 0, [1, 2]), r"images must be an array \(B,\) of whole numbers, got list"),
+    ("choose_views", lambda: masking.choose_views(0, 0, np.zeros((2, 2), dtype=np.int64), 1, 2), r"images must be .* got int64 of shape \(2, 2\)"),
+    ("key_mask", lambda: masking.key_mask(0, 0, np.zeros(2), 2, T, 0.25), r"images must be .* got float64 of shape \(2,\)"),
+    ("key_mask", lambda: masking.key_mask(0, 0, np.arange(2), 2, T, 1.0), r"ratio must be a share in \[0, 1\), got 1.0"),
+    ("label_drop", lambda: masking.label_drop(0, 0, ints(2), 2, 0.1), "images must be .* got Tensor"),
+    ("position_set", lambda: masking.position_set(0, 0, T, T + 1), r"count must be in 1 \.\.\. 6, the positions there are, got 7"),
     ("masked_attention", lambda: ops.masked_attention(r(2, 5, 2, 4), r(2, 5, 2, 4), r(2, 5, 2, 4), torch.ones(2, 4, dtype=torch.bool)), "keep must be"),
     ("masked_attention_qkv", lambda: ops.masked_attention_qkv(r(2, 5, 2, 2, 4)), r"qkv must be \(B, T, 3, H, E\)"),
     ("masked_attention_qkv", lambda: ops.masked_attention_qkv(r(2, 5, 3, 2, 4), torch.ones(2, 4, dtype=torch.bool)), "keep must be"),
@@ -105,6 +112,8 @@ def test_student_and_teacher_name_what_is_missing() -> None:
         student(ints(N, T), *data[1:])
     with pytest.raises(ValueError, match=r"^Student: label must be \(B\*M,\) with B\*M = 4"):
         student(data[0], ints(3), data[2])
+    with pytest.raises(ValueError, match=r"^Student: targets must hold 2 views of each image \(method\.views\), got 3 sequences"):
+        student(ints(3, T - 1), ints(3), ints(3, T))
     with pytest.raises(TypeError, match=r"^Student: keep must be bool"):
         student(*data, keep=ints(N, T))
     teacher = Teacher(student.transformer, METHOD, 1)

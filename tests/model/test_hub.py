@@ -123,5 +123,5 @@ def test_what_cannot_be_fetched_is_one_line(name: str, functions: dict, message:
 
 def test_without_huggingface_hub_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"hf://a/b: downloading needs huggingface_hub, which cannot be imported .*pip install huggingface_hub"):
+    with pytest.raises(UserError, match=r"hf://a/b: downloading needs huggingface_hub, which cannot be imported .*pip install 'star_fast\[hub\]'"):
         star_fast.load("hf://a/b")

@@ -31,4 +31,5 @@ class HuggingFaceDecoder(nn.Module):
             out = self.body(inputs_embeds=x, attention_mask=None if keep is None else keep.long(), output_hidden_states=True, use_cache=False)
         finally:
             hook.remove()
-        return Features(out.last_hidden_state, seen["last"], out.hidden_states[block] if block else None)
+        outputs = (*out.hidden_states[:-1], seen["last"])
+        return Features(out.last_hidden_state, outputs[-1], outputs[block] if block else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def make_small_digits(root: Path) -> None:
     transformer.init_weights(generator)
     with torch.no_grad():
         transformer.output.weight.normal_(0, 0.5, generator=generator)
+    teacher = copy.deepcopy(transformer)
+    with torch.no_grad():
+        teacher.output.weight.mul_(1.5)
     run = root / "runs/digits"
     run.mkdir(parents=True)
     write_config(dataclasses.replace(config, model=model, data=data, tokenizer=TOKENIZER), run / "config.yaml")
     record = {"step": 20, "images_seen": 640, "contrast_depth": config.contrast_depth, "tokenizer_hash": store.tokenizer_hash}
-    save_model(run / "model", transformer, class_names=store.class_names, teacher=transformer, tokenizer=tokenizer, record=record)
+    save_model(run / "model", transformer, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer, record=record)

@@ -245,7 +245,8 @@ def test_training_from_python(one_rank: torch.device, tmp_path: Path, monkeypatc
     config = star_fast.run_config("tiny", {"data.codes": "data/digits", "train.max_steps": 2, "train.images_per_step": 8, "train.save_every_steps": 100})
     run = star_fast.train(config, "runs/new", init="runs/digits/model", init_weights="teacher")
     assert run == Path("runs/new") and star_fast.load(run).record["step"] == 2
-    before, after = (star_fast.load(where, dtype=torch.float32).transformer.state_dict() for where in ("runs/digits", run))
+    before = star_fast.load("runs/digits", weights="teacher", dtype=torch.float32).transformer.state_dict()
+    after = star_fast.load(run, dtype=torch.float32).transformer.state_dict()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved and all((before[name] - after[name]).abs().max() < 0.05 for name in moved)
     with pytest.raises(UserError, match="holds checkpoints up to step-0000002; add --resume"):

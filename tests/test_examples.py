@@ -147,6 +147,7 @@ def test_a_decoder_that_is_not_ours_shows_what_the_method_needs(kind: str, digit
     keep[:, [4, 9]] = False
     at = {block: model.features(tokens, label, block=block) for block in (0, 1, 2, 3)}
     whole, masked = at[2], model.features(tokens, label, keep, block=2)
+    assert torch.equal(model.features(tokens, label, block=4).middle, whole.last)  # of four blocks the last
     assert at[0].middle is None and not torch.allclose(at[1].middle, at[2].middle) and whole.hidden.shape == (3, store.positions, 96)
     norm = model.norm if kind == "plain" else model.body.ln_f
     torch.testing.assert_close(norm(whole.last), whole.hidden)

@@ -63,7 +63,7 @@ def probe(model: nn.Module, store: CodeStore, epochs: int = 30) -> dict[int, flo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--hugging-face", action="store_true")
     options = parser.parse_args()
     try:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import runpy
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -23,8 +21,7 @@ from star_fast.method import Projector, Student, Teacher, ema_decay, masking
 from tests.small_digits import make_small_digits
 from tests.training.conftest import one_rank as one_rank  # a fixture
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALLER = {'"train.max_steps": 200': '"train.max_steps": 2, "train.images_per_step": 8',
            '"train.max_steps": 20,': '"train.max_steps": 2, "train.images_per_step": 8,', "n=8": "n=2", "learn[:1000]": "learn[:30]", "epochs=20": "epochs=2"}
 
@@ -200,27 +197,32 @@ def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
     assert not torch.equal(expected, before)
 
 
-def test_own_model_as_a_program(digits: Path) -> None:
+def test_own_model_as_a_program(digits: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line a method with the probe at eight positions; where codes or transformers are missing, one line that says so."""
     text = (EXAMPLES / "own_model.py").read_text()
     assert len(text.splitlines()) < 80
     (digits / "own_model.py").write_text(text.replace("IMAGES = 96, 4, 4, 32", "IMAGES = 96, 4, 4, 8").replace("epochs: int = 30", "epochs: int = 2"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # where Python looks first when the file is run there
 
-    def run(*options: str, cwd: Path = digits, **more: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(digits / "own_model.py"), *options], cwd=cwd, capture_output=True, text=True, check=False,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)]), **more})
+    def run(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["own_model.py", *options])
+        runpy.run_path(str(digits / "own_model.py"), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
 
-    done = run("--steps", "2")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and [line.split()[0] for line in lines] == ["plain", "ST-AR"], done.stderr
-    assert all(line.count("%") == 8 and "next-token loss" in line for line in lines) and lines[0][5:] != lines[1][5:]
+    lines = run("--steps", "2")
+    assert [line.split()[0] for line in lines] == ["plain", "ST-AR"] and lines[0][5:] != lines[1][5:]
+    assert all(line.count("%") == 8 and "next-token loss" in line for line in lines)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match=r"^--hugging-face needs transformers, which cannot be imported .*: pip install transformers$"):
+        run("--hugging-face")
+    stand_in(monkeypatch)
+    assert len(run("--steps", "2", "--hugging-face")) == 2
+    sys.modules.pop("hugging_face_decoder")
     (digits / "elsewhere").mkdir()
-    done = run(cwd=digits / "elsewhere")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "data/digits" in done.stderr
-    (digits / "transformers.py").write_text("raise ImportError('not here')\n")
-    done = run("--hugging-face")
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["--hugging-face needs transformers, which cannot be imported (not here): pip install transformers"]
+    monkeypatch.chdir(digits / "elsewhere")
+    with pytest.raises(SystemExit, match="data/digits") as end:
+        run()
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
 
 
 def test_without_transformers_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from star_fast.data.codes import CodeStore
 from star_fast.evaluation.probe_features import extract_features
 from star_fast.evaluation.probe_training import linear_probe
 from star_fast.generation import generate
+from star_fast.generation.render import Renderer
 from star_fast.model.llamagen import load_tokenizer, save_transformer
 from star_fast.model.tokenizer import from_uint8, to_uint8
 from star_fast.model.weights import load_model
@@ -74,9 +75,13 @@ def test_the_drawn_images_are_those_of_generate_and_the_tokenizer(folder: Path, 
     drawn = model.sample(["birch", 0, "birch"], n=2, guidance=1.5, top_k=5, top_p=0.9, temperature=0.8, cfg_interval=3, seed=7)
     loaded = load_model(folder)
     codes = generate(loaded.transformer, torch.tensor([1, 1, 0, 0, 1, 1]), guidance=1.5, top_k=5, top_p=0.9, temperature=0.8, cfg_interval=3, seed=7)
-    expected = to_uint8(load_tokenizer(folder / "tokenizer").decode(codes)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    assert torch.equal(drawn.pixels, expected)
-    assert torch.equal(model.decode(codes).pixels, expected) and torch.equal(model.decode(codes[2]).pixels, expected[2:3])
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    plain = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    away = (drawn.pixels.int() - plain.int()).abs()  # rounding may depend on how many images are decoded together
+    assert away.max() <= 4 and away.float().mean() < 0.5
+    renderer = Renderer(tokenizer, model.device)
+    assert torch.equal(drawn.pixels, renderer.start(codes).wait()) and torch.equal(model.decode(codes).pixels, drawn.pixels)
+    assert torch.equal(model.decode(codes[2]).pixels, renderer.start(codes[2:3]).wait())
     assert not torch.equal(model.sample("birch", n=2, seed=8).pixels, model.sample("birch", n=2, seed=7).pixels)
     alone = generate(loaded.transformer, torch.tensor([3, 3]), seed=7)  # 3: the null class
     assert torch.equal(model.sample(None, n=2, guidance=1.0, seed=7).pixels, model.decode(alone).pixels)

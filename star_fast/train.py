@@ -1,4 +1,7 @@
-"""Train: `deepspeed star_fast/train.py --preset XL --data.codes CODES --run runs/XL`, or the same with plain python for one process."""
+"""Train: `deepspeed star_fast/train.py --preset XL --data.codes CODES --run runs/XL`, or the same with plain python for one process.
+
+From Python `star_fast.train(config, run)`: this module can be called; help(star_fast.train.__call__) says how.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0] or ".") 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
@@ -178,5 +182,37 @@ def main() -> int:
     return guarded(lambda: run_command(command_line(), "train.py"))
 
 
+class _Callable(ModuleType):
+    """`star_fast.train(config)`: the package's attribute of that name is this module, whoever imported it first, so the module can be called."""
+
+    def __call__(self, config: RunConfig, run: str | Path = "runs/run", *, init: str | Path = "", init_weights: str = "", init_class_names: str = "",
+                 resume: bool = False, plain: bool = False) -> Path:
+        """Train in this process, as `python star_fast/train.py` does, and export the model.
+
+        Many GPUs: start the script that calls this under a launcher (`deepspeed`, `torchrun`), one process a GPU.
+
+        Args:
+            config: see `star_fast.run_config`; its data.codes names the code store that `star-fast prepare` made.
+            run: the run's folder: config, metrics, checkpoints, and model/, which `star_fast.load` reads.
+            init: start student and teacher from these weights: a model folder, or a LlamaGen file.
+            init_weights: of a model folder "student" or "teacher"; of a LlamaGen file "model", "ema" ...; "": the student, or the file's first.
+            init_class_names: names of init's classes: a file with one a line, or "imagenet".
+            resume: go on from the run's newest checkpoint.
+            plain: LlamaGen's own training, the baseline: no teacher, mask or contrast.
+
+        Returns:
+            The run's folder.
+
+        Raises:
+            UserError: the job cannot start or go on; one line that says why and what to do.
+        """
+        if not isinstance(config, RunConfig):
+            raise UserError(f"train: expected a RunConfig, as star_fast.run_config('tiny') gives, got {type(config).__name__}")
+        train(TrainCommand(config=config, run=str(run), init=str(init), init_weights=init_weights, init_class_names=init_class_names, resume=resume,
+                           plain=plain))
+        return Path(run)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _Callable

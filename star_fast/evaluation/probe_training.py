@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from star_fast.errors import UserError
-from star_fast.evaluation.probe_features import BLOCK_IMAGES, Features
+from star_fast.evaluation.probe_features import BLOCK_IMAGES, Features, InMemory
 
 TRUST = 0.001  # LARS: a step moves a weight matrix by at most this share of its norm times the learning rate
 MOMENTUM = 0.9
@@ -112,6 +112,31 @@ def train_probes(train: Features, labels: Tensor, num_classes: int, schedule: Sc
     if not any(probes.finite()):
         raise UserError(f"probe: its training ended in numbers that are not finite; give a smaller --lr than {min(schedule.lr):g}")
     return probes
+
+
+@torch.enable_grad()
+def linear_probe(train: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, *, epochs: int = 90, lr: float = 6.4, seed: int = 0) -> list[float]:
+    """The probe on any model's features: a linear layer for each position learns the class from `train`, and is judged on `held_out`.
+
+    Args:
+        train: (N, P, D) float, P positions. labels: (N,) int64, classes from 0 on.
+        held_out: (N', P, D). held_out_labels: (N',) int64.
+        epochs: passes over the training images, a ninth of them with a rising learning rate (MAE: 10 of 90). lr: its peak.
+
+    Returns:
+        The share of held-out images whose class is named, one a position.
+
+    Raises:
+        ValueError: shapes that do not fit. UserError: training ended in numbers that are not finite.
+    """
+    for name, features, classes in (("train", train, labels), ("held_out", held_out, held_out_labels)):
+        if features.ndim != 3 or 0 in features.shape or features.shape[1:] != train.shape[1:]:
+            raise ValueError(f"linear_probe: {name} must be (N, P, D), with the other's P and D, got shape {tuple(features.shape)}")
+        if classes.dtype != torch.int64 or classes.shape != features.shape[:1] or int(classes.min()) < 0:
+            raise ValueError(f"linear_probe: labels of {name} must be ({len(features)},) int64, 0 or more, got {classes.dtype} of shape {tuple(classes.shape)}")
+    schedule = Schedule((lr,), epochs, epochs // 9, 16384, seed)
+    probes = train_probes(InMemory([train.float()]), labels, int(max(labels.max(), held_out_labels.max())) + 1, schedule, train.device)
+    return accuracies(probes, InMemory([held_out.float()]), held_out_labels)[0].tolist()
 
 
 def step_images(count: int, most: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from star_fast.errors import UserError
 from star_fast.generation.decoder import Decoder
-from star_fast.generation.device import multiplies_bfloat16
+from star_fast.generation.device import native_dtype
 from star_fast.generation.products import resolve
 from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering, pixel_precision
 from star_fast.model.tokenizer import VQTokenizer
@@ -113,7 +113,7 @@ def _step_seconds(decoder: Decoder, rows: int, repeats: int) -> float:
 def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
     if config.exact or config.precision == "fp32":
         return torch.float32
-    return torch.bfloat16 if config.precision == "bf16" or multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else native_dtype(device)
 
 
 @contextlib.contextmanager

@@ -53,9 +53,9 @@ def take_device(name: str = "") -> torch.device:
     return device
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device's own instructions multiply bfloat16: then it is the faster format; elsewhere float32 is."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32: what models draw images in."""
+    return torch.bfloat16 if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _from_environment(name: str, default: int, least: int, most: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_fast.generation.device import multiplies_bfloat16
+from star_fast.generation.device import native_dtype
 from star_fast.generation.packed_convolutions import bfloat16_decoder, largest_activation_bytes
 from star_fast.host_memory import keep_freed_memory
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
@@ -43,7 +43,7 @@ def pixel_precision(device: torch.device, float32: bool) -> Literal["bf16", "fp3
     if device.type == "cuda":
         return "bf16"
     # torch's attention in bfloat16 cannot do without AVX-512, which ATEN_CPU_CAPABILITY may have forbidden.
-    native = multiplies_bfloat16(device) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    native = native_dtype(device) == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "bf16" if native and not float32 else "fp32"
 
 

@@ -40,13 +40,21 @@ def random_words(seed: int, purpose: Purpose, *indices: np.ndarray | int) -> np.
         return state
 
 
+def _check_images(function: str, images: np.ndarray) -> None:
+    if not isinstance(images, np.ndarray) or images.ndim != 1 or images.dtype.kind not in "iu":
+        told = f"{images.dtype} of shape {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f"{function}: images must be an array (B,) of whole numbers, got {told}")
+
+
 def epoch_order(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
     """`images` (int64) shuffled for one epoch."""
+    _check_images("epoch_order", images)
     return images[np.argsort(random_words(seed, Purpose.ORDER, epoch, images), kind="stable")]
 
 
 def choose_views(seed: int, epoch: int, images: np.ndarray, views: int, available: int) -> np.ndarray:
     """`views` different crops out of `available` for each image: (B, M) int64. (M = 1 draws one at random.)"""
+    _check_images("choose_views", images)
     if views > available:
         raise ValueError(f"choose_views: {views} different views asked for, the codes hold {available} an image")
     words = random_words(seed, Purpose.VIEWS, epoch, images[:, None], np.arange(available))
@@ -64,6 +72,9 @@ def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: i
     For each view floor(ratio * (T-1)) of the image positions 1 ... T-1 are hidden, uniformly without replacement; position 0, the
     class, is always visible (docs/method.md section 2, Key mask).
     """
+    _check_images("key_mask", images)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"key_mask: ratio must be a share in [0, 1), got {ratio}")
     hidden = hidden_count(positions, ratio)
     if hidden == 0:
         return None
@@ -76,12 +87,15 @@ def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: i
 
 def label_drop(seed: int, epoch: int, images: np.ndarray, views: int, share: float) -> np.ndarray:
     """Which views train without their label: (B, M) bool, True with probability `share`."""
+    _check_images("label_drop", images)
     words = random_words(seed, Purpose.LABEL_DROP, epoch, images[:, None], np.arange(views))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 
 
 def position_set(seed: int, step: int, positions: int, count: int) -> np.ndarray:
     """I: `count` different positions of 0 ... T-1 for one optimizer step, ascending: (K,) int64."""
+    if not 1 <= count <= positions:
+        raise ValueError(f"position_set: count must be in 1 ... {positions}, the positions there are, got {count}")
     words = random_words(seed, Purpose.POSITION_SET, step, np.arange(positions))
     return np.sort(np.argsort(words, kind="stable")[:count])
 

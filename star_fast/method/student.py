@@ -1,12 +1,14 @@
-"""The student: transformer and projector as the one module that is trained; its forward pass returns the losses.
+"""The student: a model and a projector as the one module that is trained; its forward pass returns the losses.
 
-No parameter is read outside this module's forward: under ZeRO-3 a weight exists only there.
+The model is LlamaGen's transformer, or any decoder that shows its features (model/features.py). No parameter is read outside this module's forward: under
+ZeRO-3 a weight exists only there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from star_fast.config import MethodConfig
 from star_fast.method import objective
 from star_fast.method.batch_norm import BatchNorm
 from star_fast.method.objective import Losses
-from star_fast.model.transformer import Transformer
+from star_fast.method.shape_checks import check_shapes
+from star_fast.model.features import FeatureModel, Features
 
 
 class Projector(nn.Sequential):
@@ -35,6 +38,15 @@ class Projector(nn.Sequential):
             modules += [BatchNorm(fan_out)] if normed else []
         super().__init__(*modules)
 
+    @classmethod
+    def of_method(cls, width: int, method: MethodConfig, generator: torch.Generator | None = None) -> Self | None:
+        """The projector, initialised, that `method` wants for features of `width` numbers; None where no contrastive loss is on."""
+        if not method.contrasts:
+            return None
+        projector = cls(width, method.projector_width, method.projector_layers, method.projector_norm)
+        projector.init_weights(generator)
+        return projector
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases; norms that scale by 1."""
@@ -48,9 +60,15 @@ class Projector(nn.Sequential):
 
 
 class Student(nn.Module):
-    """Transformer plus, where a contrastive loss is on, projector."""
+    """A model plus, where a contrastive loss is on, projector.
 
-    def __init__(self, transformer: Transformer, projector: Projector | None, method: MethodConfig, contrast_depth: int) -> None:
+    Args:
+        transformer: ours, or any nn.Module that is a FeatureModel.
+        projector: see Projector.of_method.
+        contrast_depth: block whose output is contrasted, counted from 1.
+    """
+
+    def __init__(self, transformer: FeatureModel, projector: Projector | None, method: MethodConfig, contrast_depth: int) -> None:
         super().__init__()
         if (projector is not None) != method.contrasts:
             raise ValueError("Student: a projector exists exactly where a contrastive loss is on")
@@ -74,19 +92,39 @@ class Student(nn.Module):
             positions: (K,) int64 the position set I, with `keys`.
             row_offset: key row of this rank's first image.
             only_ar: the next-token loss alone, as validation wants it; the other terms are 0.
+
+        Raises:
+            TypeError, ValueError: a tensor of another shape or dtype, or none where a loss that is on needs it.
         """
+        sizes = check_shapes("Student", targets=(targets, "B*M T", torch.int64), label=(label, "B*M", torch.int64))
+        if sizes["T"] > 1:
+            check_shapes("Student", tokens=(tokens, f"{sizes['B*M']} {sizes['T'] - 1}", torch.int64))
+        if keep is not None:
+            check_shapes("Student", keep=(keep, f"{sizes['B*M']} {sizes['T']}", torch.bool))
         if only_ar:
-            hidden = self.transformer(tokens, label, keep, logits=False).hidden
+            hidden = self.transformer.features(tokens, label, keep).hidden
             ar = objective.autoregressive_loss(hidden, self.transformer.output.weight, targets)
             return Losses(ar, ar, *[ar.new_zeros(())] * 3)
-        blocks = (self.contrast_depth,) if self.method.contrasts else ()
-        out = self.transformer(tokens, label, keep, blocks=blocks, logits=False)
+        if sizes["B*M"] % self.method.views:
+            raise ValueError(f"Student: targets must hold {self.method.views} views of each image (method.views), got {sizes['B*M']} sequences")
+        if self.method.contrasts and (positions is None or keys is None):
+            raise ValueError("Student: positions and keys must be given where a contrastive loss is on, got none")
+        out = self.transformer.features(tokens, label, keep, block=self.contrast_depth if self.method.contrasts else 0)
+        check_features(self.transformer, out, (sizes["B*M"], sizes["T"]), self.method.contrasts)
         anchor = None
         if self.method.contrasts:
             # The projector needs no other position than the K sampled ones: project these only.
-            slots_BMKD = objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)
+            slots_BMKD = objective.gather_slots(out.middle, positions, self.method.views)
             anchor = objective.slots_first(self.projector(slots_BMKD))
         if callable(keys):
             keys = keys()
         return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset, keep,
                                    self.pairs)
+
+
+def check_features(model: FeatureModel, out: Features, size: tuple[int, int], middle: bool) -> None:
+    """Raises TypeError or ValueError, in the name of the model's own method, for features that are not of `size` (N, T), or a missing `middle`."""
+    wanted = {"hidden": (out.hidden, f"{size[0]} {size[1]} D"), "last": (out.last, f"{size[0]} {size[1]} D")}
+    if middle:
+        wanted["middle"] = (out.middle, f"{size[0]} {size[1]} D")
+    check_shapes(f"{type(model).__name__}.features", **wanted)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from star_fast.config import MethodConfig
 from star_fast.method import objective
-from star_fast.model.transformer import Transformer
+from star_fast.model.features import FeatureModel
 from star_fast.ops.ema_update import ema_update
 
 
@@ -21,13 +21,13 @@ def ema_decay(method: MethodConfig, step: int) -> float:
 
 
 class Teacher:
-    """The EMA copy of the student's transformer.
+    """The EMA copy of the student's model: our transformer, or any nn.Module that is a FeatureModel. Buffers stay as they were when it was copied.
 
     `model` runs in the student's dtype. `masters` are its float32 weights, laid out as the student's own masters are: whole tensors, or
     this rank's shards under ZeRO. An average kept in bf16 would not move at decay 0.9999, so `model` only ever receives rounded copies.
     """
 
-    def __init__(self, transformer: Transformer, method: MethodConfig, contrast_depth: int) -> None:
+    def __init__(self, transformer: FeatureModel, method: MethodConfig, contrast_depth: int) -> None:
         self.model = copy.deepcopy(transformer).eval().requires_grad_(False)
         self.method = method
         self.contrast_depth = contrast_depth
@@ -35,6 +35,17 @@ class Teacher:
         self._copies: list[Tensor] | None = None
         self._publish: Callable[[], list[Any]] = list
         self._arrivals: list[Any] = []
+        self._attached = False  # a rank's share of the masters may be empty
+
+    def attach_whole(self) -> Self:
+        """Where nothing is sharded: average into the model's own weights, or into float32 copies where they are of less precision. Returns itself.
+
+        `update` then takes the student's weights (`list(model.parameters())`), float32 too: masters, where the student trains in less precision.
+        """
+        own = list(self.model.parameters())
+        exact = all(weight.dtype == torch.float32 for weight in own)
+        self.attach(own if exact else [weight.detach().float() for weight in own], None if exact else own)
+        return self
 
     def attach(self, masters: Sequence[Tensor], copies: Sequence[Tensor] | None, publish: Callable[[], list[Any]] = list) -> None:
         """Tell where the weights live.
@@ -44,11 +55,18 @@ class Teacher:
             copies: tensors of the same shapes in `model`'s dtype that receive the rounded masters.
             publish: called after each update: starts to spread this rank's copies to all ranks' models, and returns what to wait for.
         """
+        self._attached = True
         self.masters, self._copies, self._publish = list(masters), None if copies is None else list(copies), publish
 
     @torch.no_grad()
     def update(self, student_masters: Sequence[Tensor], step: int) -> None:
-        """teacher += (1 - decay) * (student - teacher), once after optimizer step `step` (counted from 0)."""
+        """teacher += (1 - decay) * (student - teacher), once after optimizer step `step` (counted from 0).
+
+        Raises:
+            ValueError: nothing is attached yet, or the student's weights are not as many, or of other shapes.
+        """
+        if not self._attached:
+            raise ValueError("Teacher.update: expected attach or attach_whole to have told where the weights live, got neither")
         self.settle()
         near = self._copies is not None and self._copies[0].device == self.masters[0].device
         ema_update(self.masters, list(student_masters), ema_decay(self.method, step), copy_to=self._copies if near else None)
@@ -75,11 +93,12 @@ class Teacher:
 
         Same tokens as the student's; labels too, dropped ones included, or the true ones (`method.teacher_label`).
         """
+        if self.method.contrasts and positions is None:
+            raise ValueError("Teacher.features: positions must be given where a contrastive loss is on, got none")
         self.settle()
-        blocks = (self.contrast_depth,) if self.method.contrasts else ()
         # Without L_MIM nothing is asked of the later blocks.
-        out = self.model(tokens, label, blocks=blocks, logits=False, last_block=0 if self.method.mim_weight else self.contrast_depth)
+        out = self.model.features(tokens, label, block=self.contrast_depth if self.method.contrasts else 0, last=bool(self.method.mim_weight))
         slots = None
         if self.method.contrasts:
-            slots = objective.slots_first(objective.gather_slots(out.features[self.contrast_depth], positions, self.method.views)).contiguous()
+            slots = objective.slots_first(objective.gather_slots(out.middle, positions, self.method.views)).contiguous()
         return out.last if self.method.mim_weight else None, slots

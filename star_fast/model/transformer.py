@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from star_fast.config import ModelConfig
+from star_fast.model.features import Features
 from star_fast.ops.add_rms_norm import add_rms_norm
 from star_fast.ops.decode_attention import KVCache, decode_attention
 from star_fast.ops.dispatch import same_choice_again
@@ -233,6 +234,11 @@ class Transformer(nn.Module):
             if index + 1 in blocks:
                 features[index + 1] = residual_BTD
         return TransformerOutput(self.output(normed_BTD).float() if logits else None, residual_BTD, normed_BTD, features)
+
+    def features(self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, *, block: int = 0, last: bool = True) -> Features:
+        """What the method asks of a model (model/features.py): `forward` without logits; with `last` False the blocks after `block` do not run."""
+        out = self(tokens, label, keep, blocks=(block,) if block else (), logits=False, last_block=0 if last else block)
+        return Features(out.hidden, out.last, out.features.get(block))
 
     def step(self, embedded: Tensor, caches: Sequence[KVCache], position: int | Tensor) -> Tensor:
         """One position of R rows: embedding in, final hidden state out; every block's cache is extended at `position`.

@@ -4,6 +4,7 @@
     teacher.safetensors   the EMA teacher, where there is one
     config.json           ModelConfig, class names, sha256 of the weights, and the record of the run (method, step, images seen ...)
     tokenizer/            the VQ tokenizer that made the codes, where it is known
+    README.md             a card for people, where the folder is to be shown
 
 A folder is whole or absent: it is written beside its place, then renamed.
 """
@@ -39,7 +40,8 @@ TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS_FILES = {"student": "model.safetensors", "teacher": "teacher.safetensors"}
 _HINT = "expected a model folder as a training run writes it"
 _MOST_CONFIG_BYTES = 2**23  # the names of 200 000 classes
-_MEMBERS = {CONFIG_FILE, TOKENIZER_FOLDER, *WEIGHTS_FILES.values()}
+CARD_FILE = "README.md"
+_MEMBERS = {CONFIG_FILE, CARD_FILE, TOKENIZER_FOLDER, *WEIGHTS_FILES.values()}
 
 Weights = Literal["student", "teacher"]
 
@@ -97,7 +99,8 @@ class _About:
 
 
 def save_model(folder: str | Path, transformer: Transformer, *, class_names: Sequence[str], teacher: Transformer | Mapping[str, Tensor] | None = None,
-               tokenizer: VQTokenizer | str | Path | None = None, record: Mapping[str, Any] | None = None) -> None:
+               tokenizer: VQTokenizer | str | Path | None = None, record: Mapping[str, Any] | None = None,
+               card: str = "") -> None:
     """Write a model folder, whole or not at all; an older model folder in its place is replaced.
 
     Args:
@@ -107,6 +110,7 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
         teacher: the EMA copy, or its weights under LlamaGen's names.
         tokenizer: the tokenizer or its folder.
         record: anything JSON can hold: method settings, step, images_seen, tokenizer hash ...
+        card: README.md, in Markdown (hub.model_card); "": none.
 
     Leftovers of saves to `folder` that were killed are cleared (a model that such a save had moved out of the way comes back first); so there must be
     one writer of a folder at a time, as a run's lock provides.
@@ -142,6 +146,8 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
             atomic_write_bytes(staging / WEIGHTS_FILES[name], data)
         if tokenizer is not None:
             tokenizer.save(staging / TOKENIZER_FOLDER)
+        if card:
+            atomic_write_bytes(staging / CARD_FILE, card.encode())
         atomic_write_json(staging / CONFIG_FILE, {"format_version": FORMAT_VERSION, "model": to_dict(config), "class_names": list(class_names),
                                                   "weights_sha256": hashes, "record": dict(record or {})})
         with explain_write_errors(folder):

@@ -32,7 +32,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None
                              f"got {tuple(other.shape)} {other.dtype} on {other.device}")
     if q.ndim != 4:
         raise ValueError(f"masked_attention: q must be (B, T, H, E), got shape {tuple(q.shape)}")
-    return masked_attention_qkv(torch.stack((q, k, v), dim=2), keep, backend=backend)
+    return _checked_call("masked_attention", torch.stack((q, k, v), dim=2), keep, None, False, backend)
 
 
 def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False,
@@ -70,26 +70,31 @@ def masked_attention_qkv(qkv: Tensor, keep: Tensor | None = None, *, rotary: Ten
     Source:
         ST-AR (arXiv 2509.15185), the masked self-attention of L_MIM; LlamaGen (arXiv 2406.06525), Attention; FlashAttention-2 (arXiv 2307.08691).
     """
+    return _checked_call("masked_attention_qkv", qkv, keep, rotary, overwrite, backend)
+
+
+def _checked_call(op: str, qkv: Tensor, keep: Tensor | None, rotary: Tensor | None, overwrite: bool, backend: str | None) -> Tensor:
+    """`masked_attention_qkv`, whose errors bear the name of the function that was called."""
     if not qkv.is_floating_point():
-        raise TypeError(f"masked_attention: qkv must be floating point, got {qkv.dtype}")
+        raise TypeError(f"{op}: qkv must be floating point, got {qkv.dtype}")
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
-        raise ValueError(f"masked_attention: qkv must be (B, T, 3, H, E) with T, H, E >= 1, got shape {tuple(qkv.shape)}")
+        raise ValueError(f"{op}: qkv must be (B, T, 3, H, E) with T, H, E >= 1, got shape {tuple(qkv.shape)}")
     if rotary is not None:
-        check_table("masked_attention", rotary, qkv.shape[1], qkv.shape[4], qkv.device)
+        check_table(op, rotary, qkv.shape[1], qkv.shape[4], qkv.device)
     if keep is not None:
-        _check_keep(keep, qkv)
+        _check_keep(op, keep, qkv)
     return dispatch.call("masked_attention_qkv", qkv.device, (qkv, keep), {"rotary": rotary, "overwrite": overwrite}, backend=backend)
 
 
-def _check_keep(keep: Tensor, qkv: Tensor) -> None:
+def _check_keep(op: str, keep: Tensor, qkv: Tensor) -> None:
     if keep.dtype != torch.bool:
-        raise TypeError(f"masked_attention: keep must be bool (True = visible), got {keep.dtype}")
+        raise TypeError(f"{op}: keep must be bool (True = visible), got {keep.dtype}")
     if keep.shape != qkv.shape[:2]:
-        raise ValueError(f"masked_attention: keep must be (B, T) = {tuple(qkv.shape[:2])} like qkv, got shape {tuple(keep.shape)}")
+        raise ValueError(f"{op}: keep must be (B, T) = {tuple(qkv.shape[:2])} like qkv, got shape {tuple(keep.shape)}")
     if keep.device != qkv.device:
-        raise ValueError(f"masked_attention: keep must be on {qkv.device} like qkv, got {keep.device}")
+        raise ValueError(f"{op}: keep must be on {qkv.device} like qkv, got {keep.device}")
     if keep.device.type == "cpu" and not isinstance(keep, FakeTensor) and not keep[:, 0].all():
-        raise ValueError(f"masked_attention: keep[:, 0] must be True (the class position is never hidden), got False in {int((~keep[:, 0]).sum())} rows")
+        raise ValueError(f"{op}: keep[:, 0] must be True (the class position is never hidden), got False in {int((~keep[:, 0]).sum())} rows")
 
 
 def reference(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:

@@ -41,11 +41,7 @@ def build_student(config: RunConfig) -> Student:
     if config.train.compile:
         for block in transformer.layers:  # what is left between our own ops; a block's dropout seeds would compile it anew each step
             block.feed_forward.compile()
-    projector = None
-    if config.method.contrasts:
-        projector = Projector(config.model.width, config.method.projector_width, config.method.projector_layers, config.method.projector_norm)
-        projector.init_weights(generator)
-    return Student(transformer, projector, config.method, config.contrast_depth)
+    return Student(transformer, Projector.of_method(config.model.width, config.method, generator), config.method, config.contrast_depth)
 
 
 class Inside(nn.Module):

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import loading_store, memory, timing
+from benchmarks.alone import alone
 from benchmarks.rows import Given, NotHere, Piece, Row
 from benchmarks.timing import Timing
 from star_fast.data.codes import CodeStore
@@ -119,8 +119,7 @@ def _in_a_process(size: str, given: Given) -> list[Row]:
     """A training state needs ranks, which a process keeps for good."""
     if importlib.util.find_spec("deepspeed") is None:
         raise NotHere("deepspeed is not installed")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_rows, (size, given, torch.get_num_threads()))
+    return alone(_rows, size, given, torch.get_num_threads())
 
 
 def _rows(size: str, given: Given, threads: int) -> list[Row]:
@@ -147,8 +146,9 @@ def _peak_mib(call: Callable[[], object]) -> float:
 
 def _of(verb: str, base: str, times: dict[str, Timing], size: str, held: int, peaks: dict[str, dict[str, float]]) -> list[Row]:
     name = f"checkpoint {verb}, state of {size}, {held / 1e6:.0f} MB"
+    ceiling = "the disk, flushed" if verb == "save" else "the disk"
     return [Row(name, who, found.median_ms, found.spread, None if who == DISK else times[base].median_ms / found.median_ms,
-                times[DISK].median_ms / found.median_ms, held / 1e6, ceiling="the disk, flushed" if verb == "save" else "the disk", peak_mib=peaks[verb][who], memory_of=memory.PROCESS)
+                times[DISK].median_ms / found.median_ms, held / 1e6, ceiling=ceiling, peak_mib=peaks[verb][who], memory_of=memory.PROCESS)
             for who, found in times.items()]
 
 

@@ -199,7 +199,7 @@ def _rows(name: str, given: Given) -> list[Row]:
     views, found, _ = prepare(name, given.quick)
     least_ms = next(row.ms for row in found if row.way == DECODING)
     return [Row(f"{views} views of an image, crop range {name}", row.way, row.ms, row.spread, None if row.way == DECODING else row.by_loader, least_ms / row.ms,
-                how="" if given.device == "cpu" else "on the host", ceiling=DECODING) for row in found]
+                how="" if given.device == "cpu" else "on the host", ceiling="decoding alone") for row in found]
 
 
 def main_call(given: Given) -> Callable[[], object]:

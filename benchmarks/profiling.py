@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.alone import alone
 from benchmarks.rows import Given, NotHere
 
 TOP = 40
@@ -33,8 +33,7 @@ def largest(profiler: profile, device: str, top: int = TOP) -> list[tuple[str, f
 
 def write(subject: str, module: str, folder: Path, given: Given) -> str:
     """Profile a subject's main call in a process of its own: FOLDER/SUBJECT.json (open in chrome://tracing or Perfetto) and SUBJECT.md; returns a line."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_write, (subject, module, folder, given, torch.get_num_threads()))
+    return alone(_write, subject, module, folder, given, torch.get_num_threads())
 
 
 def _write(subject: str, module: str, folder: Path, given: Given, threads: int) -> str:

@@ -69,8 +69,8 @@ def _rows(setting: str, logits: Tensor, uncond: Tensor, given: Given) -> list[Ro
     moved = cost({"logits": logits, **asked})
     least_ms = given.ceilings.least_ms(*moved, logits.dtype)
     return [Row(f"sample_tokens {ROWS} x {VOCAB} float32, {setting}", who, found.median_ms, found.spread,
-                times["naive"].median_ms / found.median_ms, least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9, found.how, ceiling=given.ceilings.named(*moved, logits.dtype),
-                peak_mib=peaks[who], memory_of=memory.ALLOCATOR) for who, found in times.items()]
+                times["naive"].median_ms / found.median_ms, least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9, found.how,
+                ceiling=given.ceilings.named(*moved, logits.dtype), peak_mib=peaks[who], memory_of=memory.ALLOCATOR) for who, found in times.items()]
 
 
 def main_call(given: Given) -> Callable[[], object]:

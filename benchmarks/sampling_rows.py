@@ -84,7 +84,7 @@ def _whole(name: str, size: tuple[int, int, int], images: int, given: Given) -> 
         values = times[candidate]
         spread = None if len(values) < 3 else (max(values) - min(values)) / median_ms / 2
         rows.append(Row(name, candidate, median_ms, spread, medians[sampling_whole.LLAMAGEN] / median_ms, least_ms / median_ms,
-                        how="" if given.device == "cpu" else "whole jobs", ceiling="products and reads of all steps, decoder's products"))
+                        how="" if given.device == "cpu" else "whole jobs", ceiling="products and reads"))
     return rows
 
 
@@ -98,7 +98,7 @@ def _steps(given: Given) -> list[Row]:
         if "products" not in candidate:
             least_ms = work.step_ms(given.ceilings, POSITIONS / 2, *_kinds(candidate))
             rows.append(Row(f"decoding step, B, {work.images} images guided, bf16", candidate, ms, None, base / ms, least_ms / ms, how=how[candidate],
-                            ceiling="products or reads of a step"))
+                            ceiling="products or reads"))
     return rows
 
 

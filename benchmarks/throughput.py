@@ -35,8 +35,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 HEADINGS = ("what", "backend", "median ms", "spread", "of ceiling", "x baseline", "peak MiB", "")
 LEFT = (0, 1, 7)  # columns of words
 CAPTION = ("Spread: the middle half of the times over their median. Of ceiling: of the speed that this run's ceilings allow, named at the end of the row; "
-           "caches can lift it above 100 %. x baseline: the baseline's time (memory, where no time is given) over this one's, above 1 is better. Peak MiB: most "
-           "memory beyond what was there before; of torch's allocator for ops, of a process (p) for steps and checkpoints.")
+           "caches can lift it above 100 %. x baseline: the baseline's time (memory, where no time is given) over this one's, above 1 is better. Peak MiB: "
+           "most memory beyond what was there before; of torch's allocator for ops, of a process (p) for steps and checkpoints.")
 
 
 def parse() -> argparse.Namespace:

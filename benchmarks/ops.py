@@ -1,6 +1,7 @@
 """Every op on every backend that runs here, beside its naive composition and what others offer (baselines.py).
 
-Time, bytes, FLOPs, share of this machine's ceilings; peak memory of torch's allocator over one call, results included.
+Time, bytes, FLOPs, share of this machine's ceilings; peak memory of torch's allocator over one call, results included. On the CPU freed memory is kept, as
+training keeps it: else each large result is mapped anew, which takes as long as computing it. All candidates profit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 from benchmarks import baselines, memory, naive, timing
 from benchmarks.rows import Given, Piece, Row, told, without_figures
 from star_fast.ops import dispatch
+from star_fast.training.host_memory import keep_freed_memory
 
 
 class Subject(NamedTuple):
@@ -73,6 +75,7 @@ def arguments(subject: Subject, given: Given) -> dict[str, Any]:
 
 
 def _made_rows(subject: Subject, gradients: tuple[str, ...], name: str, given: Given) -> list[Row]:
+    keep_freed_memory()  # of this process for good
     return _rows(subject, arguments(subject, given), gradients, name, *given)
 
 

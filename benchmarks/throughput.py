@@ -31,6 +31,7 @@ from benchmarks.rows import Given, Piece, measured
 # Each module has pieces(given), parts that run and may fail alone, and main_call(given), what --profile looks into.
 SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op", "training": "benchmarks.training_rows", "sampling": "benchmarks.sampling_rows",
             "loading": "benchmarks.loading", "checkpoint": "benchmarks.checkpoint", "python-cost": "benchmarks.python_cost"}
+KEEP_MEMORY = ("ops", "python-cost")  # in this process, for good: measured last
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADINGS = ("what", "backend", "median ms", "spread", "of ceiling", "x baseline", "peak MiB", "")
 LEFT = (0, 1, 7)  # columns of words
@@ -67,12 +68,12 @@ def all_rows(pieces: dict[str, list[Piece]]) -> list[dict[str, Any]]:
     """Every piece's rows, with their subject; a bar on stderr says what is being measured."""
     rows = []
     with tqdm(total=sum(map(len, pieces.values())), file=sys.stderr, disable=None, leave=False, unit="piece") as bar:
-        for subject, parts in pieces.items():
+        for subject, parts in sorted(pieces.items(), key=lambda item: item[0] in KEEP_MEMORY):
             for piece in parts:
                 bar.set_description(f"{subject}: {piece.name}"[:70])
                 rows += [{"subject": subject, **row._asdict()} for row in measured(piece)]
                 bar.update()
-    return rows
+    return sorted(rows, key=lambda row: list(pieces).index(row["subject"]))
 
 
 def pieces_of(subjects: list[str], given: Given) -> dict[str, list[Piece]]:

@@ -54,9 +54,9 @@ REASONS = [
     Reason("^sampling with pixels", "", "cpu",
            "The tokenizer's decoder is a large part of a job: its convolutions are no large products, and the ceiling gives them the bf16 rate."),
     Reason("^decoding step", "", "cpu",
-           "The ceiling lets reads and products overlap and gives 64 rows the rate of large products; a step multiplies, then reads its caches, layer by layer."),
+           "The ceiling lets reads and products overlap and gives 64 rows the rate of large products; a step multiplies, then reads caches, by turns."),
     # Data and disk
-    Reason("views of an image", r"\(ours\)", "", "Decoding alone is the ceiling; the halving and bicubic centre crop of ADM cost twice as much again."),
+    Reason("views of an image", r"\(ours\)", "", "Decoding alone is the ceiling; the centre crop (halving, bicubic) and the ten crops cost more than decoding."),
     Reason("CodeStore.codes", "", "",
            "Views are gathered from random places, 512 bytes each, and widened from 16 to 64 bits; the ceiling is one long copy."),
     Reason("Batches.step", "", "",

@@ -56,6 +56,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--compare: expected one or two files, got {len(arguments.compare)}")
     if arguments.profile and (arguments.json or arguments.save or arguments.compare):
         parser.error("--profile measures nothing that --json, --save or --compare could take: give it alone")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: its folder does not exist; make it first")
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that candidates start too
     elif arguments.device == "cuda" and not torch.cuda.is_available():

@@ -56,7 +56,7 @@ REASONS = [
     Reason("^decoding step", "", "cpu",
            "The ceiling lets reads and products overlap and gives 64 rows the rate of large products; a step multiplies, then reads caches, by turns."),
     # Data and disk
-    Reason("views of an image", r"\(ours\)", "", "Decoding alone is the ceiling; the centre crop (halving, bicubic) and the ten crops cost more than decoding."),
+    Reason("views of an image", r"\(ours\)", "", "Decoding alone is the ceiling; the centre crop (halving, bicubic) and the ten crops cost more than that."),
     Reason("CodeStore.codes", "", "",
            "Views are gathered from random places, 512 bytes each, and widened from 16 to 64 bits; the ceiling is one long copy."),
     Reason("Batches.step", "", "",

@@ -26,7 +26,7 @@ from star_fast.ops import shapes
 from star_fast.training.host_memory import keep_freed_memory
 
 BASE = shapes.Shape(B=4, M=2, T=128, K=4, V=4096, D=256, H=4, E=64, F=1024, L=1)
-IMAGES_OF_A_RANK = 8
+IMAGES_OF_A_RANK = 32  # a step far longer than the sum of its gradients over the ranks
 
 
 class Curve(NamedTuple):
@@ -55,8 +55,8 @@ class Sweep(NamedTuple):
 SWEEPS = [
     Sweep("masked_attention", "T", "T^2", (128, 256, 512, 1024), {}),
     Sweep("masked_attention", "B", "B", (4, 8, 16, 32), {"T": 256}),
-    Sweep("decode_attention", "T", "T", (256, 512, 1024, 2048), {"B": 16}),
-    Sweep("decode_attention", "B", "B", (8, 16, 32, 64), {"T": 512}),
+    Sweep("decode_attention", "T", "T", (512, 1024, 2048, 4096), {"B": 32}),
+    Sweep("decode_attention", "B", "B", (16, 32, 64, 128), {"T": 1024}),
     Sweep("linear_cross_entropy", "V", "V", (2048, 4096, 8192, 16384), {}),
     Sweep("linear_cross_entropy", "B", "B", (2, 4, 8, 16), {}),
     Sweep("slot_contrast", "K", "pairs, K^2", (4, 8, 16, 32), {"B": 32, "D": 768}),
@@ -147,7 +147,7 @@ def rank_curves(quick: bool) -> list[Curve]:
 
     Where there are more ranks than cores they share them: then the wall clock must grow, and a rank's CPU time, which need not, is what tells.
     """
-    counts, steps = (1, 2) if quick else (1, 2, 4), 5 if quick else 20
+    counts, steps = (1, 2) if quick else (1, 2, 4), 3 if quick else 12
     found = [_ranks_ms(count, steps) for count in counts]
     config = step_config("B", IMAGES_OF_A_RANK)
     work = [step_flops(config, count) for count in counts]

@@ -25,8 +25,8 @@ REASONS = [
            "A baseline, as others write it: each operator is a pass of its own, and what lies between them goes through memory."),
     Reason("^sample_tokens", "^read once$", "cpu",
            "A ceiling of its own, torch's amax: 4 MiB of logits are read in about the time that its threads need to start."),
-    Reason(", tiny float32$", "", "cpu",
-           "Shapes of tiny (--quick): calls of micro- to milliseconds, in which starting threads and operators weighs as much as the work."),
+    Reason(", tiny float32$", "^reference$", "cpu",
+           "Shapes of tiny (--quick): the formula in torch's operators, each of microseconds, in which starting it weighs as much as the work."),
     Reason("^training step.*, tiny,", "", "cpu",
            "Products of width 96 and 256 are too small for the ceiling's rate, and it counts products alone: norms, attention and AdamW come on top."),
     # References: the formula in torch's operators

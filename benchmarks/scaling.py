@@ -83,7 +83,7 @@ def draw(curves: list[Curve], file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(sorted(sizes) if over != "T" else [1, 2, 4, 8])
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}x")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.minorticks_off()
         axis.set_xlabel(PANELS[over])

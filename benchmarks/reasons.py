@@ -27,6 +27,8 @@ REASONS = [
            "A ceiling of its own, torch's amax: 4 MiB of logits are read in about the time that its threads need to start."),
     Reason(", tiny float32$", "^reference$", "cpu",
            "Shapes of tiny (--quick): the formula in torch's operators, each of microseconds, in which starting it weighs as much as the work."),
+    Reason("^add_rms_norm.*, tiny float32$", "^cpp$", "cpu",
+           "So few rows (--quick) take one thread 0.4 ms and two threads 0.9: waking the other and moving its lines of cache costs more than its half."),
     Reason("^training step.*, tiny,", "", "cpu",
            "Products of width 96 and 256 are too small for the ceiling's rate, and it counts products alone: norms, attention and AdamW come on top."),
     # References: the formula in torch's operators

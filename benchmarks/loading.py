@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from benchmarks import loading_store, timing
 from benchmarks.photographs import encoded, photographs, sources
+from benchmarks.rows import Given, Piece, Row
 from star_fast.config import DataConfig
 from star_fast.data.augment import Augmentation
 from star_fast.data.dali import DaliAugment, DaliSquares
@@ -36,6 +37,7 @@ from star_fast.data.views import cut_views, make_squares, square_sizes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIDE, THREADS = 256, 2
+DECODING = "decoding alone, Pillow in threads"
 RANGES = {"1.1": (1.1,), "1.1 and 1.05": (1.1, 1.05)}
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -140,30 +142,83 @@ def by_dali(files: list[bytes], data: DataConfig, pool: ThreadPoolExecutor, squa
     return lambda places: sum(len(found) == 10 * len(squares.sizes) for found in pool.map(views, squares([files[place] for place in places])))
 
 
-def preparation(quick: bool) -> Iterator[str]:
-    """Ten crops of each file, by every way."""
+def by_decoder(files: list[bytes], pool: ThreadPoolExecutor) -> Callable[[list[int]], int]:
+    """Decoding and nothing after it: what is left when crops cost nothing."""
+    return lambda places: sum(image.width > 0 for image in pool.map(lambda place: decode_image(files[place]).convert("RGB"), places))
+
+
+class Prepared(NamedTuple):
+    """One way to make the views of files, measured."""
+
+    way: str
+    ms: float  # an image, median
+    spread: float
+    cpu_ms: float  # an image, of the process and its workers
+    by_loader: float  # times as fast as the faster DataLoader
+
+
+def prepare(name: str, quick: bool) -> tuple[int, list[Prepared], list[str]]:
+    """(views of an image, every way of making them for a crop range, what DALI left to Pillow); the last way only decodes."""
     files, a_turn = photographs(32 if quick else 512), 16 if quick else 64
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, ranges in RANGES.items():
-            data = DataConfig(crop_ranges=ranges)
-            sizes = square_sizes(data, SIDE)
-            dali = {device: DaliSquares(sizes, 3, device=device, threads=THREADS) for device in ("cpu", *(["mixed"] if torch.cuda.is_available() else []))}
-            ways = {"DataLoader, one image a step (as published)": by_loader(files, sizes, 1), "DataLoader, batches of 32": by_loader(files, sizes, 32),
-                    "Pillow in threads (ours)": by_pillow(files, data, pool),
-                    **{f"DALI, {device} (ours)": by_dali(files, data, pool, squares) for device, squares in dali.items()}}
-            candidates = {way: Candidate(make, len(files), a_turn) for way, make in ways.items()}
-            timings = timing.compare(candidates, "cpu", seconds=1 if quick else 20, repeats=(3 if quick else 8, 24))
-            rates = {way: 1e3 * a_turn / found.median_ms for way, found in timings.items()}
-            yield from (f"## Crop range {name}: {len(sizes) * 10} views an image", "",
-                        "| | images/s | spread | CPU ms an image | times the faster DataLoader |", "|---|--:|--:|--:|--:|")
-            fastest = max(rate for way, rate in rates.items() if "DataLoader" in way)
-            for way, found in timings.items():
-                cpu = 1e3 * statistics.median(candidates[way].cpu[1:])
-                yield f"| {way} | {rates[way]:.0f} | {found.spread:.0%} | {cpu:.1f} | {rates[way] / fastest:.2f} |"
-            for device, squares in dali.items():
-                whole = sum(squares.counts.values())
-                yield from ("", f"Of the files DALI ({device}) took {squares.counts['dali'] / whole:.1%}, Pillow {squares.counts['pillow'] / whole:.1%}.")
-            yield ""
+        data = DataConfig(crop_ranges=RANGES[name])
+        sizes = square_sizes(data, SIDE)
+        dali = {device: DaliSquares(sizes, 3, device=device, threads=THREADS) for device in ("cpu", *(["mixed"] if torch.cuda.is_available() else []))}
+        ways = {"DataLoader, one image a step (as published)": by_loader(files, sizes, 1), "DataLoader, batches of 32": by_loader(files, sizes, 32),
+                "Pillow in threads (ours)": by_pillow(files, data, pool),
+                **{f"DALI, {device} (ours)": by_dali(files, data, pool, squares) for device, squares in dali.items()}, DECODING: by_decoder(files, pool)}
+        candidates = {way: Candidate(make, len(files), a_turn) for way, make in ways.items()}
+        timings = timing.compare(candidates, "cpu", seconds=1 if quick else 20, repeats=(3 if quick else 8, 24))
+    fastest = min(found.median_ms for way, found in timings.items() if "DataLoader" in way)
+    left = [f"Of the files DALI ({device}) took {squares.counts['dali'] / whole:.1%}, Pillow {squares.counts['pillow'] / whole:.1%}."
+            for device, squares in dali.items() if (whole := sum(squares.counts.values()))]
+    return len(sizes) * 10, [Prepared(way, found.median_ms / a_turn, found.spread, 1e3 * statistics.median(candidates[way].cpu[1:]), fastest / found.median_ms)
+                             for way, found in timings.items()], left
+
+
+def preparation(quick: bool) -> Iterator[str]:
+    """Ten crops of each file, by every way."""
+    for name in RANGES:
+        views, found, left = prepare(name, quick)
+        yield from (f"## Crop range {name}: {views} views an image", "",
+                    "| | images/s | spread | CPU ms an image | times the faster DataLoader |", "|---|--:|--:|--:|--:|")
+        for row in found:
+            yield f"| {row.way} | {1e3 / row.ms:.0f} | {row.spread:.0%} | {row.cpu_ms:.1f} | {row.by_loader:.2f} |"
+        for line in left:
+            yield from ("", line)
+        yield ""
+
+
+def pieces(given: Given) -> list[Piece]:
+    """Rows of throughput.py: the first crop range (both, unless quick), then the store."""
+    ranges = list(RANGES)[: 1 if given.quick else None]
+    return [*(Piece(f"views of an image, crop range {name}", functools.partial(_rows, name, given)) for name in ranges), *loading_store.pieces(given)]
+
+
+def _rows(name: str, given: Given) -> list[Row]:
+    views, found, _ = prepare(name, given.quick)
+    least_ms = next(row.ms for row in found if row.way == DECODING)
+    return [Row(f"{views} views of an image, crop range {name}", row.way, row.ms, row.spread, None if row.way == DECODING else row.by_loader, least_ms / row.ms,
+                how="" if given.device == "cpu" else "on the host", ceiling="decoding alone") for row in found]
+
+
+def main_call(given: Given) -> Callable[[], object]:
+    """For --profile: ten crops of 16 files, step by step, and a batch of a store."""
+    files, data = photographs(16), DataConfig()
+    batch = loading_store.a_batch()
+
+    def call() -> None:
+        with torch.profiler.record_function("decode, Pillow"):
+            images = [decode_image(file).convert("RGB") for file in files]
+        with torch.profiler.record_function("centre crops"):
+            squares = [make_squares(image, square_sizes(data, SIDE), 3) for image in images]
+        with torch.profiler.record_function("ten crops"):
+            for number, square in enumerate(squares):
+                cut_views(square, number, data, SIDE)
+        with torch.profiler.record_function("Batches.step"):
+            batch()
+
+    return call
 
 
 def decode_by(pipeline: Any, files: list[bytes], inputs: dict[str, list[np.ndarray]] | None = None) -> list[list[np.ndarray]]:

@@ -7,12 +7,14 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.rows import Given, Piece, Row
 from star_fast.config import RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.data.manifest import CODES_FILE, FILES, FORMAT, FORMAT_VERSION, KEYS_FILE, LABELS_FILE, MANIFEST_FILE
@@ -54,9 +56,19 @@ def step_ms_an_image() -> float | None:
     return float(row.group(1)) / 4 if row else None
 
 
-def report(quick: bool) -> Iterator[str]:
-    """Lines of the result."""
-    images = 20_000 if quick else IMAGES
+class Read(NamedTuple):
+    """One thing done with a store, measured."""
+
+    what: str
+    images: int  # it is about; 0: not about images
+    median_ms: float
+    spread: float
+    cpu_ms: float
+    moved_bytes: int  # at least: codes read and their 64-bit copies written; 0: not counted
+
+
+def measure(images: int, seconds: float) -> tuple[dict[str, Read], float]:
+    """({name: what opening a store of so many images, a new epoch and a batch take}, GB that it seems to have)."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_store(folder, images)
@@ -75,7 +87,10 @@ def report(quick: bool) -> Iterator[str]:
             batches._order = None  # as at the first step of an epoch
             batches.images_of(0)
 
-        method, seconds = batches.config.method, 1 if quick else 5
+        method, moved = batches.config.method, size * 2 * POSITIONS * (2 + 8)
+        told = {"open": ("`CodeStore.open`", 0, 0), "epoch": ("the order of a new epoch, once an epoch", 0, 0),
+                "gather": (f"`CodeStore.codes`, {size} random images x 2 views", size, moved), "mask": ("the key masks of those views", size, 0),
+                "step": (f"`Batches.step`, preset B: {size} images x 2 views, masks, labels", size, moved)}
         calls = {name: timing.Metered(call) for name, call in {
             "open": lambda: CodeStore.open(folder), "epoch": new_epoch, "gather": gather,
             "mask": lambda: masking.key_mask(0, 0, asked[0], method.views, POSITIONS, method.mask_ratio),
@@ -83,20 +98,49 @@ def report(quick: bool) -> Iterator[str]:
         timings = timing.compare({name: calls[name] for name in ("open", "epoch")}, "cpu", seconds, repeats=(5, 50))
         timings |= timing.compare({name: calls[name] for name in ("gather", "mask", "step")}, "cpu", seconds, repeats=(5, 400))
         shown = (folder / CODES_FILE).stat().st_size / 1e9
+    return {name: Read(what, count, timings[name].median_ms, timings[name].spread, calls[name].cpu_ms, moved)
+            for name, (what, count, moved) in told.items()}, shown
+
+
+def report(quick: bool) -> Iterator[str]:
+    """Lines of the result."""
+    images = 20_000 if quick else IMAGES
+    found, shown = measure(images, 1 if quick else 5)
     yield from (f"## The store: {images:,} images x 10 views x 256 codes, {shown:.1f} GB (sparse: in memory, the disk is not measured)", "",
                 "| what | median ms | spread | CPU ms | images/s | images a CPU second |", "|---|--:|--:|--:|--:|--:|")
-    for name, title, count in (("open", "`CodeStore.open`", 0), ("epoch", "the order of a new epoch, once an epoch", 0),
-                               ("gather", f"`CodeStore.codes`, {size} random images x 2 views", size),
-                               ("mask", "the key masks of those views", size),
-                               ("step", f"`Batches.step`, preset B: {size} images x 2 views, masks, labels", size)):
-        found = timings[name]
-        cpu_ms = calls[name].cpu_ms
-        rates = f"{1e3 * count / found.median_ms:,.0f} | {1e3 * count / cpu_ms:,.0f}" if count else "|"
-        yield f"| {title} | {found.median_ms:.2f} | {found.spread:.0%} | {cpu_ms:.2f} | {rates} |"
-    made = calls["step"].cpu_ms / size
+    for row in found.values():
+        rates = f"{1e3 * row.images / row.median_ms:,.0f} | {1e3 * row.images / row.cpu_ms:,.0f}" if row.images else "|"
+        yield f"| {row.what} | {row.median_ms:.2f} | {row.spread:.0%} | {row.cpu_ms:.2f} | {rates} |"
+    made = found["step"].cpu_ms / found["step"].images
     yield ""
     step = step_ms_an_image()
     if step is not None:
         yield (f"Making a batch takes {made:.4f} CPU ms an image, the step itself {step:.0f} ms an image on two cores (results/training.md): {made / step:.4%} "
                "of it, and it is made in the background.")
     yield f"On a GPU the data time stays under 1 % of the step at up to {0.01 * 1e3 / made:,.0f} images/s a rank even if nothing ran in the background."
+
+
+def pieces(given: Given) -> list[Piece]:
+    """Rows of throughput.py."""
+    images = 20_000 if given.quick else IMAGES
+
+    def rows() -> list[Row]:
+        found, _ = measure(images, 0.5 if given.quick else 5)
+        return [Row(f"store of {images:,} images: {row.what.replace('`', '')}", "star_fast", row.median_ms, row.spread, None,
+                    row.moved_bytes / (1e6 * given.ceilings.copy_gb_per_s) / row.median_ms if row.moved_bytes else None, row.moved_bytes / 1e6,
+                    how="" if given.device == "cpu" else "on the host", ceiling="copying its codes" if row.moved_bytes else "") for row in found.values()]
+
+    return [Piece(f"store of {images:,} images", rows)]
+
+
+def a_batch() -> Callable[[], object]:
+    """Makes the first batch of a small store."""
+    place = tempfile.TemporaryDirectory()
+    write_store(Path(place.name), 1000)
+    store = CodeStore.open(Path(place.name))
+    batches = Batches(store, config_for(store))
+
+    def call(place: tempfile.TemporaryDirectory = place) -> object:  # which lives as long as the call
+        return batches.step(0)
+
+    return call

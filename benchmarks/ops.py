@@ -1,6 +1,7 @@
 """Every op on every backend that runs here, beside its naive composition and what others offer (baselines.py).
 
-Time, bytes, FLOPs, share of this machine's ceilings; peak memory.
+Time, bytes, FLOPs, share of this machine's ceilings; peak memory of torch's allocator over one call, results included. On the CPU freed memory is kept, as
+training keeps it: else each large result is mapped anew, which takes as long as computing it. All candidates profit.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import baselines, naive, timing
+from benchmarks import baselines, memory, naive, timing
+from benchmarks.rows import Given, Piece, Row, told, without_figures
+from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import dispatch
 from star_fast.ops.decode_attention import laid_out
 
@@ -48,70 +51,86 @@ _CPU_ROWS = 2048  # of linear_cross_entropy's hidden states: the whole batch wou
 _MEMORY_SHAPE = (8192, 768, 16384)  # N, D, V of the peak memory comparison
 
 
-class Row(NamedTuple):
-    """One line of the table. ratio: naive time (or memory) over this one's; share: of the time that the ceilings allow, None where not defined."""
-
-    name: str
-    backend: str
-    median_ms: float | None
-    spread: float | None
-    ratio: float | None
-    share: float | None
-    megabytes: float = 0.0
-    gigaflops: float = 0.0
-    how: str = ""  # on CUDA: a graph's replay, or why not; why a baseline has no figures
-    error: str = ""  # why there is no figure; the run goes on and exits with 1
-
-
-def measure(device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
-    """All rows: forward alone without gradients, then forward and backward together where there are gradients."""
-    preset, dtype = ("B" if quick else "XL", torch.bfloat16) if device == "cuda" else ("tiny" if quick else "B", torch.float32)
-    rows = []
+def pieces(given: Given) -> list[Piece]:
+    """Each op forward alone without gradients, then forward and backward together where there are gradients."""
+    found = []
     for subject in SUBJECTS:
-        call = importlib.import_module(f"star_fast.ops.{subject.file}").inputs(preset, dtype, device)
-        where = f"{preset} {str(dtype)[6:]}"
-        if device == "cpu" and subject.file == "linear_cross_entropy":
-            call = {**call, "hidden": call["hidden"][:_CPU_ROWS], "target": call["target"][:_CPU_ROWS]}
         for gradients in ((), subject.gradients) if subject.gradients else ((),):
-            name = f"{subject.file} {'forward + backward' if gradients else 'forward'}, {where}"
-            rows += _rows(subject, call, gradients, name, device, quick, ceilings)
-    return rows + ([_peak_memory_row(quick)] if device == "cpu" else [])
+            preset, dtype = setting(given)
+            name = f"{subject.file} {'forward + backward' if gradients else 'forward'}, {preset} {str(dtype)[6:]}"
+            found.append(Piece(name, partial(_made_rows, subject, gradients, name, given)))
+    return found + ([Piece("linear_cross_entropy peak memory", lambda: _peak_memory_rows(given.quick))] if given.device == "cpu" else [])
+
+
+def setting(given: Given) -> tuple[str, torch.dtype]:
+    """Preset and dtype of the ops' arguments."""
+    return ("B" if given.quick else "XL", torch.bfloat16) if given.device == "cuda" else ("tiny" if given.quick else "B", torch.float32)
+
+
+def arguments(subject: Subject, given: Given) -> dict[str, Any]:
+    """An op's call at the setting's training shape."""
+    call = importlib.import_module(f"star_fast.ops.{subject.file}").inputs(*setting(given), given.device)
+    if given.device == "cpu" and subject.file == "linear_cross_entropy":
+        call = {**call, "hidden": call["hidden"][:_CPU_ROWS], "target": call["target"][:_CPU_ROWS]}
+    return call
+
+
+def _made_rows(subject: Subject, gradients: tuple[str, ...], name: str, given: Given) -> list[Row]:
+    keep_freed_memory()  # of this process for good
+    return _rows(subject, arguments(subject, given), gradients, name, *given)
 
 
 def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], name: str, device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
     module = importlib.import_module(f"star_fast.ops.{subject.file}")
     public = getattr(module, subject.function)
-    candidates, failed = {"naive": _runner(getattr(naive, subject.function), call, gradients)}, []
+    candidates, failed = {"naive": runner(getattr(naive, subject.function), call, gradients)}, []
     for backend in dispatch.backends(subject.function):
         suited = {**call, "cache": laid_out(call["cache"], backend)} if "cache" in call else call
-        runner = _runner(lambda backend=backend, **kw: public(**kw, backend=backend), suited, gradients)
+        run = runner(lambda backend=backend, **kw: public(**kw, backend=backend), suited, gradients)
         try:
-            runner()
+            run()
         except dispatch.BackendUnavailable:
             continue
         except Exception as error:  # one broken kernel must not cost the figures of all others
-            failed.append(Row(name, backend, None, None, None, None, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+            failed.append(without_figures(name, backend, error=told(error)))
             continue
-        candidates[backend] = runner
-    for baseline, found in baselines.beside(subject.function, call, lambda function: _runner(function, call, gradients)):
+        candidates[backend] = run
+    # On the CPU none of them runs: no row says so for each.
+    others = baselines.beside(subject.function, call, lambda function: runner(function, call, gradients)) if device == "cuda" else ()
+    for baseline, found in others:
         if isinstance(found, str):
-            failed.append(Row(name, baseline, None, None, None, None, how=found))
+            failed.append(without_figures(name, baseline, how=found))
         else:
             candidates[baseline] = found
     times = timing.compare(candidates, device, seconds=0.3 if quick else 2.0, repeats=(5, 50))
+    peaks = {backend: memory.allocated_mib(run, device) for backend, run in candidates.items()}
     costs = [module.cost(call), *([module.cost(call, backward=True)] if gradients else [])]
     bytes_moved, flops = sum(cost.bytes_moved for cost in costs), sum(cost.flops for cost in costs)
-    first = next(iter(v for v in _tensors(call) if v.is_floating_point()))
-    least_ms = ceilings.least_ms(bytes_moved, flops, first.dtype)
+    dtype = next(iter(v for v in _tensors(call) if v.is_floating_point())).dtype
+    least_ms = ceilings.least_ms(bytes_moved, flops, dtype)
     return failed + [Row(name, backend, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms, least_ms / found.median_ms,
-                         bytes_moved / 1e6, flops / 1e9, found.how) for backend, found in times.items()]
+                         bytes_moved / 1e6, flops / 1e9, found.how, ceiling=ceilings.named(bytes_moved, flops, dtype), peak_mib=peaks[backend],
+                         memory_of=memory.ALLOCATOR) for backend, found in times.items()]
+
+
+def main_call(given: Given) -> Callable[[], object]:
+    """For --profile: every op once by the backend that it would take, forward and backward, each under its name."""
+    runs = {subject.function: runner(getattr(importlib.import_module(f"star_fast.ops.{subject.file}"), subject.function), arguments(subject, given),
+                                     subject.gradients) for subject in SUBJECTS}
+
+    def call() -> None:
+        for name, run in runs.items():
+            with torch.profiler.record_function(f"op: {name}"):
+                run()
+
+    return call
 
 
 def _tensors(call: dict[str, Any]) -> list[Tensor]:
     return [item for value in call.values() for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Tensor)]
 
 
-def _runner(function: Callable[..., Any], call: dict[str, Any], gradients: tuple[str, ...]) -> Callable[[], object]:
+def runner(function: Callable[..., Any], call: dict[str, Any], gradients: tuple[str, ...]) -> Callable[[], object]:
     """A call without arguments; with `gradients` it runs forward and backward, from fixed cotangents."""
     if not gradients:
         def forward() -> object:
@@ -132,21 +151,21 @@ def _runner(function: Callable[..., Any], call: dict[str, Any], gradients: tuple
     return forward_and_backward
 
 
-def _peak_memory_row(quick: bool) -> Row:
+def _peak_memory_rows(quick: bool) -> list[Row]:
     """Peak memory of linear_cross_entropy forward and backward over the arguments, as a ratio: each in a process of its own."""
     n, d, v = (4096, 256, 8192) if quick else _MEMORY_SHAPE
-    peaks = {who: _peak_megabytes(who, n, d, v) for who in ("naive", "reference")}
-    return Row(f"linear_cross_entropy peak memory, N {n} D {d} V {v} float32", "reference", None, None, peaks["naive"] / peaks["reference"], None,
-               peaks["reference"], 0.0)
+    peaks = {who: _peak_mib(who, n, d, v) for who in ("naive", "reference")}
+    return [Row(f"linear_cross_entropy peak memory, N {n} D {d} V {v} float32", who, None, None, peaks["naive"] / peak, None, peak_mib=peak,
+                memory_of=memory.PROCESS) for who, peak in peaks.items()]
 
 
-def _peak_megabytes(who: str, n: int, d: int, v: int) -> float:
+def _peak_mib(who: str, n: int, d: int, v: int) -> float:
     command = [sys.executable, str(Path(__file__).resolve()), "--peak-memory", who, str(n), str(d), str(v)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _print_peak_megabytes(who: str, n: int, d: int, v: int) -> None:
-    """Growth of this process's largest resident size over one call, gradients included; printed in MB."""
+def _print_peak_mib(who: str, n: int, d: int, v: int) -> None:
+    """Growth of this process's largest resident size over one call, gradients included; printed in MiB."""
     from star_fast.ops.linear_cross_entropy import linear_cross_entropy
 
     generator = torch.Generator().manual_seed(0)
@@ -155,19 +174,14 @@ def _print_peak_megabytes(who: str, n: int, d: int, v: int) -> None:
     target = torch.randint(v, (n,), generator=generator)
     small = torch.ones(64, 64, requires_grad=True)
     torch.autograd.grad((small @ small).sum(), [small])  # libraries load and autograd starts before the count does
-    before = _largest_resident_bytes()
+    before = memory.status_kib("VmHWM")
     loss = naive.linear_cross_entropy(hidden, weight, target) if who == "naive" else linear_cross_entropy(hidden, weight, target, backend=who)
     torch.autograd.grad(loss, [hidden, weight])
-    print(json.dumps((_largest_resident_bytes() - before) / 1e6))
-
-
-def _largest_resident_bytes() -> int:
-    """VmHWM of this process. Not getrusage's ru_maxrss: a child starts with its parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    print(json.dumps((memory.status_kib("VmHWM") - before) / 1024))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Peak memory of one call, in a process of its own; for everything else run benchmarks/throughput.py.")
     parser.add_argument("--peak-memory", nargs=4, required=True, metavar=("BACKEND", "N", "D", "V"))
     who, *sizes = parser.parse_args().peak_memory
-    _print_peak_megabytes(who, *map(int, sizes))
+    _print_peak_mib(who, *map(int, sizes))

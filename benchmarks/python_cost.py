@@ -33,7 +33,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
-from benchmarks.ops import SUBJECTS, Row, Subject
+from benchmarks.ops import SUBJECTS, Subject
+from benchmarks.rows import Given, Piece, Row
 from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import dispatch
 from star_fast.ops.triton import launching
@@ -170,10 +171,33 @@ def costs(quick: bool) -> dict[tuple[str, str], Cost]:
             for key, values in found.items() if key[2] == "call"}
 
 
-def measure(device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
-    """Rows for throughput.py, in milliseconds as all others; ratio: the floor over this call's time."""
-    return [Row(f"Python of {op}, {call}", "launch stubbed", found.median_us / 1e3, found.median_us / found.least_us - 1,
-                None if found.floor_us is None else found.floor_us / found.least_us, None) for (op, call), found in costs(quick).items()]
+def pieces(given: Given) -> list[Piece]:
+    """Rows for throughput.py, in milliseconds as all others; its ceiling is the floor. All calls take turns, so they are one piece."""
+    def rows() -> list[Row]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # others would be woken for torch's small operators
+        try:
+            found_by_call = costs(given.quick)
+        finally:
+            torch.set_num_threads(threads)
+        return [Row(f"Python of {op}, {call}", "launch stubbed", found.median_us / 1e3, found.median_us / found.least_us - 1, None,
+                    None if found.floor_us is None else found.floor_us / found.least_us, ceiling="" if found.floor_us is None else "torch's floor")
+                for (op, call), found in found_by_call.items()]
+
+    return [Piece("Python of the ops' calls", rows)]
+
+
+def main_call(given: Given) -> Callable[[], object]:
+    """For --profile: each op's fullest call once, no kernel launched."""
+    with no_launches():
+        runs = [list(calls(subject).values())[-1][0] for subject in SUBJECTS]
+
+    def call() -> None:
+        with no_launches():
+            for run in runs:
+                run()
+
+    return call
 
 
 def table(now: dict[str, Cost], before: dict[str, Cost]) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import llamagen_style, timing
-from benchmarks.ops import Row
+from benchmarks import llamagen_style, memory, timing
+from benchmarks.rows import Given, Piece, Row
 from star_fast.ops import dispatch, sample_tokens
 from star_fast.ops.sample_tokens import cost
 
@@ -35,29 +37,47 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def measure(device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
-    """For each setting: naive, the backends that run here, and one pass over the logits ("read once", their largest entry: the least of any sampler)."""
-    generator, dtype = torch.Generator().manual_seed(0), torch.float32
-    logits, uncond = (2 * torch.randn(2, ROWS, VOCAB, generator=generator)).to(device, dtype)
-    index = torch.arange(ROWS, device=device)
-    rows = []
-    for name, settings in SETTINGS.items():
-        given = {**settings, **({"uncond": uncond} if "guidance" in settings else {})}
-        candidates = {"naive": lambda given=given: _naive(logits, **given), "read once": lambda given=given: _read(logits, given.get("uncond"))}
-        for backend in dispatch.backends("sample_tokens"):
-            def run(backend: str = backend, given: dict[str, Any] = given) -> Tensor:
-                return sample_tokens(logits, seed=0, image_index=index, position=0, **given, backend=backend)
+    """The rows of all settings."""
+    return [row for piece in pieces(Given(device, quick, ceilings)) for row in piece.run()]
 
-            try:
-                run()
-            except dispatch.BackendUnavailable:
-                continue
-            candidates[backend] = run
-        times = timing.compare(candidates, device, seconds=0.2 if quick else 2.0, repeats=(5, 200))
-        moved = cost({"logits": logits, **given})
-        least_ms = ceilings.least_ms(*moved, dtype)
-        rows += [Row(f"sample_tokens {ROWS} x {VOCAB} float32, {name}", who, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms,
-                     least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9, found.how) for who, found in times.items()]
-    return rows
+
+def pieces(given: Given) -> list[Piece]:
+    """For each setting: naive, the backends that run here, and one pass over the logits ("read once", their largest entry: the least of any sampler)."""
+    logits, uncond = _logits(given.device)
+    return [Piece(f"sample_tokens {ROWS} x {VOCAB} float32, {name}", partial(_rows, name, logits, uncond, given)) for name in SETTINGS]
+
+
+def _logits(device: str) -> Tensor:
+    return (2 * torch.randn(2, ROWS, VOCAB, generator=torch.Generator().manual_seed(0))).to(device)
+
+
+def _rows(setting: str, logits: Tensor, uncond: Tensor, given: Given) -> list[Row]:
+    index, settings = torch.arange(ROWS, device=logits.device), SETTINGS[setting]
+    asked = {**settings, **({"uncond": uncond} if "guidance" in settings else {})}
+    candidates = {"naive": lambda: _naive(logits, **asked), "read once": lambda: _read(logits, asked.get("uncond"))}
+    for backend in dispatch.backends("sample_tokens"):
+        def run(backend: str = backend) -> Tensor:
+            return sample_tokens(logits, seed=0, image_index=index, position=0, **asked, backend=backend)
+
+        try:
+            run()
+        except dispatch.BackendUnavailable:
+            continue
+        candidates[backend] = run
+    times = timing.compare(candidates, given.device, seconds=0.2 if given.quick else 2.0, repeats=(5, 200))
+    peaks = {who: memory.allocated_mib(run, given.device) for who, run in candidates.items()}
+    moved = cost({"logits": logits, **asked})
+    least_ms = given.ceilings.least_ms(*moved, logits.dtype)
+    return [Row(f"sample_tokens {ROWS} x {VOCAB} float32, {setting}", who, found.median_ms, found.spread,
+                times["naive"].median_ms / found.median_ms, least_ms / found.median_ms, moved.bytes_moved / 1e6, moved.flops / 1e9, found.how,
+                ceiling=given.ceilings.named(*moved, logits.dtype), peak_mib=peaks[who], memory_of=memory.ALLOCATOR) for who, found in times.items()]
+
+
+def main_call(given: Given) -> Callable[[], object]:
+    """For --profile: the draw of guided sampling."""
+    logits, uncond = _logits(given.device)
+    index = torch.arange(ROWS, device=given.device)
+    return lambda: sample_tokens(logits, seed=0, image_index=index, position=0, uncond=uncond, **SETTINGS["guidance 2.0, top-k 2000"])
 
 
 def _naive(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, temperature: float = 1.0, uncond: Tensor | None = None, guidance: float = 1.0) -> Tensor:

@@ -8,11 +8,12 @@ Python, and its Timing says so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,11 @@ class Ceilings(NamedTuple):
     copy_gb_per_s: float  # bytes read and written
     fp32_gflop_per_s: float  # matrix product, 2048 cubed (8192 on CUDA)
     bf16_gflop_per_s: float
+    int8_gop_per_s: float | None = None  # 8-bit factors, 32-bit sums; None: this build of torch has no such product here
+
+    def named(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> str:
+        """Which of them bounds so much work."""
+        return "memory" if bytes_moved and self.least_ms(bytes_moved, 0, dtype) >= self.least_ms(0, flops, dtype) else f"products, {str(dtype)[6:]}"
 
     def least_ms(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
         """Time that these ceilings allow for so much memory traffic and arithmetic at once."""
@@ -168,7 +174,26 @@ def ceilings(device: str, quick: bool = False) -> Ceilings:
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, edge, edge, device=device).to(dtype)
         products[dtype] = 2e-9 * edge**3 / best_s(lambda a=a, b=b: a @ b)
-    return Ceilings(4e-9 * numbers / read_s, 8e-9 * numbers / copy_s, products[torch.float32], products[torch.bfloat16])
+    int8 = None
+    for call in _int8_products(device, edge):
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            int8 = max(int8 or 0.0, 2e-9 * edge**3 / best_s(call))
+    return Ceilings(4e-9 * numbers / read_s, 8e-9 * numbers / copy_s, products[torch.float32], products[torch.bfloat16], int8)
+
+
+def _int8_products(device: str, edge: int) -> Iterator[Callable[[], object]]:
+    """Torch's ways to multiply 8-bit numbers; one that is missing here raises at its call."""
+    a, b = torch.randint(-127, 128, (2, edge, edge), dtype=torch.int8, device=device)
+    yield lambda: torch._int_mm(a, b.t())
+    if device == "cpu":
+        rows, scales, zeros, packed = (a.int() + 127).to(torch.uint8), torch.ones(edge), torch.zeros(edge, dtype=torch.int64), []
+
+        def by_onednn() -> None:
+            if not packed:
+                packed.append(torch.ops.onednn.qlinear_prepack(b, [edge, edge]))
+            torch.ops.onednn.qlinear_pointwise(rows, 1.0, 127, packed[0], scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
+
+        yield by_onednn
 
 
 def environment(device: str) -> dict[str, str | int]:

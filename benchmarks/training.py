@@ -29,8 +29,9 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import timing
+from benchmarks import profiling, timing
 from benchmarks.devices import DEVICES
+from benchmarks.memory import Memory
 from star_fast.config import RunConfig
 from star_fast.method import masking
 from star_fast.presets import plain, preset
@@ -45,58 +46,44 @@ WARM_UP_STEPS = 2
 
 
 def run_config(star: bool, size: str = "B", **train: Any) -> RunConfig:
-    """The benchmark's run: plain training keeps the views, so that both see as many sequences."""
+    """The benchmark's run: plain training keeps the views, so that both see as many sequences. tiny: as on the built-in digits, with its own images a step."""
     config = preset(size)
+    if size == "tiny":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256, positions=49, num_classes=10))
     if not star:
         config = plain(config)
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, views=VIEWS))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=IMAGES, **train))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=images_of(config, size), **train))
+
+
+def images_of(config: RunConfig, size: str) -> int:
+    """Images of a step."""
+    return config.train.images_per_step if size == "tiny" else IMAGES
 
 
 def micro_batch(config: RunConfig, step: int) -> MicroBatch:
     """Random codes with the masks, dropped labels and position set that training would draw."""
-    model, method, images = config.model, config.method, np.arange(IMAGES) + IMAGES * step
+    model, method, count = config.model, config.method, config.train.images_per_step
+    images = np.arange(count) + count * step
     generator = torch.Generator().manual_seed(step)
-    targets = torch.randint(0, model.vocab, (IMAGES * VIEWS, model.positions), generator=generator)
-    label = torch.randint(0, model.num_classes, (IMAGES,), generator=generator).repeat_interleave(VIEWS)
+    targets = torch.randint(0, model.vocab, (count * VIEWS, model.positions), generator=generator)
+    label = torch.randint(0, model.num_classes, (count,), generator=generator).repeat_interleave(VIEWS)
     keep = masking.key_mask(0, 0, images, VIEWS, model.positions, method.mask_ratio)
     positions = torch.from_numpy(masking.position_set(0, step, model.positions, method.contrast_positions))
-    return MicroBatch(targets[:, :-1].contiguous(), label, targets, None if keep is None else torch.from_numpy(keep).flatten(0, 1), positions, IMAGES * step)
+    return MicroBatch(targets[:, :-1].contiguous(), label, targets, None if keep is None else torch.from_numpy(keep).flatten(0, 1), positions, count * step)
 
 
-def _kib(field: str) -> int:
-    """A line of this process's status (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
-
-
-class Memory:
-    """Peak bytes since this was made: of the process on the CPU, of torch's allocator on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present size
-            self._before_kib = _kib("VmRSS")
-
-    def peak_bytes(self) -> int:
-        """So far."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * (_kib("VmHWM") - self._before_kib)
-
-
-def build(name: str, device: torch.device) -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
+def build(name: str, device: torch.device, size: str = "B") -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
     """One candidate: its step (number -> loss), its teacher's forward pass alone, the bytes of its lasting state, its config."""
     from star_fast.training.engine import Engine, build_student
 
     star = name in (OURS, COMPOSED, KEPT)
-    config = run_config(star)
+    config = run_config(star, size)
     student = build_student(config)
     torch.nn.init.normal_(student.transformer.output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
     batches = [[micro_batch(config, step)] for step in range(4)]
     if name in (OURS, OURS_PLAIN):
-        engine = Engine(config, student, device, IMAGES, 1)
+        engine = Engine(config, student, device, config.train.images_per_step, 1)
 
         def step(number: int) -> float:
             return float(engine.step(batches[number % 4], number, config.lr)[0][0])
@@ -111,12 +98,12 @@ def build(name: str, device: torch.device) -> tuple[Callable[[int], float], Call
 
     if name == KEPT:
         keep_freed_memory()
-    training = PlainTraining(config, student, device)
+    training = PlainTraining(config, student, device, torch.float32 if config.train.precision == "fp32" else torch.bfloat16)
     del student
     return lambda number: float(training.step(batches[number % 4], number)), None, training.state_bytes, config
 
 
-def work(name: str, threads: int, pipe: Connection) -> None:
+def work(name: str, threads: int, pipe: Connection, size: str = "B") -> None:
     """A candidate's process: builds, then answers "step", "teacher", "memory" and "profile" until "end"."""
     torch.set_num_threads(threads)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -125,7 +112,7 @@ def work(name: str, threads: int, pipe: Connection) -> None:
 
     _, _, device = start_ranks()
     memory = Memory(device)
-    step, teacher, state_bytes, _ = build(name, device)
+    step, teacher, state_bytes, _ = build(name, device, size)
     losses = [step(number) for number in range(WARM_UP_STEPS)]
     pipe.send(losses)
     number = WARM_UP_STEPS
@@ -162,19 +149,12 @@ def difference(threads: int, pipe: Connection) -> None:
 
 def breakdown(call: Callable[[], object], device: torch.device, top: int = 16) -> list[tuple[str, float, float, int]]:
     """(operator, ms of its own, share, calls) of one step, largest first (torch's profiler)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        call()
-    times = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total, row.count) for row in profiler.key_averages()}
-    total = sum(time for time, _ in times.values())
-    return [(key, time / 1e3, time / total, count) for key, (time, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]]
+    return profiling.largest(profiling.profiled(call, device.type), device.type, top)
 
 
 def model_flops(config: RunConfig) -> tuple[float, float]:
     """FLOPs of a step's matrix products: (student, teacher). Causal attention counted as half of the square."""
-    model, rows = config.model, IMAGES * VIEWS * config.model.positions
+    model, rows = config.model, config.train.images_per_step * VIEWS * config.model.positions
     weights = model.blocks * (4 * model.width**2 + 3 * model.width * model.feed_forward)
     attention = model.blocks * 2 * model.positions * model.width * rows  # scores and values, 2 * T/2 * D multiplications each a row
     forward = 2.0 * rows * weights + attention
@@ -186,13 +166,13 @@ def bf16_peak(device_name: str) -> float | None:
     return next((known.bf16_flops_per_s for known in DEVICES if known.name in device_name), None)
 
 
-def measure(names: list[str], repeats: int, threads: int, with_profile: bool) -> dict[str, Any]:
+def measure(names: list[str], repeats: int, threads: int, with_profile: bool, size: str = "B") -> dict[str, Any]:
     """Times in ms, peak and state bytes, first losses, the teacher's forward, and a profile of each candidate."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     found: dict[str, Any] = {name: {} for name in names}
     for name in names:
         pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, threads, theirs), daemon=True)
+        process = context.Process(target=work, args=(name, threads, theirs, size), daemon=True)
         process.start()
         theirs.close()
         pipes[name] = pipe

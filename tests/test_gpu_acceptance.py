@@ -45,8 +45,8 @@ def test_from_a_smoke_test_upwards_on_one_screen(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.code == 0 and len(run.files) == 2 and run.files[0].startswith("gpu_acceptance_") and "NVIDIA-H100-80GB-HBM3" in run.files[0]
     order = ["doctor", "build_ext", "doctor --self-test --device cuda", "-m pytest -m gpu", "--ignore tests/ops", "prepare digits", "train --preset tiny",
-             "--resume", "sample --model", "report --run", "kernel_resources.py --check", "throughput.py --subject ops", "benchmarks/sampling.py",
-             "benchmarks/training.py", "plan_check.py", "loading.py"]
+             "--resume", "sample --model", "report --run", "kernel_resources.py --check", "throughput.py --device cuda --subject ops --json",
+             "benchmarks/sampling.py", "benchmarks/training.py", "plan_check.py", "loading.py"]
     places = [next(index for index, call in enumerate(run.calls) if part in call) for part in order]
     assert places == sorted(places), run.calls
     assert len(run.report.splitlines()) <= 40 and "FAILED" not in run.report and "_details.md" in run.report

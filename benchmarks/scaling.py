@@ -1,0 +1,122 @@
+"""How cost grows: with batch, positions, codebook, contrast positions, ranks and samples, beside what theory says.
+
+    python benchmarks/scaling.py [--quick] [--save [FOLDER]] [--only WORD ...]
+
+On the CPU. Each curve's exponent is the slope of a straight line through (log size, log cost); theory's is the slope through the counted work (products, pairs,
+weights) at the same sizes. A curve that is more than 0.15 steeper than its theory is marked, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from benchmarks import timing
+from benchmarks.scaling_curves import Curve, all_curves
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ALLOWED = 0.15
+PANELS = {"B": "images of a batch, B", "T": "positions, T", "V": "codebook entries, V", "K": "contrast positions, K", "D": "width, D", "ranks": "ranks (gloo)",
+          "N": "images sampled, N"}
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope of the least-squares line through (log size, log value)."""
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def too_steep(curve: Curve) -> bool:
+    """Whether the cost grows faster than the counted work does."""
+    return exponent(curve.sizes, curve.costs) > exponent(curve.sizes, curve.work) + ALLOWED
+
+
+def text(curves: list[Curve], environment: dict[str, str | int], quick: bool) -> str:
+    """The page."""
+    lines = ["# Scaling", "", ", ".join(f"{key} {value}" for key, value in environment.items()) + (" (quick: not to publish)" if quick else ""), "",
+             "By `python benchmarks/scaling.py`; float32, one thread a process. Exponent: slope of log cost over log size; theory: of the counted work at the "
+             "same sizes. Fixed costs (calls, Python, weights that all rows share) make a curve flatter than its theory, never steeper.", "",
+             "![log-log curves](scaling.png)", "",
+             "| what | over | sizes | cost | exponent | theory | law | |", "|---|---|---|---|--:|--:|---|---|"]
+    for curve in curves:
+        costs = " ".join(f"{cost:.4g}" for cost in curve.costs)
+        lines.append(f"| {curve.what} | {curve.over} | {' '.join(map(str, curve.sizes))} | {costs} {curve.unit} | {exponent(curve.sizes, curve.costs):.2f} | "
+                     f"{exponent(curve.sizes, curve.work):.2f} | {curve.law} | {'**steeper than theory**' if too_steep(curve) else ''} |")
+    cores = environment.get("cores")
+    steep = [curve for curve in curves if too_steep(curve)]
+    shared = f"Ranks share {cores} cores: more ranks than that take turns on them, so the wall clock grows where a rank's own CPU time does not."
+    return "\n".join([*lines, "", shared, "", f"{len(steep)} of {len(curves)} grow faster than their theory by more than {ALLOWED}."]) + "\n"
+
+
+def draw(curves: list[Curve], file: Path) -> None:
+    """A panel a size: cost over the first point's, the theory's line dashed in the same colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    overs = [over for over in PANELS if any(curve.over == over for curve in curves)]
+    columns = min(4, len(overs))
+    rows = -(-len(overs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(overs):]:
+        axis.axis("off")
+    for axis, over in zip(axes.flat, overs, strict=False):
+        sizes: set[int] = set()
+        for curve in (curve for curve in curves if curve.over == over):
+            slope, theory = exponent(curve.sizes, curve.costs), exponent(curve.sizes, curve.work)
+            name = curve.what.replace(", forward + backward", "").replace(", forward", "").replace("ST-AR step, preset tiny", "step").replace("star-fast ", "")
+            scale = [size / curve.sizes[0] for size in curve.sizes]
+            (line,) = axis.plot(scale, [cost / curve.costs[0] for cost in curve.costs], marker="o", markersize=4,
+                                label=f"{name}: {slope:.2f} ({theory:.2f}){' !' if too_steep(curve) else ''}")
+            axis.plot(scale, [work / curve.work[0] for work in curve.work], linestyle="--", linewidth=0.9, color=line.get_color())
+            sizes |= set(scale)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(sorted(sizes) if over != "T" else [1, 2, 4, 8])
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}x")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.minorticks_off()
+        axis.set_xlabel(PANELS[over])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7.5, loc="upper left")
+    figure.suptitle("Cost over the first point's, log-log: measured exponent (theory's); dashed: theory", fontsize=12)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Measure, print, and with --save keep page and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three sizes and few repeats: a check that all runs, not to publish")
+    parser.add_argument("--save", type=Path, nargs="?", const=RESULTS, metavar="FOLDER", help="write scaling.{md,png} there (benchmarks/results)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="curves with one of these words in their name, as the bar shows them")
+    arguments = parser.parse_args()
+    chosen = [(name, run) for name, run in all_curves(arguments.quick) if not arguments.only or any(word in name for word in arguments.only)]
+    if not chosen:
+        parser.error(f"--only: no curve has {' or '.join(arguments.only)} in its name; they are: {', '.join(name for name, _ in all_curves(True))}")
+    curves: list[Curve] = []
+    with tqdm(chosen, file=sys.stderr, disable=None, leave=False) as bar:
+        for name, run in bar:
+            bar.set_description(name)
+            curves += run()
+    page = text(curves, timing.environment("cpu") | {"cores": os.cpu_count() or 1}, arguments.quick)
+    print(page)
+    if arguments.save:
+        arguments.save.mkdir(parents=True, exist_ok=True)
+        (arguments.save / "scaling.md").write_text(page)
+        draw(curves, arguments.save / "scaling.png")
+    return int(any(map(too_steep, curves)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

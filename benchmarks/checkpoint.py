@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from star_fast.training.host_memory import give_back
 from torch import Tensor
 
 from benchmarks import loading_store, memory, timing
@@ -26,6 +25,7 @@ from benchmarks.alone import alone
 from benchmarks.rows import Given, NotHere, Piece, Row
 from benchmarks.timing import Timing
 from star_fast.data.codes import CodeStore
+from star_fast.host_memory import give_back
 from star_fast.presets import preset
 from star_fast.training.batches import Batches, resolve
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from star_fast.training.host_memory import keep_freed_memory
 
 from benchmarks import memory, ops, timing, training
 from benchmarks.alone import alone
 from star_fast.config import ModelConfig, RunConfig, TokenizerConfig
+from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import shapes
 
 BASE = shapes.Shape(B=4, M=2, T=128, K=4, V=4096, D=256, H=4, E=64, F=1024, L=1)

@@ -1,6 +1,6 @@
-// Runs csrc/attend_row.h and csrc/between_rows.h on odd sizes, in heap buffers that are exactly as long as the layouts say, against plain loops in float64.
+// Runs csrc/attend_row.h, between_rows.h and group_norm_rows.h on odd sizes, in heap buffers that are exactly as long as the layouts say, against plain loops in float64.
 // Built under sanitizers and run by test_rows_on_host.py. Prints what is wrong and returns 1. With an argument that names a buffer ("keys", "values",
-// "scales", "row") that buffer is one entry short: a sanitizer has to stop the program.
+// "scales", "row", "pixels") that buffer is one entry short: a sanitizer has to stop the program.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -25,6 +25,7 @@ namespace portable {
 #include "block_products.h"
 #include "attend_row.h"
 #include "between_rows.h"
+#include "group_norm_rows.h"
 }
 #undef STAR_FAST_INLINE
 #undef STAR_FAST_VECTOR_BYTES
@@ -49,6 +50,7 @@ namespace here {
 #include "block_products.h"
 #include "attend_row.h"
 #include "between_rows.h"
+#include "group_norm_rows.h"
 }
 
 std::string short_buffer;
@@ -162,6 +164,35 @@ void between(int width, double allowed) {
   }
 }
 
+// Sums and scaled rows of a part of an image: `rows` rows of `width` entries, a multiple of 32.
+template <class T>
+void group_norm(int rows, int width, double allowed) {
+  const auto x = buffer<T>(int64_t(rows) * width, "pixels"), out = buffer<T>(int64_t(rows) * width), again = buffer<T>(int64_t(rows) * width);
+  const auto center = buffer<float>(width), sums = buffer<float>(width), squares = buffer<float>(width), scale = buffer<float>(width);
+  const auto shift = buffer<float>(width);
+  for (int i = 0; i < rows * width; ++i) round_to(3 + 4 * number(), x.get() + i);
+  for (int e = 0; e < width; ++e) center[e] = 3 + number(), scale[e] = number(), shift[e] = number();
+  here::part_sums(x.get(), rows, width, center.get(), sums.get(), squares.get());
+  for (const bool silu : {true, false}) {
+    here::part_scaled(x.get(), rows, width, scale.get(), shift.get(), silu, out.get());
+    portable::part_scaled(x.get(), rows, width, scale.get(), shift.get(), silu, again.get());
+    expect(std::memcmp(out.get(), again.get(), int64_t(rows) * width * sizeof(T)) == 0, "instruction sets differ in group_norm", width, rows);
+    for (int place = 0; place < width; ++place) {
+      const int entry = here::entry_at<T>(place);
+      double sum = 0, square = 0;
+      for (int row = 0; row < rows; ++row) {
+        const double given = to_float(x[row * width + entry]), off = given - center[place], n = given * scale[place] + shift[place];
+        sum += off;
+        square += off * off;
+        const double wanted = silu ? n / (1 + std::exp(-n)) : n, got = to_float(out[row * width + entry]);
+        expect(std::fabs(got - wanted) <= allowed * (1 + std::fabs(wanted)), "part_scaled", width, row, got, wanted);
+      }
+      expect(std::fabs(sums[place] - sum) <= 1e-5 * (1 + square), "part_sums", width, place, sums[place], sum);
+      expect(std::fabs(squares[place] - square) <= 1e-5 * (1 + square), "squares of part_sums", width, place, squares[place], square);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace star_fast
 
@@ -178,6 +209,10 @@ int main(int count, char** arguments) {
   for (const int width : {16, 48, 208}) {
     between<float>(width, 1e-5);
     between<Bfloat16Bits>(width, 1.0 / 64);
+  }
+  for (const int width : {32, 96, 160, 256}) {
+    group_norm<float>(width == 96 ? 1 : 7, width, 1e-5);
+    group_norm<Bfloat16Bits>(width == 160 ? 1 : 5, width, 1.0 / 200);
   }
   return wrong;
 }

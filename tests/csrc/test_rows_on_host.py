@@ -1,4 +1,4 @@
-"""csrc/attend_row.h and between_rows.h without torch, under AddressSanitizer and UBSan, on odd sizes in buffers without a spare byte."""
+"""csrc/attend_row.h, between_rows.h and group_norm_rows.h without torch, under AddressSanitizer and UBSan, on odd sizes in buffers without a spare byte."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_rows_equal_plain_loops_and_stay_in_their_buffers(instruction_set: str, 
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     if instruction_set == "DEFAULT":  # the proof that an access past the end would be found
-        for name in ("keys", "values", "scales", "row"):
+        for name in ("keys", "values", "scales", "row", "pixels"):
             done = subprocess.run([program, name], capture_output=True, text=True, timeout=300)
             assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr, f"{name}: {done.stderr[-2000:]}"

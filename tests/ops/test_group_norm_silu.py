@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -41,6 +44,16 @@ def test_error_rule(shape: tuple[int, ...], groups: int, dtype: torch.dtype, sil
     assert made.stride() == rounded["x"].stride()
     given = rounded["x"].clone()
     assert torch.equal(op.group_norm_silu(**rounded | {"x": given, "out": given}, backend="cpp"), made) and torch.equal(given, made)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability: str) -> None:
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this CPU has no AVX2")
+    code = ("from tests.ops.test_group_norm_silu import SHAPES, test_error_rule as t; import torch\n"
+            f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'\n"
+            "[t(*given, dtype, silu) for given in SHAPES for dtype in (torch.float32, torch.bfloat16) for silu in (True, False)]")
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("silu", [True, False])

@@ -22,6 +22,11 @@ def test_links_and_pictures_exist() -> None:
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 
+def test_the_lines_of_python_are_those_of_the_example_that_is_run() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert block.strip() == (ROOT / "examples/ten_lines.py").read_text().split('"""', 2)[2].strip()
+
+
 def test_the_two_commands_can_be_run() -> None:
     assert LINES[:2] == ["scripts/quickstart.sh", "scripts/test.sh"]
     for script in (ROOT / "scripts").glob("*.sh"):

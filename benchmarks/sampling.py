@@ -1,6 +1,8 @@
 """Sampling: what a user waits for, labels in and pictures out; then its codes, its products and its attention, each beside its ceiling.
 
-    python benchmarks/sampling.py [--quick] [--save] [--before CHECKOUT]      CHECKOUT: an earlier commit, its extension built in place
+    python benchmarks/sampling.py [--quick] [--save] [--before CHECKOUT] [--digits RUN]
+
+CHECKOUT: an earlier commit, its extension built in place. RUN: of the digits, as scripts/quickstart.sh makes it.
 
 GPT-B, 256 pixels (256 codes), VQ-16, random weights, guidance 2.0, top-k 2000, 32 images, bf16. Candidates take turns; medians.
 """
@@ -96,9 +98,9 @@ def _peak_mib(config: SampleConfig) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
-def measure(device: str, quick: bool, before: Path | None) -> dict[str, Any]:
+def measure(device: str, quick: bool, before: Path | None, digits: Path | None) -> dict[str, Any]:
     """All of it, what must not be disturbed by the rest's memory first."""
-    whole = sampling_whole.measure(SIZES["B"], quick, before)
+    whole = sampling_whole.measure(SIZES["B"], quick, before, digits)
     codes_before = sampling_steps.codes_against(before, quick) if before else {}
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
     ceilings_here = timing.ceilings(device, quick)
@@ -188,11 +190,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few positions and repeats: a check that all runs, not a measurement to publish")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/sampling.{json,md}")
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, its extension built in place: measured in turns with this one")
+    parser.add_argument("--digits", type=Path, help="a run of the digits: the quickstart's sampling and report are timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of single steps")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = measure(device, arguments.quick, arguments.before and arguments.before.resolve())
+    found = measure(device, arguments.quick, arguments.before and arguments.before.resolve(), arguments.digits and arguments.digits.resolve())
     print(text(found))
     sampler = sample_op.measure(device, arguments.quick, timing.ceilings(device, arguments.quick))
     found["sampler_op"] = [row._asdict() for row in sampler]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -74,6 +75,24 @@ def whole_jobs(model: Path, images: int, turns: int, before: Path | None) -> dic
     return {name: {clock: statistics.median(values) for clock, values in found.items()} for name, found in seconds.items()}
 
 
+def quickstart_s(run: Path, before: Path | None, turns: int) -> dict[str, dict[str, float]]:
+    """{stage: {commit: median seconds of the process}} of the quickstart's sampling (100 digits) and report, each on a copy of the run, which has no report."""
+    seconds: dict[str, dict[str, list[float]]] = {"star-fast sample, 100 digits": {}, "star-fast report": {}}
+    for _ in range(turns):
+        for name, root in ((BEFORE, before), (OURS, ROOT)):
+            if root is None:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                copy = shutil.copytree(run, Path(folder, "run"), ignore=shutil.ignore_patterns("checkpoints", "report*", "classifier", "probe*", "samples*"))
+                commands = (["sample", "--model", copy / "model", "--out", copy / "samples.npz", "--images", "100"], ["report", "--run", copy])
+                for stage, words in zip(seconds, commands, strict=True):
+                    start = time.perf_counter()
+                    subprocess.run([sys.executable, "-m", "star_fast.cli", *words], check=True, capture_output=True, cwd=folder,
+                                   env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"})
+                    seconds[stage].setdefault(name, []).append(time.perf_counter() - start)
+    return {stage: {name: statistics.median(values) for name, values in found.items()} for stage, found in seconds.items()}
+
+
 def _sample(model: Path, images: int, options: list[str]) -> list[Any]:
     return [sys.executable, "-m", "star_fast.cli", "sample", "--model", model, "--out", "OUT", "--images", str(images), *DRAW, *options]
 
@@ -135,12 +154,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         told.append(f"| {name} | {images / row['draw_s']:.2f} | {row['draw_s'] / images:.3f} | {base / row['draw_s']:.2f} | {earlier}{row['process_s']:.1f} |")
     told += ["", "Where the time of drawing goes (calling thread, torch's profiler):", ""]
     told += [f"- {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items()) for name, parts in found["shares"].items()]
+    for stage, row in found["quickstart"].items():
+        told += ["", f"The quickstart's {stage}, Python's start included: " + ", ".join(f"{name if name == BEFORE else 'now'} {seconds:.1f} s"
+                                                                                        for name, seconds in row.items()) + "."]
     if found["before"]:
         told += ["", f"{BEFORE}: `star-fast sample` of commit {found['before']}."]
     return told
 
 
-def measure(size: tuple[int, int, int], quick: bool, before: Path | None) -> dict[str, Any]:
+def measure(size: tuple[int, int, int], quick: bool, before: Path | None, digits: Path | None = None) -> dict[str, Any]:
     """Everything here."""
     images, turns = (4, 1) if quick else (32, 3)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +170,7 @@ def measure(size: tuple[int, int, int], quick: bool, before: Path | None) -> dic
         found = {"images": images, "turns": turns, "before": before and _commit(before), "jobs": whole_jobs(model, images, turns, before)}
         if not torch.cuda.is_available():
             found["shares"] = {OURS: shares(model, images, {}), f"{OURS}, int8": shares(model, images, {"products": "int8", "cache": "int8"})}
-    return {"shares": {}, **found}
+    return {"shares": {}, **found, "quickstart": quickstart_s(digits, before, turns) if digits else {}}
 
 
 def _commit(checkout: Path) -> str:

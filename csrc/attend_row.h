@@ -1,8 +1,10 @@
 // Rows and heads of one decoding step on the CPU: rotary, append, then scores, softmax and weighted sum over cached keys and values, each read once.
-// decode_attention_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no #pragma once and no includes), after
-// lanes.h and block_products.h. Knows no torch.
+// decode_attention_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no #pragma once), after lanes.h.
+// Knows no torch.
 //
 // Memory is what this waits for: values come in while scores are computed, the next head's keys while values are summed.
+
+#include "block_products.h"
 
 // Of |x[0 ... n)|, n a multiple of kLanes; not finite if one of them is not.
 static float largest_of(const float* x, int n) {

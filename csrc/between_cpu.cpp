@@ -21,38 +21,11 @@
 namespace star_fast {
 namespace {
 
-namespace baseline {
-#include "lanes.h"
-#include "between_rows.h"
-}
-
-#ifdef STAR_FAST_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "lanes.h"
-#include "between_rows.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-namespace avx512 {
-#include "lanes.h"
-#include "between_rows.h"
-}
-#pragma GCC pop_options
-#endif
+#define STAR_FAST_ROWS "between_rows.h"
+#include "each_instruction_set.h"
 
 constexpr int kEntriesWorthAThread = 65536;
 constexpr int64_t kRowsAPart = 64;  // of the weight's gradient
-
-// The function of this name for this machine's instructions.
-#ifdef STAR_FAST_X86
-#define STAR_FAST_HERE(function) \
-  (widest_set() == WidestSet::avx512 ? &avx512::function<T> : widest_set() == WidestSet::avx2 ? &avx2::function<T> : &baseline::function<T>)
-#else
-#define STAR_FAST_HERE(function) (&baseline::function<T>)
-#endif
 
 using MaybeTensor = std::optional<at::Tensor>;
 

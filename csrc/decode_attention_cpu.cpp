@@ -5,9 +5,6 @@
 
 #ifdef __x86_64__
 #include <immintrin.h>
-#define STAR_FAST_VECTOR_BYTES 16
-#else
-#define STAR_FAST_VECTOR_BYTES 0
 #endif
 
 #include <algorithm>
@@ -27,34 +24,8 @@
 namespace star_fast {
 namespace {
 
-namespace baseline {
-#include "lanes.h"
-#include "block_products.h"
-#include "attend_row.h"
-}
-
-#ifdef STAR_FAST_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#undef STAR_FAST_VECTOR_BYTES
-#define STAR_FAST_VECTOR_BYTES 32  // by hand: g++ defines __AVX2__ for the command line only, not after a pragma
-namespace avx2 {
-#include "lanes.h"
-#include "block_products.h"
-#include "attend_row.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#undef STAR_FAST_VECTOR_BYTES
-#define STAR_FAST_VECTOR_BYTES 64
-namespace avx512 {
-#include "lanes.h"
-#include "block_products.h"
-#include "attend_row.h"
-}
-#pragma GCC pop_options
-#endif
+#define STAR_FAST_ROWS "attend_row.h"
+#include "each_instruction_set.h"
 
 template <class T, class Cached>
 using AttendRows = void (*)(const Step<T, Cached>&, int64_t, int64_t);

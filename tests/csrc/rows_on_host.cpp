@@ -22,7 +22,6 @@ namespace {
 #define STAR_FAST_VECTOR_BYTES 0
 namespace portable {
 #include "lanes.h"
-#include "block_products.h"
 #include "attend_row.h"
 #include "between_rows.h"
 #include "group_norm_rows.h"
@@ -47,7 +46,6 @@ namespace {
 #endif
 namespace here {
 #include "lanes.h"
-#include "block_products.h"
 #include "attend_row.h"
 #include "between_rows.h"
 #include "group_norm_rows.h"

@@ -77,8 +77,8 @@ def test_the_drawn_images_are_those_of_generate_and_the_tokenizer(folder: Path, 
     codes = generate(loaded.transformer, torch.tensor([1, 1, 0, 0, 1, 1]), guidance=1.5, top_k=5, top_p=0.9, temperature=0.8, cfg_interval=3, seed=7)
     tokenizer = load_tokenizer(folder / "tokenizer")
     plain = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    away = (drawn.pixels.int() - plain.int()).abs()  # rounding may depend on how many images are decoded together
-    assert away.max() <= 4 and away.float().mean() < 0.5
+    away = (drawn.pixels.int() - plain.int()).abs()  # drawn in bfloat16 where the processor multiplies it
+    assert away.max() <= 8 and away.float().mean() < 1
     renderer = Renderer(tokenizer, model.device)
     assert torch.equal(drawn.pixels, renderer.start(codes).wait()) and torch.equal(model.decode(codes).pixels, drawn.pixels)
     assert torch.equal(model.decode(codes[2]).pixels, renderer.start(codes[2:3]).wait())

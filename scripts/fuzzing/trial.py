@@ -117,7 +117,9 @@ class Watch:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.armed and event in _EXECUTES and event not in self.expected and not str(arguments[:1]).startswith("('libnvidia-ml"):  # torch looks for GPUs
+        # torch looks for GPUs; no name: this process itself, whose allocator is told something
+        harmless = event == "ctypes.dlopen" and (arguments[0] is None or str(arguments[0]).startswith("libnvidia-ml"))
+        if self.armed and event in _EXECUTES and event not in self.expected and not harmless:
             self.armed = False  # what follows from this event is no news
             stack = "".join(traceback.format_stack(limit=12)[:-1])
             self.events.append((f"{event} {str(arguments)[:200]}", _innermost(traceback.walk_stack(sys._getframe(1)), reverse=True), stack))

@@ -21,6 +21,9 @@ class Norm(nn.GroupNorm):
         self.silu, self.in_place = silu, False  # in place: for inference, where nothing else reads x
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # within autocast, which decides in what dtype to compute
+            normed = super().forward(x)
+            return F.silu(normed) if self.silu else normed
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, out=x if self.in_place else None)
 
 

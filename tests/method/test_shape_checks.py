@@ -74,6 +74,9 @@ CALLS: list[tuple[str, Callable[[], object], str]] = [
     ("add_rms_norm", lambda: ops.add_rms_norm(r(4, 3), r(4, 2), r(3), 1e-5), "residual must be|residual"),
     ("ema_update", lambda: ops.ema_update([r(3)], [r(4)], 0.9), "student"),
     ("decode_attention", lambda: ops.decode_attention(r(2, 2, 4), ops.KVCache(r(2, 2, 5, 4), r(2, 2, 5, 4)), 0, rotary=r(5, 2, 2)), "qkv must be"),
+    ("group_norm_silu", lambda: ops.group_norm_silu(r(4, 3), r(3), r(3), 1), r"x must be \(B, C, H, W\)"),
+    ("int8_linear", lambda: ops.int8_linear(r(4, 3), ops.Int8Weight(r(5, 2))), r"x must be \(R, 2\)"),
+    ("Int8Weight", lambda: ops.Int8Weight(r(4)), r"expected \(N, K\)"),
     ("sample_tokens", lambda: ops.sample_tokens(r(4), seed=0, image_index=ints(4), position=0), "logits must be"),
 ]
 

@@ -119,7 +119,7 @@ def decode_pixels(tokenizer: VQTokenizer, codes: Tensor) -> Tensor:
 
 def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
     h = block.conv1(_swish(_group_norm(block.norm1, x)))
-    h = block.conv2(_swish(_group_norm(block.norm2, h)))
+    h = torch.nn.Conv2d.forward(block.conv2, _swish(_group_norm(block.norm2, h)))
     return (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x) + h
 
 
@@ -127,7 +127,7 @@ def _attend_pixels(block: AttentionBlock, x: Tensor) -> Tensor:
     h, (batch, channels, height, width) = _group_norm(block.norm, x), x.shape
     q, k, v = (layer(h).reshape(batch, channels, height * width) for layer in (block.q, block.k, block.v))
     weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * channels**-0.5, dim=2)
-    return x + block.proj_out(torch.bmm(v, weights.transpose(1, 2)).reshape(x.shape))
+    return x + torch.nn.Conv2d.forward(block.proj_out, torch.bmm(v, weights.transpose(1, 2)).reshape(x.shape))
 
 
 def _group_norm(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:

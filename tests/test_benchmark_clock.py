@@ -76,6 +76,16 @@ with CudaDouble(), dispatch.use_backend("reference"):
 print(json.dumps({"ms": ms, "how": how}))
 """
 
+PIXELS = """
+from benchmarks.llamagen_style import decode_pixels
+from star_fast.config import TokenizerConfig
+from star_fast.model.tokenizer import VQTokenizer
+torch.manual_seed(0)
+tokenizer = VQTokenizer(TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), image_size=32)).eval()
+codes = torch.randint(0, 16384, (2, 64))
+print(json.dumps(float((decode_pixels(tokenizer, codes) - tokenizer.decode(codes)).abs().max())))
+"""
+
 BASELINES = """
 from importlib import import_module
 from unittest import mock
@@ -129,6 +139,10 @@ def rows() -> list[dict[str, Any]]:
     found = run(OPS)
     assert not [row for row in found if row["error"]]
     return found
+
+
+def test_the_baselines_pixels_are_ours() -> None:
+    assert run(PIXELS) < 1e-4
 
 
 def test_a_decoding_step_is_timed_as_a_replay() -> None:

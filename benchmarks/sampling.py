@@ -146,8 +146,8 @@ def _codes(found: dict[str, Any]) -> list[str]:
     lines += [f"\n{name}: {clock}." for name, clock in found["how"].items() if clock and clock != timing.REPLAYED]
     dependence = "; ".join(f"{dtype}: {what} differ" for dtype, what in found["batch_1_against_64"].items())
     if before:
-        lines += ["", "Before: whole batches, a process each, in turns. In bf16 a step waits for memory: the layout of the cache speeds up attention alone, a third of it, "
-                  "to the rate of plain reads (below); the weights' bytes stay."]
+        lines += ["", "Before: whole batches, a process each, in turns. In bf16 a step waits for memory: the layout of the cache speeds up "
+                  "attention alone, a third of it, to the rate of plain reads (below); the weights' bytes stay."]
     return [*lines, "", f"Images/s of {'whole batches' if rate else 'single steps over positions'}. Errors: relative, against the float32 model; bf16 rounding "
             "itself is the row \"plain\".", "", f"Batches of 1 against batches of 64: {dependence}."]
 

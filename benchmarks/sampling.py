@@ -26,13 +26,11 @@ if __name__ == "__main__":
 from benchmarks import sample_op, sampling_steps, sampling_whole, timing
 from benchmarks.devices import DEVICES
 from benchmarks.sampling_steps import GPU_OPTIONS, IMAGES, OPERATOR, OPTIONS, SIZES, Steps, gpt
-from star_fast.config import ModelConfig, TokenizerConfig
+from star_fast.config import ModelConfig
 from star_fast.generation import Decoder
 from star_fast.generation.launch_count import step_launches
 from star_fast.generation.sample import SampleConfig, sample_images
-from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-from star_fast.model.weights import save_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -76,11 +74,7 @@ def streaming_memory(quick: bool) -> dict[str, float]:
     """Peak resident MiB (Linux) of a process that samples one batch of 64 images of 256 pixels, and of one that samples 2000."""
     many = 256 if quick else 2000
     with tempfile.TemporaryDirectory() as folder:
-        model = Transformer(ModelConfig(blocks=2, heads=2, width=32, vocab=32, positions=16, num_classes=10))
-        model.init_weights(torch.Generator().manual_seed(0))
-        tokenizer = VQTokenizer(TokenizerConfig(base_channels=16, multipliers=(1, 2, 2), residual_blocks=1, z_channels=16, code_channels=4, codebook=32,
-                                                image_size=16))
-        save_model(Path(folder) / "model", model, class_names=[str(i) for i in range(10)], tokenizer=tokenizer)
+        sampling_whole.tiny_model(Path(folder))
         peaks = []
         for images in (64, many):
             config = SampleConfig(model=f"{folder}/model", out=f"{folder}/{images}.npz", images=images, pixels=256, grid=False, device="cpu")

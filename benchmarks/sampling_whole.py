@@ -54,6 +54,15 @@ def random_model(folder: Path, size: tuple[int, int, int]) -> Path:
     return folder / "model"
 
 
+def tiny_model(folder: Path) -> None:
+    """FOLDER/model: random weights that draw in no time, for what the images' number costs."""
+    model = Transformer(ModelConfig(blocks=2, heads=2, width=32, vocab=32, positions=16, num_classes=10))
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokenizer = VQTokenizer(TokenizerConfig(base_channels=16, multipliers=(1, 2, 2), residual_blocks=1, z_channels=16, code_channels=4, codebook=32,
+                                            image_size=16))
+    save_model(folder / "model", model, class_names=[str(i) for i in range(10)], tokenizer=tokenizer)
+
+
 def whole_jobs(model: Path, images: int, turns: int, before: Path | None) -> dict[str, dict[str, float]]:
     """{candidate: medians over turns of process_s (start to end), draw_s (model loaded to file closed)}; `before`: a checkout of an earlier commit, built."""
     commands = {LLAMAGEN: [sys.executable, ROOT / "benchmarks/llamagen_style.py", model, "OUT", "--images", str(images)]}

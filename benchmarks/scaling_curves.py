@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import memory, ops, timing, training
 from benchmarks.alone import alone
-from star_fast.config import ModelConfig, RunConfig, TokenizerConfig
+from star_fast.config import RunConfig
 from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import shapes
 
@@ -195,17 +195,11 @@ def _rank(rank: int, ranks: int, steps: int, answers: Any) -> None:
 
 def sample_curves(quick: bool) -> list[Curve]:
     """`star-fast sample` of a small model, written at 256 pixels as it draws: its time is the images', its memory one batch's."""
-    from star_fast.model.tokenizer import VQTokenizer
-    from star_fast.model.transformer import Transformer
-    from star_fast.model.weights import save_model
+    from benchmarks import sampling_whole
 
     sizes = (64, 128, 256) if quick else (128, 256, 512, 1024, 2048)
     with tempfile.TemporaryDirectory() as folder:
-        model = Transformer(ModelConfig(blocks=2, heads=2, width=32, vocab=32, positions=16, num_classes=10))
-        model.init_weights(torch.Generator().manual_seed(0))
-        tokenizer = VQTokenizer(TokenizerConfig(base_channels=16, multipliers=(1, 2, 2), residual_blocks=1, z_channels=16, code_channels=4, codebook=32,
-                                                image_size=16))
-        save_model(Path(folder) / "model", model, class_names=[str(i) for i in range(10)], tokenizer=tokenizer)
+        sampling_whole.tiny_model(Path(folder))
         with mock.patch.dict(os.environ, TQDM_DISABLE="1"):
             found = [alone(_sampled, folder, images) for images in sizes]
     return [Curve("star-fast sample, 256 pixels, time", "N", "N", list(sizes), [1e3 * seconds for seconds, _ in found], "ms", [float(n) for n in sizes]),

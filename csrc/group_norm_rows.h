@@ -86,13 +86,7 @@ STAR_FAST_INLINE Lanes silu_of(const Lanes& x) {
   const Lanes f = z - (shifted - 12582912.0f);
   Lanes power;  // 2^f on [-1/2, 1/2]
   if (sizeof(T) == 4) {
-    power = f * 1.52527338e-5f + 1.54035304e-4f;  // Taylor series
-    power = power * f + 1.33335581e-3f;
-    power = power * f + 9.61812911e-3f;
-    power = power * f + 5.55041087e-2f;
-    power = power * f + 2.40226507e-1f;
-    power = power * f + 6.93147181e-1f;
-    power = power * f + 1.0f;
+    power = power_of_two(f);
   } else {
     power = f * 5.517166e-2f + 2.4261115e-1f;  // least relative error of a cubic
     power = power * f + 6.9326099e-1f;

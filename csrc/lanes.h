@@ -50,19 +50,25 @@ STAR_FAST_INLINE float sum_of(const Lanes& lanes) {
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
-// e^x for x <= 0, relative error 1e-7; below -87 about 1e-38. NaN stays NaN.
-STAR_FAST_INLINE Lanes exp_of(const Lanes& exponent) {
-  const Lanes x = exponent < -87.0f ? Lanes{} - 87.0f : exponent;
-  const Lanes z = x * 1.44269504f;
-  const IntLanes n = __builtin_convertvector(z - 0.5f, IntLanes);  // cut towards 0: the nearest whole number, as z <= 0
-  const Lanes f = z - __builtin_convertvector(n, Lanes);
-  Lanes power = f * 1.52527338e-5f + 1.54035304e-4f;  // Taylor series of 2^f on [-1/2, 1/2]
+// 2^f on [-1/2, 1/2], by its Taylor series.
+STAR_FAST_INLINE Lanes power_of_two(const Lanes& f) {
+  Lanes power = f * 1.52527338e-5f + 1.54035304e-4f;
   power = power * f + 1.33335581e-3f;
   power = power * f + 9.61812911e-3f;
   power = power * f + 5.55041087e-2f;
   power = power * f + 2.40226507e-1f;
   power = power * f + 6.93147181e-1f;
   power = power * f + 1.0f;
+  return power;
+}
+
+// e^x for x <= 0, relative error 1e-7; below -87 about 1e-38. NaN stays NaN.
+STAR_FAST_INLINE Lanes exp_of(const Lanes& exponent) {
+  const Lanes x = exponent < -87.0f ? Lanes{} - 87.0f : exponent;
+  const Lanes z = x * 1.44269504f;
+  const IntLanes n = __builtin_convertvector(z - 0.5f, IntLanes);  // cut towards 0: the nearest whole number, as z <= 0
+  const Lanes f = z - __builtin_convertvector(n, Lanes);
+  const Lanes power = power_of_two(f);
   return power * same_bits<Lanes>((n + 127) << 23);
 }
 

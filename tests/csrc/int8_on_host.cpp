@@ -23,59 +23,10 @@
 namespace star_fast {
 namespace {
 
-#define STAR_FAST_DOT 0
-namespace baseline {
-#include "../../csrc/lanes.h"
-#include "../../csrc/int8_rows.h"
-#include "../../csrc/int8_dot.h"
-#include "../../csrc/int8_tiles.h"
-}
-#undef STAR_FAST_DOT
-
 #if defined(__x86_64__) && !defined(BASELINE_ALONE)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define STAR_FAST_DOT 1
-namespace avx2 {
-#include "../../csrc/lanes.h"
-#include "../../csrc/int8_rows.h"
-#include "../../csrc/int8_dot.h"
-#include "../../csrc/int8_tiles.h"
-}
-#undef STAR_FAST_DOT
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define STAR_FAST_DOT 2
-namespace avx512 {
-#include "../../csrc/lanes.h"
-#include "../../csrc/int8_rows.h"
-#include "../../csrc/int8_dot.h"
-#include "../../csrc/int8_tiles.h"
-}
-#undef STAR_FAST_DOT
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
-#define STAR_FAST_DOT 3
-namespace vnni {
-#include "../../csrc/lanes.h"
-#include "../../csrc/int8_rows.h"
-#include "../../csrc/int8_dot.h"
-#include "../../csrc/int8_tiles.h"
-}
-#undef STAR_FAST_DOT
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,prefer-vector-width=512")
-namespace amx {
-#include "../../csrc/lanes.h"
-#include "../../csrc/int8_rows.h"
-#include "../../csrc/int8_amx.h"
-#include "../../csrc/int8_tiles.h"
-}
-#pragma GCC pop_options
+#define STAR_FAST_X86 1
 #endif
+#include "../../csrc/int8_each_set.h"
 
 struct Header {
   int64_t set, is_bfloat16, rows, columns, inner;

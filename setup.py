@@ -1,4 +1,5 @@
-"""Builds star_fast._C: token sampling in C++ and, where nvcc and a CUDA build of PyTorch are present, CUDA. Nothing is downloaded.
+"""Builds star_fast._C: token sampling in C++ and, where nvcc and a CUDA build of PyTorch are present, CUDA. Nothing is
+downloaded.
 
 Environment:
     STAR_FAST_NO_EXT=1       no extension at all: the package runs on its plain-torch references
@@ -6,7 +7,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST     GPU architectures, default "8.0;9.0;10.0+PTX"
     MAX_JOBS                 compilers at once, default: from cores and free memory
 
-Needs PyTorch at build time: install with `pip install --no-build-isolation -e .`, or build in place with `python setup.py build_ext --inplace`.
+Needs PyTorch at build time: install with `pip install --no-build-isolation -e .`, or build in place with `python
+    setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ def jobs() -> int:
     """Compilers to run at once: one a core, while each has its memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        free_gib = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")) / 2**20
+        free_gib = (
+            next(
+                int(line.split()[1])
+                for line in Path("/proc/meminfo").read_text().splitlines()
+                if line.startswith("MemAvailable")
+            )
+            / 2**20
+        )
     except (OSError, StopIteration):
         return cores
     return max(1, min(cores, int(free_gib / GIB_PER_COMPILER)))
@@ -59,9 +68,13 @@ def extension() -> dict:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without -fno-trapping-math (which changes
-    # no result) g++ takes a choice between two floats for a branch, and vectorises no loop that has one.
-    compile_args = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"], "nvcc": ["-O3", "--fmad=false"]}
+    # Every backend gives the same bits: no fused multiply-add that the source does not ask for. Without
+    # -fno-trapping-math (which changes no result) g++ takes a choice between two floats for a branch, and vectorises no
+    # loop that has one.
+    compile_args = {
+        "cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
+        "nvcc": ["-O3", "--fmad=false"],
+    }
     cpu = ("schema", "sample_cpu", "decode_attention_cpu", "large_pages", "between_cpu", "group_norm_cpu", "int8_cpu")
     sources = [f"csrc/{name}.cpp" for name in cpu]
     macros: list[tuple[str, str | None]] = []
@@ -70,9 +83,18 @@ def extension() -> dict:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
         macros = [("STAR_FAST_CUDA", None), ("STAR_FAST_ARCHS", f'"{archs}"')]
     kind = CUDAExtension if cuda else CppExtension
-    module = kind("star_fast._C", sources, define_macros=macros, extra_compile_args=compile_args, extra_link_args=["-fopenmp"],
-                  depends=[str(path) for path in Path("csrc").glob("*.h")])
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)}}
+    module = kind(
+        "star_fast._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=["-fopenmp"],
+        depends=[str(path) for path in Path("csrc").glob("*.h")],
+    )
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
+    }
 
 
 setup(**extension())

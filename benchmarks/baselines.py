@@ -1,12 +1,14 @@
-"""What others offer for the same op, where it is installed: the rows beside ours and the naive composition. None of it is required.
+"""What others offer for the same op, where it is installed: the rows beside ours and the naive composition. None of it
+is required.
 
 - "compiled naive": torch.compile of the naive composition, every op.
-- "FlexAttention": torch.nn.attention.flex_attention, compiled together with rotary, the key mask as a BlockMask. The named baseline of masked attention.
+- "FlexAttention": torch.nn.attention.flex_attention, compiled together with rotary, the key mask as a BlockMask. The
+  named baseline of masked attention.
 - "cuDNN SDPA": scaled_dot_product_attention by cuDNN, rotary compiled, the mask as a (B, 1, T, T) tensor.
 - "Liger": liger-kernel's functions, where it has one for the op; its norm has no dropout, so torch's comes before.
 
-Masks are made beforehand and cost nothing here: a training step makes them once for all its blocks. A baseline that is not there, cannot serve the call or does
-not compute the same becomes a row without figures that says so.
+Masks are made beforehand and cost nothing here: a training step makes them once for all its blocks. A baseline that is
+not there, cannot serve the call or does not compute the same becomes a row without figures that says so.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from benchmarks import naive
 from star_fast.ops.masked_attention import visible_pairs
 
 Function = Callable[..., Any]
-_LEAST_AGREEMENT = 0.02  # relative distance (norm) from the naive result in 16 bits; a wrong mask is tens of percent away
+# Relative distance (norm) from the naive result in 16 bits; a wrong mask is tens of percent away
+_LEAST_AGREEMENT = 0.02
 _CUDNN = SDPBackend.CUDNN_ATTENTION
 
 
@@ -32,8 +35,12 @@ class NotHere(Exception):
     """Why a baseline has no figures."""
 
 
-def beside(op: str, call: dict[str, Any], runner: Callable[[Function], Callable[[], object]]) -> Iterator[tuple[str, Callable[[], object] | str]]:
-    """The baselines of an op for this call: (name, what `runner` makes of its function, run once), or (name, why there is none)."""
+def beside(
+    op: str, call: dict[str, Any], runner: Callable[[Function], Callable[[], object]]
+) -> Iterator[tuple[str, Callable[[], object] | str]]:
+    """The baselines of an op for this call: (name, what `runner` makes of its function, run once), or (name, why there
+    is none).
+    """
     for name, make in {"compiled naive": compiled_naive, **_OF_OP.get(op, {})}.items():
         try:
             if not torch.cuda.is_available():

@@ -1,8 +1,9 @@
 """Saving and loading a training state, beside torch.save and torch.load of the same tensors and beside the disk alone.
 
-Rows of throughput.py. `checkpoint.save` writes masters, moments, teacher and a model folder, hashes every byte, flushes all to disk and renames; the disk alone
-writes as many bytes and flushes them. `checkpoint.load` checks every hash before it reads. Before each turn of loading its files are dropped from the system's
-cache, everyone's alike (a file system in memory keeps them).
+Rows of throughput.py. `checkpoint.save` writes masters, moments, teacher and a model folder, hashes every byte, flushes
+all to disk and renames; the disk alone writes as many bytes and flushes them. `checkpoint.load` checks every hash
+before it reads. Before each turn of loading its files are dropped from the system's cache, everyone's alike (a file
+system in memory keeps them).
 """
 
 from __future__ import annotations
@@ -48,13 +49,18 @@ class State:
         config = resolve(preset(size), self.store)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=1))
         self.engine = Engine(config, build_student(config), device, 1, 1)
-        self.engine.step(Batches(self.store, config).step(0), 0, config.lr)  # AdamW's moments exist from the first step on
+        # AdamW's moments exist from the first step on
+        self.engine.step(Batches(self.store, config).step(0), 0, config.lr)
         self.numbers = itertools.count(1)
         self.save()
         files = sorted(path for path in checkpoint.latest(self.run).rglob("*") if path.is_file())
         self.bytes = sum(path.stat().st_size for path in files)
-        self.tensors: dict[str, Tensor] = {f"{path.parent.name}/{path.stem}/{name}": tensor for path in files if path.suffix == ".safetensors"
-                                           for name, tensor in load_file(path).items()}
+        self.tensors: dict[str, Tensor] = {
+            f"{path.parent.name}/{path.stem}/{name}": tensor
+            for path in files
+            if path.suffix == ".safetensors"
+            for name, tensor in load_file(path).items()
+        }
         self.by_torch, self.plain = place / "by_torch.pt", place / "plain"
 
     def save(self) -> None:
@@ -127,13 +133,23 @@ def _rows(size: str, given: Given, threads: int) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
         state = State(Path(place), size)
         seconds, repeats = (0.5, (3, 5)) if given.quick else (10.0, (3, 9))
-        saving: dict[str, Callable[[], object]] = {OURS: state.save, TORCH: lambda: state.save_by_torch(False), FLUSHED: lambda: state.save_by_torch(True),
-                                                   DISK: state.write}
+        saving: dict[str, Callable[[], object]] = {
+            OURS: state.save,
+            TORCH: lambda: state.save_by_torch(False),
+            FLUSHED: lambda: state.save_by_torch(True),
+            DISK: state.write,
+        }
         loading: dict[str, Callable[[], object]] = {OURS: state.load, READ: state.load_by_torch, DISK: state.read}
         saved = timing.compare(saving, "cpu", seconds, repeats)
         loaded = timing.compare(loading, "cpu", seconds, repeats)
-        peaks = {verb: {name: _peak_mib(call) for name, call in calls.items()} for verb, calls in (("save", saving), ("load", loading))}
-        return [*_of("save", TORCH, saved, size, state.bytes, peaks), *_of("load", READ, loaded, size, state.bytes, peaks)]
+        peaks = {
+            verb: {name: _peak_mib(call) for name, call in calls.items()}
+            for verb, calls in (("save", saving), ("load", loading))
+        }
+        return [
+            *_of("save", TORCH, saved, size, state.bytes, peaks),
+            *_of("load", READ, loaded, size, state.bytes, peaks),
+        ]
 
 
 def _peak_mib(call: Callable[[], object]) -> float:
@@ -144,12 +160,26 @@ def _peak_mib(call: Callable[[], object]) -> float:
     return before.peak_bytes() / 2**20
 
 
-def _of(verb: str, base: str, times: dict[str, Timing], size: str, held: int, peaks: dict[str, dict[str, float]]) -> list[Row]:
+def _of(
+    verb: str, base: str, times: dict[str, Timing], size: str, held: int, peaks: dict[str, dict[str, float]]
+) -> list[Row]:
     name = f"checkpoint {verb}, state of {size}, {held / 1e6:.0f} MB"
     ceiling = "the disk, flushed" if verb == "save" else "the disk"
-    return [Row(name, who, found.median_ms, found.spread, None if who == DISK else times[base].median_ms / found.median_ms,
-                times[DISK].median_ms / found.median_ms, held / 1e6, ceiling=ceiling, peak_mib=peaks[verb][who], memory_of=memory.PROCESS)
-            for who, found in times.items()]
+    return [
+        Row(
+            name,
+            who,
+            found.median_ms,
+            found.spread,
+            None if who == DISK else times[base].median_ms / found.median_ms,
+            times[DISK].median_ms / found.median_ms,
+            held / 1e6,
+            ceiling=ceiling,
+            peak_mib=peaks[verb][who],
+            memory_of=memory.PROCESS,
+        )
+        for who, found in times.items()
+    ]
 
 
 def main_call(given: Given) -> Callable[[], object]:

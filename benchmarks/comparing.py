@@ -27,18 +27,26 @@ def read(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise Unreadable(f"{path}: cannot be read as JSON ({why}); give a file that throughput.py --json wrote") from error
+        raise Unreadable(
+            f"{path}: cannot be read as JSON ({why}); give a file that throughput.py --json wrote"
+        ) from error
     rows = report.get("rows") if isinstance(report, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"name", "backend", "median_ms", "spread"} <= set(row) for row in rows):
-        raise Unreadable(f"{path}: expected a list of rows with name, backend, median_ms and spread; give a file that throughput.py --json wrote")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"name", "backend", "median_ms", "spread"} <= set(row) for row in rows
+    ):
+        raise Unreadable(
+            f"{path}: expected a list of rows with name, backend, median_ms and spread; give a file that "
+            "throughput.py --json wrote"
+        )
     return report
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Rows by name and backend.
 
-    A row is a regression where its time grew by more than both spreads together, (1 + old spread) (1 + new spread), and where it had a time and now fails.
-    A row whose time fell as far is marked faster. Rows without a time on either side are left out.
+    A row is a regression where its time grew by more than both spreads together, (1 + old spread) (1 + new spread), and
+    where it had a time and now fails. A row whose time fell as far is marked faster. Rows without a time on either side
+    are left out.
     """
     before, now = _timed(old), _timed(new)
     failed = {(row["name"], row["backend"]): row["error"] for row in new["rows"] if row.get("error")}
@@ -59,14 +67,26 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
             error = failed.get(key)
             if error:
                 regressions.append(", ".join(key))
-            body.append(f"| {' | '.join(key)} | {was['median_ms']:.3f} | | | {f'**fails**: {error}' if error else 'missing'} |")
-    differing = [f"{what}: {old.get('environment', {}).get(what)} before, {new.get('environment', {}).get(what)} now" for what in _MUST_AGREE
-                 if old.get("environment", {}).get(what) != new.get("environment", {}).get(what)]
+            body.append(
+                f"| {' | '.join(key)} | {was['median_ms']:.3f} | | | {f'**fails**: {error}' if error else 'missing'} |"
+            )
+    differing = [
+        f"{what}: {old.get('environment', {}).get(what)} before, {new.get('environment', {}).get(what)} now"
+        for what in _MUST_AGREE
+        if old.get("environment", {}).get(what) != new.get("environment", {}).get(what)
+    ]
     if bool(old.get("quick")) != bool(new.get("quick")):
         differing.append("one of them was --quick")
-    lines = [*([f"Not the same setting: {'; '.join(differing)}.", ""] if differing else []),
-             "| what | backend | before, ms | now, ms | now / before | |", "|---|---|--:|--:|--:|---|", *body, "",
-             f"{len(regressions)} of {len(now)} became slower beyond both runs' spread" + (": " + "; ".join(regressions) if regressions else "") + "."]
+    lines = [
+        *([f"Not the same setting: {'; '.join(differing)}.", ""] if differing else []),
+        "| what | backend | before, ms | now, ms | now / before | |",
+        "|---|---|--:|--:|--:|---|",
+        *body,
+        "",
+        f"{len(regressions)} of {len(now)} became slower beyond both runs' spread"
+        + (": " + "; ".join(regressions) if regressions else "")
+        + ".",
+    ]
     return Comparison(lines, regressions)
 
 

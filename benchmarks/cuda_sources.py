@@ -1,4 +1,6 @@
-"""The CUDA sources of csrc/ in the kernel resource table: nvcc makes PTX, its ptxas assembles it; neither asks for a driver."""
+"""The CUDA sources of csrc/ in the kernel resource table: nvcc makes PTX, its ptxas assembles it; neither asks for a
+driver.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ _DTYPES = {"float": "float32", "Bfloat16": "bfloat16", "Float16": "float16"}
 
 
 def compile_all(capabilities: tuple[int, ...], only: str) -> list[tuple]:
-    """Arguments of kernel_resources.row for every kernel instance and architecture, under the shape "all": the sizes that matter (V) are the same."""
+    """Arguments of kernel_resources.row for every kernel instance and architecture, under the shape "all": the sizes
+    that matter (V) are the same.
+    """
     found = []
     for source in SOURCES:
         if (CSRC / source.file).exists() and only in source.op:
             for capability in capabilities:
                 for kernel, dtype, log, ptx in _instances(source, capability):
                     shared = sum(int(n) for n in re.findall(r"(\d+) bytes smem", log))
-                    found.append((kernel, "all", capability, log, ptx, shared, source.threads // 32, _cost(source.op, dtype)))
+                    found.append(
+                        (kernel, "all", capability, log, ptx, shared, source.threads // 32, _cost(source.op, dtype))
+                    )
     return found
 
 
@@ -46,15 +52,33 @@ def _instances(source: Source, capability: int) -> list[tuple[str, str, str, str
     """(name in the table, dtype, assembler's log, PTX) of each instance of the kernel template."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise FileNotFoundError(f"nvcc is needed to compile csrc/{source.file} and is not on PATH: install the CUDA toolkit or add its bin folder to PATH")
+        raise FileNotFoundError(
+            f"nvcc is needed to compile csrc/{source.file} and is not on PATH: install the CUDA toolkit or add "
+            "its bin folder to PATH"
+        )
     with tempfile.TemporaryDirectory() as folder:
         ptx_file = Path(folder) / "kernel.ptx"
-        _run([nvcc, "-ptx", "-std=c++17", "-O3", f"-arch=compute_{capability}", "-o", str(ptx_file), str(CSRC / source.file)])
+        _run(
+            [
+                nvcc,
+                "-ptx",
+                "-std=c++17",
+                "-O3",
+                f"-arch=compute_{capability}",
+                "-o",
+                str(ptx_file),
+                str(CSRC / source.file),
+            ]
+        )
         beside = Path(nvcc).resolve().with_name("ptxas")  # nvcc on PATH may be a wrapper elsewhere
         ptxas = str(beside) if beside.exists() else shutil.which("ptxas")
-        log = _run([ptxas or "ptxas", "-v", f"-arch=sm_{capability}", "-o", str(Path(folder) / "kernel.cubin"), str(ptx_file)])
+        log = _run(
+            [ptxas or "ptxas", "-v", f"-arch=sm_{capability}", "-o", str(Path(folder) / "kernel.cubin"), str(ptx_file)]
+        )
         ptx = ptx_file.read_text()
-    logs = dict(re.findall(r"Compiling entry function '(\w+)'.*?\n(.*?)(?=ptxas info\s+: Compiling|\Z)", log, re.DOTALL))
+    logs = dict(
+        re.findall(r"Compiling entry function '(\w+)'.*?\n(.*?)(?=ptxas info\s+: Compiling|\Z)", log, re.DOTALL)
+    )
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL))
     found = []
     for mangled, body in bodies.items():

@@ -1,9 +1,11 @@
-"""What `star-fast evaluate` costs: Inception on the CPU, and the metrics of 50 000 samples against 10 000 real images once the features are there.
+"""What `star-fast evaluate` costs: Inception on the CPU, and the metrics of 50 000 samples against 10 000 real images
+once the features are there.
 
     python benchmarks/evaluation.py [--parts NAME ...] [--samples N] [--real N] [--save]
 
-Features are random, of Inception's widths; drawing them is not timed. Each part runs in a process of its own, so that its peak of memory is its own. Results
-of earlier calls are kept beside the table, so that a long run need not be repeated.
+Features are random, of Inception's widths; drawing them is not timed. Each part runs in a process of its own, so that
+its peak of memory is its own. Results of earlier calls are kept beside the table, so that a long run need not be
+repeated.
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ from star_fast.evaluation.manifolds import precision_recall  # noqa: E402
 
 BATCH_IMAGES = 250
 INCEPTION_IMAGES = 64
-PARTS = {"inception": f"Inception, {INCEPTION_IMAGES} images of 256 pixels in batches of 32, one thread",
-         "fid": "moments of both kinds, FID, sFID, Inception Score",
-         "float32": "precision and recall, exact", "float16": "precision and recall, ADM's float16"}
+PARTS = {
+    "inception": f"Inception, {INCEPTION_IMAGES} images of 256 pixels in batches of 32, one thread",
+    "fid": "moments of both kinds, FID, sFID, Inception Score",
+    "float32": "precision and recall, exact",
+    "float16": "precision and recall, ADM's float16",
+}
 TARGETS = {"inception": "", "fid": "5 min, 2 GiB", "float32": "10 min", "float16": ""}
 RESULTS = ROOT / "benchmarks/results/evaluation.json"
 
@@ -57,12 +62,18 @@ class Clock:
 
 
 def features(images: int, width: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches (n, D) float32 like Inception's: not negative, most of them small, a few directions much wider than the rest."""
+    """Batches (n, D) float32 like Inception's: not negative, most of them small, a few directions much wider than the
+    rest.
+    """
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(16, width, generator=torch.Generator().manual_seed(0)) * 0.15
     for start in range(0, images, BATCH_IMAGES):
         count = min(BATCH_IMAGES, images - start)
-        yield (0.3 * torch.randn(count, width, generator=generator) + torch.randn(count, 16, generator=generator) @ wide + 0.1 * seed).relu_()
+        yield (
+            0.3 * torch.randn(count, width, generator=generator)
+            + torch.randn(count, 16, generator=generator) @ wide
+            + 0.1 * seed
+        ).relu_()
 
 
 def measure_fid(samples: int, real: int, clock: Clock) -> dict[str, float]:
@@ -70,7 +81,9 @@ def measure_fid(samples: int, real: int, clock: Clock) -> dict[str, float]:
     gathered = []
     for seed, images in ((1, samples), (2, real)):
         statistics = FeatureStatistics()
-        for parts in zip(*(features(images, width, seed) for width in (POOL_WIDTH, SPATIAL_WIDTH, CLASSES)), strict=True):
+        for parts in zip(
+            *(features(images, width, seed) for width in (POOL_WIDTH, SPATIAL_WIDTH, CLASSES)), strict=True
+        ):
             clock(functools.partial(statistics.add, Features(*parts)))
         gathered.append(statistics)
     metrics = clock(lambda: adm_metrics(gathered[0], gathered[1].gaussians(), None))
@@ -108,17 +121,33 @@ def run_part(name: str, samples: int, real: int) -> dict[str, object]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The page that is kept."""
-    lines = ["# What `star-fast evaluate` costs", "",
-             "Random weights and features: what they are does not change the work. CPU time is that of all threads: where others used the machine too, the",
-             "wall time is theirs as much as ours. Memory is the peak of the whole process, PyTorch and the features included.", "",
-             "| | samples | real images | wall | CPU time | peak memory | asked for | result |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "# What `star-fast evaluate` costs",
+        "",
+        "Random weights and features: what they are does not change the work. CPU time is that of all threads: "
+        "where others used the machine too, the",
+        "wall time is theirs as much as ours. Memory is the peak of the whole process, PyTorch and the features "
+        "included.",
+        "",
+        "| | samples | real images | wall | CPU time | peak memory | asked for | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, title in PARTS.items():
         if row := found.get(name):
             figures = ", ".join(f"{key} {value:.4f}" for key, value in row["figures"].items())
             sizes = "| | " if name == "inception" else f"| {row['samples']:,} | {row['real']:,} "
-            lines.append(f"| {title} {sizes}| {row['wall_s']:.0f} s | {row['cpu_s']:.0f} s | {row['peak_gib']:.2f} GiB | {TARGETS[name]} | {figures} |")
-    lines += ["", *(f"{name}: {row['device']}, load before the run {row['load_before']:.1f}, torch {row['torch']}, {row['commit']}."
-                    for name, row in found.items())]
+            lines.append(
+                f"| {title} {sizes}| {row['wall_s']:.0f} s | {row['cpu_s']:.0f} s | {row['peak_gib']:.2f} GiB | "
+                f"{TARGETS[name]} | {figures} |"
+            )
+    lines += [
+        "",
+        *(
+            f"{name}: {row['device']}, load before the run {row['load_before']:.1f}, torch {row['torch']}, "
+            f"{row['commit']}."
+            for name, row in found.items()
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +158,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--real", type=int, default=10_000)
     parser.add_argument("--here", choices=list(PARTS), help="only this part, in this process; prints JSON")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/evaluation.md, beside rows kept before")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/evaluation.md, beside rows kept before"
+    )
     arguments = parser.parse_args()
     if arguments.here:
         print(json.dumps(run_part(arguments.here, arguments.samples, arguments.real)))
@@ -137,9 +168,24 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in arguments.parts:
         load = os.getloadavg()[0]
-        command = [sys.executable, __file__, "--here", name, "--samples", str(arguments.samples), "--real", str(arguments.real)]
+        command = [
+            sys.executable,
+            __file__,
+            "--here",
+            name,
+            "--samples",
+            str(arguments.samples),
+            "--real",
+            str(arguments.real),
+        ]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        found[name] = {"samples": arguments.samples, "real": arguments.real, **row, "load_before": load, **timing.environment("cpu")}
+        found[name] = {
+            "samples": arguments.samples,
+            "real": arguments.real,
+            **row,
+            "load_before": load,
+            **timing.environment("cpu"),
+        }
     print(table(found))
     if arguments.save:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,13 +1,17 @@
-"""The named baseline of benchmarks/sampling.py: a decent, straightforward PyTorch pipeline in the style of LlamaGen's released code, labels to pixels.
+"""The named baseline of benchmarks/sampling.py: a decent, straightforward PyTorch pipeline in the style of LlamaGen's
+released code, labels to pixels.
 
-    python benchmarks/llamagen_style.py MODEL OUT.npz [--images 32]      as a process of its own: what a user of it waits for
+    python benchmarks/llamagen_style.py MODEL OUT.npz [--images 32]      as a process of its own: what a user of it
+    waits for
 
-What its codes share with that code (autoregressive/models/{gpt,generate}.py): a padded key-value cache read in full at every step with a mask over the future,
-separate w1, w3 products, both logit rows of a guided image computed and combined, top-k by sorting, softmax, multinomial. What it does better: weights and
-cache in one dtype, no autocast, no list building; everything that a careful reader would do without changing the method.
+What its codes share with that code (autoregressive/models/{gpt,generate}.py): a padded key-value cache read in full at
+every step with a mask over the future, separate w1, w3 products, both logit rows of a guided image computed and
+combined, top-k by sorting, softmax, multinomial. What it does better: weights and cache in one dtype, no autocast, no
+list building; everything that a careful reader would do without changing the method.
 
-Its pixels are that code's arithmetic (tokenizer/tokenizer_image/vq_model.py): float32, contiguous, the whole batch at once, x * sigmoid(x), attention by two
-batched products; plain torch throughout, so that it stays what it is whatever our own decoder becomes.
+Its pixels are that code's arithmetic (tokenizer/tokenizer_image/vq_model.py): float32, contiguous, the whole batch at
+once, x * sigmoid(x), attention by two batched products; plain torch throughout, so that it stays what it is whatever
+our own decoder becomes.
 """
 
 from __future__ import annotations
@@ -41,8 +45,13 @@ class LlamaGenStyle:
         self.model, self.images, config = model, images, model.config
         weight = model.output.weight
         shape = (2 * images, config.heads, config.positions, config.head_size)
-        self.caches = [tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)) for _ in range(config.blocks)]
-        self.causal = torch.full((config.positions, config.positions), float("-inf"), dtype=weight.dtype, device=weight.device).triu(1)
+        self.caches = [
+            tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+            for _ in range(config.blocks)
+        ]
+        self.causal = torch.full(
+            (config.positions, config.positions), float("-inf"), dtype=weight.dtype, device=weight.device
+        ).triu(1)
         self.w1w3 = [tuple(block.feed_forward.w13.weight.chunk(2)) for block in model.layers]
         self.rotary = torch.view_as_complex(model.rotary.float())
 
@@ -74,7 +83,8 @@ class LlamaGenStyle:
         qkv = block.attention.wqkv(h).view(rows, 3, heads, -1)
         (q, k), v = self._rotate(qkv[:, :2], position).unbind(1), qkv[:, 2]
         cache[0][:, :, position], cache[1][:, :, position] = k, v
-        # Written out: on the CPU, scaled_dot_product_attention with a mask takes 3 to 15 times as long for one bfloat16 query.
+        # Written out: on the CPU, scaled_dot_product_attention with a mask takes 3 to 15 times as long for one bfloat16
+        # query.
         scores = (q * q.shape[-1] ** -0.5).unsqueeze(2) @ cache[0].transpose(2, 3) + mask
         return block.attention.wo((torch.softmax(scores, dim=-1) @ cache[1]).reshape(rows, -1))
 
@@ -86,7 +96,9 @@ class LlamaGenStyle:
 def draw(logits: Tensor, top_k: int, top_p: float = 1.0) -> Tensor:
     """LlamaGen's sampler: logits (B, V) float32 -> tokens (B, 1)."""
     if top_k > 0:
-        logits = logits.masked_fill(logits < torch.topk(logits, min(top_k, logits.shape[-1]))[0][..., -1:], float("-inf"))
+        logits = logits.masked_fill(
+            logits < torch.topk(logits, min(top_k, logits.shape[-1]))[0][..., -1:], float("-inf")
+        )
     if top_p < 1.0:
         ordered, order = torch.sort(logits, descending=True)
         beyond = torch.cumsum(F.softmax(ordered, dim=-1), dim=-1) > top_p

@@ -1,9 +1,12 @@
-"""The named baselines of benchmarks/training.py: LlamaGen's training step, and ST-AR composed on it, as a careful reader would first write them in PyTorch.
+"""The named baselines of benchmarks/training.py: LlamaGen's training step, and ST-AR composed on it, as a careful
+reader would first write them in PyTorch.
 
-What they share with LlamaGen's released trainer (autoregressive/models/gpt.py, autoregressive/train/train_c2i.py): a model of float32 weights under bfloat16
-autocast, separate w1 and w3 products, dropout modules, scaled_dot_product_attention, all logits in float32 before F.cross_entropy, clip_grad_norm_, AdamW, and
-an average of the weights taken one parameter after another. ST-AR adds the teacher's forward pass, the key mask as an attention mask, the projector on every
-position, cosine similarity, and one InfoNCE a pair of slots. All of it is the method of docs/method.md; only the way is the plain one.
+What they share with LlamaGen's released trainer (autoregressive/models/gpt.py, autoregressive/train/train_c2i.py): a
+model of float32 weights under bfloat16 autocast, separate w1 and w3 products, dropout modules,
+scaled_dot_product_attention, all logits in float32 before F.cross_entropy, clip_grad_norm_, AdamW, and an average of
+the weights taken one parameter after another. ST-AR adds the teacher's forward pass, the key mask as an attention mask,
+the projector on every position, cosine similarity, and one InfoNCE a pair of slots. All of it is the method of
+docs/method.md; only the way is the plain one.
 """
 
 from __future__ import annotations
@@ -65,14 +68,21 @@ class LlamaGen(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         model = config.model
-        self.cls_embedding, self.tok_embeddings = nn.Embedding(model.num_classes + 1, model.width), nn.Embedding(model.vocab, model.width)
+        self.cls_embedding, self.tok_embeddings = (
+            nn.Embedding(model.num_classes + 1, model.width),
+            nn.Embedding(model.vocab, model.width),
+        )
         self.drop = nn.Dropout(model.dropout)
-        self.layers = nn.ModuleList(Block(model.width, model.heads, model.feed_forward, model.dropout) for _ in range(model.blocks))
+        self.layers = nn.ModuleList(
+            Block(model.width, model.heads, model.feed_forward, model.dropout) for _ in range(model.blocks)
+        )
         self.norm, self.output = RMSNorm(model.width), nn.Linear(model.width, model.vocab, bias=False)
         self.register_buffer("rotary", rotary_table(model.positions, model.head_size), persistent=False)
         self.depth = config.contrast_depth
 
-    def forward(self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, logits: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, logits: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """tokens (B, T-1), label (B,), keep (B, T)."""
         x = self.drop(torch.cat([self.cls_embedding(label)[:, None], self.tok_embeddings(tokens)], dim=1))
         visible = None
@@ -95,23 +105,42 @@ class PlainTraining:
         dtype: of autocast; float32: none.
     """
 
-    def __init__(self, config: RunConfig, student: Student, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, config: RunConfig, student: Student, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.config, self.method, self.device, self.dtype = config, config.method, device, dtype
         self.model = LlamaGen(config)
         self.model.load_state_dict(_names(student.transformer.state_dict()))
         self.projector = None
         if student.projector is not None:
-            sizes = [config.model.width, *[config.method.projector_width] * (config.method.projector_layers - 1), config.model.width]
-            self.projector = nn.Sequential(*[part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.SiLU())][:-1])
+            sizes = [
+                config.model.width,
+                *[config.method.projector_width] * (config.method.projector_layers - 1),
+                config.model.width,
+            ]
+            self.projector = nn.Sequential(
+                *[part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.SiLU())][:-1]
+            )
             self.projector.load_state_dict(student.projector.state_dict())
             self.projector.to(device)
         self.model.to(device)
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if config.method.has_teacher else None
-        self.parameters = [*self.model.parameters(), *(self.projector.parameters() if self.projector is not None else ())]
+        self.parameters = [
+            *self.model.parameters(),
+            *(self.projector.parameters() if self.projector is not None else ()),
+        ]
         optim = config.optim
-        groups = [{"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-                  {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True if device.type == "cuda" else None)
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True if device.type == "cuda" else None,
+        )
 
     def step(self, batches: list[MicroBatch], step: int) -> Tensor:
         """The total loss of one step."""
@@ -132,8 +161,13 @@ class PlainTraining:
 
     def state_bytes(self) -> int:
         """Weights, AdamW's moments and the teacher: what stays between two steps."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return sum(t.numel() * t.element_size() for t in [*self.parameters, *moments, *(self.teacher.parameters() if self.teacher is not None else ())])
+        moments = [
+            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+        return sum(
+            t.numel() * t.element_size()
+            for t in [*self.parameters, *moments, *(self.teacher.parameters() if self.teacher is not None else ())]
+        )
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """All terms of one micro-batch."""
@@ -145,10 +179,15 @@ class PlainTraining:
         with torch.no_grad():
             _, teacher_last, teacher_middle = self.teacher(batch.tokens, batch.label, logits=False)
         mim = (1 - F.cosine_similarity(last.float(), teacher_last.float(), dim=-1)).mean()
-        z, k = (F.normalize(x.float(), dim=-1)[:, batch.positions].unflatten(0, (-1, method.views)) for x in (self.projector(middle), teacher_middle))
+        z, k = (
+            F.normalize(x.float(), dim=-1)[:, batch.positions].unflatten(0, (-1, method.views))
+            for x in (self.projector(middle), teacher_middle)
+        )
 
         def nce(m: int, i: int, n: int, j: int) -> Tensor:
-            return F.cross_entropy(z[:, m, i] @ k[:, n, j].T / method.temperature, torch.arange(len(z), device=z.device))
+            return F.cross_entropy(
+                z[:, m, i] @ k[:, n, j].T / method.temperature, torch.arange(len(z), device=z.device)
+            )
 
         M, K = method.views, len(batch.positions)
         step = torch.stack([nce(m, i, m, j) for m in range(M) for i in range(K) for j in range(K) if i != j]).mean()

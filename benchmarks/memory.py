@@ -12,7 +12,9 @@ ALLOCATOR, PROCESS = "torch's allocator", "the process"
 
 
 def allocated_mib(call: Callable[[], object], device: str) -> float:
-    """Most MiB that torch's tensors take during `call` beyond those that were there: results count, what C++ allocates by itself does not."""
+    """Most MiB that torch's tensors take during `call` beyond those that were there: results count, what C++ allocates
+    by itself does not.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -24,7 +26,11 @@ def allocated_mib(call: Callable[[], object], device: str) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = call()
     del kept
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     most = now = 0
     for _, change in changes:
         now += change
@@ -33,7 +39,9 @@ def allocated_mib(call: Callable[[], object], device: str) -> float:
 
 
 def status_kib(field: str) -> int:
-    """A line of this process's status (Linux): VmRSS now, VmHWM at most. Not getrusage's ru_maxrss: a child starts with its parent's."""
+    """A line of this process's status (Linux): VmRSS now, VmHWM at most. Not getrusage's ru_maxrss: a child starts with
+    its parent's.
+    """
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field + ":")))
 
@@ -51,4 +59,8 @@ class Memory:
 
     def peak_bytes(self) -> int:
         """So far."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * (status_kib("VmHWM") - self._before_kib)
+        return (
+            torch.cuda.max_memory_allocated()
+            if self.device.type == "cuda"
+            else 1024 * (status_kib("VmHWM") - self._before_kib)
+        )

@@ -33,8 +33,13 @@ def ema_update(teacher: list[Tensor], student: list[Tensor], decay: float, copy_
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """LlamaGen's apply_rotary_emb: x (B, T, H, E), table (T, E/2, 2)."""
     pairs, angles = x.float().unflatten(-1, (-1, 2)), table[None, :, None]
-    turned = torch.stack([pairs[..., 0] * angles[..., 0] - pairs[..., 1] * angles[..., 1],
-                          pairs[..., 1] * angles[..., 0] + pairs[..., 0] * angles[..., 1]], dim=-1)
+    turned = torch.stack(
+        [
+            pairs[..., 0] * angles[..., 0] - pairs[..., 1] * angles[..., 1],
+            pairs[..., 1] * angles[..., 0] + pairs[..., 0] * angles[..., 1],
+        ],
+        dim=-1,
+    )
     return turned.flatten(3).type_as(x)
 
 
@@ -52,11 +57,13 @@ def masked_attention_qkv(qkv: Tensor, keep: Tensor, rotary: Tensor) -> Tensor:
 def decode_attention(qkv: Tensor, cache: Any, position: int, rotary: Tensor) -> Tensor:
     """LlamaGen's decoding step: the whole padded cache under a mask, by SDPA."""
     q, k, v = (x[:, None] for x in qkv.unbind(1))
-    table = rotary[position:position + 1]
+    table = rotary[position : position + 1]
     q, k = rotate(q, table), rotate(k, table)
     cache.k[:, :, position], cache.v[:, :, position] = k[:, 0], v[:, 0]
     mask = torch.arange(cache.k.shape[2], device=qkv.device) <= position
-    return F.scaled_dot_product_attention(q.transpose(1, 2), cache.k, cache.v, attn_mask=mask[None, None, None])[:, :, 0]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), cache.k, cache.v, attn_mask=mask[None, None, None])[
+        :, :, 0
+    ]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""A busy neighbour: how fast `--preset tiny` trains and its model samples, alone and while another process keeps one core.
+"""A busy neighbour: how fast `--preset tiny` trains and its model samples, alone and while another process keeps one
+core.
 
-    python benchmarks/neighbour.py CODES RUN [--save]      of the digits, as scripts/quickstart.sh makes both (data/digits, runs/digits)
+    python benchmarks/neighbour.py CODES RUN [--save]      of the digits, as scripts/quickstart.sh makes both
+    (data/digits, runs/digits)
 
-Three ways of waiting take turns: OpenMP's default, the bound that star_fast sets (star_fast/threads.py), and no spinning at all.
+Three ways of waiting take turns: OpenMP's default, the bound that star_fast sets (star_fast/threads.py), and no
+    spinning at all.
 """
 
 from __future__ import annotations
@@ -26,15 +29,37 @@ from benchmarks import timing  # noqa: E402 (needs the path above)
 from star_fast.threads import SPINS  # noqa: E402
 
 DEFAULT = "OpenMP's default"
-WAYS = {DEFAULT: {"GOMP_SPINCOUNT": "300000"}, f"bounded ({SPINS} spins, ours)": {}, "no spinning": {"GOMP_SPINCOUNT": "0"}}
+WAYS = {
+    DEFAULT: {"GOMP_SPINCOUNT": "300000"},
+    f"bounded ({SPINS} spins, ours)": {},
+    "no spinning": {"GOMP_SPINCOUNT": "0"},
+}
 
 
 def train(codes: str, run: str, slow: bool, environment: dict[str, str]) -> float:
     """Images/s of the later log lines of one training."""
     steps = 40 if slow else 120  # a tenth of the speed: patience has an end
     with tempfile.TemporaryDirectory() as folder:
-        _quietly([ROOT / "star_fast/train.py", "--preset", "tiny", "--data.codes", codes, "--run", folder, "--train.max-steps", str(steps),
-                  "--train.log-every-steps", str(steps // 4), "--train.validate-every-steps", "0", "--train.tensorboard", "False"], environment)
+        _quietly(
+            [
+                ROOT / "star_fast/train.py",
+                "--preset",
+                "tiny",
+                "--data.codes",
+                codes,
+                "--run",
+                folder,
+                "--train.max-steps",
+                str(steps),
+                "--train.log-every-steps",
+                str(steps // 4),
+                "--train.validate-every-steps",
+                "0",
+                "--train.tensorboard",
+                "False",
+            ],
+            environment,
+        )
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         return statistics.median(line["images_per_s"] for line in lines[1:])
 
@@ -43,19 +68,42 @@ def sample(codes: str, run: str, slow: bool, environment: dict[str, str]) -> flo
     """Images/s of `star-fast sample`, pixels included."""
     images = 200 if slow else 2000
     with tempfile.TemporaryDirectory() as folder:
-        _quietly(["-m", "star_fast.cli", "sample", "--model", f"{run}/model", "--out", f"{folder}/out.npz", "--images", str(images), "--no-grid"], environment)
+        _quietly(
+            [
+                "-m",
+                "star_fast.cli",
+                "sample",
+                "--model",
+                f"{run}/model",
+                "--out",
+                f"{folder}/out.npz",
+                "--images",
+                str(images),
+                "--no-grid",
+            ],
+            environment,
+        )
         return images / json.loads(Path(folder, "out.json").read_text())["run"]["here_s"]
 
 
 def _quietly(command: list[Any], environment: dict[str, str]) -> None:
-    subprocess.run([sys.executable, *command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, *command],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 @contextmanager
 def neighbour(busy: bool) -> Iterator[None]:
     """Another process that keeps the first core, if `busy`."""
-    process = subprocess.Popen([sys.executable, "-c", "import os\nos.sched_setaffinity(0, {0})\nwhile True: pass"]) if busy else None
+    process = (
+        subprocess.Popen([sys.executable, "-c", "import os\nos.sched_setaffinity(0, {0})\nwhile True: pass"])
+        if busy
+        else None
+    )
     try:
         yield
     finally:
@@ -81,11 +129,23 @@ def main() -> None:
                         rate = work(arguments.codes, arguments.run, busy and way == DEFAULT, environment)
                     found.setdefault((what, way, busy), []).append(rate)
     where = ", ".join(f"{key} {value}" for key, value in timing.environment("cpu").items())
-    lines = ["# A busy neighbour", "", where, "",
-             f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} turns."]
+    lines = [
+        "# A busy neighbour",
+        "",
+        where,
+        "",
+        f"`--preset tiny`, two cores, one of them kept by another process; images/s, medians of {arguments.turns} "
+        "turns.",
+    ]
     for what in WORK:
         default = statistics.median(found[what, DEFAULT, False])
-        lines += ["", f"{what}:", "", "| threads wait | alone | share of the default's | with a neighbour | share of alone |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"{what}:",
+            "",
+            "| threads wait | alone | share of the default's | with a neighbour | share of alone |",
+            "|---|---|---|---|---|",
+        ]
         for way in WAYS:
             alone, busy = (statistics.median(found[what, way, is_busy]) for is_busy in (False, True))
             lines.append(f"| {way} | {alone:.0f} | {alone / default:.0%} | {busy:.0f} | {busy / alone:.0%} |")

@@ -1,7 +1,8 @@
 """Every op on every backend that runs here, beside its naive composition and what others offer (baselines.py).
 
-Time, bytes, FLOPs, share of this machine's ceilings; peak memory of torch's allocator over one call, results included. On the CPU freed memory is kept, as
-training keeps it: else each large result is mapped anew, which takes as long as computing it. All candidates profit.
+Time, bytes, FLOPs, share of this machine's ceilings; peak memory of torch's allocator over one call, results included.
+On the CPU freed memory is kept, as training keeps it: else each large result is mapped anew, which takes as long as
+computing it. All candidates profit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from star_fast.ops.decode_attention import laid_out
 
 
 class Subject(NamedTuple):
-    """An op to measure: its file in star_fast/ops, its public function there and in naive.py, the arguments that get gradients."""
+    """An op to measure: its file in star_fast/ops, its public function there and in naive.py, the arguments that get
+    gradients.
+    """
 
     file: str
     function: str
@@ -59,12 +62,20 @@ def pieces(given: Given) -> list[Piece]:
             preset, dtype = setting(given)
             name = f"{subject.file} {'forward + backward' if gradients else 'forward'}, {preset} {str(dtype)[6:]}"
             found.append(Piece(name, partial(_made_rows, subject, gradients, name, given)))
-    return found + ([Piece("linear_cross_entropy peak memory", lambda: _peak_memory_rows(given.quick))] if given.device == "cpu" else [])
+    return found + (
+        [Piece("linear_cross_entropy peak memory", lambda: _peak_memory_rows(given.quick))]
+        if given.device == "cpu"
+        else []
+    )
 
 
 def setting(given: Given) -> tuple[str, torch.dtype]:
     """Preset and dtype of the ops' arguments."""
-    return ("B" if given.quick else "XL", torch.bfloat16) if given.device == "cuda" else ("tiny" if given.quick else "B", torch.float32)
+    return (
+        ("B" if given.quick else "XL", torch.bfloat16)
+        if given.device == "cuda"
+        else ("tiny" if given.quick else "B", torch.float32)
+    )
 
 
 def arguments(subject: Subject, given: Given) -> dict[str, Any]:
@@ -80,7 +91,15 @@ def _made_rows(subject: Subject, gradients: tuple[str, ...], name: str, given: G
     return _rows(subject, arguments(subject, given), gradients, name, *given)
 
 
-def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], name: str, device: str, quick: bool, ceilings: timing.Ceilings) -> list[Row]:
+def _rows(
+    subject: Subject,
+    call: dict[str, Any],
+    gradients: tuple[str, ...],
+    name: str,
+    device: str,
+    quick: bool,
+    ceilings: timing.Ceilings,
+) -> list[Row]:
     module = importlib.import_module(f"star_fast.ops.{subject.file}")
     public = getattr(module, subject.function)
     candidates, failed = {"naive": runner(getattr(naive, subject.function), call, gradients)}, []
@@ -96,7 +115,11 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
             continue
         candidates[backend] = run
     # On the CPU none of them runs: no row says so for each.
-    others = baselines.beside(subject.function, call, lambda function: runner(function, call, gradients)) if device == "cuda" else ()
+    others = (
+        baselines.beside(subject.function, call, lambda function: runner(function, call, gradients))
+        if device == "cuda"
+        else ()
+    )
     for baseline, found in others:
         if isinstance(found, str):
             failed.append(without_figures(name, baseline, how=found))
@@ -108,15 +131,35 @@ def _rows(subject: Subject, call: dict[str, Any], gradients: tuple[str, ...], na
     bytes_moved, flops = sum(cost.bytes_moved for cost in costs), sum(cost.flops for cost in costs)
     dtype = next(iter(v for v in _tensors(call) if v.is_floating_point())).dtype
     least_ms = ceilings.least_ms(bytes_moved, flops, dtype)
-    return failed + [Row(name, backend, found.median_ms, found.spread, times["naive"].median_ms / found.median_ms, least_ms / found.median_ms,
-                         bytes_moved / 1e6, flops / 1e9, found.how, ceiling=ceilings.named(bytes_moved, flops, dtype), peak_mib=peaks[backend],
-                         memory_of=memory.ALLOCATOR) for backend, found in times.items()]
+    return failed + [
+        Row(
+            name,
+            backend,
+            found.median_ms,
+            found.spread,
+            times["naive"].median_ms / found.median_ms,
+            least_ms / found.median_ms,
+            bytes_moved / 1e6,
+            flops / 1e9,
+            found.how,
+            ceiling=ceilings.named(bytes_moved, flops, dtype),
+            peak_mib=peaks[backend],
+            memory_of=memory.ALLOCATOR,
+        )
+        for backend, found in times.items()
+    ]
 
 
 def main_call(given: Given) -> Callable[[], object]:
     """For --profile: every op once by the backend that it would take, forward and backward, each under its name."""
-    runs = {subject.function: runner(getattr(importlib.import_module(f"star_fast.ops.{subject.file}"), subject.function), arguments(subject, given),
-                                     subject.gradients) for subject in SUBJECTS}
+    runs = {
+        subject.function: runner(
+            getattr(importlib.import_module(f"star_fast.ops.{subject.file}"), subject.function),
+            arguments(subject, given),
+            subject.gradients,
+        )
+        for subject in SUBJECTS
+    }
 
     def call() -> None:
         for name, run in runs.items():
@@ -127,12 +170,18 @@ def main_call(given: Given) -> Callable[[], object]:
 
 
 def _tensors(call: dict[str, Any]) -> list[Tensor]:
-    return [item for value in call.values() for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Tensor)]
+    return [
+        item
+        for value in call.values()
+        for item in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(item, Tensor)
+    ]
 
 
 def runner(function: Callable[..., Any], call: dict[str, Any], gradients: tuple[str, ...]) -> Callable[[], object]:
     """A call without arguments; with `gradients` it runs forward and backward, from fixed cotangents."""
     if not gradients:
+
         def forward() -> object:
             with torch.no_grad():
                 return function(**call)
@@ -152,11 +201,24 @@ def runner(function: Callable[..., Any], call: dict[str, Any], gradients: tuple[
 
 
 def _peak_memory_rows(quick: bool) -> list[Row]:
-    """Peak memory of linear_cross_entropy forward and backward over the arguments, as a ratio: each in a process of its own."""
+    """Peak memory of linear_cross_entropy forward and backward over the arguments, as a ratio: each in a process of its
+    own.
+    """
     n, d, v = (4096, 256, 8192) if quick else _MEMORY_SHAPE
     peaks = {who: _peak_mib(who, n, d, v) for who in ("naive", "reference")}
-    return [Row(f"linear_cross_entropy peak memory, N {n} D {d} V {v} float32", who, None, None, peaks["naive"] / peak, None, peak_mib=peak,
-                memory_of=memory.PROCESS) for who, peak in peaks.items()]
+    return [
+        Row(
+            f"linear_cross_entropy peak memory, N {n} D {d} V {v} float32",
+            who,
+            None,
+            None,
+            peaks["naive"] / peak,
+            None,
+            peak_mib=peak,
+            memory_of=memory.PROCESS,
+        )
+        for who, peak in peaks.items()
+    ]
 
 
 def _peak_mib(who: str, n: int, d: int, v: int) -> float:
@@ -175,13 +237,19 @@ def _print_peak_mib(who: str, n: int, d: int, v: int) -> None:
     small = torch.ones(64, 64, requires_grad=True)
     torch.autograd.grad((small @ small).sum(), [small])  # libraries load and autograd starts before the count does
     before = memory.status_kib("VmHWM")
-    loss = naive.linear_cross_entropy(hidden, weight, target) if who == "naive" else linear_cross_entropy(hidden, weight, target, backend=who)
+    loss = (
+        naive.linear_cross_entropy(hidden, weight, target)
+        if who == "naive"
+        else linear_cross_entropy(hidden, weight, target, backend=who)
+    )
     torch.autograd.grad(loss, [hidden, weight])
     print(json.dumps((memory.status_kib("VmHWM") - before) / 1024))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Peak memory of one call, in a process of its own; for everything else run benchmarks/throughput.py.")
+    parser = argparse.ArgumentParser(
+        description="Peak memory of one call, in a process of its own; all else: benchmarks/throughput.py."
+    )
     parser.add_argument("--peak-memory", nargs=4, required=True, metavar=("BACKEND", "N", "D", "V"))
     who, *sizes = parser.parse_args().peak_memory
     _print_peak_mib(who, *map(int, sizes))

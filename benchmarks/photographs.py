@@ -1,4 +1,6 @@
-"""Files like ImageNet's for the benchmarks of loading: JPEGs of about 500 x 375 pixels, made from the photographs inside installed packages."""
+"""Files like ImageNet's for the benchmarks of loading: JPEGs of about 500 x 375 pixels, made from the photographs
+inside installed packages.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def sources() -> list[Image.Image]:
 
 
 def photographs(count: int, seed: int = 0) -> list[bytes]:
-    """`count` different files: random cuts of the photographs, mirrored or not, 4:2:0, quality 90 to 95; three of four lie, a quarter stand.
+    """`count` different files: random cuts of the photographs, mirrored or not, 4:2:0, quality 90 to 95; three of four
+    lie, a quarter stand.
 
     One in eight is twice as large, as some of ImageNet's are: these ADM halves before it resizes.
     """
@@ -32,7 +35,9 @@ def photographs(count: int, seed: int = 0) -> list[bytes]:
         box_width, box_height = int(width * scale), int(height * scale)
         left, top = random.randint(image.width - box_width + 1), random.randint(image.height - box_height + 1)
         factor = 2 if number % 8 == 7 else 1
-        cut = image.crop((left, top, left + box_width, top + box_height)).resize((factor * width, factor * height), Image.Resampling.BICUBIC)
+        cut = image.crop((left, top, left + box_width, top + box_height)).resize(
+            (factor * width, factor * height), Image.Resampling.BICUBIC
+        )
         made.append(encoded(ImageOps.mirror(cut) if random.rand() < 0.5 else cut, quality=int(random.randint(90, 96))))
     return made
 

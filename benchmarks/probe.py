@@ -2,8 +2,9 @@
 
     python -m benchmarks.probe [--images N] [--epochs N] [--folder FOLDER] [--quick] [--save]
 
-Synthetic features of N images at 8 positions, width 768 (LlamaGen-B), bfloat16, in which 1000 classes are planted: 16 chunks are drawn and written again and
-again until the folder is full, so every image of an epoch is read from a file of its own, and what is learnt can be judged. Held-out images are drawn anew.
+Synthetic features of N images at 8 positions, width 768 (LlamaGen-B), bfloat16, in which 1000 classes are planted: 16
+chunks are drawn and written again and again until the folder is full, so every image of an epoch is read from a file of
+its own, and what is learnt can be judged. Held-out images are drawn anew.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ def measure(folder: Path, images: int, epochs: int, judged: int, neighbours_of: 
     """The table's lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = Synthetic(0)
-    train, held = (OnDisk(folder, name, 1, count, HEADS, WIDTH) for name, count in (("train", images), ("held-out", judged)))
+    train, held = (
+        OnDisk(folder, name, 1, count, HEADS, WIDTH) for name, count in (("train", images), ("held-out", judged))
+    )
     few = OnDisk(folder, "few", 1, neighbours_of, HEADS, WIDTH)
     start = time.perf_counter()
     labels = write(train, [source.chunk(BLOCK_IMAGES) for _ in range(DISTINCT)])
-    held_labels, few_labels = (write(each, [source.chunk(BLOCK_IMAGES) for _ in range(min(DISTINCT, each.chunks))]) for each in (held, few))
+    held_labels, few_labels = (
+        write(each, [source.chunk(BLOCK_IMAGES) for _ in range(min(DISTINCT, each.chunks))]) for each in (held, few)
+    )
     written_s, before = time.perf_counter() - start, peak_gib()
     size_gib = sum(train.size_bytes(chunk) for chunk in range(train.chunks)) / 2**30
     start = time.perf_counter()
@@ -86,16 +91,24 @@ def measure(folder: Path, images: int, epochs: int, judged: int, neighbours_of: 
     remove_features([held])
     remove_features([few])
     flops = 4 * images * HEADS * WIDTH * CLASSES
-    return ["| | |", "|---|--:|", f"| training images x positions x width | {images:,} x {HEADS} x {WIDTH} |", f"| features on disk | {size_gib:.1f} GiB |",
-            f"| writing them, s | {written_s:.0f} |", f"| reading and mixing an epoch alone ({count:,} images), s | {read_s:.0f} |",
-            f"| **an epoch of training, s** (mean of {epochs}) | **{trained_s / epochs:.0f}** |",
-            f"| its products alone (forward and gradient), GFLOP/s | {flops * epochs / trained_s / 1e9:.0f} |",
-            f"| judging {judged:,} images, s | {judged_s:.1f} |",
-            f"| nearest neighbours of {neighbours_of:,} images, s | {near_s:.0f} |",
-            f"| peak memory before training, GiB | {before:.2f} |", f"| **peak memory of training, GiB** | **{after:.2f}** |",
-            f"| peak memory at the end, GiB | {peak_gib():.2f} |",
-            f"| top-1 of unseen images after {epochs} epochs, by position, % | {', '.join(f'{100 * share:.1f}' for share in accuracy.tolist())} (chance 0.1) |",
-            f"| … by their 20 nearest neighbours, % | {', '.join(f'{100 * share:.1f}' for share in near.tolist())} |"]
+    return [
+        "| | |",
+        "|---|--:|",
+        f"| training images x positions x width | {images:,} x {HEADS} x {WIDTH} |",
+        f"| features on disk | {size_gib:.1f} GiB |",
+        f"| writing them, s | {written_s:.0f} |",
+        f"| reading and mixing an epoch alone ({count:,} images), s | {read_s:.0f} |",
+        f"| **an epoch of training, s** (mean of {epochs}) | **{trained_s / epochs:.0f}** |",
+        f"| its products alone (forward and gradient), GFLOP/s | {flops * epochs / trained_s / 1e9:.0f} |",
+        f"| judging {judged:,} images, s | {judged_s:.1f} |",
+        f"| nearest neighbours of {neighbours_of:,} images, s | {near_s:.0f} |",
+        f"| peak memory before training, GiB | {before:.2f} |",
+        f"| **peak memory of training, GiB** | **{after:.2f}** |",
+        f"| peak memory at the end, GiB | {peak_gib():.2f} |",
+        f"| top-1 of unseen images after {epochs} epochs, by position, % | "
+        f"{', '.join(f'{100 * share:.1f}' for share in accuracy.tolist())} (chance 0.1) |",
+        f"| … by their 20 nearest neighbours, % | {', '.join(f'{100 * share:.1f}' for share in near.tolist())} |",
+    ]
 
 
 def main() -> None:
@@ -103,8 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--epochs", type=int, default=1, help="few: what an epoch takes does not change")
-    parser.add_argument("--folder", default="", help="where the features are written; empty: the place for temporary files")
-    parser.add_argument("--quick", action="store_true", help="few images: a check that all runs, not a measurement to publish")
+    parser.add_argument(
+        "--folder", default="", help="where the features are written; empty: the place for temporary files"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few images: a check that all runs, not a measurement to publish"
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/probe.md")
     arguments = parser.parse_args()
     images, judged, neighbours_of = (20_000, 2000, 100) if arguments.quick else (arguments.images, 50_000, 256)
@@ -112,8 +129,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
         lines = measure(Path(folder), images, arguments.epochs, judged, neighbours_of)
     load = f", load average {os.getloadavg()[2]:.1f}: the machine was shared, so times are longer than alone"
-    lines = ["# The linear probe from features on disk", "", ", ".join(f"{key} {value}" for key, value in where.items()) + load, "",
-             *(line.strip() for line in __doc__.split("\n\n")[2].strip().splitlines()), "", *lines]
+    lines = [
+        "# The linear probe from features on disk",
+        "",
+        ", ".join(f"{key} {value}" for key, value in where.items()) + load,
+        "",
+        *(line.strip() for line in __doc__.split("\n\n")[2].strip().splitlines()),
+        "",
+        *lines,
+    ]
     print("\n".join(lines))
     if arguments.save:
         (RESULTS / "probe.md").write_text("\n".join(lines) + "\n")

@@ -26,13 +26,21 @@ def profiled(call: Callable[[], object], device: str) -> profile:
 
 def largest(profiler: profile, device: str, top: int = TOP) -> list[tuple[str, float, float, int]]:
     """(operator, ms of its own, share, calls), largest first."""
-    times = {row.key: (row.self_device_time_total if device == "cuda" else row.self_cpu_time_total, row.count) for row in profiler.key_averages()}
+    times = {
+        row.key: (row.self_device_time_total if device == "cuda" else row.self_cpu_time_total, row.count)
+        for row in profiler.key_averages()
+    }
     total = sum(time for time, _ in times.values())
-    return [(key, time / 1e3, time / total, count) for key, (time, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]]
+    return [
+        (key, time / 1e3, time / total, count)
+        for key, (time, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]
+    ]
 
 
 def write(subject: str, module: str, folder: Path, given: Given) -> str:
-    """Profile a subject's main call in a process of its own: FOLDER/SUBJECT.json (open in chrome://tracing or Perfetto) and SUBJECT.md; returns a line."""
+    """Profile a subject's main call in a process of its own: FOLDER/SUBJECT.json (open in chrome://tracing or Perfetto)
+    and SUBJECT.md; returns a line.
+    """
     return alone(_write, subject, module, folder, given, torch.get_num_threads())
 
 
@@ -48,8 +56,14 @@ def _write(subject: str, module: str, folder: Path, given: Given, threads: int) 
     profiler.export_chrome_trace(str(folder / f"{subject}.json"))
     rows = largest(profiler, given.device)
     title = " ".join((found.main_call.__doc__ or "").replace("For --profile", subject).split())
-    lines = [f"# {title}", "", "Time of its own, what it calls left out; by torch's profiler, whose own cost is in it.", "",
-             f"| {'kernel or operator' if given.device == 'cuda' else 'operator'} | ms | share | calls |", "|---|--:|--:|--:|",
-             *(f"| {key} | {ms:.3f} | {share:.1%} | {count} |" for key, ms, share, count in rows)]
+    lines = [
+        f"# {title}",
+        "",
+        "Time of its own, what it calls left out; by torch's profiler, whose own cost is in it.",
+        "",
+        f"| {'kernel or operator' if given.device == 'cuda' else 'operator'} | ms | share | calls |",
+        "|---|--:|--:|--:|",
+        *(f"| {key} | {ms:.3f} | {share:.1%} | {count} |" for key, ms, share, count in rows),
+    ]
     (folder / f"{subject}.md").write_text("\n".join(lines) + "\n")
     return f"{subject}: {folder / subject}.json and .md; most: {rows[0][0]}, {rows[0][2]:.0%}"

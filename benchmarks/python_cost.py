@@ -2,13 +2,13 @@
 
     python benchmarks/python_cost.py [--quick] [--json FILE] [--before FILE --save]
 
-Real tensors on the CPU, the choice of backend as on CUDA, autograd as it is; the one line that hands a kernel to Triton does nothing. Small
-shapes, so that torch's own operators beside the kernels (a mean, a sum, a product) cost what calling them costs. Time is CPU time of this thread:
-blocks of calls, candidates take turns.
+Real tensors on the CPU, the choice of backend as on CUDA, autograd as it is; the one line that hands a kernel to Triton
+does nothing. Small shapes, so that torch's own operators beside the kernels (a mean, a sum, a product) cost what
+calling them costs. Time is CPU time of this thread: blocks of calls, candidates take turns.
 
-Beside each call stands its floor: an autograd.Function of as many inputs and outputs that only allocates them. Last comes the part of a launch that is
-Triton's own (binding arguments, finding the compiled kernel) with a driver that does nothing. On a GPU it is paid once a launch; a CUDA graph's
-replay pays none of all this.
+Beside each call stands its floor: an autograd.Function of as many inputs and outputs that only allocates them. Last
+comes the part of a launch that is Triton's own (binding arguments, finding the compiled kernel) with a driver that does
+nothing. On a GPU it is paid once a launch; a CUDA graph's replay pays none of all this.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ LAUNCH = ("launching swiglu's kernel", "Triton's own part")
 
 
 class Cost(NamedTuple):
-    """Microseconds of this thread's CPU time: median and least of the blocks' means, and the least of the floor (None where there is none)."""
+    """Microseconds of this thread's CPU time: median and least of the blocks' means, and the least of the floor (None
+    where there is none).
+    """
 
     median_us: float
     least_us: float
@@ -77,9 +79,12 @@ def _yes() -> bool:
 
 @contextlib.contextmanager
 def no_launches() -> Iterator[None]:
-    """Within the block kernels are not launched, and CPU tensors are served as CUDA's: by the same backends in the same order, their values not looked at."""
+    """Within the block kernels are not launched, and CPU tensors are served as CUDA's: by the same backends in the same
+    order, their values not looked at.
+    """
     with contextlib.ExitStack() as patches:
-        for name, stand_in in (("start", _no_start), ("interpreting", _yes)):  # a Mock would take its own ten microseconds
+        # A Mock would take its own ten microseconds
+        for name, stand_in in (("start", _no_start), ("interpreting", _yes)):
             patches.enter_context(mock.patch.object(launching, name, stand_in))
         for subject in SUBJECTS:
             op = importlib.import_module(f"star_fast.ops.{subject.file}")
@@ -103,10 +108,14 @@ def calls(subject: Subject) -> dict[str, tuple[Callable[[], object], Callable[[]
         return {"forward": (torch.no_grad()(forward), lambda: [torch.empty_like(c) for c in cotangents])}
     leaves = {name: given[name].clone().requires_grad_() for name in subject.gradients}
     asked, wanted = {**given, **leaves}, tuple(leaves.values())
-    return {"forward, no gradient": (forward, lambda: [torch.empty_like(c) for c in cotangents]),
-            "forward": (lambda: public(**asked), lambda: _Nothing.apply(cotangents, *wanted)),
-            "forward + backward": (lambda: torch.autograd.grad(public(**asked), wanted, cotangents),
-                                   lambda: torch.autograd.grad(_Nothing.apply(cotangents, *wanted), wanted, cotangents))}
+    return {
+        "forward, no gradient": (forward, lambda: [torch.empty_like(c) for c in cotangents]),
+        "forward": (lambda: public(**asked), lambda: _Nothing.apply(cotangents, *wanted)),
+        "forward + backward": (
+            lambda: torch.autograd.grad(public(**asked), wanted, cotangents),
+            lambda: torch.autograd.grad(_Nothing.apply(cotangents, *wanted), wanted, cotangents),
+        ),
+    }
 
 
 @contextlib.contextmanager
@@ -122,14 +131,25 @@ def triton_without_gpu() -> Iterator[Callable[[], object]]:
     with no_launches(), dispatch.note_launches() as noted:
         swiglu(x)
     call = noted[0].call
-    compiled = SimpleNamespace(launch_metadata=lambda *_: None, run=lambda *_: None, function=None, packed_metadata=None)
+    compiled = SimpleNamespace(
+        launch_metadata=lambda *_: None, run=lambda *_: None, function=None, packed_metadata=None
+    )
 
     def compile_nothing(self: JITFunction, key: str, signature: Any, device: int, *_: Any) -> object:
         self.device_caches[device][0][key] = compiled
         return compiled
 
-    options = {**call.constants, "num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": launching.FP_FUSION}
-    target = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    options = {
+        **call.constants,
+        "num_warps": call.num_warps,
+        "num_stages": call.num_stages,
+        "enable_fp_fusion": launching.FP_FUSION,
+    }
+    target = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
     before = driver._active
     driver.set_active(target)
     try:
@@ -167,12 +187,22 @@ def costs(quick: bool) -> dict[tuple[str, str], Cost]:
         found = blocks_us(candidates, quick)
     with triton_without_gpu() as launch:
         found |= blocks_us({(*LAUNCH, "call"): launch}, quick)
-    return {key[:2]: Cost(statistics.median(values), min(values), min(found[(*key[:2], "floor")]) if (*key[:2], "floor") in found else None)
-            for key, values in found.items() if key[2] == "call"}
+    return {
+        key[:2]: Cost(
+            statistics.median(values),
+            min(values),
+            min(found[(*key[:2], "floor")]) if (*key[:2], "floor") in found else None,
+        )
+        for key, values in found.items()
+        if key[2] == "call"
+    }
 
 
 def pieces(given: Given) -> list[Piece]:
-    """Rows for throughput.py, in milliseconds as all others; its ceiling is the floor. All calls take turns, so they are one piece."""
+    """Rows for throughput.py, in milliseconds as all others; its ceiling is the floor. All calls take turns, so they
+    are one piece.
+    """
+
     def rows() -> list[Row]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # others would be woken for torch's small operators
@@ -180,9 +210,18 @@ def pieces(given: Given) -> list[Piece]:
             found_by_call = costs(given.quick)
         finally:
             torch.set_num_threads(threads)
-        return [Row(f"Python of {op}, {call}", "launch stubbed", found.median_us / 1e3, found.median_us / found.least_us - 1, None,
-                    None if found.floor_us is None else found.floor_us / found.least_us, ceiling="" if found.floor_us is None else "torch's floor")
-                for (op, call), found in found_by_call.items()]
+        return [
+            Row(
+                f"Python of {op}, {call}",
+                "launch stubbed",
+                found.median_us / 1e3,
+                found.median_us / found.least_us - 1,
+                None,
+                None if found.floor_us is None else found.floor_us / found.least_us,
+                ceiling="" if found.floor_us is None else "torch's floor",
+            )
+            for (op, call), found in found_by_call.items()
+        ]
 
     return [Piece("Python of the ops' calls", rows)]
 
@@ -202,11 +241,18 @@ def main_call(given: Given) -> Callable[[], object]:
 
 def table(now: dict[str, Cost], before: dict[str, Cost]) -> str:
     """Markdown: before and after beside each other, microseconds."""
-    lines = ["| call | before: median | least | after: median | least | torch's floor | after, above it |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| call | before: median | least | after: median | least | torch's floor | after, above it |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, found in now.items():
         old, floor = before.get(name), found.floor_us
         columns = ["", ""] if old is None else [f"{old.median_us:.1f}", f"{old.least_us:.1f}"]
-        columns += [f"{found.median_us:.1f}", f"{found.least_us:.1f}", *(["", ""] if floor is None else [f"{floor:.1f}", f"{found.least_us - floor:.1f}"])]
+        columns += [
+            f"{found.median_us:.1f}",
+            f"{found.least_us:.1f}",
+            *(["", ""] if floor is None else [f"{floor:.1f}", f"{found.least_us - floor:.1f}"]),
+        ]
         lines.append(f"| {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -216,7 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repeats: a check that all runs")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--before", type=Path, nargs="*", default=[], help="such files of the code before: of each call the least counts")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="such files of the code before: of each call the least counts",
+    )
     parser.add_argument("--after", type=Path, nargs="*", default=[], help="such files of this code, beside this run")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/python_cost.md")
     arguments = parser.parse_args()
@@ -228,14 +280,19 @@ def main() -> None:
     print(report)
     if arguments.save:
         where = ", ".join(f"{key} {value}" for key, value in timing.environment("cpu").items())
-        (RESULTS / "python_cost.md").write_text(f"# Python of an op's call\n\n{where}. Microseconds of thread CPU time.\n\n{report}\n")
+        (RESULTS / "python_cost.md").write_text(
+            f"# Python of an op's call\n\n{where}. Microseconds of thread CPU time.\n\n{report}\n"
+        )
 
 
 def merged(files: list[Path], found: dict[str, Cost]) -> dict[str, Cost]:
     """The least of each figure over several runs: a neighbour on the same core only ever adds."""
     for path in files:
         for name, row in json.loads(path.read_text()).items():
-            least = [[x for x in pair if x is not None] for pair in zip(Cost(**row), found.get(name, Cost(**row)), strict=True)]
+            least = [
+                [x for x in pair if x is not None]
+                for pair in zip(Cost(**row), found.get(name, Cost(**row)), strict=True)
+            ]
             found[name] = Cost(*(min(values) if values else None for values in least))
     return found
 

@@ -21,7 +21,9 @@ class Given(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table; None where a figure does not exist or was not measured. The first six are positional everywhere."""
+    """One line of the table; None where a figure does not exist or was not measured. The first six are positional
+    everywhere.
+    """
 
     name: str
     backend: str
@@ -51,13 +53,19 @@ def without_figures(name: str, backend: str = "", *, how: str = "", error: str =
 
 
 def measured(piece: Piece) -> list[Row]:
-    """A piece's rows. What it raises becomes a row: the other pieces must not pay for it. A package that is not installed is no error."""
+    """A piece's rows. What it raises becomes a row: the other pieces must not pay for it. A package that is not
+    installed is no error.
+    """
     try:
         return piece.run()
     except NotHere as reason:
         return [without_figures(piece.name, how=f"skipped: {reason}")]
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in ("", "star_fast", "benchmarks"):
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in (
+            "",
+            "star_fast",
+            "benchmarks",
+        ):
             return [without_figures(piece.name, how=f"skipped: {error.name} is not installed")]
         return [without_figures(piece.name, error=told(error))]
 

@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py [--quick] [--save [FOLDER]] [--only WORD ...]
 
-On the CPU. Each curve's exponent is the slope of a straight line through (log size, log cost); theory's is the slope through the counted work (products, pairs,
-weights) at the same sizes. A curve that is more than 0.15 steeper than its theory is marked, and the exit code is 1.
+On the CPU. Each curve's exponent is the slope of a straight line through (log size, log cost); theory's is the slope
+through the counted work (products, pairs, weights) at the same sizes. A curve that is more than 0.15 steeper than its
+theory is marked, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ from benchmarks.scaling_curves import Curve, all_curves
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ALLOWED = 0.15
-PANELS = {"B": "images of a batch, B", "T": "positions, T", "V": "codebook entries, V", "K": "contrast positions, K", "D": "width, D", "ranks": "ranks (gloo)",
-          "N": "images sampled, N"}
+PANELS = {
+    "B": "images of a batch, B",
+    "T": "positions, T",
+    "V": "codebook entries, V",
+    "K": "contrast positions, K",
+    "D": "width, D",
+    "ranks": "ranks (gloo)",
+    "N": "images sampled, N",
+}
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -42,19 +50,48 @@ def too_steep(curve: Curve) -> bool:
 
 def text(curves: list[Curve], environment: dict[str, str | int], quick: bool) -> str:
     """The page."""
-    lines = ["# Scaling", "", ", ".join(f"{key} {value}" for key, value in environment.items()) + (" (quick: not to publish)" if quick else ""), "",
-             "By `python benchmarks/scaling.py`; float32, one thread a process. Exponent: slope of log cost over log size; theory: of the counted work at the "
-             "same sizes. Fixed costs (calls, Python, weights that all rows share) make a curve flatter than its theory, never steeper.", "",
-             "![log-log curves](scaling.png)", "",
-             "| what | over | sizes | cost | exponent | theory | law | |", "|---|---|---|---|--:|--:|---|---|"]
+    lines = [
+        "# Scaling",
+        "",
+        ", ".join(f"{key} {value}" for key, value in environment.items())
+        + (" (quick: not to publish)" if quick else ""),
+        "",
+        "By `python benchmarks/scaling.py`; float32, one thread a process. Exponent: slope of log cost over log "
+        "size; theory: of the counted work at the "
+        "same sizes. Fixed costs (calls, Python, weights that all rows share) make a curve flatter than its "
+        "theory, never steeper.",
+        "",
+        "![log-log curves](scaling.png)",
+        "",
+        "| what | over | sizes | cost | exponent | theory | law | |",
+        "|---|---|---|---|--:|--:|---|---|",
+    ]
     for curve in curves:
         costs = " ".join(f"{cost:.4g}" for cost in curve.costs)
-        lines.append(f"| {curve.what} | {curve.over} | {' '.join(map(str, curve.sizes))} | {costs} {curve.unit} | {exponent(curve.sizes, curve.costs):.2f} | "
-                     f"{exponent(curve.sizes, curve.work):.2f} | {curve.law} | {'**steeper than theory**' if too_steep(curve) else ''} |")
+        lines.append(
+            f"| {curve.what} | {curve.over} | {' '.join(map(str, curve.sizes))} | {costs} {curve.unit} | "
+            f"{exponent(curve.sizes, curve.costs):.2f} | "
+            f"{exponent(curve.sizes, curve.work):.2f} | {curve.law} | "
+            f"{'**steeper than theory**' if too_steep(curve) else ''} |"
+        )
     cores = environment.get("cores")
     steep = [curve for curve in curves if too_steep(curve)]
-    shared = f"Ranks share {cores} cores: more ranks than that take turns on them, so the wall clock grows where a rank's own CPU time does not."
-    return "\n".join([*lines, "", shared, "", f"{len(steep)} of {len(curves)} grow faster than their theory by more than {ALLOWED}."]) + "\n"
+    shared = (
+        f"Ranks share {cores} cores: more ranks than that take turns on them, so the wall clock grows where a rank's "
+        "own CPU time does not."
+    )
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                shared,
+                "",
+                f"{len(steep)} of {len(curves)} grow faster than their theory by more than {ALLOWED}.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def draw(curves: list[Curve], file: Path) -> None:
@@ -68,17 +105,33 @@ def draw(curves: list[Curve], file: Path) -> None:
     columns = min(4, len(overs))
     rows = -(-len(overs) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.6 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(overs):]:
+    for axis in axes.flat[len(overs) :]:
         axis.axis("off")
     for axis, over in zip(axes.flat, overs, strict=False):
         sizes: set[int] = set()
         for curve in (curve for curve in curves if curve.over == over):
             slope, theory = exponent(curve.sizes, curve.costs), exponent(curve.sizes, curve.work)
-            name = curve.what.replace(", forward + backward", "").replace(", forward", "").replace("ST-AR step, preset tiny", "step").replace("star-fast ", "")
+            name = (
+                curve.what.replace(", forward + backward", "")
+                .replace(", forward", "")
+                .replace("ST-AR step, preset tiny", "step")
+                .replace("star-fast ", "")
+            )
             scale = [size / curve.sizes[0] for size in curve.sizes]
-            (line,) = axis.plot(scale, [cost / curve.costs[0] for cost in curve.costs], marker="o", markersize=4,
-                                label=f"{name}: {slope:.2f} ({theory:.2f}){' !' if too_steep(curve) else ''}")
-            axis.plot(scale, [work / curve.work[0] for work in curve.work], linestyle="--", linewidth=0.9, color=line.get_color())
+            (line,) = axis.plot(
+                scale,
+                [cost / curve.costs[0] for cost in curve.costs],
+                marker="o",
+                markersize=4,
+                label=f"{name}: {slope:.2f} ({theory:.2f}){' !' if too_steep(curve) else ''}",
+            )
+            axis.plot(
+                scale,
+                [work / curve.work[0] for work in curve.work],
+                linestyle="--",
+                linewidth=0.9,
+                color=line.get_color(),
+            )
             sizes |= set(scale)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
@@ -97,13 +150,31 @@ def draw(curves: list[Curve], file: Path) -> None:
 def main() -> int:
     """Measure, print, and with --save keep page and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three sizes and few repeats: a check that all runs, not to publish")
-    parser.add_argument("--save", type=Path, nargs="?", const=RESULTS, metavar="FOLDER", help="write scaling.{md,png} there (benchmarks/results)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="curves with one of these words in their name, as the bar shows them")
+    parser.add_argument(
+        "--quick", action="store_true", help="three sizes and few repeats: a check that all runs, not to publish"
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write scaling.{md,png} there (benchmarks/results)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="curves with one of these words in their name, as the bar shows them"
+    )
     arguments = parser.parse_args()
-    chosen = [(name, run) for name, run in all_curves(arguments.quick) if not arguments.only or any(word in name for word in arguments.only)]
+    chosen = [
+        (name, run)
+        for name, run in all_curves(arguments.quick)
+        if not arguments.only or any(word in name for word in arguments.only)
+    ]
     if not chosen:
-        parser.error(f"--only: no curve has {' or '.join(arguments.only)} in its name; they are: {', '.join(name for name, _ in all_curves(True))}")
+        parser.error(
+            f"--only: no curve has {' or '.join(arguments.only)} in its name; they are: "
+            f"{', '.join(name for name, _ in all_curves(True))}"
+        )
     curves: list[Curve] = []
     with tqdm(chosen, file=sys.stderr, disable=None, leave=False) as bar:
         for name, run in bar:

@@ -1,4 +1,6 @@
-"""What scaling.py measures: how cost grows with one size, everything else fixed, beside how the work that theory counts grows."""
+"""What scaling.py measures: how cost grows with one size, everything else fixed, beside how the work that theory counts
+grows.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +75,12 @@ SWEEPS = [
 def op_curve(sweep: Sweep, quick: bool) -> Curve:
     """Forward and backward where the op has gradients, on one thread."""
     module = importlib.import_module(f"star_fast.ops.{sweep.op}")
-    subject = next((subject for subject in ops.SUBJECTS if subject.file == sweep.op), ops.Subject(sweep.op, sweep.op, ()))
+    subject = next(
+        (subject for subject in ops.SUBJECTS if subject.file == sweep.op), ops.Subject(sweep.op, sweep.op, ())
+    )
     sizes = sweep.sizes[:3] if quick else sweep.sizes
-    keep_freed_memory()  # as training does: else what is larger than 32 MiB is mapped anew at each call, and what is smaller is not
+    # As training does: else what is larger than 32 MiB is mapped anew at each call, and what is smaller is not
+    keep_freed_memory()
     candidates, work = {}, []
     for size in sizes:
         shapes.SHAPES["scaling"] = BASE._replace(**{**sweep.shape, sweep.over: size})
@@ -96,24 +101,38 @@ def op_curve(sweep: Sweep, quick: bool) -> Curve:
 
 
 STEPS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "B": ("B, and B^2 among keys", (8, 16, 32, 64)), "T": ("T, and T^2 in attention", (25, 49, 100, 196)),
-    "V": ("V in the output matrix", (256, 1024, 4096, 16384)), "K": ("K in the projector, K^2 among pairs", (2, 4, 8, 16))}
+    "B": ("B, and B^2 among keys", (8, 16, 32, 64)),
+    "T": ("T, and T^2 in attention", (25, 49, 100, 196)),
+    "V": ("V in the output matrix", (256, 1024, 4096, 16384)),
+    "K": ("K in the projector, K^2 among pairs", (2, 4, 8, 16)),
+}
 
 
 def step_config(over: str = "B", size: int = 32) -> RunConfig:
     """The ST-AR step of preset tiny with one size changed."""
     config = training.run_config(True, "tiny")
-    part, name = {"B": ("train", "images_per_step"), "T": ("model", "positions"), "V": ("model", "vocab"), "K": ("method", "contrast_positions")}[over]
+    part, name = {
+        "B": ("train", "images_per_step"),
+        "T": ("model", "positions"),
+        "V": ("model", "vocab"),
+        "K": ("method", "contrast_positions"),
+    }[over]
     return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{name: size})})
 
 
 def step_flops(config: RunConfig, ranks: int = 1) -> float:
-    """Products of one rank's ST-AR step: student, teacher, projector, and each pair's logits against the keys of all ranks, forward and backward."""
+    """Products of one rank's ST-AR step: student, teacher, projector, and each pair's logits against the keys of all
+    ranks, forward and backward.
+    """
     model, method, images = config.model, config.method, config.train.images_per_step
     slots, wide = method.views * method.contrast_positions, method.projector_width
     projector = 2 * model.width * wide + (method.projector_layers - 2) * wide**2
     pairs = slots * (method.contrast_positions - 1 + method.views - 1)
-    return sum(training.model_flops(config)) + 6.0 * images * slots * projector + 4.0 * pairs * images * images * ranks * model.width
+    return (
+        sum(training.model_flops(config))
+        + 6.0 * images * slots * projector
+        + 4.0 * pairs * images * images * ranks * model.width
+    )
 
 
 def step_curve(over: str, quick: bool) -> Curve:
@@ -121,13 +140,26 @@ def step_curve(over: str, quick: bool) -> Curve:
     law, sizes = STEPS[over]
     sizes = sizes[:3] if quick else sizes
     costs = alone(_steps_ms, over, sizes, 3 if quick else 9)
-    return Curve("ST-AR step, preset tiny", over, law, list(sizes), costs, "ms", [step_flops(step_config(over, size)) for size in sizes])
+    return Curve(
+        "ST-AR step, preset tiny",
+        over,
+        law,
+        list(sizes),
+        costs,
+        "ms",
+        [step_flops(step_config(over, size)) for size in sizes],
+    )
 
 
 def _steps_ms(over: str, sizes: tuple[int, ...], repeats: int) -> list[float]:
     torch.set_num_threads(1)
     steps = [_stepper(step_config(over, size)) for size in sizes]
-    found = timing.compare({str(size): step for size, step in zip(sizes, steps, strict=True)}, "cpu", seconds=0.0, repeats=(repeats, repeats))
+    found = timing.compare(
+        {str(size): step for size, step in zip(sizes, steps, strict=True)},
+        "cpu",
+        seconds=0.0,
+        repeats=(repeats, repeats),
+    )
     return [found[str(size)].median_ms for size in sizes]
 
 
@@ -143,9 +175,11 @@ def _stepper(config: RunConfig) -> Callable[[], object]:
 
 
 def rank_curves(quick: bool) -> list[Curve]:
-    """Weak scaling on this machine's cores: each rank has as many images whatever their number, so its own work is the same but for the others' keys.
+    """Weak scaling on this machine's cores: each rank has as many images whatever their number, so its own work is the
+    same but for the others' keys.
 
-    Where there are more ranks than cores they share them: then the wall clock must grow, and a rank's CPU time, which need not, is what tells.
+    Where there are more ranks than cores they share them: then the wall clock must grow, and a rank's CPU time, which
+        need not, is what tells.
     """
     counts, steps = (1, 2) if quick else (1, 2, 4), 3 if quick else 12
     found = [_ranks_ms(count, steps) for count in counts]
@@ -153,9 +187,26 @@ def rank_curves(quick: bool) -> list[Curve]:
     work = [step_flops(config, count) for count in counts]
     what, cores = f"ST-AR step, preset tiny, {IMAGES_OF_A_RANK} images a rank", os.cpu_count() or 1
     shared = [work[i] * max(1, count / cores) for i, count in enumerate(counts)]
-    return [Curve(f"{what}, a rank's CPU time", "ranks", "constant, and the others' keys", list(counts), [cpu for cpu, _ in found], "CPU ms", work),
-            Curve(f"{what}, wall clock", "ranks", f"constant up to the {cores} cores, then ranks / cores", list(counts), [wall for _, wall in found], "ms",
-                  shared)]
+    return [
+        Curve(
+            f"{what}, a rank's CPU time",
+            "ranks",
+            "constant, and the others' keys",
+            list(counts),
+            [cpu for cpu, _ in found],
+            "CPU ms",
+            work,
+        ),
+        Curve(
+            f"{what}, wall clock",
+            "ranks",
+            f"constant up to the {cores} cores, then ranks / cores",
+            list(counts),
+            [wall for _, wall in found],
+            "ms",
+            shared,
+        ),
+    ]
 
 
 def _ranks_ms(ranks: int, steps: int) -> tuple[float, float]:
@@ -175,14 +226,20 @@ def _ranks_ms(ranks: int, steps: int) -> tuple[float, float]:
 
 def _rank(rank: int, ranks: int, steps: int, answers: Any) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), CROSS_SIZE="1")  # as DeepSpeed's launcher says that all are here
+    # As DeepSpeed's launcher says that all are here
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), CROSS_SIZE="1")
     config = step_config("B", IMAGES_OF_A_RANK)
-    everyone = dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=IMAGES_OF_A_RANK * ranks))
+    everyone = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, images_per_step=IMAGES_OF_A_RANK * ranks)
+    )
     from star_fast.training.engine import Engine, build_student
     from star_fast.training.ranks import start_ranks
 
     _, _, device = start_ranks()
-    engine, batch = Engine(everyone, build_student(everyone), device, IMAGES_OF_A_RANK, 1), [training.micro_batch(config, rank)]
+    engine, batch = (
+        Engine(everyone, build_student(everyone), device, IMAGES_OF_A_RANK, 1),
+        [training.micro_batch(config, rank)],
+    )
     for number in range(3):
         engine.step(batch, number, config.lr)
     walls, begin = [], time.process_time()
@@ -194,7 +251,9 @@ def _rank(rank: int, ranks: int, steps: int, answers: Any) -> None:
 
 
 def sample_curves(quick: bool) -> list[Curve]:
-    """`star-fast sample` of a small model, written at 256 pixels as it draws: its time is the images', its memory one batch's."""
+    """`star-fast sample` of a small model, written at 256 pixels as it draws: its time is the images', its memory one
+    batch's.
+    """
     from benchmarks import sampling_whole
 
     sizes = (64, 128, 256) if quick else (128, 256, 512, 1024, 2048)
@@ -202,8 +261,26 @@ def sample_curves(quick: bool) -> list[Curve]:
         sampling_whole.tiny_model(Path(folder))
         with mock.patch.dict(os.environ, TQDM_DISABLE="1"):
             found = [alone(_sampled, folder, images) for images in sizes]
-    return [Curve("star-fast sample, 256 pixels, time", "N", "N", list(sizes), [1e3 * seconds for seconds, _ in found], "ms", [float(n) for n in sizes]),
-            Curve("star-fast sample, 256 pixels, peak memory", "N", "constant", list(sizes), [mib for _, mib in found], "MiB", [1.0] * len(sizes))]
+    return [
+        Curve(
+            "star-fast sample, 256 pixels, time",
+            "N",
+            "N",
+            list(sizes),
+            [1e3 * seconds for seconds, _ in found],
+            "ms",
+            [float(n) for n in sizes],
+        ),
+        Curve(
+            "star-fast sample, 256 pixels, peak memory",
+            "N",
+            "constant",
+            list(sizes),
+            [mib for _, mib in found],
+            "MiB",
+            [1.0] * len(sizes),
+        ),
+    ]
 
 
 def _sampled(folder: str, images: int) -> tuple[float, float]:
@@ -212,7 +289,16 @@ def _sampled(folder: str, images: int) -> tuple[float, float]:
     from star_fast.generation.sample import SampleConfig, sample_images
 
     with contextlib.redirect_stdout(io.StringIO()):
-        sample_images(SampleConfig(model=f"{folder}/model", out=f"{folder}/{images}.npz", images=images, pixels=256, grid=False, device="cpu"))
+        sample_images(
+            SampleConfig(
+                model=f"{folder}/model",
+                out=f"{folder}/{images}.npz",
+                images=images,
+                pixels=256,
+                grid=False,
+                device="cpu",
+            )
+        )
     seconds = json.loads(Path(folder, f"{images}.json").read_text())["run"]["here_s"]
     Path(folder, f"{images}.npz").unlink()
     return seconds, memory.status_kib("VmHWM") / 1024

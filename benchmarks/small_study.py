@@ -1,11 +1,14 @@
-"""The paper's Table 3 and Figure 7 in small: the built-in digits, the preset `tiny`, every combination of losses; what the paper leaves open, one seed each.
+"""The paper's Table 3 and Figure 7 in small: the built-in digits, the preset `tiny`, every combination of losses; what
+the paper leaves open, one seed each.
 
-    python benchmarks/small_study.py                      the core: baseline (one and two views) and the four rows of Table 3, three seeds each
-    python benchmarks/small_study.py --runs core alone open      each loss alone; what the paper does not say
-    python benchmarks/small_study.py --report             only write the tables and figures from the rows that are there
+    python benchmarks/small_study.py                      the core: baseline (one and two views) and the four rows of
+    Table 3, three seeds each python benchmarks/small_study.py --runs core alone open      each loss alone; what the
+    paper does not say python benchmarks/small_study.py --report             only write the tables and figures from the
+    rows that are there
 
-Runs go two at a time, one thread each. A run that is finished is one line of benchmarks/results/small_study.jsonl and is not made again; one that was killed
-goes on. The page, results/small_study.md, says what came out, the claims that did not hold among it.
+Runs go two at a time, one thread each. A run that is finished is one line of benchmarks/results/small_study.jsonl and
+is not made again; one that was killed goes on. The page, results/small_study.md, says what came out, the claims that
+did not hold among it.
 """
 
 from __future__ import annotations
@@ -48,17 +51,25 @@ ALONE = {
     "view": Variant(f"{_NO_MASK} --method.step-contrast False", "between views alone, nothing hidden"),
 }
 OPEN = {
-    "r 0.15": Variant("--method.mask-ratio 0.15", "mask ratio"), "r 0.35": Variant("--method.mask-ratio 0.35", "mask ratio"),
+    "r 0.15": Variant("--method.mask-ratio 0.15", "mask ratio"),
+    "r 0.35": Variant("--method.mask-ratio 0.35", "mask ratio"),
     "r 0.45": Variant("--method.mask-ratio 0.45", "mask ratio"),
-    "depth 2": Variant("--method.contrast-depth 2", "contrast after block 2 of 6"), "depth 6": Variant("--method.contrast-depth 6", "after the last block"),
-    "K 2": Variant("--method.contrast-positions 2", "positions contrasted"), "K 8": Variant("--method.contrast-positions 8", "positions contrasted"),
-    "tau 0.1": Variant("--method.temperature 0.1", "temperature"), "tau 0.5": Variant("--method.temperature 0.5", "temperature"),
+    "depth 2": Variant("--method.contrast-depth 2", "contrast after block 2 of 6"),
+    "depth 6": Variant("--method.contrast-depth 6", "after the last block"),
+    "K 2": Variant("--method.contrast-positions 2", "positions contrasted"),
+    "K 8": Variant("--method.contrast-positions 8", "positions contrasted"),
+    "tau 0.1": Variant("--method.temperature 0.1", "temperature"),
+    "tau 0.5": Variant("--method.temperature 0.5", "temperature"),
     "hidden": Variant("--method.mim-positions hidden", "masked features at hidden positions only"),
     "all slots": Variant("--method.negatives all_slots", "negatives from all slots"),
     "batch norm": Variant("--method.projector-norm batch", "batch norm in the projector"),
     "kept label": Variant("--method.teacher-label kept", "the teacher keeps dropped labels"),
 }
-GROUPS = {"core": [(name, seed) for seed in SEEDS for name in CORE], "alone": [(name, 0) for name in ALONE], "open": [(name, 0) for name in OPEN]}
+GROUPS = {
+    "core": [(name, seed) for seed in SEEDS for name in CORE],
+    "alone": [(name, 0) for name in ALONE],
+    "open": [(name, 0) for name in OPEN],
+}
 VARIANTS = CORE | ALONE | OPEN
 
 
@@ -73,9 +84,29 @@ def make(name: str, seed: int, folder: Path, steps: int) -> None:
     run = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     resume = ["--resume"] if any((run / "checkpoints").glob("step-*")) else []
-    train = ["-m", "star_fast.cli", "train", "--preset", "tiny", *VARIANTS[name].options.split(), "--data.codes", str(folder / "digits"), "--run", str(run),
-             "--train.seed", str(seed), "--train.max-steps", str(steps), "--train.tensorboard", "False", *resume]
-    for arguments in (train, [__file__, "--measure", name, "--seed", str(seed), "--folder", str(folder), "--steps", str(steps)]):
+    train = [
+        "-m",
+        "star_fast.cli",
+        "train",
+        "--preset",
+        "tiny",
+        *VARIANTS[name].options.split(),
+        "--data.codes",
+        str(folder / "digits"),
+        "--run",
+        str(run),
+        "--train.seed",
+        str(seed),
+        "--train.max-steps",
+        str(steps),
+        "--train.tensorboard",
+        "False",
+        *resume,
+    ]
+    for arguments in (
+        train,
+        [__file__, "--measure", name, "--seed", str(seed), "--folder", str(folder), "--steps", str(steps)],
+    ):
         with (folder / f"{run.name}.log").open("a") as log:
             subprocess.run([sys.executable, *arguments], env=environment, stdout=log, stderr=log, check=True)
     shutil.rmtree(run / "checkpoints")
@@ -105,21 +136,37 @@ def measure(name: str, seed: int, folder: Path, steps: int) -> None:
     held = store.held_out_indices
     real = classifier.judge(open_real_images(store, "").read(held)).features
     training, validation = read_metrics(run)
-    row: dict[str, Any] = {"name": name, "seed": seed, "steps": steps, "options": VARIANTS[name].options, "val_ar": [each["val_ar"] for each in validation],
-                           "training_s": training[-1]["time_s"], "views_seen": training[-1]["images"] * (1 if name == "baseline" else 2)}
+    row: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "steps": steps,
+        "options": VARIANTS[name].options,
+        "val_ar": [each["val_ar"] for each in validation],
+        "training_s": training[-1]["time_s"],
+        "views_seen": training[-1]["images"] * (1 if name == "baseline" else 2),
+    }
     for weights in ("student", "teacher") if (run / "model/teacher.safetensors").exists() else ("student",):
         model = load_model(run / "model", weights=weights).transformer.eval()
         probed = probe(model, store, model.config.blocks // 2, ProbeConfig(run=run, device="cpu", knn=0, seed=seed))
         codes, labels = codes_of(store, held, store.plain_view), store.labels[held]
         blocks = attention_by_block(model, codes[:64], labels[:64])
-        found: dict[str, Any] = {"positions": probed.positions, "probe": probed.held_out, "loss": next_token_loss(model, codes, labels),
-                                 "attention": [{"distance": block.shares.mean_distance, "entropy": block.entropy, "class": block.shares.to_class}
-                                               for block in blocks]}
+        found: dict[str, Any] = {
+            "positions": probed.positions,
+            "probe": probed.held_out,
+            "loss": next_token_loss(model, codes, labels),
+            "attention": [
+                {"distance": block.shares.mean_distance, "entropy": block.entropy, "class": block.shares.to_class}
+                for block in blocks
+            ],
+        }
         for guidance in (1.0, 2.0):
             samples = draw_samples(model, tokenizer, range(10), 50, guidance=guidance, seed=seed)
             verdict = classifier.judge(samples.images)
-            found[f"guidance {guidance:g}"] = {"agreement": verdict.accuracy(samples.labels), "frechet": frechet_distance_of_features(verdict.features, real),
-                                              "distinct": min(distinct_sequences(samples).values())}
+            found[f"guidance {guidance:g}"] = {
+                "agreement": verdict.accuracy(samples.labels),
+                "frechet": frechet_distance_of_features(verdict.features, real),
+                "distinct": min(distinct_sequences(samples).values()),
+            }
         row[weights] = found
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -164,7 +211,11 @@ def main() -> None:
     from benchmarks.small_study_page import write_page
 
     groups = {"core": CORE, "alone": ALONE, "open": OPEN}
-    write_page(rows(), {group: {name: variant.about for name, variant in variants.items()} for group, variants in groups.items()}, RESULTS.parent)
+    write_page(
+        rows(),
+        {group: {name: variant.about for name, variant in variants.items()} for group, variants in groups.items()},
+        RESULTS.parent,
+    )
 
 
 if __name__ == "__main__":

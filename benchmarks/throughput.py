@@ -1,11 +1,12 @@
 """The one entry to all speed measurements.
 
-    python benchmarks/throughput.py [--quick] [--subject ops ...] [--device cpu|cuda] [--json FILE] [--save] [--compare OLD.json [NEW.json]]
-    python benchmarks/throughput.py --profile FOLDER [--subject ops ...]
+    python benchmarks/throughput.py [--quick] [--subject ops ...] [--device cpu|cuda] [--json FILE] [--save] [--compare
+    OLD.json [NEW.json]] python benchmarks/throughput.py --profile FOLDER [--subject ops ...]
 
-This machine's ceilings first; then every subject's rows in one table, each beside its ceiling and its baseline, and why those that fall short do. A subject
-that fails costs no other its figures. Backend "triton" is measured on CUDA only: Triton's interpreter proves results, its time means nothing. Exit code 1: a
-row failed, or --compare found one slower beyond both runs' spread; 2: wrong arguments.
+This machine's ceilings first; then every subject's rows in one table, each beside its ceiling and its baseline, and why
+those that fall short do. A subject that fails costs no other its figures. Backend "triton" is measured on CUDA only:
+Triton's interpreter proves results, its time means nothing. Exit code 1: a row failed, or --compare found one slower
+beyond both runs' spread; 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -29,28 +30,56 @@ from benchmarks import comparing, profiling, reasons, timing
 from benchmarks.rows import Given, Piece, measured
 
 # Each module has pieces(given), parts that run and may fail alone, and main_call(given), what --profile looks into.
-SUBJECTS = {"ops": "benchmarks.ops", "sample_op": "benchmarks.sample_op", "training": "benchmarks.training_rows", "sampling": "benchmarks.sampling_rows",
-            "loading": "benchmarks.loading", "checkpoint": "benchmarks.checkpoint", "python-cost": "benchmarks.python_cost"}
+SUBJECTS = {
+    "ops": "benchmarks.ops",
+    "sample_op": "benchmarks.sample_op",
+    "training": "benchmarks.training_rows",
+    "sampling": "benchmarks.sampling_rows",
+    "loading": "benchmarks.loading",
+    "checkpoint": "benchmarks.checkpoint",
+    "python-cost": "benchmarks.python_cost",
+}
 KEEP_MEMORY = ("ops", "python-cost")  # in this process, for good: measured last
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADINGS = ("what", "backend", "median ms", "spread", "of ceiling", "x baseline", "peak MiB", "")
 LEFT = (0, 1, 7)  # columns of words
-CAPTION = ("Spread: the middle half of the times over their median. Of ceiling: of the speed that this run's ceilings allow, named at the end of the row; "
-           "caches can lift it above 100 %. x baseline: the baseline's time (memory, where no time is given) over this one's, above 1 is better. Peak MiB: "
-           "most memory beyond what was there before; of torch's allocator for ops, of a process (p) for steps and checkpoints.")
+CAPTION = (
+    "Spread: the middle half of the times over their median. Of ceiling: of the speed that this run's ceilings "
+    "allow, named at the end of the row; "
+    "caches can lift it above 100 %. x baseline: the baseline's time (memory, where no time is given) over this "
+    "one's, above 1 is better. Peak MiB: "
+    "most memory beyond what was there before; of torch's allocator for ops, of a process (p) for steps and "
+    "checkpoints."
+)
 
 
 def parse() -> argparse.Namespace:
     """The command line. What contradicts itself ends with a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subject", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), help="what to measure; all by default")
+    parser.add_argument(
+        "--subject", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), help="what to measure; all by default"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, under three minutes: a check that all runs, not to publish")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small shapes and few repeats, under three minutes: a check that all runs, not to publish",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write ceilings, environment and all rows here")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/throughput.{json,md}")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="JSON",
-                        help="an earlier --json file, beside this run; two: beside each other, nothing is measured")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="measure nothing; write a torch profiler trace and a table of each subject's main call")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="an earlier --json file, beside this run; two: beside each other, nothing is measured",
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="measure nothing; write a torch profiler trace and a table of each subject's main call",
+    )
     arguments = parser.parse_args()
     if arguments.compare and len(arguments.compare) > 2:
         parser.error(f"--compare: expected one or two files, got {len(arguments.compare)}")
@@ -85,6 +114,7 @@ def pieces_of(subjects: list[str], given: Given) -> dict[str, list[Piece]]:
         try:
             found[subject] = importlib.import_module(SUBJECTS[subject]).pieces(given)
         except Exception as error:
+
             def fail(error: Exception = error) -> list:
                 raise error
 
@@ -94,24 +124,40 @@ def pieces_of(subjects: list[str], given: Given) -> dict[str, list[Piece]]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as the table shows it."""
+
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    memory = shown(row["peak_mib"], ".1f") + (" p" if row["peak_mib"] is not None and row["memory_of"] == "the process" else "")
+    memory = shown(row["peak_mib"], ".1f") + (
+        " p" if row["peak_mib"] is not None and row["memory_of"] == "the process" else ""
+    )
     note = f"FAILED: {row['error']}" if row["error"] else row["ceiling"]
     if row["how"] not in ("", timing.REPLAYED):
         note = "; ".join(filter(None, (note, row["how"])))
-    return [row["name"], row["backend"], shown(row["median_ms"], ".3f"), shown(row["spread"], ".0%"), shown(row["share"], ".1%"), shown(row["ratio"], ".2f"),
-            memory, note]
+    return [
+        row["name"],
+        row["backend"],
+        shown(row["median_ms"], ".3f"),
+        shown(row["spread"], ".0%"),
+        shown(row["share"], ".1%"),
+        shown(row["ratio"], ".2f"),
+        memory,
+        note,
+    ]
 
 
 def head(report: dict[str, Any]) -> list[str]:
     """Machine and ceilings, in two lines."""
     found, ceilings = report["environment"], report["ceilings"]
     int8 = ceilings["int8_gop_per_s"]
-    return [", ".join(f"{key} {value}" for key, value in found.items()) + (" (quick: not to publish)" if report["quick"] else ""),
-            f"Ceilings: read {ceilings['read_gb_per_s']:.1f} GB/s, copy {ceilings['copy_gb_per_s']:.1f} GB/s (read and written), products "
-            f"{ceilings['fp32_gflop_per_s']:.0f} GFLOP/s float32, {ceilings['bf16_gflop_per_s']:.0f} bfloat16, {f'{int8:.0f} GOP/s' if int8 else 'no'} int8."]
+    return [
+        ", ".join(f"{key} {value}" for key, value in found.items())
+        + (" (quick: not to publish)" if report["quick"] else ""),
+        f"Ceilings: read {ceilings['read_gb_per_s']:.1f} GB/s, copy {ceilings['copy_gb_per_s']:.1f} GB/s (read "
+        "and written), products "
+        f"{ceilings['fp32_gflop_per_s']:.0f} GFLOP/s float32, {ceilings['bf16_gflop_per_s']:.0f} bfloat16, "
+        f"{f'{int8:.0f} GOP/s' if int8 else 'no'} int8.",
+    ]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -135,9 +181,22 @@ def show(report: dict[str, Any]) -> None:
 
 def text(report: dict[str, Any]) -> str:
     """The same as Markdown."""
-    lines = ["# Throughput", "", "By `python benchmarks/throughput.py`.", "", *(part for line in head(report) for part in (line, "")), CAPTION]
+    lines = [
+        "# Throughput",
+        "",
+        "By `python benchmarks/throughput.py`.",
+        "",
+        *(part for line in head(report) for part in (line, "")),
+        CAPTION,
+    ]
     for subject in dict.fromkeys(row["subject"] for row in report["rows"]):
-        lines += ["", f"## {subject}", "", f"| {' | '.join(HEADINGS)} |", "|" + "|".join("---" if i in LEFT else "--:" for i in range(len(HEADINGS))) + "|"]
+        lines += [
+            "",
+            f"## {subject}",
+            "",
+            f"| {' | '.join(HEADINGS)} |",
+            "|" + "|".join("---" if i in LEFT else "--:" for i in range(len(HEADINGS))) + "|",
+        ]
         lines += [f"| {' | '.join(cells(row))} |" for row in report["rows"] if row["subject"] == subject]
     return "\n".join([*lines, "", *reasons.lines(report["rows"])]).rstrip() + "\n"
 
@@ -155,7 +214,8 @@ def main() -> int:
     arguments = parse()
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
-        given = Given(arguments.device, arguments.quick, timing.Ceilings(1.0, 1.0, 1.0, 1.0))  # nothing is held against them
+        # Nothing is held against them
+        given = Given(arguments.device, arguments.quick, timing.Ceilings(1.0, 1.0, 1.0, 1.0))
         for subject in arguments.subject:
             print(profiling.write(subject, SUBJECTS[subject], arguments.profile, given), flush=True)
         return 0

@@ -1,9 +1,9 @@
 """The only clock: how long a call takes, and what the machine's memory and arithmetic can do, measured the same way.
 
-Candidates of one comparison take turns, call by call, so that a disturbance of the machine meets them alike. CPU calls are timed by
-perf_counter with warm caches. CUDA calls are captured once and timed as replays of a CUDA graph, since the Python of one call takes longer than most
-kernels; by a pair of events, with the L2 cache overwritten before each. A call that waits for the device cannot be captured: it is launched from
-Python, and its Timing says so.
+Candidates of one comparison take turns, call by call, so that a disturbance of the machine meets them alike. CPU calls
+are timed by perf_counter with warm caches. CUDA calls are captured once and timed as replays of a CUDA graph, since the
+Python of one call takes longer than most kernels; by a pair of events, with the L2 cache overwritten before each. A
+call that waits for the device cannot be captured: it is launched from Python, and its Timing says so.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ class Ceilings(NamedTuple):
     copy_gb_per_s: float  # bytes read and written
     fp32_gflop_per_s: float  # matrix product, 2048 cubed (8192 on CUDA)
     bf16_gflop_per_s: float
-    int8_gop_per_s: float | None = None  # 8-bit factors, 32-bit sums; None: this build of torch has no such product here
+    # 8-bit factors, 32-bit sums; None: this build of torch has no such product here
+    int8_gop_per_s: float | None = None
 
     def named(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> str:
         """Which of them bounds so much work."""
-        return "memory" if bytes_moved and self.least_ms(bytes_moved, 0, dtype) >= self.least_ms(0, flops, dtype) else f"products, {str(dtype)[6:]}"
+        return (
+            "memory"
+            if bytes_moved and self.least_ms(bytes_moved, 0, dtype) >= self.least_ms(0, flops, dtype)
+            else f"products, {str(dtype)[6:]}"
+        )
 
     def least_ms(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
         """Time that these ceilings allow for so much memory traffic and arithmetic at once."""
@@ -75,16 +80,25 @@ class Spent(NamedTuple):
     cpu_s: float  # of all its threads: what it would take of one core that others leave alone
 
 
-def compare(candidates: dict[str, Callable[[], object]], device: str, seconds: float = 2.0, repeats: tuple[int, int] = (5, 100), *,
-            replay: bool = True) -> dict[str, Timing]:
-    """Times of all candidates: one warm-up turn, then turns until `seconds` a candidate are spent, between repeats[0] and repeats[1] of them.
+def compare(
+    candidates: dict[str, Callable[[], object]],
+    device: str,
+    seconds: float = 2.0,
+    repeats: tuple[int, int] = (5, 100),
+    *,
+    replay: bool = True,
+) -> dict[str, Timing]:
+    """Times of all candidates: one warm-up turn, then turns until `seconds` a candidate are spent, between repeats[0]
+    and repeats[1] of them.
 
     `replay` False launches every call from Python on CUDA too: for whole loops that make graphs of their own.
     """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     how = dict.fromkeys(candidates, "")
     if device == "cuda":
-        turns = {name: replayed(call) if replay else (call, "launched from Python") for name, call in candidates.items()}
+        turns = {
+            name: replayed(call) if replay else (call, "launched from Python") for name, call in candidates.items()
+        }
         candidates, how = ({name: turn[i] for name, turn in turns.items()} for i in (0, 1))
     for call in candidates.values():
         call()
@@ -107,14 +121,15 @@ def _timing(times_ms: list[float], how: str) -> Timing:
 def replayed(call: Callable[[], object]) -> tuple[Callable[[], object], str]:
     """(replay of a CUDA graph of `call`, REPLAYED); (`call` itself, the reason) where it cannot be captured.
 
-    The call must do the same each time, on the current device. Whether it waits for the device is tried before, outside a capture: one that fails half-way
-    leaves torch's allocator unusable.
+    The call must do the same each time, on the current device. Whether it waits for the device is tried before, outside
+    a capture: one that fails half-way leaves torch's allocator unusable.
     """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     before = torch.cuda.get_sync_debug_mode()
     try:
-        with torch.cuda.stream(aside):  # the capture's: autograd remembers where a leaf was first used, and the default stream cannot be captured
+        # The capture's: autograd remembers where a leaf was first used, and the default stream cannot be captured
+        with torch.cuda.stream(aside):
             call()  # compiles kernels, fills tables
             torch.cuda.set_sync_debug_mode("error")
             call()
@@ -156,7 +171,10 @@ def process(command: list[str], environment: dict[str, str] | None = None) -> Sp
     before, start = os.times(), time.perf_counter()
     subprocess.run(command, check=True, env=environment)
     after = os.times()
-    return Spent(time.perf_counter() - start, after.children_user - before.children_user + after.children_system - before.children_system)
+    return Spent(
+        time.perf_counter() - start,
+        after.children_user - before.children_user + after.children_system - before.children_system,
+    )
 
 
 def ceilings(device: str, quick: bool = False) -> Ceilings:
@@ -178,7 +196,9 @@ def ceilings(device: str, quick: bool = False) -> Ceilings:
     for call in _int8_products(device, edge):
         with contextlib.suppress(RuntimeError, NotImplementedError):
             int8 = max(int8 or 0.0, 2e-9 * edge**3 / best_s(call))
-    return Ceilings(4e-9 * numbers / read_s, 8e-9 * numbers / copy_s, products[torch.float32], products[torch.bfloat16], int8)
+    return Ceilings(
+        4e-9 * numbers / read_s, 8e-9 * numbers / copy_s, products[torch.float32], products[torch.bfloat16], int8
+    )
 
 
 def _int8_products(device: str, edge: int) -> Iterator[Callable[[], object]]:
@@ -186,21 +206,38 @@ def _int8_products(device: str, edge: int) -> Iterator[Callable[[], object]]:
     a, b = torch.randint(-127, 128, (2, edge, edge), dtype=torch.int8, device=device)
     yield lambda: torch._int_mm(a, b.t())
     if device == "cpu":
-        rows, scales, zeros, packed = (a.int() + 127).to(torch.uint8), torch.ones(edge), torch.zeros(edge, dtype=torch.int64), []
+        rows, scales, zeros, packed = (
+            (a.int() + 127).to(torch.uint8),
+            torch.ones(edge),
+            torch.zeros(edge, dtype=torch.int64),
+            [],
+        )
 
         def by_onednn() -> None:
             if not packed:
                 packed.append(torch.ops.onednn.qlinear_prepack(b, [edge, edge]))
-            torch.ops.onednn.qlinear_pointwise(rows, 1.0, 127, packed[0], scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
+            torch.ops.onednn.qlinear_pointwise(
+                rows, 1.0, 127, packed[0], scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            )
 
         yield by_onednn
 
 
 def environment(device: str) -> dict[str, str | int]:
     """What a published number must carry: device, threads, versions, commit."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    found: dict[str, str | int] = {"device": torch.cuda.get_device_name() if device == "cuda" else _processor(), "threads": torch.get_num_threads(),
-                                   "torch": torch.__version__, "commit": commit or "unknown"}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    found: dict[str, str | int] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }
     if device == "cuda":
         import triton
 

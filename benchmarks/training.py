@@ -1,10 +1,11 @@
-"""One optimizer step, end to end: star_fast against the same objective composed in plain PyTorch, and plain training against LlamaGen's way.
+"""One optimizer step, end to end: star_fast against the same objective composed in plain PyTorch, and plain training
+against LlamaGen's way.
 
     python benchmarks/training.py [--quick] [--profile] [--save] [--json FILE]
 
-Preset B, 4 images x 2 views, 32 on a GPU (plain training: the same sequences), bf16, dropout 0.1. Each candidate lives in a process of its own; they take
-turns step by step; medians. Memory is a process's peak from before the model is built; "above state" leaves out weights, gradients' masters, optimizer and
-teacher.
+Preset B, 4 images x 2 views, 32 on a GPU (plain training: the same sequences), bf16, dropout 0.1. Each candidate lives
+in a process of its own; they take turns step by step; medians. Memory is a process's peak from before the model is
+built; "above state" leaves out weights, gradients' masters, optimizer and teacher.
 """
 
 from __future__ import annotations
@@ -39,21 +40,33 @@ from star_fast.training.batches import MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGES, VIEWS = 32 if torch.cuda.is_available() else 4, 2
-OURS, COMPOSED, OURS_PLAIN, LLAMAGEN = "star_fast, ST-AR", "plain PyTorch, ST-AR", "star_fast, plain", "LlamaGen's way, plain"
-KEPT = "plain PyTorch, ST-AR, freed memory kept"  # on the CPU, with star_fast's setting of the C library's allocator: what is left is ours
+OURS, COMPOSED, OURS_PLAIN, LLAMAGEN = (
+    "star_fast, ST-AR",
+    "plain PyTorch, ST-AR",
+    "star_fast, plain",
+    "LlamaGen's way, plain",
+)
+# On the CPU, with star_fast's setting of the C library's allocator: what is left is ours
+KEPT = "plain PyTorch, ST-AR, freed memory kept"
 CANDIDATES = (OURS, COMPOSED, KEPT, OURS_PLAIN, LLAMAGEN)
 WARM_UP_STEPS = 2
 
 
 def run_config(star: bool, size: str = "B", **train: Any) -> RunConfig:
-    """The benchmark's run: plain training keeps the views, so that both see as many sequences. tiny: as on the built-in digits, with its own images a step."""
+    """The benchmark's run: plain training keeps the views, so that both see as many sequences. tiny: as on the built-in
+    digits, with its own images a step.
+    """
     config = preset(size)
     if size == "tiny":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256, positions=49, num_classes=10))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, vocab=256, positions=49, num_classes=10)
+        )
     if not star:
         config = plain(config)
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, views=VIEWS))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, images_per_step=images_of(config, size), **train))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, images_per_step=images_of(config, size), **train)
+    )
 
 
 def images_of(config: RunConfig, size: str) -> int:
@@ -70,11 +83,22 @@ def micro_batch(config: RunConfig, step: int) -> MicroBatch:
     label = torch.randint(0, model.num_classes, (count,), generator=generator).repeat_interleave(VIEWS)
     keep = masking.key_mask(0, 0, images, VIEWS, model.positions, method.mask_ratio)
     positions = torch.from_numpy(masking.position_set(0, step, model.positions, method.contrast_positions))
-    return MicroBatch(targets[:, :-1].contiguous(), label, targets, None if keep is None else torch.from_numpy(keep).flatten(0, 1), positions, count * step)
+    return MicroBatch(
+        targets[:, :-1].contiguous(),
+        label,
+        targets,
+        None if keep is None else torch.from_numpy(keep).flatten(0, 1),
+        positions,
+        count * step,
+    )
 
 
-def build(name: str, device: torch.device, size: str = "B") -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
-    """One candidate: its step (number -> loss), its teacher's forward pass alone, the bytes of its lasting state, its config."""
+def build(
+    name: str, device: torch.device, size: str = "B"
+) -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
+    """One candidate: its step (number -> loss), its teacher's forward pass alone, the bytes of its lasting state, its
+    config.
+    """
     from star_fast.training.engine import Engine, build_student
 
     star = name in (OURS, COMPOSED, KEPT)
@@ -98,7 +122,9 @@ def build(name: str, device: torch.device, size: str = "B") -> tuple[Callable[[i
 
     if name == KEPT:
         keep_freed_memory()
-    training = PlainTraining(config, student, device, torch.float32 if config.train.precision == "fp32" else torch.bfloat16)
+    training = PlainTraining(
+        config, student, device, torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    )
     del student
     return lambda number: float(training.step(batches[number % 4], number)), None, training.state_bytes, config
 
@@ -132,7 +158,9 @@ def work(name: str, threads: int, pipe: Connection, size: str = "B") -> None:
 
 
 def difference(threads: int, pipe: Connection) -> None:
-    """A process: how far the losses of both ST-AR candidates are apart over three steps of a small model, in float32 without dropout."""
+    """A process: how far the losses of both ST-AR candidates are apart over three steps of a small model, in float32
+    without dropout.
+    """
     torch.set_num_threads(threads)
     from benchmarks.llamagen_training import PlainTraining
     from star_fast.training.engine import Engine, build_student
@@ -140,11 +168,22 @@ def difference(threads: int, pipe: Connection) -> None:
 
     _, _, device = start_ranks()
     config = run_config(True, precision="fp32", zero_stage=0)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=2, heads=4, width=128, vocab=512, dropout=0.0),
-                                 method=dataclasses.replace(config.method, contrast_depth=1))
-    ours, composed = Engine(config, build_student(config), device, IMAGES, 1), PlainTraining(config, build_student(config), device, torch.float32)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, blocks=2, heads=4, width=128, vocab=512, dropout=0.0),
+        method=dataclasses.replace(config.method, contrast_depth=1),
+    )
+    ours, composed = (
+        Engine(config, build_student(config), device, IMAGES, 1),
+        PlainTraining(config, build_student(config), device, torch.float32),
+    )
     batches = [[micro_batch(config, step)] for step in range(3)]
-    pipe.send(max(abs(float(ours.step(batch, step, config.lr)[0][0]) - float(composed.step(batch, step))) for step, batch in enumerate(batches)))
+    pipe.send(
+        max(
+            abs(float(ours.step(batch, step, config.lr)[0][0]) - float(composed.step(batch, step)))
+            for step, batch in enumerate(batches)
+        )
+    )
 
 
 def breakdown(call: Callable[[], object], device: torch.device, top: int = 16) -> list[tuple[str, float, float, int]]:
@@ -156,7 +195,8 @@ def model_flops(config: RunConfig) -> tuple[float, float]:
     """FLOPs of a step's matrix products: (student, teacher). Causal attention counted as half of the square."""
     model, rows = config.model, config.train.images_per_step * VIEWS * config.model.positions
     weights = model.blocks * (4 * model.width**2 + 3 * model.width * model.feed_forward)
-    attention = model.blocks * 2 * model.positions * model.width * rows  # scores and values, 2 * T/2 * D multiplications each a row
+    # Scores and values, 2 * T/2 * D multiplications each a row
+    attention = model.blocks * 2 * model.positions * model.width * rows
     forward = 2.0 * rows * weights + attention
     return 3 * (forward + 2.0 * rows * model.width * model.vocab), forward if config.method.has_teacher else 0.0
 
@@ -191,7 +231,13 @@ def measure(names: list[str], repeats: int, threads: int, with_profile: bool, si
         lower, median, upper = statistics.quantiles(times[name], n=4)
         pipe.send("memory")
         peak, state = pipe.recv()
-        found[name] |= {"median_ms": median, "spread": (upper - lower) / median, "times_ms": times[name], "peak_bytes": peak, "state_bytes": state}
+        found[name] |= {
+            "median_ms": median,
+            "spread": (upper - lower) / median,
+            "times_ms": times[name],
+            "peak_bytes": peak,
+            "state_bytes": state,
+        }
         if with_profile:
             pipe.send("profile")
             found[name]["profile"] = pipe.recv()
@@ -207,33 +253,62 @@ def text(found: dict[str, Any]) -> str:
     """The report as Markdown."""
     rows, gib = found["candidates"], 2**30
     where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-    lines = ["# A training step", "", where + (" (quick: not to publish)" if found["quick"] else ""), "",
-             f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own take turns; medians of "
-             f"{found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to {found['apart']:.0e}).", "",
-             "| | ms a step | images/s | spread | peak GiB | above state GiB | share of the product ceiling | MFU |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "# A training step",
+        "",
+        where + (" (quick: not to publish)" if found["quick"] else ""),
+        "",
+        f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own "
+        "take turns; medians of "
+        f"{found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to "
+        f"{found['apart']:.0e}).",
+        "",
+        "| | ms a step | images/s | spread | peak GiB | above state GiB | share of the product ceiling | MFU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         student, teacher = model_flops(run_config(name in (OURS, COMPOSED, KEPT)))
         rate = 1e3 * (student + teacher) / row["median_ms"]
         mfu = "" if found["bf16_peak"] is None else f"{rate / found['bf16_peak']:.1%}"
-        lines.append(f"| {name} | {row['median_ms']:.0f} | {1e3 * IMAGES / row['median_ms']:.1f} | {row['spread']:.0%} | {row['peak_bytes'] / gib:.2f} | "
-                     f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {rate / 1e9 / found['bf16_gflop_per_s']:.0%} | {mfu} |")
+        lines.append(
+            f"| {name} | {row['median_ms']:.0f} | {1e3 * IMAGES / row['median_ms']:.1f} | {row['spread']:.0%} | "
+            f"{row['peak_bytes'] / gib:.2f} | "
+            f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {rate / 1e9 / found['bf16_gflop_per_s']:.0%} "
+            f"| {mfu} |"
+        )
     lines.append("")
     for mine, base in ((OURS, COMPOSED), (OURS, KEPT), (OURS_PLAIN, LLAMAGEN)):
         if mine in rows and base in rows:
             a, b = rows[mine], rows[base]
             above = (a["peak_bytes"] - a["state_bytes"]) / (b["peak_bytes"] - b["state_bytes"])
-            lines.append(f"- {mine}: **{b['median_ms'] / a['median_ms']:.2f} x** as fast as {base}; peak memory "
-                         f"{a['peak_bytes'] / b['peak_bytes']:.2f} of its, above state {above:.2f} of its.")
+            lines.append(
+                f"- {mine}: **{b['median_ms'] / a['median_ms']:.2f} x** as fast as {base}; peak memory "
+                f"{a['peak_bytes'] / b['peak_bytes']:.2f} of its, above state {above:.2f} of its."
+            )
     if OURS in rows and OURS_PLAIN in rows:
         a, b = rows[OURS], rows[OURS_PLAIN]
-        lines.append(f"- ST-AR costs {a['median_ms'] / b['median_ms'] - 1:+.0%} over plain training at equal views; the teacher's forward alone is "
-                     f"{a['teacher_ms'] / b['median_ms']:+.0%} ({a['teacher_ms']:.0f} ms).")
-    lines.append(f"- Product ceiling of this machine in this run: {found['bf16_gflop_per_s']:.0f} GFLOP/s in bf16 (2048 cubed).")
+        lines.append(
+            f"- ST-AR costs {a['median_ms'] / b['median_ms'] - 1:+.0%} over plain training at equal views; the "
+            "teacher's forward alone is "
+            f"{a['teacher_ms'] / b['median_ms']:+.0%} ({a['teacher_ms']:.0f} ms)."
+        )
+    lines.append(
+        f"- Product ceiling of this machine in this run: {found['bf16_gflop_per_s']:.0f} GFLOP/s in bf16 (2048 cubed)."
+    )
     if found["bf16_peak"] is not None:
-        lines.append(f"- MFU: products of student and teacher over the data sheet's dense bf16 peak, {found['bf16_peak'] / 1e12:.0f} TFLOP/s.")
+        lines.append(
+            "- MFU: products of student and teacher over the data sheet's dense bf16 peak, "
+            f"{found['bf16_peak'] / 1e12:.0f} TFLOP/s."
+        )
     for name, row in rows.items():
         if "profile" in row:
-            lines += ["", f"One step of {name}, by torch's profiler:", "", "| operator | ms | share | calls |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"One step of {name}, by torch's profiler:",
+                "",
+                "| operator | ms | share | calls |",
+                "|---|---|---|---|",
+            ]
             lines += [f"| {key} | {ms:.0f} | {share:.1%} | {count} |" for key, ms, share, count in row["profile"]]
     return "\n".join(lines) + "\n"
 
@@ -241,7 +316,9 @@ def text(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, and with --save keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three repeats: a check that all runs, not a measurement to publish")
+    parser.add_argument(
+        "--quick", action="store_true", help="three repeats: a check that all runs, not a measurement to publish"
+    )
     parser.add_argument("--profile", action="store_true", help="also where each candidate's time goes")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/training.{json,md}")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -264,8 +341,15 @@ def main() -> None:
         sys.exit(f"the candidates do not compute the same: losses are {apart:.1e} apart")
     candidates = measure([CANDIDATES[index] for index in arguments.only], repeats, arguments.threads, arguments.profile)
     peak = bf16_peak(torch.cuda.get_device_name()) if device == "cuda" else None
-    found = {"environment": timing.environment(device), "quick": arguments.quick, "repeats": repeats, "bf16_gflop_per_s": bf16, "apart": apart,
-             "bf16_peak": peak, "candidates": candidates}
+    found = {
+        "environment": timing.environment(device),
+        "quick": arguments.quick,
+        "repeats": repeats,
+        "bf16_gflop_per_s": bf16,
+        "apart": apart,
+        "bf16_peak": peak,
+        "candidates": candidates,
+    }
     print(text(found))
     if arguments.save:
         (RESULTS / "training.json").write_text(json.dumps(found, indent=1) + "\n")

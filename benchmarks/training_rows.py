@@ -22,10 +22,18 @@ def size_of(given: Given) -> str:
 
 def pieces(given: Given) -> list[Piece]:
     """ST-AR steps, then plain ones; candidates in processes of their own take turns."""
-    where = f"{size_of(given)}, {training.images_of(training.run_config(True, size_of(given)), size_of(given))} images x {training.VIEWS} views"
+    where = (
+        f"{size_of(given)}, {training.images_of(training.run_config(True, size_of(given)), size_of(given))} images x "
+        f"{training.VIEWS} views"
+    )
     star = tuple(name for name in STAR if name != KEPT or given.device == "cpu")
-    return [Piece(name, functools.partial(_rows, name, candidates, base, given))
-            for name, candidates, base in ((f"training step, ST-AR, {where}", star, COMPOSED), (f"training step, plain, {where}", PLAIN, LLAMAGEN))]
+    return [
+        Piece(name, functools.partial(_rows, name, candidates, base, given))
+        for name, candidates, base in (
+            (f"training step, ST-AR, {where}", star, COMPOSED),
+            (f"training step, plain, {where}", PLAIN, LLAMAGEN),
+        )
+    ]
 
 
 def _rows(name: str, candidates: tuple[str, ...], base: str, given: Given) -> list[Row]:
@@ -35,12 +43,27 @@ def _rows(name: str, candidates: tuple[str, ...], base: str, given: Given) -> li
     rows = []
     for candidate, figures in found.items():
         config = training.run_config(candidate in STAR, size_of(given))
-        flops, dtype = sum(training.model_flops(config)), torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+        flops, dtype = (
+            sum(training.model_flops(config)),
+            torch.float32 if config.train.precision == "fp32" else torch.bfloat16,
+        )
         median_ms = figures["median_ms"]
         least_ms = given.ceilings.least_ms(0, flops, dtype)
-        rows.append(Row(name, candidate, median_ms, figures["spread"], found[base]["median_ms"] / median_ms, least_ms / median_ms, gigaflops=flops / 1e9,
-                        how="" if given.device == "cpu" else "whole steps", ceiling=given.ceilings.named(0, flops, dtype),
-                        peak_mib=figures["peak_bytes"] / 2**20, memory_of=memory.PROCESS if given.device == "cpu" else memory.ALLOCATOR))
+        rows.append(
+            Row(
+                name,
+                candidate,
+                median_ms,
+                figures["spread"],
+                found[base]["median_ms"] / median_ms,
+                least_ms / median_ms,
+                gigaflops=flops / 1e9,
+                how="" if given.device == "cpu" else "whole steps",
+                ceiling=given.ceilings.named(0, flops, dtype),
+                peak_mib=figures["peak_bytes"] / 2**20,
+                memory_of=memory.PROCESS if given.device == "cpu" else memory.ALLOCATOR,
+            )
+        )
     return rows
 
 

@@ -2,8 +2,9 @@
 # %% [markdown]
 # # A model of handwritten digits, looked at from all sides
 #
-# `scripts/quickstart.sh` makes what this reads, in some minutes on a laptop: the code store `data/digits` and the run `runs/digits`.
-# Each `# %%` begins a cell in VS Code, PyCharm, Spyder and Jupyter (by jupytext); `python examples/notebook.py` runs them all.
+# `scripts/quickstart.sh` makes what this reads, in some minutes on a laptop: the code store `data/digits` and the run
+# `runs/digits`. Each `# %%` begins a cell in VS Code, PyCharm, Spyder and Jupyter (by jupytext); `python
+# examples/notebook.py` runs them all.
 
 # %%
 import matplotlib.pyplot as plt
@@ -40,11 +41,15 @@ for guidance in (1.0, 2.0, 4.0):
 codes = model.codes(images)
 again = model.decode(codes)
 lost = (images.pixels.float() - again.pixels.float()).abs().mean().item()
-print(f"{tuple(codes.shape)} codes of a codebook of {model.transformer.config.vocab}; there and back changes a pixel by {lost:.1f} of 255")
+print(
+    f"{tuple(codes.shape)} codes of a codebook of {model.transformer.config.vocab}; there and back changes a "
+    f"pixel by {lost:.1f} of 255"
+)
 
 # %% [markdown]
 # ## What the model knows, position by position
-# Features of real digits, the model being told no class; a linear layer at eight positions learns to name the class (the paper's Figure 4, in small).
+# Features of real digits, the model being told no class; a linear layer at eight positions learns to name the class
+# (the paper's Figure 4, in small).
 
 # %%
 store = CodeStore.open("data/digits")
@@ -63,6 +68,9 @@ plt.savefig("probe.png")
 # A few steps of ST-AR from these weights, in this process. Longer runs, and many GPUs: `deepspeed star_fast/train.py`.
 
 # %%
-config = star_fast.run_config("tiny", {"data.codes": "data/digits", "train.max_steps": 20, "train.save_every_steps": 20, "train.validate_every_steps": 0})
+config = star_fast.run_config(
+    "tiny",
+    {"data.codes": "data/digits", "train.max_steps": 20, "train.save_every_steps": 20, "train.validate_every_steps": 0},
+)
 run = star_fast.train(config, "runs/more", init="runs/digits/model")
 star_fast.load(run).sample(model.class_names, n=4).save("after.png", columns=4)

@@ -1,10 +1,12 @@
-"""Throw damaged files and absurd command lines at everything that star_fast reads, and see that nothing runs, crashes, hangs, bloats or shows a traceback.
+"""Throw damaged files and absurd command lines at everything that star_fast reads, and see that nothing runs, crashes,
+hangs, bloats or shows a traceback.
 
     python scripts/fuzz.py [--inputs 100000] [--seconds S] [--seed 0] [--subject NAME] [--out FOLDER] [--record FILE]
     python scripts/fuzz.py --replay FOLDER/EXAMPLE.json
 
-Every input must end with success, or with one line that says what is wrong, within 1 s + 10 ms a kilobyte and 300 MB over what the process held before.
-The exit status is 1 if one did not; of each kind of failure one example is kept. Seeded: input n of a subject is the same in every run.
+Every input must end with success, or with one line that says what is wrong, within 1 s + 10 ms a kilobyte and 300 MB
+over what the process held before. The exit status is 1 if one did not; of each kind of failure one example is kept.
+Seeded: input n of a subject is the same in every run.
 """
 
 from __future__ import annotations
@@ -43,10 +45,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="end after so long, with what was done")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--subject", action="append", help="only subjects whose name contains this; may be given again")
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "star_fast-fuzz", help="folder for examples of failures")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "star_fast-fuzz",
+        help="folder for examples of failures",
+    )
     parser.add_argument("--record", type=Path, help="write the result as Markdown")
     parser.add_argument("--replay", type=Path, help="run one kept example again, and show what it does")
-    parser.add_argument("--goods", type=Path, help="keep the good files in this folder, or take them from there; making them takes half a minute")
+    parser.add_argument(
+        "--goods",
+        type=Path,
+        help="keep the good files in this folder, or take them from there; making them takes half a minute",
+    )
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
@@ -55,7 +66,11 @@ def main() -> int:
         subjects = all_subjects()
         if arguments.replay:
             return replay(arguments.replay, subjects, folder, scratch)
-        chosen = [subject for subject in subjects if not arguments.subject or any(part in subject.name for part in arguments.subject)]
+        chosen = [
+            subject
+            for subject in subjects
+            if not arguments.subject or any(part in subject.name for part in arguments.subject)
+        ]
         if not chosen:
             parser.error(f"no such subject; there are: {', '.join(subject.name for subject in subjects)}")
         started = time.monotonic()
@@ -95,10 +110,17 @@ def jobs_of(subjects: Sequence[Subject], inputs: int) -> list[tuple[int, int]]:
     """(place of the subject, number of the input), every subject spread evenly over the run, at least one of each."""
     shares = sum(subject.share for subject in subjects)
     counts = [max(1, round(inputs * subject.share / shares)) for subject in subjects]
-    return [job for _, job in sorted(((number + 0.5) / count, (place, number)) for place, count in enumerate(counts) for number in range(count))]
+    return [
+        job
+        for _, job in sorted(
+            ((number + 0.5) / count, (place, number)) for place, count in enumerate(counts) for number in range(count)
+        )
+    ]
 
 
-def run(subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, folder: Path, scratch: Path) -> results.Tally:
+def run(
+    subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, folder: Path, scratch: Path
+) -> results.Tally:
     """Try the inputs until they or the seconds are used up."""
     tally, end, jobs = results.Tally(subjects), time.monotonic() + seconds, jobs_of(subjects, inputs)
     tqdm.monitor_interval = 0  # its thread would not survive the forks
@@ -109,7 +131,9 @@ def run(subjects: Sequence[Subject], inputs: int, seconds: float, seed: int, fol
             tally.add(outcome)
             bar.update()
             if outcome.failures:
-                bar.set_postfix_str(f"{sum(map(len, tally.failures.values()))} failures of {len(tally.failures)} kinds", refresh=False)
+                bar.set_postfix_str(
+                    f"{sum(map(len, tally.failures.values()))} failures of {len(tally.failures)} kinds", refresh=False
+                )
             if time.monotonic() > end:
                 break
     return tally
@@ -120,8 +144,10 @@ def replay(path: Path, subjects: Sequence[Subject], folder: Path, scratch: Path)
     name, number, case = results.kept(path)
     subject = dataclasses.replace(next(one for one in subjects if one.name == name), make=lambda random, good: case)
     outcome = next(workers.run([subject], [(0, number)], 0, folder, scratch))
-    print(f"{name}: {case.change!a}\n{outcome.verdict} {', '.join(outcome.failures)}: {outcome.seconds:.2f} s, "
-          f"{outcome.extra_bytes / 2**20:.0f} MiB more\n{outcome.told}")
+    print(
+        f"{name}: {case.change!a}\n{outcome.verdict} {', '.join(outcome.failures)}: {outcome.seconds:.2f} s, "
+        f"{outcome.extra_bytes / 2**20:.0f} MiB more\n{outcome.told}"
+    )
     return 1 if outcome.failures else 0
 
 

@@ -2,7 +2,8 @@
 
     python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments, of all ranks
     python scripts/kill_and_resume.py --subject training --kills 30 --ranks 2 --one-rank    of a random rank
-    python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL at every fsync, rename and removal of a file, one after the other
+    python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL at every fsync, rename and removal of a file,
+    one after the other
 
 Exit status 0: after every kill that landed the job ended with equal files, and none besides.
 """
@@ -33,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.kill_subjects import SUBJECTS  # noqa: E402 (needs the path above)
 
 os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")  # of all processes
-STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")  # of os: what is on the disk changes at each of them
+# Of os: what is on the disk changes at each of them
+STRUCK = ("fsync", "replace", "rename", "unlink", "remove", "rmdir")
 KILLS_IN_A_ROW = 10  # at most, before the job may end and is looked at
 LATEST = 0.7  # of an unbroken run's time: the last moment of a random kill
 _PATIENCE_S = 300
@@ -41,7 +43,9 @@ _LAUNCHER_S = 20  # after so long a launcher kills what is left of a job
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
-def process_main(subject: str, given: Path, work: Path, small: bool, environment: dict[str, str], strike: int | None) -> None:
+def process_main(
+    subject: str, given: Path, work: Path, small: bool, environment: dict[str, str], strike: int | None
+) -> None:
     """One rank. With `strike` it kills itself instead of making the call of STRUCK with that number, counted from 0."""
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -59,6 +63,7 @@ def _patch(strike: int) -> None:
             if next(calls) == strike:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **settings)
+
         return wrapper
 
     for name in STRUCK:
@@ -88,7 +93,9 @@ class Killer:
             self.faults.append(f"two unbroken runs differ: {self._difference(first, self.expected)}")
 
     def kill_at_random(self, kills: int, one_rank: bool = False) -> None:
-        """Kill all ranks or a random one at random moments, up to KILLS_IN_A_ROW times on the way to one result, until `kills` have landed."""
+        """Kill all ranks or a random one at random moments, up to KILLS_IN_A_ROW times on the way to one result, until
+        `kills` have landed.
+        """
         while self.kills < kills and not self.faults:
             self.work = self._new_work()
             for _ in range(self.random.randint(1, KILLS_IN_A_ROW)):
@@ -138,8 +145,19 @@ class Killer:
             port = free.getsockname()[1]
         self.job = []
         for rank in range(self.ranks):
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            self.job.append(PROCESSES.Process(target=process_main, args=(self.name, self.given, self.work, self.small, environment, (strikes or {}).get(rank))))
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(self.ranks),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            self.job.append(
+                PROCESSES.Process(
+                    target=process_main,
+                    args=(self.name, self.given, self.work, self.small, environment, (strikes or {}).get(rank)),
+                )
+            )
             self.job[-1].start()
 
     def _end(self) -> None:
@@ -157,7 +175,9 @@ class Killer:
             process.join()
 
     def _kill_one(self) -> bool:
-        """Kill a random rank; the others end by themselves, or, where they have not met yet, as a launcher ends them. Whether it was still at work."""
+        """Kill a random rank; the others end by themselves, or, where they have not met yet, as a launcher ends them.
+        Whether it was still at work.
+        """
         chosen = self.random.choice(self.job)
         chosen.kill()
         chosen.join()
@@ -185,13 +205,20 @@ class Killer:
             self.faults.append(f"{what}: {self._difference(self.expected, result)}")
 
     def _result(self) -> dict[str, bytes]:
-        files = {str(file.relative_to(self.work)): file for file in sorted(self.work.rglob("*")) if file.name not in self.subject.ignored}
+        files = {
+            str(file.relative_to(self.work)): file
+            for file in sorted(self.work.rglob("*"))
+            if file.name not in self.subject.ignored
+        }
         return {name: self.subject.canonical(file) if file.is_file() else b"" for name, file in files.items()}
 
     @staticmethod
     def _difference(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
         differing = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
-        return f"differing {differing}, missing {sorted(expected.keys() - found.keys())}, left over {sorted(found.keys() - expected.keys())}"
+        return (
+            f"differing {differing}, missing {sorted(expected.keys() - found.keys())}, left over "
+            f"{sorted(found.keys() - expected.keys())}"
+        )
 
 
 def main() -> int:
@@ -201,20 +228,28 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--every-sync", action="store_true", help="instead, at every fsync, rename and removal")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the job; the unbroken run has as many")
-    parser.add_argument("--one-rank", action="store_true", help="kill a random rank only, as a machine that is lost would")
+    parser.add_argument(
+        "--one-rank", action="store_true", help="kill a random rank only, as a machine that is lost would"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
     if SUBJECTS[arguments.subject].single and arguments.ranks > 1:
         parser.error(f"{arguments.subject} is a job of one process")
     started = time.perf_counter()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing of what it wrote, synced or not: no disk is needed
+    # A killed process loses nothing of what it wrote, synced or not: no disk is needed
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-", dir=memory) as folder:
         killer = Killer(arguments.subject, arguments.ranks, arguments.every_sync, Path(folder), arguments.seed)
-        killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(arguments.kills, arguments.one_rank)
+        killer.kill_at_every_sync() if arguments.every_sync else killer.kill_at_random(
+            arguments.kills, arguments.one_rank
+        )
     how = "at every fsync, rename and removal" if arguments.every_sync else f"at random moments (seed {arguments.seed})"
     how = f"of a random rank {how}" if arguments.one_rank else how
-    print(f"{arguments.subject} on {arguments.ranks} ranks: {killer.kills} kills {how}, {killer.compared} results compared, "
-          f"{'all equal' if not killer.faults else 'NOT EQUAL'}, {time.perf_counter() - started:.0f} s")
+    print(
+        f"{arguments.subject} on {arguments.ranks} ranks: {killer.kills} kills {how}, {killer.compared} results "
+        "compared, "
+        f"{'all equal' if not killer.faults else 'NOT EQUAL'}, {time.perf_counter() - started:.0f} s"
+    )
     print("\n".join(killer.faults), end="\n" if killer.faults else "")
     return 1 if killer.faults or not killer.kills else 0
 

@@ -1,4 +1,6 @@
-"""The jobs that kill_and_resume.py kills: how each is prepared, run to its end from wherever it was killed, and compared."""
+"""The jobs that kill_and_resume.py kills: how each is prepared, run to its end from wherever it was killed, and
+compared.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Of reports, records and metrics: what tells when and how fast a run was.
-_TIMES = re.compile(rb'"(images_per_s|time_s|data_s|views_s|tokenizer_s|images_per_s_median|training_time_s|seconds|date|here_s|drawn_here_images)": [^,}\n]+')
+_TIMES = re.compile(
+    rb'"(images_per_s|time_s|data_s|views_s|tokenizer_s|images_per_s_median|training_time_s|seconds|date|'
+    rb'here_s|drawn_here_images)": '
+    rb"[^,}\n]+"
+)
 _PARTS = re.compile(rb'"parts_s": {[^}]*}')
 _TOLD = re.compile(rb"Made on [^<]+? on |<th scope=row>(A sample, pixels included|This report)</th><td>[^<]*</td>")
 
@@ -25,9 +31,12 @@ class Subject:
     """
 
     prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
-    run: Callable[[Path, Path, bool], None]  # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
-    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather than starting most of its time
-    canonical: Callable[[Path], bytes] = Path.read_bytes  # of a file in the work folder: its bytes without what may differ between runs (dates, times)
+    # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
+    run: Callable[[Path, Path, bool], None]
+    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather
+    # than starting most of its time Of a file in the work folder: its bytes without what may differ between runs
+    # (dates, times)
+    canonical: Callable[[Path], bytes] = Path.read_bytes
     preload: tuple[str, ...] = ()  # modules that every process of it needs
     ignored: tuple[str, ...] = (".lock", ".report.lock")  # names that may be there or not (locks that stay)
     single: bool = False  # has one rank only
@@ -51,8 +60,17 @@ def run_sampling(given: Path, work: Path, small: bool) -> None:
     from star_fast.generation.sample import SampleConfig, sample_images
 
     images, batch = (5, 2) if small else (300, 16)
-    sample_images(SampleConfig(model=str(given / "model"), out=str(work / "images.npz"), images=images, batch_images=batch, precision="fp32", top_k=20,
-                               png_folder=small))
+    sample_images(
+        SampleConfig(
+            model=str(given / "model"),
+            out=str(work / "images.npz"),
+            images=images,
+            batch_images=batch,
+            precision="fp32",
+            top_k=20,
+            png_folder=small,
+        )
+    )
 
 
 def canonical_sampling(file: Path) -> bytes:
@@ -60,7 +78,9 @@ def canonical_sampling(file: Path) -> bytes:
     if file.suffix != ".json":
         return file.read_bytes()
     record = json.loads(file.read_text())
-    return json.dumps([record["plan"], {name: value for name, value in record["run"].items() if name.endswith("crc32")}]).encode()
+    return json.dumps(
+        [record["plan"], {name: value for name, value in record["run"].items() if name.endswith("crc32")}]
+    ).encode()
 
 
 def prepare_training(given: Path) -> None:
@@ -78,8 +98,29 @@ def run_training(given: Path, work: Path, small: bool) -> None:
 
     steps, every = (4, "2") if small else (90, "3")
     resume = ["--resume"] if checkpoint.latest(work / "run") is not None else []
-    run_command([*SMALL, "--data.codes", str(given / "codes"), "--run", str(work / "run"), "--train.max-steps", str(steps), "--train.save-every-steps", every,
-                 "--train.validate-every-steps", every, "--train.zero-stage", "1", "--train.precision", "bf16", "--model.dropout", "0.1", *resume], "train.py")
+    run_command(
+        [
+            *SMALL,
+            "--data.codes",
+            str(given / "codes"),
+            "--run",
+            str(work / "run"),
+            "--train.max-steps",
+            str(steps),
+            "--train.save-every-steps",
+            every,
+            "--train.validate-every-steps",
+            every,
+            "--train.zero-stage",
+            "1",
+            "--train.precision",
+            "bf16",
+            "--model.dropout",
+            "0.1",
+            *resume,
+        ],
+        "train.py",
+    )
 
 
 def prepare_preparing(given: Path) -> None:
@@ -94,9 +135,28 @@ def run_preparing(given: Path, work: Path, small: bool) -> None:
     """A tokenizer trained on them, then their codes."""
     from star_fast import cli
 
-    cli.prepare([str(given / "images"), "--out", str(work / "codes"), "--new-tokenizer.image-size", "16", "--new-tokenizer.base-channels", "8",
-                 "--new-tokenizer.multipliers", "1", "1", "--new-tokenizer.z-channels", "8", "--new-tokenizer.codebook", "16",
-                 "--new-tokenizer.images-per-step", "8", "--new-tokenizer.steps", "6" if small else "300"])
+    cli.prepare(
+        [
+            str(given / "images"),
+            "--out",
+            str(work / "codes"),
+            "--new-tokenizer.image-size",
+            "16",
+            "--new-tokenizer.base-channels",
+            "8",
+            "--new-tokenizer.multipliers",
+            "1",
+            "1",
+            "--new-tokenizer.z-channels",
+            "8",
+            "--new-tokenizer.codebook",
+            "16",
+            "--new-tokenizer.images-per-step",
+            "8",
+            "--new-tokenizer.steps",
+            "6" if small else "300",
+        ]
+    )
 
 
 def prepare_encoding(given: Path) -> None:
@@ -108,7 +168,9 @@ def prepare_encoding(given: Path) -> None:
 
 
 def run_encoding(given: Path, work: Path, small: bool) -> None:
-    """The codes of pictures under a tokenizer that is there, on any number of ranks: at two crop ranges, or (small) few of them."""
+    """The codes of pictures under a tokenizer that is there, on any number of ranks: at two crop ranges, or (small) few
+    of them.
+    """
     from star_fast.config import DataConfig
     from star_fast.data import prepare as module
     from star_fast.data.sources import ImageFolder
@@ -117,8 +179,16 @@ def run_encoding(given: Path, work: Path, small: bool) -> None:
 
     rank, ranks = rank_and_ranks()
     data = DataConfig(crop_ranges=(1.3,) if small else (1.3, 1.1))
-    module.prepare(ImageFolder(given / "images"), work / "codes", VQTokenizer.load(given / "tokenizer"), data, chunk_images=16 if small else 1,
-                   batch_views=10, rank=rank, ranks=ranks)
+    module.prepare(
+        ImageFolder(given / "images"),
+        work / "codes",
+        VQTokenizer.load(given / "tokenizer"),
+        data,
+        chunk_images=16 if small else 1,
+        batch_views=10,
+        rank=rank,
+        ranks=ranks,
+    )
 
 
 def prepare_reporting(given: Path) -> None:
@@ -129,7 +199,10 @@ def prepare_reporting(given: Path) -> None:
     prepare_preparing(given)
     (given / "made").mkdir()
     run_preparing(given, given / "made", True)
-    run_command([*SMALL, "--data.codes", str(given / "made/codes"), "--run", str(given / "run"), "--train.max-steps", "3"], "train.py")
+    run_command(
+        [*SMALL, "--data.codes", str(given / "made/codes"), "--run", str(given / "run"), "--train.max-steps", "3"],
+        "train.py",
+    )
 
 
 def run_reporting(given: Path, work: Path, small: bool) -> None:
@@ -137,13 +210,33 @@ def run_reporting(given: Path, work: Path, small: bool) -> None:
     from star_fast import cli
 
     run = _run_folder(given, work)
-    cli.report(["--run", str(run), "--codes", str(given / "made/codes"), "--source", str(given / "images"), "--samples-per-class", "2", "--device", "cpu",
-                "--attention-images", "1", "--attention-queries", "1", "--classifier.epochs", "1" if small else "6"])
+    cli.report(
+        [
+            "--run",
+            str(run),
+            "--codes",
+            str(given / "made/codes"),
+            "--source",
+            str(given / "images"),
+            "--samples-per-class",
+            "2",
+            "--device",
+            "cpu",
+            "--attention-images",
+            "1",
+            "--attention-queries",
+            "1",
+            "--classifier.epochs",
+            "1" if small else "6",
+        ]
+    )
     cli.probe(["--run", str(run), "--codes", str(given / "made/codes"), "--device", "cpu", "--epochs", "11"])
 
 
 def prepare_evaluating(given: Path) -> None:
-    """Pictures of two classes, and weights of Inception that nothing was learnt with: of its own size and of a few numbers."""
+    """Pictures of two classes, and weights of Inception that nothing was learnt with: of its own size and of a few
+    numbers.
+    """
     from scripts.fuzzing.small_network import save_weights
     from tests.data.pictures import make_folder
     from tests.evaluation.small_inception import write_random_weights
@@ -154,16 +247,47 @@ def prepare_evaluating(given: Path) -> None:
 
 
 def run_evaluating(given: Path, work: Path, small: bool) -> None:
-    """A reference of own images, then some of them measured against it: matrices of Inception's 2048 features take half a minute, the small job has six."""
+    """A reference of own images, then some of them measured against it: matrices of Inception's 2048 features take half
+    a minute, the small job has six.
+    """
     from scripts.fuzzing.small_network import small_network
     from star_fast import cli
     from star_fast.storage import sha256_of_file
 
     file = given / ("small.pth" if small else "whole.pth")
-    weights = ["--inception", str(file), "--inception-sha256", sha256_of_file(file), "--device", "cpu", "--image-size", "16"]
+    weights = [
+        "--inception",
+        str(file),
+        "--inception-sha256",
+        sha256_of_file(file),
+        "--device",
+        "cpu",
+        "--image-size",
+        "16",
+    ]
     with small_network() if small else contextlib.nullcontext():
-        cli.evaluate(["--make-reference", str(given / "images"), "--out", str(work / "reference.npz"), "--batch-images", "8", *weights])
-        cli.evaluate(["--samples", str(given / "images/elm"), "--reference", str(work / "reference.npz"), "--out", str(work / "metrics.json"), *weights])
+        cli.evaluate(
+            [
+                "--make-reference",
+                str(given / "images"),
+                "--out",
+                str(work / "reference.npz"),
+                "--batch-images",
+                "8",
+                *weights,
+            ]
+        )
+        cli.evaluate(
+            [
+                "--samples",
+                str(given / "images/elm"),
+                "--reference",
+                str(work / "reference.npz"),
+                "--out",
+                str(work / "metrics.json"),
+                *weights,
+            ]
+        )
 
 
 def prepare_understanding(given: Path) -> None:
@@ -177,8 +301,23 @@ def run_probing(given: Path, work: Path, small: bool) -> None:
     """A probe whose features go through a folder that it leaves as it found it; several ranks share the extraction."""
     from star_fast import cli
 
-    cli.probe(["--run", str(_run_folder(given, work)), "--features", str(work / "features"), "--train-views", "2", "--depths", "1", "2", "--device", "cpu",
-               "--epochs", "11" if small else "200"])
+    cli.probe(
+        [
+            "--run",
+            str(_run_folder(given, work)),
+            "--features",
+            str(work / "features"),
+            "--train-views",
+            "2",
+            "--depths",
+            "1",
+            "2",
+            "--device",
+            "cpu",
+            "--epochs",
+            "11" if small else "200",
+        ]
+    )
 
 
 def run_attention(given: Path, work: Path, small: bool) -> None:
@@ -192,16 +331,42 @@ def run_stability(given: Path, work: Path, small: bool) -> None:
     """Codes of shifted crops."""
     from star_fast import cli
 
-    cli.stability(["--codes", str(given / "codes"), "--source", str(given / "images"), "--out", str(work / "stability"), "--device", "cpu",
-                   "--tokenizer", str(given / "run/model/tokenizer"), "--images", "4" if small else "12"])
+    cli.stability(
+        [
+            "--codes",
+            str(given / "codes"),
+            "--source",
+            str(given / "images"),
+            "--out",
+            str(work / "stability"),
+            "--device",
+            "cpu",
+            "--tokenizer",
+            str(given / "run/model/tokenizer"),
+            "--images",
+            "4" if small else "12",
+        ]
+    )
 
 
 def run_figure6(given: Path, work: Path, small: bool) -> None:
     """Samples of a run above its own."""
     from star_fast import cli
 
-    cli.figure6(["--run", str(given / "run"), "--against", str(given / "run/model"), "--out", str(work / "figure6"), "--device", "cpu",
-                 "--per-class", "2" if small else "16"])
+    cli.figure6(
+        [
+            "--run",
+            str(given / "run"),
+            "--against",
+            str(given / "run/model"),
+            "--out",
+            str(work / "figure6"),
+            "--device",
+            "cpu",
+            "--per-class",
+            "2" if small else "16",
+        ]
+    )
 
 
 def _run_folder(given: Path, work: Path) -> Path:
@@ -216,18 +381,76 @@ def _run_folder(given: Path, work: Path) -> Path:
 
 
 SUBJECTS = {
-    "sampling": Subject(prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")),
-    "training": Subject(prepare_training, run_training, without_times, ("star_fast.train", "star_fast.training.loop", "star_fast.training.export", "deepspeed",
-                                                                        "tests.reliability.training_job", "torch._dynamo"), peers_notice=True),
-    "prepare": Subject(prepare_preparing, run_preparing, preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
-                       single=True),
+    "sampling": Subject(
+        prepare_sampling, run_sampling, canonical_sampling, ("star_fast.generation.sample", "torch._dynamo")
+    ),
+    "training": Subject(
+        prepare_training,
+        run_training,
+        without_times,
+        (
+            "star_fast.train",
+            "star_fast.training.loop",
+            "star_fast.training.export",
+            "deepspeed",
+            "tests.reliability.training_job",
+            "torch._dynamo",
+        ),
+        peers_notice=True,
+    ),
+    "prepare": Subject(
+        prepare_preparing,
+        run_preparing,
+        preload=("star_fast.cli", "star_fast.data.prepare", "star_fast.training.tokenizer", "torch._dynamo"),
+        single=True,
+    ),
     "encode": Subject(prepare_encoding, run_encoding, preload=("star_fast.data.prepare", "torch._dynamo")),
-    "report": Subject(prepare_reporting, run_reporting, without_times, ("star_fast.cli", "star_fast.evaluation.report", "star_fast.evaluation.probe",
-                                                                        "matplotlib.pyplot", "torch._dynamo"), single=True),
-    "evaluate": Subject(prepare_evaluating, run_evaluating, without_times, ("star_fast.cli", "star_fast.evaluation.evaluate", "star_fast.data.sources",
-                                                                            "torch_fidelity.feature_extractor_inceptionv3"), single=True),
-    "probe": Subject(prepare_understanding, run_probing, preload=("star_fast.cli", "star_fast.evaluation.probe", "matplotlib.pyplot", "torch._dynamo")),
-    "attention": Subject(prepare_understanding, run_attention, preload=("star_fast.cli", "star_fast.evaluation.attention", "matplotlib.pyplot"), single=True),
-    "stability": Subject(prepare_understanding, run_stability, preload=("star_fast.cli", "star_fast.evaluation.stability", "matplotlib.pyplot"), single=True),
-    "figure6": Subject(prepare_understanding, run_figure6, preload=("star_fast.cli", "star_fast.evaluation.figure6", "torch._dynamo"), single=True),
+    "report": Subject(
+        prepare_reporting,
+        run_reporting,
+        without_times,
+        (
+            "star_fast.cli",
+            "star_fast.evaluation.report",
+            "star_fast.evaluation.probe",
+            "matplotlib.pyplot",
+            "torch._dynamo",
+        ),
+        single=True,
+    ),
+    "evaluate": Subject(
+        prepare_evaluating,
+        run_evaluating,
+        without_times,
+        (
+            "star_fast.cli",
+            "star_fast.evaluation.evaluate",
+            "star_fast.data.sources",
+            "torch_fidelity.feature_extractor_inceptionv3",
+        ),
+        single=True,
+    ),
+    "probe": Subject(
+        prepare_understanding,
+        run_probing,
+        preload=("star_fast.cli", "star_fast.evaluation.probe", "matplotlib.pyplot", "torch._dynamo"),
+    ),
+    "attention": Subject(
+        prepare_understanding,
+        run_attention,
+        preload=("star_fast.cli", "star_fast.evaluation.attention", "matplotlib.pyplot"),
+        single=True,
+    ),
+    "stability": Subject(
+        prepare_understanding,
+        run_stability,
+        preload=("star_fast.cli", "star_fast.evaluation.stability", "matplotlib.pyplot"),
+        single=True,
+    ),
+    "figure6": Subject(
+        prepare_understanding,
+        run_figure6,
+        preload=("star_fast.cli", "star_fast.evaluation.figure6", "torch._dynamo"),
+        single=True,
+    ),
 }

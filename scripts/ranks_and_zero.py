@@ -1,9 +1,12 @@
 """Does training compute the same on 1, 2 and 4 ranks and under ZeRO 0 to 3? Measures it, and writes the table.
 
-    python scripts/ranks_and_zero.py [--save]        about four minutes on two cores; --save writes benchmarks/results/ranks_and_zero.{md,png}
+    python scripts/ranks_and_zero.py [--save]        about four minutes on two cores; --save writes
+    benchmarks/results/ranks_and_zero.{md,png}
 
-Float32 without dropout: losses of 20 steps, gradients of the first, teacher after the last, against one rank without ZeRO; accumulation against a hand-written
-loop. bf16: the teacher against the closed-form float32 average of the masters; the loss curve against float32 weights under autocast (LlamaGen's way). And a
+Float32 without dropout: losses of 20 steps, gradients of the first, teacher after the last, against one rank without
+    ZeRO; accumulation against a hand-written
+loop. bf16: the teacher against the closed-form float32 average of the masters; the loss curve against float32 weights
+    under autocast (LlamaGen's way). And a
 run that goes from 2 ranks to 4 to 1: its held-out loss before and after each conversion.
 """
 
@@ -26,7 +29,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402 (needs the path above)
+from star_fast.config import MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
 from star_fast.data.codes import CodeStore  # noqa: E402
 
 RANKS, STAGES, STEPS, CURVE_STEPS = (1, 2, 4), (0, 1, 2, 3), 20, 200
@@ -34,15 +37,29 @@ RESULTS = ROOT / "benchmarks/results"
 PROCESSES = multiprocessing.get_context("spawn")
 
 
-def settings(store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro: int = 0, steps: int = STEPS, **optim: Any) -> RunConfig:
+def settings(
+    store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro: int = 0, steps: int = STEPS, **optim: Any
+) -> RunConfig:
     """Eight images a step, two views."""
     from star_fast.training.batches import resolve
 
-    return resolve(RunConfig(
-        ModelConfig(2, 2, 32, dropout=0.0), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=0.9),
-        OptimConfig(**{"lr_per_256_images": 0.03, **optim}),
-        TrainConfig(images_per_step=8, micro_batch_images=micro, max_steps=steps, precision=precision, zero_stage=stage, seed=4,
-                    gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32")), store)
+    return resolve(
+        RunConfig(
+            ModelConfig(2, 2, 32, dropout=0.0),
+            MethodConfig(contrast_positions=3, projector_width=24, ema_decay=0.9),
+            OptimConfig(**{"lr_per_256_images": 0.03, **optim}),
+            TrainConfig(
+                images_per_step=8,
+                micro_batch_images=micro,
+                max_steps=steps,
+                precision=precision,
+                zero_stage=stage,
+                seed=4,
+                gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32",
+            ),
+        ),
+        store,
+    )
 
 
 def start(config: RunConfig, store: CodeStore, device: torch.device) -> tuple[Any, Any]:
@@ -61,7 +78,9 @@ def whole(engine: Any, masters: list[Tensor]) -> dict[str, Tensor]:
 
 
 def train(config: RunConfig, store: CodeStore, device: torch.device, closed_form: bool = False) -> dict[str, Any]:
-    """Losses of all ranks by step, the last student and teacher; with `closed_form` how far the teacher is from the average of the masters, relatively."""
+    """Losses of all ranks by step, the last student and teacher; with `closed_form` how far the teacher is from the
+    average of the masters, relatively.
+    """
     engine, batches = start(config, store, device)
     expected = {name: value.double() for name, value in whole(engine, engine.masters.tensors()).items()}
     losses = []
@@ -74,12 +93,21 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, closed_form
             for name, value in whole(engine, engine.masters.tensors()).items():
                 expected[name] = decay * expected[name] + (1 - decay) * value.double()
     student, teacher = whole(engine, engine.masters.tensors()), whole(engine, engine.teacher.masters)
-    off = max(float((teacher[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)) for name, value in expected.items()) if closed_form else 0.0
+    off = (
+        max(
+            float((teacher[name] - value).abs().max() / value.abs().max().clamp(min=1e-6))
+            for name, value in expected.items()
+        )
+        if closed_form
+        else 0.0
+    )
     return {"losses": torch.stack(losses), "student": student, "teacher": teacher, "off": off}
 
 
 def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Tensor]:
-    """Of the first step, wherever ZeRO keeps them: with beta1 0 and no clipping AdamW's first moment is the gradient."""
+    """Of the first step, wherever ZeRO keeps them: with beta1 0 and no clipping AdamW's first
+    moment is the gradient.
+    """
     from safetensors.torch import load_file
 
     from star_fast.training import shards
@@ -148,8 +176,15 @@ def launch(job: Callable[[Path], dict[str, Any]], folder: Path, ranks: int) -> d
         port = probe.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                       "OMP_NUM_THREADS": "1", "RESULT": str(folder / f"{job.__name__}-{ranks}-{rank}.pt")}
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "RESULT": str(folder / f"{job.__name__}-{ranks}-{rank}.pt"),
+        }
         processes.append(PROCESSES.Process(target=_rank, args=(job, folder, environment)))
         processes[-1].start()
     for process in processes:
@@ -179,7 +214,10 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
     store = CodeStore.open(folder / "codes")
     _, _, device = start_ranks()
-    found: dict[str, list[float]] = {"bf16 weights, float32 gradients (ZeRO-1)": [], "float32 weights under autocast (LlamaGen's way)": []}
+    found: dict[str, list[float]] = {
+        "bf16 weights, float32 gradients (ZeRO-1)": [],
+        "float32 weights under autocast (LlamaGen's way)": [],
+    }
     ours, theirs = found
     config = settings(store, precision="bf16", stage=1, steps=CURVE_STEPS)
     engine, batches = start(config, store, device)
@@ -192,7 +230,11 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest error of a tensor's norm relative to the norm."""
-    return max(float((found[name] - value).norm() / value.norm().clamp(min=1e-12)) for name, value in expected.items() if name != "step")
+    return max(
+        float((found[name] - value).norm() / value.norm().clamp(min=1e-12))
+        for name, value in expected.items()
+        if name != "step"
+    )
 
 
 def picture(found: dict[str, list[float]], file: Path) -> None:
@@ -211,32 +253,67 @@ def picture(found: dict[str, list[float]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def text(found: dict[int, dict[str, Any]], hand: Tensor, moved: list[tuple[int, dict[str, Any]]], curve: dict[str, list[float]]) -> tuple[str, bool]:
+def text(
+    found: dict[int, dict[str, Any]],
+    hand: Tensor,
+    moved: list[tuple[int, dict[str, Any]]],
+    curve: dict[str, list[float]],
+) -> tuple[str, bool]:
     """The report, and whether all bounds hold."""
     plain, lines, good = found[1], [], True
-    lines += ["# Ranks and ZeRO stages", "", "    python scripts/ranks_and_zero.py --save", "",
-              f"torch {torch.__version__}, CPU, gloo. A model of 2 blocks and width 32, 8 images x 2 views a step, teacher's decay 0.9 with warm-up.", "",
-              "Float32, dropout 0, against one rank without ZeRO. Bounds: gradients 1e-6, losses 1e-5. Accumulation: two micro-batches of 4 images over all "
-              "ranks, against the loop written out by hand in tests/training/plain_trainer.py.", "",
-              f"| ranks | ZeRO | gradients of step 1, relative | losses of {STEPS} steps | accumulation, losses of 6 steps | teacher after {STEPS} steps, "
-              "relative | bf16: teacher off its closed form, relative |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "# Ranks and ZeRO stages",
+        "",
+        "    python scripts/ranks_and_zero.py --save",
+        "",
+        f"torch {torch.__version__}, CPU, gloo. A model of 2 blocks and width 32, 8 images x 2 views a step, "
+        "teacher's decay 0.9 with warm-up.",
+        "",
+        "Float32, dropout 0, against one rank without ZeRO. Bounds: gradients 1e-6, losses 1e-5. Accumulation: "
+        "two micro-batches of 4 images over all "
+        "ranks, against the loop written out by hand in tests/training/plain_trainer.py.",
+        "",
+        f"| ranks | ZeRO | gradients of step 1, relative | losses of {STEPS} steps | accumulation, losses of 6 "
+        f"steps | teacher after {STEPS} steps, "
+        "relative | bf16: teacher off its closed form, relative |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for ranks, seen in found.items():
         for stage in STAGES:
             gradient = relative(seen["gradients", stage], plain["gradients", 0])
             loss = float((seen["fp32", stage]["losses"] - plain["fp32", 0]["losses"]).abs().max())
             hands = float((seen["accumulated", stage]["losses"] - hand).abs().max())
-            teacher, closed = relative(seen["fp32", stage]["teacher"], plain["fp32", 0]["teacher"]), seen["bf16", stage]["off"]
+            teacher, closed = (
+                relative(seen["fp32", stage]["teacher"], plain["fp32", 0]["teacher"]),
+                seen["bf16", stage]["off"],
+            )
             good &= gradient <= 1e-6 and loss <= 1e-5 and hands <= 2e-5 and closed <= STEPS * 2.0**-23
-            lines.append(f"| {ranks} | {stage} | {gradient:.1e} | {loss:.1e} | {hands:.1e} | {teacher:.1e} | {closed:.1e} |")
-    lines += ["", "A run that goes from 2 ranks (ZeRO-2) to 4 (ZeRO-3) to 1 (ZeRO-1) in bf16, by `star-fast convert`: held-out loss before and after the move.",
-              "", "| move | before | after |", "|---|---|---|"]
+            lines.append(
+                f"| {ranks} | {stage} | {gradient:.1e} | {loss:.1e} | {hands:.1e} | {teacher:.1e} | {closed:.1e} |"
+            )
+    lines += [
+        "",
+        "A run that goes from 2 ranks (ZeRO-2) to 4 (ZeRO-3) to 1 (ZeRO-1) in bf16, by `star-fast convert`: "
+        "held-out loss before and after the move.",
+        "",
+        "| move | before | after |",
+        "|---|---|---|",
+    ]
     for (old, a), (new, b) in itertools.pairwise(moved):
         good &= abs(a["after"] - b["before"]) <= 1e-6
         lines.append(f"| {old} -> {new} ranks | {a['after']:.7f} | {b['before']:.7f} |")
     ours, theirs = (torch.tensor(values) for values in curve.values())
     apart = float((ours - theirs).abs().mean())
-    lines += ["", f"bf16, {CURVE_STEPS} steps, {' against '.join(curve)}: last 20 steps {ours[-20:].mean():.4f} against {theirs[-20:].mean():.4f}; apart by "
-              f"{apart:.4f} a step on average.", "", "![both loss curves](ranks_and_zero.png)", "", "All bounds hold." if good else "**A bound is exceeded.**"]
+    lines += [
+        "",
+        f"bf16, {CURVE_STEPS} steps, {' against '.join(curve)}: last 20 steps {ours[-20:].mean():.4f} against "
+        f"{theirs[-20:].mean():.4f}; apart by "
+        f"{apart:.4f} a step on average.",
+        "",
+        "![both loss curves](ranks_and_zero.png)",
+        "",
+        "All bounds hold." if good else "**A bound is exceeded.**",
+    ]
     return "\n".join(lines) + "\n", good
 
 

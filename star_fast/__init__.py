@@ -2,19 +2,21 @@
 
 From Python:
 
-    load(path)            a model to draw from and look into: a run folder, a model folder, or a released LlamaGen file  -> ImageModel
-    run_config(preset)    the settings of a named run, each of which can be changed                                     -> RunConfig
-    train(config, run)    train in this process                                                                         -> the run's folder
+    load(path)            a model to draw from and look into: a run folder, a model folder, or a released LlamaGen file
+    -> ImageModel run_config(preset)    the settings of a named run, each of which can be changed
+    -> RunConfig train(config, run)    train in this process
+    -> the run's folder
     ops                   the operations: masked attention, cross-entropy without whole logits, token drawing ...
     method                ST-AR itself, for our transformer or anybody's decoder: masking, objective, Student, Teacher
-    UserError             what every mistake that a user can mend raises: one line with what was expected, what came and what to do
+    UserError             what every mistake that a user can mend raises: one line with what was expected, what came and
+        what to do
 
     import star_fast
     model = star_fast.load("runs/digits")
     images = model.sample(["3", "7"], n=8, guidance=2.0)
 
-help(star_fast.load), help(star_fast.ImageModel) and help(star_fast.train.__call__) say more; docs/python.md shows all of it at work. The commands are
-`star-fast --help` and `deepspeed star_fast/train.py --help`.
+help(star_fast.load), help(star_fast.ImageModel) and help(star_fast.train.__call__) say more; docs/python.md shows all
+of it at work. The commands are `star-fast --help` and `deepspeed star_fast/train.py --help`.
 
 Importing this package loads nothing else: torch and the rest come with the first name that is used.
 """
@@ -38,9 +40,17 @@ if TYPE_CHECKING:  # for editors; at run time __getattr__ loads them
 __version__ = "0.1.0"
 
 # Name -> the module that has it; where they are the same the name is the module.
-_HOMES = {"load": "star_fast.api", "ImageModel": "star_fast.api", "Images": "star_fast.generation.images", "run_config": "star_fast.api",
-          "RunConfig": "star_fast.config", "train": "star_fast.train", "ops": "star_fast.ops", "method": "star_fast.method",
-          "UserError": "star_fast.errors"}
+_HOMES = {
+    "load": "star_fast.api",
+    "ImageModel": "star_fast.api",
+    "Images": "star_fast.generation.images",
+    "run_config": "star_fast.api",
+    "RunConfig": "star_fast.config",
+    "train": "star_fast.train",
+    "ops": "star_fast.ops",
+    "method": "star_fast.method",
+    "UserError": "star_fast.errors",
+}
 __all__ = ["Images", "ImageModel", "RunConfig", "UserError", "load", "method", "ops", "run_config", "train"]
 
 

@@ -1,4 +1,6 @@
-"""What a notebook needs of star_fast: a model that draws, encodes and shows its features, and the settings of a run. `import star_fast` offers it all."""
+"""What a notebook needs of star_fast: a model that draws, encodes and shows its features, and the settings of a run.
+`import star_fast` offers it all.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,22 @@ class ImageModel:
     """A trained model with its tokenizer: `star_fast.load` makes it.
 
     Attributes:
-        transformer: model.transformer.Transformer, in eval mode on `device`; train it on, or read its weights, as of any nn.Module.
+        transformer: model.transformer.Transformer, in eval mode on `device`; train it on, or read its weights, as of
+            any nn.Module.
         tokenizer: model.tokenizer.VQTokenizer, or None where the model came without one.
         class_names: one a class, in order of label.
         record: what training noted: method, step, images_seen ... Empty for a LlamaGen file.
         device: torch.device of both.
     """
 
-    def __init__(self, loaded: LoadedModel, tokenizer: VQTokenizer | None, class_names: Sequence[str], device: torch.device, source: str = "") -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: VQTokenizer | None,
+        class_names: Sequence[str],
+        device: torch.device,
+        source: str = "",
+    ) -> None:
         self.transformer: Transformer = loaded.transformer.to(device).eval()
         self.tokenizer = None if tokenizer is None else tokenizer.to(device).eval()
         self.class_names, self.record, self.weights_sha256 = list(class_names), loaded.record, loaded.weights_sha256
@@ -65,9 +75,13 @@ class ImageModel:
         config, weight = self.transformer.config, self.transformer.output.weight
         names = ", ".join(self.class_names[:4]) + (" ..." if len(self.class_names) > 4 else "")
         tokenizer = "no tokenizer" if self.tokenizer is None else f"codebook of {config.vocab:,}"
-        return (f"ImageModel({self.source}: {sum(p.numel() for p in self.transformer.parameters()) / 1e6:,.1f} M parameters in {config.blocks} blocks, "
-                f"{config.positions} codes an image, {tokenizer}, {len(self.class_names):,} classes: {names}; {str(weight.dtype).removeprefix('torch.')} on "
-                f"{self.device})")
+        return (
+            f"ImageModel({self.source}: {sum(p.numel() for p in self.transformer.parameters()) / 1e6:,.1f} M "
+            f"parameters in {config.blocks} blocks, "
+            f"{config.positions} codes an image, {tokenizer}, {len(self.class_names):,} classes: {names}; "
+            f"{str(weight.dtype).removeprefix('torch.')} on "
+            f"{self.device})"
+        )
 
     @property
     def side(self) -> int:
@@ -76,21 +90,36 @@ class ImageModel:
 
     @property
     def contrast_depth(self) -> int:
-        """The block, counted from 1, whose features its training contrasted; half the blocks where the model does not say."""
+        """The block, counted from 1, whose features its training contrasted; half the blocks where the model does not
+        say.
+        """
         return self.record.get("contrast_depth") or max(1, self.transformer.config.blocks // 2)
 
-    def sample(self, classes: Classes, n: int = 1, *, guidance: float = 2.0, cfg_interval: int = -1, temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, seed: int = 0, batch_images: int = 64) -> Images:
+    def sample(
+        self,
+        classes: Classes,
+        n: int = 1,
+        *,
+        guidance: float = 2.0,
+        cfg_interval: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_images: int = 64,
+    ) -> Images:
         """Draw `n` images of each class: class by class, in the order given.
 
         Args:
-            classes: a class or several, by name or number (a name goes before a number; one may come twice); None: without a class.
+            classes: a class or several, by name or number (a name goes before a number; one may come twice); None:
+                without a class.
             n: images of each.
             guidance: scale of classifier-free guidance, 1 (off) or more.
             cfg_interval: m >= 0: only image tokens 0 ... m+1 are guided; -1: all.
             temperature: 0 (the likeliest token) or 1e-5 ... 1e5.
             top_k, top_p: restrict the draw, in this order; 0 and 1.0: off.
-            seed: 0 ... 2^63 - 1. The same call gives the same images, and those that `star-fast sample` draws of one class with this seed.
+            seed: 0 ... 2^63 - 1. The same call gives the same images, and those that `star-fast sample` draws of one
+                class with this seed.
             batch_images: drawn together.
 
         Returns:
@@ -116,8 +145,16 @@ class ImageModel:
         for start in tqdm(starts, desc="images", unit="batch", leave=False, disable=len(starts) == 1):
             part = slice(start, start + batch_images)
             try:
-                codes = decoder.generate(label[part], guidance=guidance, cfg_interval=cfg_interval, temperature=temperature, top_k=top_k, top_p=top_p,
-                                         seed=seed, image_index=index[part])
+                codes = decoder.generate(
+                    label[part],
+                    guidance=guidance,
+                    cfg_interval=cfg_interval,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seed=seed,
+                    image_index=index[part],
+                )
             except ValueError as error:
                 raise UserError(f"sample: {self.source or 'the model'} cannot be drawn from: {error}") from error
             parts.append(self._rendering().start(codes))
@@ -127,8 +164,9 @@ class ImageModel:
         """The tokenizer's codes of images.
 
         Args:
-            images: a PIL image or several; or uint8 (H, W, 3) or (N, H, W, 3), array or tensor: of any size, since ADM's centre crop brings them to the
-                model's own. Or floating point (N, C, H, W) in [-1, 1] of that size, taken as they are.
+            images: a PIL image or several; or uint8 (H, W, 3) or (N, H, W, 3), array or tensor: of any size, since
+                ADM's centre crop brings them to the model's own. Or floating point (N, C, H, W) in [-1, 1] of that
+                size, taken as they are.
 
         Returns:
             (N, T) int64 on the CPU, in row order of the image.
@@ -154,14 +192,17 @@ class ImageModel:
         return Images(self._rendering().start(codes.to(self.device)).wait())
 
     @torch.no_grad()
-    def features(self, images_or_codes: Pictures | Tensor, labels: Classes = None, *, block: int = 0, batch_images: int = 128) -> Tensor:
+    def features(
+        self, images_or_codes: Pictures | Tensor, labels: Classes = None, *, block: int = 0, batch_images: int = 128
+    ) -> Tensor:
         """The hidden states that the linear probe reads: the output of one block at every position.
 
         Position t has seen the class and codes 0 ... t-1; the last one all codes but the last.
 
         Args:
             images_or_codes: as for `codes`, or codes (N, T) int64.
-            labels: the class that the model is told: one for all, or one an image; None: no class, as the probe has it, so that no label leaks in.
+            labels: the class that the model is told: one for all, or one an image; None: no class, as the probe has it,
+                so that no label leaks in.
             block: counted from 1; 0: the one that training contrasted (`contrast_depth`).
 
         Returns:
@@ -172,7 +213,10 @@ class ImageModel:
         """
         block = block if block else self.contrast_depth
         if not is_int(block) or not 1 <= block <= self.transformer.config.blocks:
-            raise UserError(f"features: block must be a number 1 ... {self.transformer.config.blocks} (0: {self.contrast_depth}), got {block!r}")
+            raise UserError(
+                f"features: block must be a number 1 ... {self.transformer.config.blocks} (0: "
+                f"{self.contrast_depth}), got {block!r}"
+            )
         is_codes = isinstance(images_or_codes, Tensor) and images_or_codes.dtype == torch.int64
         codes = self._checked_codes("features", images_or_codes) if is_codes else self.codes(images_or_codes)
         chosen = self._labels("features", labels)
@@ -183,42 +227,66 @@ class ImageModel:
         self.transformer.eval()
         try:
             for part, part_label in zip(codes.split(batch_images), label.split(batch_images), strict=True):
-                out = self.transformer.features(part[:, :-1].to(self.device), part_label.to(self.device), block=block, last=False)
+                out = self.transformer.features(
+                    part[:, :-1].to(self.device), part_label.to(self.device), block=block, last=False
+                )
                 parts.append(out.middle.float().cpu())
         finally:
             self.transformer.train(training)
         return torch.cat(parts)
 
     def save(self, folder: str | Path, *, metrics: str | Path = "") -> Path:
-        """Write a model folder, as Hugging Face's hub holds one: config.json, model.safetensors, tokenizer/, and README.md, a card with the training record.
+        """Write a model folder, as Hugging Face's hub holds one: config.json, model.safetensors, tokenizer/, and
+        README.md, a card with the training record.
 
-        `load` reads it again; `hf upload OWNER/REPOSITORY FOLDER` publishes it. A model folder that is there is replaced, whole or not at all.
+        `load` reads it again; `hf upload OWNER/REPOSITORY FOLDER` publishes it. A model folder that is there is
+        replaced, whole or not at all.
 
         Args:
-            metrics: the metrics.json that `star-fast evaluate` wrote of this model: its figures and their protocol go into the card.
+            metrics: the metrics.json that `star-fast evaluate` wrote of this model: its figures and their protocol go
+                into the card.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: other files are in the folder, weights that were rounded when they were loaded, or no such metrics.
+            UserError: other files are in the folder, weights that were rounded when they were loaded, or no such
+                metrics.
         """
         if self._rounded:
-            raise UserError(f"save: the weights of {self.source} are {self._rounded}, and were rounded to bfloat16 as they were loaded; load them with "
-                            "dtype=torch.float32 to save them whole, or with dtype=torch.bfloat16 to save them rounded")
+            raise UserError(
+                f"save: the weights of {self.source} are {self._rounded}, and were rounded to bfloat16 as they "
+                "were loaded; load them with "
+                "dtype=torch.float32 to save them whole, or with dtype=torch.bfloat16 to save them rounded"
+            )
         measured = read_json(metrics, "expected what star-fast evaluate writes") if metrics else None
-        if measured is not None and not (isinstance(measured.get("metrics"), dict) and isinstance(measured.get("protocol"), dict)):
+        if measured is not None and not (
+            isinstance(measured.get("metrics"), dict) and isinstance(measured.get("protocol"), dict)
+        ):
             raise UserError(f"{metrics}: expected what star-fast evaluate writes, with its metrics and their protocol")
         card = model_card(self.transformer.config, self.class_names, record=self.record, metrics=measured)
-        save_model(folder, self.transformer, class_names=self.class_names, tokenizer=self.tokenizer, record=self.record, card=card)
+        save_model(
+            folder,
+            self.transformer,
+            class_names=self.class_names,
+            tokenizer=self.tokenizer,
+            record=self.record,
+            card=card,
+        )
         return Path(folder)
 
     def _need_tokenizer(self, function: str) -> VQTokenizer:
         if self.tokenizer is None:
-            raise UserError(f"{function}: {self.source or 'the model'} came without a tokenizer; load it with tokenizer=FOLDER or FILE")
+            raise UserError(
+                f"{function}: {self.source or 'the model'} came without a tokenizer; load it with "
+                "tokenizer=FOLDER or FILE"
+            )
         positions = self.transformer.config.positions
         if math.isqrt(positions) ** 2 != positions:
-            raise UserError(f"{function}: the model's {positions} codes an image fill no square, and no other image can be made of them")
+            raise UserError(
+                f"{function}: the model's {positions} codes an image fill no square, and no other image can be "
+                "made of them"
+            )
         return self.tokenizer
 
     def _labels(self, function: str, classes: Classes) -> list[int]:
@@ -239,7 +307,13 @@ class ImageModel:
     def _checked_codes(self, function: str, codes: Tensor) -> Tensor:
         positions, vocab = self.transformer.config.positions, self.transformer.config.vocab
         told = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
-        if not isinstance(codes, Tensor) or codes.dtype != torch.int64 or codes.ndim not in (1, 2) or codes.shape[-1] != positions or not codes.numel():
+        if (
+            not isinstance(codes, Tensor)
+            or codes.dtype != torch.int64
+            or codes.ndim not in (1, 2)
+            or codes.shape[-1] != positions
+            or not codes.numel()
+        ):
             raise UserError(f"{function}: expected codes (N, {positions}) int64, got {told}")
         low, high = (int(value) for value in torch.aminmax(codes))
         if low < 0 or high >= vocab:
@@ -259,12 +333,21 @@ class ImageModel:
                 return array.float()
             array = array[None] if array.ndim == 3 else array
             if array.dtype != torch.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.numel():
-                raise UserError(f"codes: expected PIL images, uint8 (N, H, W, 3), or floating point (N, {channels}, {side}, {side}) in [-1, 1], got "
-                                f"{array.dtype} of shape {tuple(array.shape)}")
+                raise UserError(
+                    f"codes: expected PIL images, uint8 (N, H, W, 3), or floating point (N, {channels}, {side}, "
+                    f"{side}) in [-1, 1], got "
+                    f"{array.dtype} of shape {tuple(array.shape)}"
+                )
             images = Images(array.cpu())
-        if not isinstance(images, Sequence) or not len(images) or not all(isinstance(image, Image.Image) for image in images):
-            raise UserError(f"codes: expected PIL images, or pixels as one array or tensor, got {type(images).__name__}"
-                            + (f" of {type(images[0]).__name__}" if isinstance(images, Sequence) and len(images) else ""))
+        if (
+            not isinstance(images, Sequence)
+            or not len(images)
+            or not all(isinstance(image, Image.Image) for image in images)
+        ):
+            raise UserError(
+                f"codes: expected PIL images, or pixels as one array or tensor, got {type(images).__name__}"
+                + (f" of {type(images[0]).__name__}" if isinstance(images, Sequence) and len(images) else "")
+            )
         squares = []
         for number, image in enumerate(images):
             try:
@@ -289,24 +372,35 @@ class ImageModel:
 
 
 def _state_of(module: nn.Module) -> tuple[Any, ...]:
-    """Changes whenever a weight is changed in place, replaced, moved or cast: Decoder and Renderer keep copies of weights."""
+    """Changes whenever a weight is changed in place, replaced, moved or cast: Decoder and Renderer keep copies of
+    weights.
+    """
     return tuple((weight.data_ptr(), weight.dtype, weight._version) for weight in module.parameters())
 
 
-def load(path: str | Path, *, weights: Weights = "student", tokenizer: VQTokenizer | str | Path | None = None, class_names: str = "", device: str = "",
-         dtype: torch.dtype | None = None) -> ImageModel:
+def load(
+    path: str | Path,
+    *,
+    weights: Weights = "student",
+    tokenizer: VQTokenizer | str | Path | None = None,
+    class_names: str = "",
+    device: str = "",
+    dtype: torch.dtype | None = None,
+) -> ImageModel:
     """A trained model, ready to draw images, encode them and show its features.
 
     Args:
-        path: a run folder, a model folder, or a LlamaGen file (.pt, .safetensors). hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE names one of these
-            on Hugging Face's hub; nothing else is ever downloaded. So for `tokenizer`.
+        path: a run folder, a model folder, or a LlamaGen file (.pt, .safetensors). hf://OWNER/REPOSITORY or
+            hf://OWNER/REPOSITORY/FILE names one of these on Hugging Face's hub; nothing else is ever downloaded. So for
+            `tokenizer`.
         weights: "student" or "teacher", of a folder that has both.
-        tokenizer: a tokenizer folder, a LlamaGen tokenizer file, or a VQTokenizer; None: the folder's own. A LlamaGen file has none: without one the model
-            only takes codes.
-        class_names: of a model whose classes are only numbers, as in released files: a file with one name a line, or "imagenet".
+        tokenizer: a tokenizer folder, a LlamaGen tokenizer file, or a VQTokenizer; None: the folder's own. A LlamaGen
+            file has none: without one the model only takes codes.
+        class_names: of a model whose classes are only numbers, as in released files: a file with one name a line, or
+            "imagenet".
         device: "cpu", "cuda", "cuda:N"; empty: a GPU where there is one.
-        dtype: of the transformer; None: bfloat16 where the device multiplies it natively, else float32, as `star-fast sample` has it. Give
-            torch.float32 to train on, or for features as exact as the probe's.
+        dtype: of the transformer; None: bfloat16 where the device multiplies it natively, else float32, as `star-fast
+            sample` has it. Give torch.float32 to train on, or for features as exact as the probe's.
 
     Raises:
         UserError: no such file, a damaged one, or files that do not fit each other; the line says which and what to do.
@@ -320,8 +414,11 @@ def load(path: str | Path, *, weights: Weights = "student", tokenizer: VQTokeniz
     source = tokenizer if tokenizer is not None else loaded.tokenizer_folder
     found = source if isinstance(source, VQTokenizer) or source is None else load_tokenizer(_here(source))
     if found is not None and found.config.codebook != loaded.transformer.config.vocab:
-        raise UserError(f"load: the tokenizer has {found.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one that the model was "
-                        "trained with")
+        raise UserError(
+            f"load: the tokenizer has {found.config.codebook} codes, the model {loaded.transformer.config.vocab}; "
+            "give the one that the model was "
+            "trained with"
+        )
     model = ImageModel(loaded, found, names_for_model(loaded.class_names, class_names), where, str(path))
     if dtype is None and stored.itemsize > model.transformer.output.weight.element_size():
         model._rounded = str(stored).removeprefix("torch.")
@@ -337,7 +434,8 @@ def run_config(base: str | RunConfig = "tiny", settings: Mapping[str, Any] | Non
 
     Args:
         base: a preset's name, or a RunConfig.
-        settings: new values under the names that the command line has: {"data.codes": "data/digits", "train.max_steps": 200}.
+        settings: new values under the names that the command line has: {"data.codes": "data/digits", "train.max_steps":
+            200}.
 
     Raises:
         UserError: no such preset or setting, or a value that it cannot have.
@@ -350,6 +448,9 @@ def run_config(base: str | RunConfig = "tiny", settings: Mapping[str, Any] | Non
         if field not in values.get(section, {}):
             known = [f"{part}.{setting}" for part, inner in values.items() for setting in inner]
             near = difflib.get_close_matches(name, known, n=3) or known[:3] + ["..."]
-            raise UserError(f"run_config: there is no setting {name!r:.80}; near it: {', '.join(near)} (star_fast/config.py has them all)")
+            raise UserError(
+                f"run_config: there is no setting {name!r:.80}; near it: {', '.join(near)} (star_fast/config.py "
+                "has them all)"
+            )
         values[section][field] = value
     return from_dict(RunConfig, values)

@@ -21,7 +21,9 @@ from star_fast.threads import settle_threads
 
 @dataclass(frozen=True)
 class PaperCommand:
-    """The commands that make a table or figure of the paper on ImageNet, with the values that it reports and what training takes."""
+    """The commands that make a table or figure of the paper on ImageNet, with the values that it reports and what
+    training takes.
+    """
 
     exhibit: tyro.conf.Positional[str]  # table1 ... table6, figure1c, figure2, figure4, figure6
     gpus: int = 8  # that the predicted days are for
@@ -31,11 +33,15 @@ class PaperCommand:
 
 @dataclass(frozen=True)
 class DoctorCommand:
-    """What this machine has, what each stage needs, and how to get what is missing. Exit status 1 where something that is needed is missing."""
+    """What this machine has, what each stage needs, and how to get what is missing. Exit status 1 where something that
+    is needed is missing.
+    """
 
-    need: tuple[Literal["prepare", "train", "sample", "evaluate", "demo"], ...] = ("prepare", "train", "sample")  # stages that must work here
+    # Stages that must work here
+    need: tuple[Literal["prepare", "train", "sample", "evaluate", "demo"], ...] = ("prepare", "train", "sample")
     weights: str = ""  # a folder: what the weights files in it are, and whether they are whole
-    self_test: bool = False  # also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
+    # Also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
+    self_test: bool = False
     device: str = ""  # that the kernels are tested on: cpu, cuda; empty: a GPU where there is one
 
 
@@ -56,8 +62,16 @@ def paper(arguments: list[str]) -> None:
             days.append("")
             continue
         config = plain(preset(row.preset)) if "--plain" in row.options else preset(row.preset)
-        spent = training_days(config, step_flops(config, 1, config.train.images_per_step), device.bf16_flops_per_s * command.gpus, command.share)
-        days.append(f"training, predicted: {spent:.2g} days on {command.gpus} {command.gpu} at {command.share:.0%} of their peak")
+        spent = training_days(
+            config,
+            step_flops(config, 1, config.train.images_per_step),
+            device.bf16_flops_per_s * command.gpus,
+            command.share,
+        )
+        days.append(
+            f"training, predicted: {spent:.2g} days on {command.gpus} {command.gpu} at {command.share:.0%} of "
+            "their peak"
+        )
     print("\n".join(text(command.exhibit, IMAGENET_CODES, days)))
 
 
@@ -105,14 +119,27 @@ def attention(arguments: list[str]) -> None:
 
     config = parse(AttentionConfig, arguments, "star-fast attention", AttentionConfig.__doc__ or "")
     looked = run_attention(config)
-    print(printable(f"{config.run}: attention.json, attention.png, maps.png"), "\n".join(map(printable, table(looked).split("\n"))), sep="\n")
+    print(
+        printable(f"{config.run}: attention.json, attention.png, maps.png"),
+        "\n".join(map(printable, table(looked).split("\n"))),
+        sep="\n",
+    )
 
 
 def stability(arguments: list[str]) -> None:
     """star-fast stability ..."""
     from star_fast.evaluation.stability import StabilityConfig, run_stability
 
-    print("\n".join(map(printable, run_stability(parse(StabilityConfig, arguments, "star-fast stability", StabilityConfig.__doc__ or "")).split("\n"))))
+    print(
+        "\n".join(
+            map(
+                printable,
+                run_stability(
+                    parse(StabilityConfig, arguments, "star-fast stability", StabilityConfig.__doc__ or "")
+                ).split("\n"),
+            )
+        )
+    )
 
 
 def figure6(arguments: list[str]) -> None:
@@ -126,7 +153,16 @@ def evaluate(arguments: list[str]) -> None:
     """star-fast evaluate ..."""
     from star_fast.evaluation.evaluate import EvaluateConfig, run_evaluate
 
-    print("\n".join(map(printable, run_evaluate(parse(EvaluateConfig, arguments, "star-fast evaluate", EvaluateConfig.__doc__ or "")).splitlines())))
+    print(
+        "\n".join(
+            map(
+                printable,
+                run_evaluate(
+                    parse(EvaluateConfig, arguments, "star-fast evaluate", EvaluateConfig.__doc__ or "")
+                ).splitlines(),
+            )
+        )
+    )
 
 
 def report(arguments: list[str]) -> None:
@@ -154,7 +190,9 @@ def doctor(arguments: list[str]) -> int:
         from star_fast.ops.self_test import self_test
 
         if not show_self_test(self_test(take_device(settings.device).type)):
-            raise UserError("self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them")
+            raise UserError(
+                "self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them"
+            )
     if missing:
         print(f"missing: {', '.join(missing)}")
     return 1 if missing else 0
@@ -165,8 +203,12 @@ def presets(arguments: list[str]) -> None:
     for name, row in PRESETS.items():
         model, settings = row.config.model, row.config.train
         own = f" | LlamaGen's own: lr {row.llamagen}" if row.config.model.num_classes else ""
-        print(f"{name:6} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.epochs:g} epochs, {settings.images_per_step} images a "
-              f"step, lr {row.config.lr:g}, ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}{own}\n       {row.command}")
+        print(
+            f"{name:6} {model.blocks:3} blocks {model.heads:3} heads, width {model.width:4}, {settings.epochs:g} "
+            f"epochs, {settings.images_per_step} images a "
+            f"step, lr {row.config.lr:g}, ZeRO-{settings.zero_stage} | {row.machine} | {row.paper}{own}\n       "
+            f"{row.command}"
+        )
     print(f"CODES of ImageNet: {IMAGENET_CODES}")
 
 
@@ -187,12 +229,18 @@ def data(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {  # what they return is the exit status; None: 0
     "prepare": (prepare, "images -> code store; trains a tokenizer when none is given"),
     "data": (data, "look at a code store, check it, see its pictures; LlamaGen's .npy codes in and out"),
-    "plan": (plan, "what training, sampling (plan sample) or preparation (plan prepare) will need, predicted: memory, FLOPs, time"),
+    "plan": (
+        plan,
+        "what training, sampling (plan sample) or preparation (plan prepare) will need, predicted: memory, FLOPs, time",
+    ),
     "paper": (paper, "the paper's tables and figures: exact commands, reported values, cost"),
     "train": (train, "code store -> model; many ranks: deepspeed star_fast/train.py"),
     "convert": (convert, "a run's checkpoint -> a run that goes on with any number of ranks and any ZeRO stage"),
     "sample": (sample, "model -> images: .npz for evaluation, labelled grid"),
-    "evaluate": (evaluate, "images -> FID, sFID, Inception Score, precision, recall; rFID of a tokenizer; references of own images"),
+    "evaluate": (
+        evaluate,
+        "images -> FID, sFID, Inception Score, precision, recall; rFID of a tokenizer; references of own images",
+    ),
     "probe": (probe, "how much of the class a model knows at eight positions (the paper's Figure 4)"),
     "attention": (attention, "where every block looks, in numbers, curves and maps (Figures 1a, 2, 5, 7)"),
     "stability": (stability, "how many codes change when an image moves a little (Figure 1c)"),
@@ -210,7 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: star-fast COMMAND [options]    (star-fast COMMAND --help lists the options, star-fast --version the version)\n")
+        print(
+            "usage: star-fast COMMAND [options]    (star-fast COMMAND --help lists the options, star-fast "
+            "--version the version)\n"
+        )
         print("\n".join(f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()))
         return 0 if arguments else 2
     if arguments[0] == "--version":
@@ -219,7 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"star_fast {__version__}, torch {torch.__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: unknown command {printable(repr(arguments[0]))}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: unknown command {printable(repr(arguments[0]))}; expected one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     told: list[int] = []
     return guarded(lambda: told.append(COMMANDS[arguments[0]][0](arguments[1:]) or 0)) or told[0]

@@ -1,7 +1,8 @@
 """Configs as YAML files and as command lines: read, written, overridden field by field.
 
-Of YAML only what a config needs is read: mappings, lists, text, numbers, true, false and null. Anchors and aliases (a few lines of them describe more
-than any memory holds), tags, dates and names given twice are refused; write_config never writes them.
+Of YAML only what a config needs is read: mappings, lists, text, numbers, true, false and null. Anchors and aliases (a
+few lines of them describe more than any memory holds), tags, dates and names given twice are refused; write_config
+never writes them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ def read_config(path: str | Path) -> RunConfig:
     try:
         values = _parse(read_bytes(path, "expected a YAML file with settings", _MOST_BYTES).decode("utf-8-sig"))
     except StorageError as error:  # names the file
-        raise ConfigError(f"{path}: no such config file" if isinstance(error.__cause__, FileNotFoundError) else error) from error
-    except (yaml.YAMLError, ValueError, OverflowError, LookupError) as error:  # the last three of what only looks like a number
+        raise ConfigError(
+            f"{path}: no such config file" if isinstance(error.__cause__, FileNotFoundError) else error
+        ) from error
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError) as error:
+        # The last three of what only looks like a number
         raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(error).split())[:300]}") from error
     try:
         return from_dict(RunConfig, {} if values is None else values)
@@ -123,7 +127,10 @@ def base_config(arguments: list[str]) -> tuple[RunConfig, str, list[str]]:
             index += 1
             value = arguments[index] if index < len(arguments) and not arguments[index].startswith("--") else ""
         if not value:
-            raise ConfigError(f"{name}: expected {'one of ' + ', '.join(PRESETS) if name == '--preset' else 'a YAML file'}, got nothing")
+            raise ConfigError(
+                f"{name}: expected {'one of ' + ', '.join(PRESETS) if name == '--preset' else 'a YAML file'}, got "
+                "nothing"
+            )
         if config is not None:
             raise ConfigError("--preset and --config: give one of them, once")
         config, source = (preset(value), f"preset {value}") if name == "--preset" else (read_config(value), value)
@@ -137,7 +144,8 @@ def given(arguments: list[str], option: str) -> bool:
 
 
 def parse(command: Any, arguments: list[str], prog: str, description: str, **defaults: Any) -> Any:
-    """An instance of the dataclass `command` from command-line arguments; every field is a flag (--name or --name.field).
+    """An instance of the dataclass `command` from command-line arguments; every field is a flag (--name or
+    --name.field).
 
     Raises:
         ConfigError: a number that is not finite or absurdly large, or what the dataclass itself refuses.
@@ -151,10 +159,13 @@ def parse(command: Any, arguments: list[str], prog: str, description: str, **def
 
 
 def _require_numbers(value: Any, name: str) -> None:
-    """Raise ConfigError about a number that no setting means: what is read from files is checked by records.py, which never sees a command line."""
+    """Raise ConfigError about a number that no setting means: what is read from files is checked by records.py, which
+    never sees a command line.
+    """
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            own = "" if field.name == "config" else f"{'' if name == '--' else '.'}{field.name.replace('_', '-')}"  # train.py's options bear no "config."
+            # train.py's options bear no "config."
+            own = "" if field.name == "config" else f"{'' if name == '--' else '.'}{field.name.replace('_', '-')}"
             _require_numbers(getattr(value, field.name), name + own)
     elif isinstance(value, (tuple, list)):
         for item in value:
@@ -166,5 +177,7 @@ def _require_numbers(value: Any, name: str) -> None:
 
 
 def command_line() -> list[str]:
-    """This process's arguments, without the --local_rank that DeepSpeed's launcher adds (the rank comes from the environment)."""
+    """This process's arguments, without the --local_rank that DeepSpeed's launcher adds (the rank comes from the
+    environment).
+    """
     return [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]

@@ -1,4 +1,6 @@
-"""`star-fast demo MODEL`: a page that draws images of a class as they are asked for. Gradio (extra `demo`) makes the page."""
+"""`star-fast demo MODEL`: a page that draws images of a class as they are asked for. Gradio (extra `demo`) makes the
+page.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +68,11 @@ class Painter:
             raise UserError(f"{command.model}: comes without a tokenizer; give --tokenizer FOLDER or FILE")
         self.tokenizer: VQTokenizer = load_tokenizer(where).eval()
         if self.tokenizer.config.codebook != loaded.transformer.config.vocab:
-            raise UserError(f"{where}: this tokenizer has {self.tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one "
-                            "that the model was trained with")
+            raise UserError(
+                f"{where}: this tokenizer has {self.tokenizer.config.codebook} codes, the model "
+                f"{loaded.transformer.config.vocab}; give the one "
+                "that the model was trained with"
+            )
         self.model, self.device, self.batch_images = loaded.transformer.to(device).eval(), device, batch_images
         self.renderer = Renderer(self.tokenizer, device)
         self.class_names = names_for_model(loaded.class_names, command.class_names)
@@ -75,18 +80,28 @@ class Painter:
     def labels(self) -> list[tuple[str, int]]:
         """What can be chosen: each class, and none. Names that several classes have get their numbers."""
         names = self.class_names
-        shown = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)] if len(set(names)) < len(names) else names
+        shown = (
+            [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+            if len(set(names)) < len(names)
+            else names
+        )
         return [*((name, number) for number, name in enumerate(shown)), (NO_CLASS, len(names))]
 
     def about(self) -> str:
         """What draws, in a line."""
         model, tokenizer = self.model.config, self.tokenizer.config
         side = math.isqrt(model.positions) * tokenizer.downsampling
-        return (f"{len(self.class_names):,} classes; {sum(weight.numel() for weight in self.model.parameters()) / 1e6:,.1f} M parameters, "
-                f"{model.positions:,} codes an image, {side} × {side} pixels; on {self.device}")
+        return (
+            f"{len(self.class_names):,} classes; "
+            f"{sum(weight.numel() for weight in self.model.parameters()) / 1e6:,.1f} M parameters, "
+            f"{model.positions:,} codes an image, {side} × {side} pixels; on {self.device}"
+        )
 
-    def draw(self, label: int, images: int, guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[list[Image.Image]]:
-        """All images so far, after each batch. The same settings and seed give the same images as `star-fast sample` with that seed draws of one class.
+    def draw(
+        self, label: int, images: int, guidance: float, temperature: float, top_k: int, top_p: float, seed: int
+    ) -> Iterator[list[Image.Image]]:
+        """All images so far, after each batch. The same settings and seed give the same images as `star-fast sample`
+        with that seed draws of one class.
 
         Raises:
             UserError: a setting that makes no sense.
@@ -101,8 +116,16 @@ class Painter:
         done: list[Image.Image] = []
         for start in range(0, int(images), self.batch_images):
             index = torch.arange(start, min(start + self.batch_images, int(images)), device=self.device)
-            codes = generate(self.model, torch.full_like(index, int(label)), image_index=index, guidance=sampling.guidance, temperature=sampling.temperature,
-                             top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed)
+            codes = generate(
+                self.model,
+                torch.full_like(index, int(label)),
+                image_index=index,
+                guidance=sampling.guidance,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+            )
             done += map(_as_picture, self.renderer.start(codes).wait())
             yield list(done)
 
@@ -119,7 +142,9 @@ def page(painter: Painter, title: str) -> Any:
     try:
         import gradio as gr
     except ImportError as error:
-        raise UserError(f"the demo needs Gradio, which cannot be imported ({error}): pip install 'star_fast[demo]'") from error
+        raise UserError(
+            f"the demo needs Gradio, which cannot be imported ({error}): pip install 'star_fast[demo]'"
+        ) from error
 
     def draw(*settings: Any) -> Iterator[list[Image.Image]]:
         try:
@@ -141,8 +166,21 @@ def page(painter: Painter, title: str) -> Any:
                     top_k = gr.Number(value=0, precision=0, minimum=0, label="Top-k (0: all)")
                     top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p (1: all)")
             with gr.Column(scale=3):
-                gallery = gr.Gallery(label="Images, as they are drawn", columns=4, object_fit="contain", height="auto", format="png", elem_id="images")
-        button.click(draw, [label, images, guidance, temperature, top_k, top_p, seed], gallery, concurrency_limit=1, api_name="draw")
+                gallery = gr.Gallery(
+                    label="Images, as they are drawn",
+                    columns=4,
+                    object_fit="contain",
+                    height="auto",
+                    format="png",
+                    elem_id="images",
+                )
+        button.click(
+            draw,
+            [label, images, guidance, temperature, top_k, top_p, seed],
+            gallery,
+            concurrency_limit=1,
+            api_name="draw",
+        )
     return blocks
 
 
@@ -150,13 +188,17 @@ def serve(blocks: Any, host: str, port: int) -> None:
     """Open the page and return; its `close` ends it. Raises UserError where the port is taken."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        blocks.queue().launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, footer_links=[])
+        blocks.queue().launch(
+            server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, footer_links=[]
+        )
     except OSError as error:
         raise UserError(f"port: {port} at {host} cannot be opened ({error}); choose another --port") from error
 
 
 def run_demo(command: DemoCommand) -> None:
-    """Open the page until Ctrl-C. Raises UserError: the model cannot be loaded, Gradio is missing, or the port is taken."""
+    """Open the page until Ctrl-C. Raises UserError: the model cannot be loaded, Gradio is missing, or the port is
+    taken.
+    """
     blocks = page(Painter(command), f"star_fast: {printable(command.model)}")
     serve(blocks, command.host, command.port)
     print(f"Open http://{command.host}:{command.port} in a browser; Ctrl-C ends it", flush=True)

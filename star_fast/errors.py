@@ -4,12 +4,14 @@ from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """`text` on one line that no terminal can misread: control characters, line breaks and bytes that are no text (names of files may hold all of them)
-    appear as backslash escapes."""
+    """`text` on one line that no terminal can misread: control characters, line breaks and bytes that are no text
+    (names of files may hold all of them) appear as backslash escapes."""
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+    )
 
 
 class UserError(Exception):
@@ -17,7 +19,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
 
-    Attributes: of_one_rank (whether, of a job of several ranks, any rank that meets it says so; else rank 0 says it for all).
+    Attributes: of_one_rank (whether, of a job of several ranks, any rank that meets it says so; else rank 0 says it for
+        all).
     """
 
     of_one_rank = True

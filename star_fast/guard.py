@@ -1,4 +1,6 @@
-"""The last line of defence of both command lines: whatever ends a command becomes one line on stderr and an exit status."""
+"""The last line of defence of both command lines: whatever ends a command becomes one line on stderr and an exit
+status.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def guarded(job: Callable[[], None]) -> int:
     """Run `job`.
 
     Returns:
-        The exit status: 0 done; 2 the user can mend it (one line that says how); 130 interrupted; 70 a bug of ours (one line that names the file with
-        the traceback).
+        The exit status: 0 done; 2 the user can mend it (one line that says how); 130 interrupted; 70 a bug of ours (one
+        line that names the file with the traceback).
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -44,7 +46,9 @@ def guarded(job: Callable[[], None]) -> int:
     except MemoryError as error:
         return _unexpected(error, _OUT_OF_MEMORY)
     except OSError as error:
-        return _unexpected(error, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        return _unexpected(
+            error, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        )
     except Exception as error:
         return _unexpected(error, _OUT_OF_MEMORY if _is_out_of_memory(error) else None)
     return 0
@@ -52,7 +56,9 @@ def guarded(job: Callable[[], None]) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """torch says it by a RuntimeError, on the CPU without a class of its own."""
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError")
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    )
 
 
 def _unexpected(error: BaseException, meaning: str | None) -> int:
@@ -65,14 +71,19 @@ def _unexpected(error: BaseException, meaning: str | None) -> int:
         where = f"traceback in {report}"
     except OSError:
         where = f"{DEBUG}=1 shows the traceback"
-    what = meaning if meaning is not None else f"unexpected {type(error).__name__}: {error}: a bug in star_fast, please report it"
+    what = (
+        meaning
+        if meaning is not None
+        else f"unexpected {type(error).__name__}: {error}: a bug in star_fast, please report it"
+    )
     print(f"{_who()}error: {printable(what)} ({where})", file=sys.stderr, flush=True)
     return 2 if meaning is not None else 70
 
 
 def _is_first_rank() -> bool:
     rank = os.environ.get("RANK", "0")
-    return rank == "0" or not (rank.isascii() and rank.isdecimal())  # one that is no number is nobody's: the error is about it
+    # One that is no number is nobody's: the error is about it
+    return rank == "0" or not (rank.isascii() and rank.isdecimal())
 
 
 def _who() -> str:

@@ -1,7 +1,8 @@
-"""One writer a folder: a lock that the kernel takes back when its holder dies, and that all ranks of one job hold together.
+"""One writer a folder: a lock that the kernel takes back when its holder dies, and that all ranks of one job hold
+together.
 
-The lock is `flock` on a small file that says who holds it. The holders share it; to take it first one must have it alone for a moment. So a dead job
-never blocks, whatever its file says, and a second job is told whom it would disturb.
+The lock is `flock` on a small file that says who holds it. The holders share it; to take it first one must have it
+alone for a moment. So a dead job never blocks, whatever its file says, and a second job is told whom it would disturb.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def only_writer(folder: str | Path, job: str, name: str = LOCK_FILE) -> Iterator
         name: of the lock file: jobs that do not disturb each other in one folder use several.
 
     Raises:
-        Busy: another job holds it; the line says which, on which machine, since when. StorageError: the folder cannot be written.
+        Busy: another job holds it; the line says which, on which machine, since when. StorageError: the folder cannot
+            be written.
     """
     file = _take(Path(folder) / name, job)
     try:
@@ -53,15 +55,19 @@ def only_writer(folder: str | Path, job: str, name: str = LOCK_FILE) -> Iterator
 
 
 def job_identity() -> str:
-    """What all ranks of one job, and only they, have in common: the launcher's rendezvous; of a single process its id."""
+    """What all ranks of one job, and only they, have in common: the launcher's rendezvous; of a
+    single process its id.
+    """
     host, environment = socket.gethostname(), os.environ
     if environment.get("WORLD_SIZE", "1") == "1":
         return f"process {os.getpid()} on {host}"
-    if "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment:  # srun started the ranks, not a launcher inside a step
+    # srun started the ranks, not a launcher inside a step
+    if "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment:
         return f"Slurm step {environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
     address = environment.get("MASTER_ADDR", "localhost")
     if address not in ("localhost", "127.0.0.1", "::1"):
-        return f"job at {address}:{environment.get('MASTER_PORT', '')} {environment.get('TORCHELASTIC_RUN_ID', '')}".rstrip()
+        port, run = environment.get("MASTER_PORT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
+        return f"job at {address}:{port} {run}".rstrip()
     return f"ranks of process {os.getppid()} on {host}"  # one launcher process started them all
 
 
@@ -80,15 +86,22 @@ def _take(path: Path, job: str) -> IO[str] | None:
         try:
             if _locked(file, fcntl.LOCK_EX):
                 file.truncate(0)
-                file.write(json.dumps({"job": job, "holder": mine, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+                file.write(
+                    json.dumps(
+                        {"job": job, "holder": mine, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                    )
+                )
                 file.flush()
             if _locked(file, fcntl.LOCK_SH):
                 holder = _read(file)
                 if holder.get("holder") == mine and _is_at(file, path):
                     return file
                 if holder.get("holder") != mine:
-                    raise Busy(f"{path.parent}: {holder.get('job', 'another job')} is writing there ({holder.get('holder', 'unknown')}, since "
-                               f"{holder.get('since', 'unknown')}); wait for it, stop it, or choose another folder")
+                    raise Busy(
+                        f"{path.parent}: {holder.get('job', 'another job')} is writing there "
+                        f"({holder.get('holder', 'unknown')}, since "
+                        f"{holder.get('since', 'unknown')}); wait for it, stop it, or choose another folder"
+                    )
         except OSError as error:
             file.close()
             if error.errno not in _UNSUPPORTED:

@@ -23,8 +23,9 @@ _File = Annotated[str, tyro.conf.arg(name="config")]
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What a training run will need, predicted: memory by part and ZeRO stage, micro-batch, FLOPs, days. Settings as for training. (star-fast plan sample:
-    drawing and scoring images; star-fast plan prepare: turning images into codes.)"""
+    """What a training run will need, predicted: memory by part and ZeRO stage, micro-batch, FLOPs, days. Settings as
+    for training. (star-fast plan sample: drawing and scoring images; star-fast plan prepare: turning images into
+    codes.)"""
 
     config: _Settings = field(default_factory=RunConfig)
     # Taken out of the command line before the rest is read, as in training.
@@ -33,7 +34,8 @@ class PlanCommand:
     gpus: int = 8  # GPUs of the whole run
     gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
-    network_gbit_per_s: float = 400.0  # assumed: from each machine to the others, all its cards together, in one direction
+    # Assumed: from each machine to the others, all its cards together, in one direction
+    network_gbit_per_s: float = 400.0
     gpus_per_machine: int = 8  # joined by NVLink
     plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
     json: str = ""  # also write the plan to this file
@@ -41,14 +43,17 @@ class PlanCommand:
 
 @dataclass(frozen=True)
 class PlanSampleCommand:
-    """What drawing and scoring images will need, predicted: memory of a batch, the largest that fits, images a second, time on 1 ... 1024 GPUs."""
+    """What drawing and scoring images will need, predicted: memory of a batch, the largest that fits, images a second,
+    time on 1 ... 1024 GPUs.
+    """
 
     config: _Settings = field(default_factory=RunConfig)
     preset: str = "tiny"  # whose model: a name that `star-fast presets` lists
     config_file: _File = ""  # or: a YAML file, such as a run's config.yaml
     images: int = 50_000  # how many
     batch_images: int = 64  # drawn together, as in star-fast sample
-    guidance: float = 2.0  # scale of classifier-free guidance; up to 1 it costs nothing, above it an image takes two rows
+    # Scale of classifier-free guidance; up to 1 it costs nothing, above it an image takes two rows
+    guidance: float = 2.0
     cache: Literal["model", "int8", "fp8"] = "model"  # of keys and values: bf16, or 8 bits and a scale a row
     gpus: int = 8  # that the closing lines are about
     gpu: str = "h100"  # and of which kind: a100, h100, h200 or b200
@@ -58,11 +63,13 @@ class PlanSampleCommand:
 
 @dataclass(frozen=True)
 class PlanPrepareCommand:
-    """What turning images into codes will need, predicted: memory, images a second, what binds, time on 1 ... 1024 GPUs. Tokenizer and views as settings of a
-    run: --tokenizer.image-size, --data.crop-ranges ..."""
+    """What turning images into codes will need, predicted: memory, images a second, what binds, time on 1 ... 1024
+    GPUs. Tokenizer and views as settings of a run: --tokenizer.image-size, --data.crop-ranges ..."""
 
     config: _Settings = field(default_factory=RunConfig)
-    preset: str = "B"  # whose tokenizer and views: a name that `star-fast presets` lists; all but tiny have LlamaGen's VQ-16, and here twenty crops
+    # Whose tokenizer and views: a name that `star-fast presets` lists; all but tiny have LlamaGen's VQ-16, and here
+    # twenty crops
+    preset: str = "B"
     config_file: _File = ""  # or: a YAML file, such as a run's config.yaml
     images: int = IMAGENET_IMAGES  # how many
     precision: Literal["fp32", "bf16"] = "fp32"  # of encoding, as in star-fast prepare
@@ -89,10 +96,17 @@ def _train(arguments: list[str]) -> None:
 
     base, source, rest = base_config(arguments)
     command = _parsed(PlanCommand, rest, "star-fast plan", base, source)
-    views = command.config.method.views if given(rest, "--method.views") else 1  # as in training: the baseline may see as many views as ST-AR
+    # As in training: the baseline may see as many views as ST-AR
+    views = command.config.method.views if given(rest, "--method.views") else 1
     config, assumed = sized(plain(command.config, views) if command.plain else command.config)
     device = gpu(command.gpu)
-    made = make_plan(config, command.gpus, command.gpu_memory_gib or device.memory_gib, device, Network(command.network_gbit_per_s, command.gpus_per_machine))
+    made = make_plan(
+        config,
+        command.gpus,
+        command.gpu_memory_gib or device.memory_gib,
+        device,
+        Network(command.network_gbit_per_s, command.gpus_per_machine),
+    )
     if command.json:
         atomic_write_json(command.json, as_record(made))
     print(text(made, printable(f"{source}{', plain' if command.plain else ''}"), assumed))
@@ -106,8 +120,16 @@ def _sample(arguments: list[str]) -> None:
     base, source, rest = base_config(arguments)
     command = _parsed(PlanSampleCommand, rest, "star-fast plan sample", base, source)
     config, assumed = sized(command.config)
-    made = make_sampling_plan(config, command.images, command.batch_images, command.gpus, gpu(command.gpu), command.assume, guided=command.guidance > 1,
-                              cache=command.cache)
+    made = make_sampling_plan(
+        config,
+        command.images,
+        command.batch_images,
+        command.gpus,
+        gpu(command.gpu),
+        command.assume,
+        guided=command.guidance > 1,
+        cache=command.cache,
+    )
     if command.json:
         atomic_write_json(command.json, record_of(made, config, ("model", "tokenizer")))
     print(sampling_text(made, printable(source), assumed))
@@ -123,8 +145,16 @@ def _prepare(arguments: list[str]) -> None:
     if not given(arguments, "--config"):  # as the presets' codes are made: presets.IMAGENET_CODES
         base = replace(base, data=replace(base.data, crop_ranges=(1.1, 1.05)))
     command = _parsed(PlanPrepareCommand, rest, "star-fast plan prepare", base, source)
-    made = make_preparation_plan(command.config.tokenizer, command.config.data, command.images, command.gpus, gpu(command.gpu), command.assume,
-                                 precision=command.precision, batch_views=command.batch_views)
+    made = make_preparation_plan(
+        command.config.tokenizer,
+        command.config.data,
+        command.images,
+        command.gpus,
+        gpu(command.gpu),
+        command.assume,
+        precision=command.precision,
+        batch_views=command.batch_views,
+    )
     if command.json:
         atomic_write_json(command.json, record_of(made, command.config, ("tokenizer", "data")))
     print(preparation_text(made, printable(source)))

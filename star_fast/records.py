@@ -1,7 +1,9 @@
-"""Plain data (from JSON or YAML) to and from dataclasses: the one check of every settings and record file this project reads.
+"""Plain data (from JSON or YAML) to and from dataclasses: the one check of every settings and record file this project
+reads.
 
-A dataclass is the schema of its file: fields with defaults may be missing, unknown keys are refused, every value must have its field's type. Ranges that
-types cannot say are checked in the dataclass's own __post_init__, which raises ConfigError.
+A dataclass is the schema of its file: fields with defaults may be missing, unknown keys are refused, every value must
+have its field's type. Ranges that types cannot say are checked in the dataclass's own __post_init__, which raises
+ConfigError.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 from star_fast.errors import ConfigError
 
-_MOST = 2**53  # whole numbers up to here are exact in JSON readers of every language; nothing that is counted here needs more
+# Whole numbers up to here are exact in JSON readers of every language; nothing that is counted here needs more
+_MOST = 2**53
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -39,7 +42,8 @@ def from_dict(cls: type, values: Any, where: str = "", *, ignore_unknown: bool =
         ignore_unknown: let keys pass that `cls` does not know (a record that later versions may add to).
 
     Raises:
-        ConfigError: a key is unknown or missing, a value has a wrong type, is not finite or absurdly large, or contradicts another; the message names it.
+        ConfigError: a key is unknown or missing, a value has a wrong type, is not finite or absurdly large, or
+            contradicts another; the message names it.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where.rstrip('.') or cls.__name__}: expected a mapping of settings, got {_shown(values)}")
@@ -48,10 +52,20 @@ def from_dict(cls: type, values: Any, where: str = "", *, ignore_unknown: bool =
     unknown = [key for key in values if key not in fields]
     if unknown and not ignore_unknown:
         raise ConfigError(f"{where}{_short(unknown[0])}: unknown setting; known here: {', '.join(sorted(fields))}")
-    missing = [name for name, f in fields.items() if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ConfigError(f"{where}{missing[0]}: missing")
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}", ignore_unknown) for key, value in values.items() if key in fields})
+    return cls(
+        **{
+            key: _convert(hints[key], value, f"{where}{key}", ignore_unknown)
+            for key, value in values.items()
+            if key in fields
+        }
+    )
 
 
 @functools.cache
@@ -66,19 +80,32 @@ def _convert(hint: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
         return from_dict(hint, value, name + ".", ignore_unknown=ignore_unknown)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        require(isinstance(value, (str, int, float, bool)) and value in inner, name, value, " or ".join(map(repr, inner)))
+        require(
+            isinstance(value, (str, int, float, bool)) and value in inner, name, value, " or ".join(map(repr, inner))
+        )
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(a for a in inner if a is not type(None)), value, name, ignore_unknown)
+        return (
+            None
+            if value is None
+            else _convert(next(a for a in inner if a is not type(None)), value, name, ignore_unknown)
+        )
     if origin in (tuple, list):
         require(isinstance(value, (list, tuple)), name, value, "a list")
         return origin(_convert(inner[0], item, f"{name}[{index}]", ignore_unknown) for index, item in enumerate(value))
     if origin is dict:
-        require(isinstance(value, dict) and all(isinstance(key, str) for key in value), name, value, "a mapping by name")
+        require(
+            isinstance(value, dict) and all(isinstance(key, str) for key in value), name, value, "a mapping by name"
+        )
         return {key: _convert(inner[1], item, f"{name}.{_short(key)}", ignore_unknown) for key, item in value.items()}
     if hint is float:
         return _float(value, name)
-    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), name, value, f"a value of type {hint.__name__}")
+    require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        name,
+        value,
+        f"a value of type {hint.__name__}",
+    )
     if hint is int:
         require(abs(value) <= _MOST, name, value, "a whole number of at most 2^53")
     return value

@@ -19,12 +19,16 @@ from star_fast.records import from_dict
 
 Record = TypeVar("Record")
 _MOST_JSON_BYTES = 2**28  # of a file that is read whole and parsed
-_MOST_JSON_MEMORY = 250 * 10**6  # what it may take when parsed; the largest honest file, a manifest of 14 million images, takes 90 MB
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp", re.DOTALL)  # as atomic_writer and save_model name what they have not finished
+# What it may take when parsed; the largest honest file, a manifest of 14 million images, takes 90 MB
+_MOST_JSON_MEMORY = 250 * 10**6
+# As atomic_writer and save_model name what they have not finished
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp", re.DOTALL)
 
 
 class StorageError(UserError):
-    """A file is missing, damaged, of another version, or cannot be written. The message is one line: what was expected, what is there, what to do."""
+    """A file is missing, damaged, of another version, or cannot be written. The message is one line: what was expected,
+    what is there, what to do.
+    """
 
 
 @contextlib.contextmanager
@@ -37,7 +41,10 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
             free_mib = shutil.disk_usage(there).free / 2**20
-            raise StorageError(f"{path}: the disk is full or the quota used up ({free_mib:.0f} MiB free); free some, then run the same command") from error
+            raise StorageError(
+                f"{path}: the disk is full or the quota used up ({free_mib:.0f} MiB free); free some, then run "
+                "the same command"
+            ) from error
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     except ValueError as error:
         if "null byte" not in str(error) and "null character" not in str(error):
@@ -53,9 +60,11 @@ def temporary_beside(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write to. On leaving without an error it is synced and takes the name `path`; else it is removed and `path` stays as it was.
+    """A binary file to write to. On leaving without an error it is synced and takes the name `path`; else it is removed
+    and `path` stays as it was.
 
-    Missing parent folders are made. The temporary file lies beside `path` (same file system, so that the rename is atomic).
+    Missing parent folders are made. The temporary file lies beside `path` (same file system, so that the rename is
+    atomic).
 
     Raises:
         StorageError: the disk is full or the place cannot be written.
@@ -84,7 +93,9 @@ def atomic_write_bytes(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def json_bytes(value: Any, indent: int | None = 1) -> bytes:
-    """`value` as JSON in UTF-8 that every reader accepts, with a line break at its end. Raises ValueError on NaN and infinity, which JSON does not know."""
+    """`value` as JSON in UTF-8 that every reader accepts, with a line break at its end. Raises ValueError on NaN and
+    infinity, which JSON does not know.
+    """
     try:
         return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:  # a name of a file that is no UTF-8
@@ -106,7 +117,8 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, names: Iterable[str] | None = None) -> None:
-    """Remove the temporary files and folders that dead processes left in `folder`; only those of the files `names`, where given.
+    """Remove the temporary files and folders that dead processes left in `folder`; only those of the files `names`,
+    where given.
 
     To be called by the holder of the folder's lock (locks.py): then nobody else is writing.
     """
@@ -119,7 +131,9 @@ def remove_leftovers(folder: str | Path, names: Iterable[str] | None = None) -> 
 
 
 def require_regular(path: str | Path, hint: str) -> int:
-    """The size in bytes of the file at `path`. Raises StorageError with `hint` when it is missing or no ordinary file: a pipe or a device may never end."""
+    """The size in bytes of the file at `path`. Raises StorageError with `hint` when it is missing or no ordinary file:
+    a pipe or a device may never end.
+    """
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -127,7 +141,10 @@ def require_regular(path: str | Path, hint: str) -> int:
     except (OSError, ValueError) as error:  # a null byte or an over-long name
         raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}; {hint}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise StorageError(f"{path}: expected an ordinary file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe, socket or device'}; {hint}")
+        raise StorageError(
+            f"{path}: expected an ordinary file, found "
+            f"{'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe, socket or device'}; {hint}"
+        )
     return status.st_size
 
 
@@ -135,7 +152,8 @@ def read_bytes(path: str | Path, hint: str, most_bytes: int | None = None) -> by
     """The file's content.
 
     Raises:
-        StorageError: with `hint` (what should be there, or what to do): it is missing, no ordinary file, larger than `most_bytes`, or cannot be read.
+        StorageError: with `hint` (what should be there, or what to do): it is missing, no ordinary file, larger than
+            `most_bytes`, or cannot be read.
     """
     size = require_regular(path, hint)
     if most_bytes is not None and size > most_bytes:
@@ -147,12 +165,17 @@ def read_bytes(path: str | Path, hint: str, most_bytes: int | None = None) -> by
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError for anything else, NaN and infinity, nesting beyond Python's depth, and what would fill the memory."""
+    """The value of a JSON text. Raises ValueError for anything else, NaN and infinity, nesting beyond Python's depth,
+    and what would fill the memory.
+    """
     lists, mappings, commas = map(data.count, (b"[", b"{", b",") if isinstance(data, bytes) else ("[", "{", ","))
-    # Measured: a list takes 75 bytes, a mapping 215, a number up to 48, and a text is there three times while it is parsed.
+    # Measured: a list takes 75 bytes, a mapping 215, a number up to 48, and a text is there three times while it is
+    # parsed.
     memory = 3 * len(data) + 64 * lists + 230 * mappings + 32 * commas
     if memory > _MOST_JSON_MEMORY:
-        raise ValueError(f"would take {memory / 1e6:,.0f} MB in memory, expected at most {_MOST_JSON_MEMORY / 1e6:,.0f}")
+        raise ValueError(
+            f"would take {memory / 1e6:,.0f} MB in memory, expected at most {_MOST_JSON_MEMORY / 1e6:,.0f}"
+        )
     try:
         return json.loads(data, parse_constant=_no_constant)
     except RecursionError as error:
@@ -164,7 +187,9 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def read_json(path: str | Path, hint: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises StorageError with `hint` when it is missing, cannot be read, or is not a JSON object."""
+    """The JSON object in a file. Raises StorageError with `hint` when it is missing, cannot be read, or is not a JSON
+    object.
+    """
     data = read_bytes(path, hint, _MOST_JSON_BYTES)
     try:
         value = parse_json(data)
@@ -198,7 +223,9 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
 
 
 def sha256_of_file(path: str | Path, seen: Callable[[int], object] | None = None) -> str:
-    """Hexadecimal sha256 of a file, read in pieces; `seen` is told how many bytes each had. Raises StorageError when it cannot be read."""
+    """Hexadecimal sha256 of a file, read in pieces; `seen` is told how many bytes each had. Raises StorageError when it
+    cannot be read.
+    """
     require_regular(path, "expected a file to take the sha256 of")
     digest = hashlib.sha256()
     try:

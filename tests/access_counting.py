@@ -1,7 +1,7 @@
 """Counts the bytes that Triton kernels load and store, in Triton's interpreter.
 
-Every active lane of every load and store counts with its element's size: what the kernel asks of the memory system. `distinct` counts each
-address once a launch: what must come from DRAM if caches hold whatever is read again.
+Every active lane of every load and store counts with its element's size: what the kernel asks of the memory system.
+`distinct` counts each address once a launch: what must come from DRAM if caches hold whatever is read again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Launch:
     """One kernel launch and the addresses it touched."""
 
     kernel: str
-    loads: dict[int, list[np.ndarray]] = field(default_factory=dict)  # element size in bytes -> addresses of each instruction
+    # Element size in bytes -> addresses of each instruction
+    loads: dict[int, list[np.ndarray]] = field(default_factory=dict)
     stores: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def loaded_bytes(self, distinct: bool = False) -> int:
@@ -38,7 +39,10 @@ class Launch:
 
 
 def _total(accesses: dict[int, list[np.ndarray]], distinct: bool) -> int:
-    return sum(size * (len(np.unique(np.concatenate(addresses))) if distinct else sum(map(len, addresses))) for size, addresses in accesses.items())
+    return sum(
+        size * (len(np.unique(np.concatenate(addresses))) if distinct else sum(map(len, addresses)))
+        for size, addresses in accesses.items()
+    )
 
 
 @contextlib.contextmanager
@@ -78,7 +82,11 @@ def count_accesses() -> Iterator[list[Launch]]:
         note("stores", pointers)
         return atomic_cas(self, pointers, *rest)
 
-    with (mock.patch.object(executor, "__call__", counted_call), mock.patch.object(builder, "create_masked_load", counted_load),
-          mock.patch.object(builder, "create_masked_store", counted_store), mock.patch.object(builder, "create_atomic_rmw", counted_rmw),
-          mock.patch.object(builder, "create_atomic_cas", counted_cas)):
+    with (
+        mock.patch.object(executor, "__call__", counted_call),
+        mock.patch.object(builder, "create_masked_load", counted_load),
+        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(builder, "create_atomic_rmw", counted_rmw),
+        mock.patch.object(builder, "create_atomic_cas", counted_cas),
+    ):
         yield launches

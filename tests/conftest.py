@@ -7,7 +7,8 @@ import signal
 
 import torch
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so shells start what runs in the background; the tests of Ctrl-C need what a terminal gives
+# So shells start what runs in the background; the tests of Ctrl-C need what a terminal gives
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():

@@ -1,14 +1,18 @@
-"""CUDA without a GPU: tensors that say "cuda:N" and hold real numbers, streams whose order is checked, graphs that replay.
+"""CUDA without a GPU: tensors that say "cuda:N" and hold real numbers, streams whose order is checked, graphs that
+replay.
 
 Within `CudaDouble()`, code for CUDA runs as it is:
 
 - An operator runs on the CPU at once. Its tensors must share one device.
-- Streams: nothing runs late, but every access is held against what its stream is known to have waited for (vector clocks), so a missing wait raises
-  `Race` whatever the timing. Memory freed while another stream may still use it raises too, unless `record_stream` was called.
-- A capture notes each operator and kernel launch with the very storages it met, and undoes what they wrote: as on a GPU nothing has happened when it ends.
-  `replay` runs the very same operators on the very same storages, no line of Python in between. What was freed since is gone: outside memory raises
-  `Dangling`, memory of the graph's own pool holds garbage (0xff) again before each replay.
-- Kernel launches need their tensors' device to be the current one, captures record on the current device: else `WrongDevice`.
+- Streams: nothing runs late, but every access is held against what its stream is known to have waited for (vector
+  clocks), so a missing wait raises `Race` whatever the timing. Memory freed while another stream may still use it
+  raises too, unless `record_stream` was called.
+- A capture notes each operator and kernel launch with the very storages it met, and undoes what they wrote: as on a GPU
+  nothing has happened when it ends. `replay` runs the very same operators on the very same storages, no line of Python
+  in between. What was freed since is gone: outside memory raises `Dangling`, memory of the graph's own pool holds
+  garbage (0xff) again before each replay.
+- Kernel launches need their tensors' device to be the current one, captures record on the current device: else
+  `WrongDevice`.
 """
 
 from __future__ import annotations
@@ -32,14 +36,20 @@ from star_fast.ops import error_flag
 from star_fast.ops.triton import launching
 from tests.cuda_order import HOST, CaptureBroken, Clock, Event, Graph, Memory, Node, Race, Stream, WrongDevice, join
 
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the double, and Triton's interpreter in it, stand in for a GPU that is not there")
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the double, and Triton's interpreter in it, stand in for a GPU that is not there"
+)
 
 DEVICES = 2
 # Operators that torch has on CUDA alone: products of 16-bit factors with a wider result, whose terms are exact in it.
 ON_CUDA_ALONE = {
     torch.ops.aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)),
-    torch.ops.aten.addmm.dtype: lambda c, a, b, dtype, **scales: torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **scales),
-    torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, out, **scales: out.copy_(torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **scales)),
+    torch.ops.aten.addmm.dtype: lambda c, a, b, dtype, **scales: torch.addmm(
+        c.to(dtype), a.to(dtype), b.to(dtype), **scales
+    ),
+    torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, out, **scales: out.copy_(
+        torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **scales)
+    ),
 }
 
 
@@ -50,8 +60,14 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, memory: Memory, device: torch.device) -> DeviceTensor:
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-                                                   device=device)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
         made.inner, made.memory = inner, memory
         return made
 
@@ -80,7 +96,9 @@ class CudaDouble(TorchDispatchMode):
         self.faults: list[str] = []
         self.launches: list[tuple[str, int]] = []  # kernels in order, and the current device at each
         self.host_memory: dict[int, Memory] = {}
-        self.Stream, self.Event, self.Graph = (type(kind.__name__, (kind,), {"double": self}) for kind in (Stream, Event, Graph))
+        self.Stream, self.Event, self.Graph = (
+            type(kind.__name__, (kind,), {"double": self}) for kind in (Stream, Event, Graph)
+        )
         self.default = [self.Stream(index) for index in range(DEVICES)]
         self.chosen = list(self.default)
 
@@ -126,7 +144,9 @@ class CudaDouble(TorchDispatchMode):
             raise CaptureBroken(f"{what}: the host waits for the device during a capture")
 
     def waits(self, what: str) -> None:
-        """An operator that makes the host wait: not in a capture, nor where torch's debug mode forbids it (which does not see an explicit synchronize)."""
+        """An operator that makes the host wait: not in a capture, nor where torch's debug mode forbids it (which does
+        not see an explicit synchronize).
+        """
         self.not_in_capture(what)
         if self.sync_debug == 2:
             raise RuntimeError("called a synchronizing CUDA operation")
@@ -167,7 +187,10 @@ class CudaDouble(TorchDispatchMode):
             return self.operator(func, args, kwargs)
 
     def operator(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        given, run = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)], ON_CUDA_ALONE.get(func, func)
+        given, run = (
+            [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)],
+            ON_CUDA_ALONE.get(func, func),
+        )
         on_device = [x for x in given if isinstance(x, DeviceTensor)]
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         target = asked if asked is not None and asked.type == "cuda" else self.target
@@ -179,7 +202,11 @@ class CudaDouble(TorchDispatchMode):
         to_host = bool(on_device) and asked is not None and asked.type == "cpu"
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
-        written = {id(value) for value, argument in self.named(func, args, kwargs) if argument.alias_info is not None and argument.alias_info.is_write}
+        written = {
+            id(value)
+            for value, argument in self.named(func, args, kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
         inner_args, inner_kwargs = tree_map_only(DeviceTensor, lambda x: x.inner, (args, kwargs))
         plain = [x for x in given if not isinstance(x, DeviceTensor)]
         if to_host or any(id(x) in written for x in plain):  # device to host
@@ -187,12 +214,17 @@ class CudaDouble(TorchDispatchMode):
         if self.capturing is not None:
             if any(x.ndim for x in plain):
                 raise CaptureBroken(f"{func}: reads host memory during a capture")
-            inner_args, inner_kwargs = tree_map_only(Tensor, lambda x: x.clone() if any(x is y for y in plain) else x, (inner_args, inner_kwargs))
+            inner_args, inner_kwargs = tree_map_only(
+                Tensor, lambda x: x.clone() if any(x is y for y in plain) else x, (inner_args, inner_kwargs)
+            )
         for x in plain:
             self.read_by_host(x, func)
         self.before(on_device, written, str(func))
         result = run(*inner_args, **inner_kwargs)
-        by_inner, by_storage = {id(x.inner): x for x in on_device}, {x.inner.untyped_storage()._cdata: x.memory for x in on_device}
+        by_inner, by_storage = (
+            {id(x.inner): x for x in on_device},
+            {x.inner.untyped_storage()._cdata: x.memory for x in on_device},
+        )
         if any(isinstance(x, (bool, int, float)) for x in tree_flatten(result)[0]):
             self.waits(str(func))
             join(self.host, self.current_stream(device).clock)
@@ -214,13 +246,24 @@ class CudaDouble(TorchDispatchMode):
         out = tree_map(wrapped, result)
         if (fresh or written) and "empty" not in str(func):  # taking memory is no work: a replay does not repeat it
             new = [x for x in tree_flatten(out)[0] if isinstance(x, DeviceTensor)]
-            self.after(str(func), lambda: run(*inner_args, **inner_kwargs), on_device, new, written | {id(x) for x in new}, fresh, device)
+            self.after(
+                str(func),
+                lambda: run(*inner_args, **inner_kwargs),
+                on_device,
+                new,
+                written | {id(x) for x in new},
+                fresh,
+                device,
+            )
         return out
 
     def named(self, func: Any, args: tuple, kwargs: dict) -> Iterator[tuple[Any, Any]]:
         """Each tensor with the schema's argument it stands for; those of a list one by one."""
         schema = func._schema.arguments
-        for argument, value in [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]:
+        for argument, value in [
+            *zip(schema, args, strict=False),
+            *((a, kwargs[a.name]) for a in schema if a.name in kwargs),
+        ]:
             for x in tree_flatten(value)[0]:
                 if isinstance(x, Tensor):
                     yield x, argument
@@ -235,8 +278,16 @@ class CudaDouble(TorchDispatchMode):
             if x.memory.graph is not self.capturing and id(x) in written and x.memory not in self.capturing.saved:
                 self.capturing.saved[x.memory] = x.memory.bytes().clone()
 
-    def after(self, what: str, run: Callable[[], Any], used: list[DeviceTensor], new: list[DeviceTensor], written: set[int], fresh: list[Tensor],
-              device: torch.device) -> None:
+    def after(
+        self,
+        what: str,
+        run: Callable[[], Any],
+        used: list[DeviceTensor],
+        new: list[DeviceTensor],
+        written: set[int],
+        fresh: list[Tensor],
+        device: torch.device,
+    ) -> None:
         if self.capturing is None:
             self.access([*used, *new], written, device, what)
             return
@@ -277,7 +328,15 @@ class CudaDouble(TorchDispatchMode):
         if memory is not None:
             memory.use(HOST, self.host, False, str(what))
 
-    def to_host(self, func: Any, args: tuple, inner_args: tuple, inner_kwargs: dict, on_device: list[DeviceTensor], plain: list[Tensor]) -> Any:
+    def to_host(
+        self,
+        func: Any,
+        args: tuple,
+        inner_args: tuple,
+        inner_kwargs: dict,
+        on_device: list[DeviceTensor],
+        plain: list[Tensor],
+    ) -> Any:
         """A copy to host memory: the host waits for the stream, unless it said non_blocking."""
         device = on_device[0].device
         waits = not (inner_kwargs.get("non_blocking") or (len(inner_args) > 2 and inner_args[2] is True))
@@ -297,7 +356,10 @@ class CudaDouble(TorchDispatchMode):
         tensors = [x for x in arguments if isinstance(x, DeviceTensor)]
         self.launches.append((function.__name__, self.current))
         if not tensors or any(x.device.index != self.current for x in tensors):
-            raise WrongDevice(f"{function.__name__} starts on cuda:{self.current}, its tensors are on {[str(x.device) for x in tensors]}")
+            raise WrongDevice(
+                f"{function.__name__} starts on cuda:{self.current}, its tensors are on "
+                f"{[str(x.device) for x in tensors]}"
+            )
         device, inner = self.device(), tuple(x.inner if isinstance(x, DeviceTensor) else x for x in arguments)
         self.before(tensors, {id(x) for x in tensors}, function.__name__)
         with self.plainly():
@@ -309,14 +371,27 @@ class CudaDouble(TorchDispatchMode):
         self.after(function.__name__, lambda: function[grid](*inner, **options), tensors, [], written, [], device)
 
     def __enter__(self) -> CudaDouble:
-        torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does: torch's own device guard would ask a driver that is not there
+        # As FakeTensorMode does: torch's own device guard would ask a driver that is not there
+        torch._C._ensureCUDADeviceGuardSet()
         self._patches = contextlib.ExitStack()
         patch = self._patches.enter_context
         for attribute, value in {
-            "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: DEVICES, "current_device": lambda: self.current,
-            "set_device": lambda device: setattr(self, "current", self.device(device).index), "device": self.on, "stream": self.stream, "Stream": self.Stream,
-            "Event": self.Event, "CUDAGraph": self.Graph, "graph": self.graph, "graph_pool_handle": object, "current_stream": self.current_stream,
-            "synchronize": self.synchronize, "set_sync_debug_mode": self.set_sync_debug_mode, "get_sync_debug_mode": lambda: self.sync_debug,
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: DEVICES,
+            "current_device": lambda: self.current,
+            "set_device": lambda device: setattr(self, "current", self.device(device).index),
+            "device": self.on,
+            "stream": self.stream,
+            "Stream": self.Stream,
+            "Event": self.Event,
+            "CUDAGraph": self.Graph,
+            "graph": self.graph,
+            "graph_pool_handle": object,
+            "current_stream": self.current_stream,
+            "synchronize": self.synchronize,
+            "set_sync_debug_mode": self.set_sync_debug_mode,
+            "get_sync_debug_mode": lambda: self.sync_debug,
             "is_current_stream_capturing": lambda: self.capturing is not None,
             "get_device_capability": lambda device=None: (9, 0),
         }.items():
@@ -328,7 +403,9 @@ class CudaDouble(TorchDispatchMode):
         patch(_Calls(self))
         return super().__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         super().__exit__(kind, error, trace)
         self._patches.close()
         if kind is None and self.faults:
@@ -356,10 +433,18 @@ class _Calls(TorchFunctionMode):
             if place is not None and place.type == "cuda":
                 place = self.double.device(place)
                 rest = [x for x in args[1:] if not isinstance(x, (torch.device, str, bool)) and x is not None]
-                kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking") and value is not None}
+                kwargs = {
+                    key: value
+                    for key, value in kwargs.items()
+                    if key not in ("device", "non_blocking") and value is not None
+                }
                 x = Tensor.to(args[0], *rest, **kwargs) if rest or kwargs else args[0]
                 return x if isinstance(x, DeviceTensor) and x.device == place else self.double.upload(x, place)
-        elif kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda" and not any(isinstance(x, DeviceTensor) for x in args):
+        elif (
+            kwargs.get("device") is not None
+            and torch.device(kwargs["device"]).type == "cuda"
+            and not any(isinstance(x, DeviceTensor) for x in args)
+        ):
             before, self.double.target = self.double.target, self.double.device(kwargs["device"])
             try:
                 return func(*args, **{**kwargs, "device": "cpu"})

@@ -1,4 +1,6 @@
-"""The parts of the CUDA double (tests/cuda_double.py) that order work: memory with its users, streams, events, graphs."""
+"""The parts of the CUDA double (tests/cuda_double.py) that order work: memory with its users,
+streams, events, graphs.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def join(clock: Clock, other: Clock) -> None:
 class Memory:
     """One allocation, and who used it last."""
 
-    def __init__(self, double: CudaDouble, inner: Tensor, origin: str, stream: Stream | None, graph: Graph | None = None) -> None:
+    def __init__(
+        self, double: CudaDouble, inner: Tensor, origin: str, stream: Stream | None, graph: Graph | None = None
+    ) -> None:
         self.inner, self.origin, self.stream, self.graph = inner, origin, stream, graph
         self.written: tuple[int, int] | None = None
         self.read: Clock = {}
@@ -64,7 +68,10 @@ class Memory:
         before = [*([self.written] if self.written else []), *(self.read.items() if writes else [])]
         for other, time in before:
             if clock.get(other, 0) < time:
-                raise Race(f"{what} by {name(agent)} uses memory made by {self.origin} while {name(other)} may not be done with it: a wait is missing")
+                raise Race(
+                    f"{what} by {name(agent)} uses memory made by {self.origin} while {name(other)} may not be "
+                    "done with it: a wait is missing"
+                )
         if writes:
             self.written, self.read = (agent, clock[agent]), {}
         else:
@@ -78,7 +85,10 @@ class Memory:
         join(known, double.host)  # who frees after waiting may
         for agent, time in [*([self.written] if self.written else []), *self.read.items()]:
             if agent not in (self.stream.number, HOST) and agent not in self.recorded and known.get(agent, 0) < time:
-                double.faults.append(f"memory made by {self.origin} on {name(self.stream.number)} is freed while {name(agent)} may still use it")
+                double.faults.append(
+                    f"memory made by {self.origin} on {name(self.stream.number)} is freed while {name(agent)} may "
+                    "still use it"
+                )
 
 
 def name(agent: int) -> str:
@@ -112,9 +122,13 @@ class Event:
         self.enable_timing, self.time_s = enable_timing, None
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds from one record to the other; raises as torch does where one was not to keep time, or is not over."""
+        """Milliseconds from one record to the other; raises as torch does where one was not to keep time, or is not
+        over.
+        """
         if not (self.enable_timing and end.enable_timing) or self.time_s is None or end.time_s is None:
-            raise ValueError("both events must be made with enable_timing and be recorded before the time between them is asked for")
+            raise ValueError(
+                "both events must be made with enable_timing and be recorded before the time between them is asked for"
+            )
         return 1e3 * (end.time_s - self.time_s)
 
     def record(self, stream: Stream | None = None) -> None:
@@ -159,6 +173,8 @@ class Graph:
                     if memory is None:
                         raise Dangling(f"replay: {node.what} uses memory that was freed after the capture")
                     double.use(memory, self.device, writes, f"replay of {node.what}")
-                results = [x for x in tree_flatten(node.run())[0] if isinstance(x, Tensor)] if node.outputs else node.run()
+                results = (
+                    [x for x in tree_flatten(node.run())[0] if isinstance(x, Tensor)] if node.outputs else node.run()
+                )
                 for output, result in zip(node.outputs, results if node.outputs else [], strict=True):
                     output.copy_(result)

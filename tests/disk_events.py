@@ -1,4 +1,6 @@
-"""What a program tells the disk, and in which order: whether something is flushed before it counts can be seen without a power cut."""
+"""What a program tells the disk, and in which order: whether something is flushed before it counts can be seen without
+a power cut.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ def watch_disk(monkeypatch: pytest.MonkeyPatch) -> list[DiskEvent]:
 
     def synced(descriptor: Any) -> None:
         fsync(descriptor)
-        events.append(DiskEvent("sync", os.readlink(f"/proc/self/fd/{descriptor if isinstance(descriptor, int) else descriptor.fileno()}")))
+        events.append(
+            DiskEvent(
+                "sync",
+                os.readlink(f"/proc/self/fd/{descriptor if isinstance(descriptor, int) else descriptor.fileno()}"),
+            )
+        )
 
     def moving(move: Any) -> Any:
         def moved(source: Any, target: Any, **more: Any) -> None:
             events.append(DiskEvent("rename", os.path.abspath(source), os.path.abspath(target)))
             move(source, target, **more)
+
         return moved
 
     def removing(remove: Any) -> Any:
@@ -36,6 +44,7 @@ def watch_disk(monkeypatch: pytest.MonkeyPatch) -> list[DiskEvent]:
             if not more:  # with a folder's descriptor the name alone says nothing
                 events.append(DiskEvent("remove", os.path.abspath(path)))
             remove(path, **more)
+
         return removed
 
     monkeypatch.setattr(os, "fsync", synced)

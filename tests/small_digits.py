@@ -1,4 +1,6 @@
-"""What scripts/quickstart.sh leaves, in miniature: data/digits of ten classes of 8x8 images, 16 codes each, and runs/digits with a model of random weights."""
+"""What scripts/quickstart.sh leaves, in miniature: data/digits of ten classes of 8x8 images, 16 codes each, and
+runs/digits with a model of random weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from star_fast.model.transformer import Transformer
 from star_fast.model.weights import save_model
 from star_fast.presets import preset
 
-TOKENIZER = TokenizerConfig(base_channels=8, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=16, image_channels=1, image_size=8)
+TOKENIZER = TokenizerConfig(
+    base_channels=8,
+    multipliers=(1, 2),
+    residual_blocks=1,
+    z_channels=8,
+    code_channels=4,
+    codebook=16,
+    image_channels=1,
+    image_size=8,
+)
 IMAGES_OF_CLASS = 6
 
 
@@ -51,5 +62,12 @@ def make_small_digits(root: Path) -> None:
     run = root / "runs/digits"
     run.mkdir(parents=True)
     write_config(dataclasses.replace(config, model=model, data=data, tokenizer=TOKENIZER), run / "config.yaml")
-    record = {"step": 20, "images_seen": 640, "contrast_depth": config.contrast_depth, "tokenizer_hash": store.tokenizer_hash}
-    save_model(run / "model", transformer, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer, record=record)
+    record = {
+        "step": 20,
+        "images_seen": 640,
+        "contrast_depth": config.contrast_depth,
+        "tokenizer_hash": store.tokenizer_hash,
+    }
+    save_model(
+        run / "model", transformer, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer, record=record
+    )

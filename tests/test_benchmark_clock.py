@@ -1,4 +1,6 @@
-"""The benchmarks' clock for a GPU (benchmarks/timing.py), run on the CUDA double in a process of its own: graphs where that can be, reasons where not."""
+"""The benchmarks' clock for a GPU (benchmarks/timing.py), run on the CUDA double in a process of its own: graphs where
+that can be, reasons where not.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,16 @@ with CudaDouble(), torch.no_grad():
     except IndexError:
         broken = "told"
     mode = torch.cuda.get_sync_debug_mode()
-print(json.dumps({"how": {name: row.how for name, row in found.items()}, "repeats": [row.repeats for row in found.values()], "calls": calls, "turns": turns,
-                  "positive": all(row.median_ms > 0 for row in found.values()), "plain": plain["captured"].how, "broken": broken, "mode": mode}))
+print(json.dumps({"how": {name: row.how for name, row in found.items()},
+                  "repeats": [row.repeats for row in found.values()],
+                  "calls": calls, "turns": turns,
+                  "positive": all(row.median_ms > 0 for row in found.values()), "plain": plain["captured"].how,
+                  "broken": broken, "mode": mode}))
 """
 
-OPS = FEW_TURNS + """
+OPS = (
+    FEW_TURNS
+    + """
 from benchmarks import ops
 from importlib import import_module
 rows, ops.baselines.beside = [], lambda *_: ()  # which compile
@@ -67,14 +74,19 @@ with CudaDouble():
         rows += ops._rows(subject, call, (), subject.file, "cuda", True, timing.Ceilings(1e3, 1e3, 1e5, 1e6))
 print(json.dumps([row._asdict() for row in rows]))
 """
+)
 
-DECODING = FEW_TURNS + """
+DECODING = (
+    FEW_TURNS
+    + """
 from benchmarks import sampling_steps as sampling
 sampling.IMAGES, sampling.SIZES = 2, {"B": (2, 2, 64)}
 with CudaDouble(), dispatch.use_backend("reference"):
-    ms, how = sampling.step_times(sampling.Steps(sampling.gpt("B", torch.float32, "cuda"), {"plain": ("plain", None)}), "cuda", True)
+    steps = sampling.Steps(sampling.gpt("B", torch.float32, "cuda"), {"plain": ("plain", None)})
+    ms, how = sampling.step_times(steps, "cuda", True)
 print(json.dumps({"ms": ms, "how": how}))
 """
+)
 
 PIXELS = """
 from benchmarks.llamagen_style import decode_pixels
@@ -99,12 +111,14 @@ def told(op, call):
 
 call = inputs("unit", torch.float32)
 found = {"no GPU": told("masked_attention_qkv", call)}
-with (mock.patch.object(torch.cuda, "is_available", lambda: True), mock.patch.object(torch, "compile", lambda function, **_: function),
+with (mock.patch.object(torch.cuda, "is_available", lambda: True),
+      mock.patch.object(torch, "compile", lambda function, **_: function),
       mock.patch.object(baselines, "_CUDNN", SDPBackend.MATH)):
     found["masks"] = told("masked_attention_qkv", call)
     with mock.patch.object(baselines.importlib.util, "find_spec", lambda name: None):
         found["swiglu"] = told("swiglu", import_module("star_fast.ops.swiglu").inputs("unit", torch.float32))
-    with mock.patch.object(baselines, "visible_pairs", lambda keep: torch.ones(keep.shape[1], keep.shape[1], dtype=torch.bool).tril()[None]):
+    causal = lambda keep: torch.ones(keep.shape[1], keep.shape[1], dtype=torch.bool).tril()[None]
+    with mock.patch.object(baselines, "visible_pairs", causal):
         found["wrong mask"] = told("masked_attention_qkv", call)
 print(json.dumps(found))
 """
@@ -112,17 +126,28 @@ print(json.dumps(found))
 
 def run(script: str) -> Any:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", HEAD + script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", HEAD + script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_call_is_captured_once_and_replayed_unless_it_waits() -> None:
     found = run(CLOCK)
-    assert found["how"]["captured"] == "replay of a CUDA graph" and found["how"]["waiting"] == "launched from Python: it waits for the device"
+    assert (
+        found["how"]["captured"] == "replay of a CUDA graph"
+        and found["how"]["waiting"] == "launched from Python: it waits for the device"
+    )
     assert found["plain"] == "launched from Python" and found["broken"] == "told" and found["mode"] == 0
     assert found["repeats"] == [3, 3] and found["positive"]
-    # "captured": twice to warm up, once for the graph; replays add to the total without Python. "waiting": the second call ended at the sum.
+    # "captured": twice to warm up, once for the graph; replays add to the total without Python. "waiting": the second
+    # call ended at the sum.
     assert found["calls"] == {"captured": 3 + 4, "waiting": 2 + 4}
     assert found["turns"] == 10 * (2 + 4)
 
@@ -130,7 +155,8 @@ def test_a_call_is_captured_once_and_replayed_unless_it_waits() -> None:
 @pytest.mark.parametrize("backend", ["triton", "reference", "naive"])
 def test_every_op_is_timed_as_a_replay(backend: str, rows: list[dict[str, Any]]) -> None:
     waiting = {row["name"] for row in rows if row["backend"] == backend and row["how"] != "replay of a CUDA graph"}
-    assert waiting == ({"slot_contrast"} if backend == "naive" else set())  # naive slot_contrast reads its pairs on the host
+    # Naive slot_contrast reads its pairs on the host
+    assert waiting == ({"slot_contrast"} if backend == "naive" else set())
     assert len([row for row in rows if row["backend"] == backend and row["median_ms"] > 0]) == 8
 
 
@@ -148,12 +174,20 @@ def test_the_baselines_pixels_are_ours() -> None:
 def test_a_decoding_step_is_timed_as_a_replay() -> None:
     found = run(DECODING)
     assert found["how"]["plain"] == "replay of a CUDA graph"
-    assert set(found["ms"]) == {"LlamaGen style", "its products", "our products", "plain"} and min(found["ms"].values()) > 0
+    assert (
+        set(found["ms"]) == {"LlamaGen style", "its products", "our products", "plain"}
+        and min(found["ms"].values()) > 0
+    )
 
 
 def test_baselines_compute_the_same_or_say_why_they_are_left_out() -> None:
     found = run(BASELINES)
-    assert found["no GPU"] == dict.fromkeys(("compiled naive", "FlexAttention", "cuDNN SDPA"), "skipped: needs a CUDA device")
+    assert found["no GPU"] == dict.fromkeys(
+        ("compiled naive", "FlexAttention", "cuDNN SDPA"), "skipped: needs a CUDA device"
+    )
     assert found["masks"] == dict.fromkeys(found["no GPU"], "runs")
-    assert found["wrong mask"]["FlexAttention"] == "runs" and "away from the naive one" in found["wrong mask"]["cuDNN SDPA"]
+    assert (
+        found["wrong mask"]["FlexAttention"] == "runs"
+        and "away from the naive one" in found["wrong mask"]["cuDNN SDPA"]
+    )
     assert found["swiglu"] == {"compiled naive": "runs", "Liger": "skipped: liger-kernel is not installed"}

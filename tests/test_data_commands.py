@@ -1,4 +1,6 @@
-"""`star-fast prepare` and `star-fast data` as a user meets them: sources of each kind, held-out images from elsewhere, ranks, and what there is to see."""
+"""`star-fast prepare` and `star-fast data` as a user meets them: sources of each kind, held-out images from elsewhere,
+ranks, and what there is to see.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,11 @@ def one_line(capfd: pytest.CaptureFixture) -> str:
 
 
 def test_every_kind_of_source_gives_the_same_codes(here: Path) -> None:
-    stores = [prepared("from-folder", "train"), prepared("from-list", "flat", "--labels", "labels.csv"), prepared("from-tar", "shard.tar")]
+    stores = [
+        prepared("from-folder", "train"),
+        prepared("from-list", "flat", "--labels", "labels.csv"),
+        prepared("from-tar", "shard.tar"),
+    ]
     for store in stores:
         assert store.class_names == ("elm", "oak") and store.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
         assert (store.path / "codes.bin").read_bytes() == (stores[0].path / "codes.bin").read_bytes()
@@ -78,8 +84,22 @@ def test_every_kind_of_source_gives_the_same_codes(here: Path) -> None:
 def test_held_out_images_from_elsewhere(store: CodeStore, capfd: pytest.CaptureFixture) -> None:
     assert store.class_names == ("Ulmus", "Quercus") and store.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert store.train_indices.tolist() == list(range(7)) and store.held_out_indices.tolist() == [7, 8]
-    assert store.keys()[7:] == ["held out/oak/00.png", "held out/oak/01.png"] and store.manifest["split"]["held_out_share"] == 0
-    wrong = ["prepare", "train", "--held-out-source", "val", "--data.held-out-share", "0.2", "--tokenizer", "tokenizer", "--out", "other"]
+    assert (
+        store.keys()[7:] == ["held out/oak/00.png", "held out/oak/01.png"]
+        and store.manifest["split"]["held_out_share"] == 0
+    )
+    wrong = [
+        "prepare",
+        "train",
+        "--held-out-source",
+        "val",
+        "--data.held-out-share",
+        "0.2",
+        "--tokenizer",
+        "tokenizer",
+        "--out",
+        "other",
+    ]
     assert cli.main(wrong) == 2
     assert "--data.held-out-share: has no effect with --held-out-source" in one_line(capfd)
     assert cli.main(["prepare", "val", "--held-out-source", "train", "--tokenizer", "tokenizer", "--out", "other"]) == 2
@@ -88,7 +108,9 @@ def test_held_out_images_from_elsewhere(store: CodeStore, capfd: pytest.CaptureF
 
 def test_another_size_for_a_tokenizer(here: Path, capfd: pytest.CaptureFixture) -> None:
     store = prepared("larger", "train", "--image-size", "24")
-    assert (store.image_size, store.grid) == (24, (12, 12)) and VQTokenizer.load(store.path / "tokenizer").config.image_size == 24
+    assert (store.image_size, store.grid) == (24, (12, 12)) and VQTokenizer.load(
+        store.path / "tokenizer"
+    ).config.image_size == 24
     assert cli.main(["prepare", "train", "--image-size", "25", "--tokenizer", "tokenizer", "--out", "x"]) == 2
     assert "--image-size: expected a multiple of the downsampling 2, got 25" in one_line(capfd)
     assert cli.main(["prepare", "train", "--image-size", "32", "--new-tokenizer.image-size", "48", "--out", "x"]) == 2
@@ -97,11 +119,30 @@ def test_another_size_for_a_tokenizer(here: Path, capfd: pytest.CaptureFixture) 
 
 def test_ranks_by_a_launcher(here: Path, capfd: pytest.CaptureFixture) -> None:
     torchrun, star_fast = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "star-fast"))
-    done = subprocess.run([torchrun, "--nproc-per-node", "2", "--no-python", "--", star_fast, "prepare", "train", "--tokenizer", "tokenizer",
-                           "--out", "by-ranks"], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [
+            torchrun,
+            "--nproc-per-node",
+            "2",
+            "--no-python",
+            "--",
+            star_fast,
+            "prepare",
+            "train",
+            "--tokenizer",
+            "tokenizer",
+            "--out",
+            "by-ranks",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["by-ranks: codes of 7 images x 10 views, 64 a view, 2 classes, 2 images held out"]
+    assert done.stdout.splitlines() == [
+        "by-ranks: codes of 7 images x 10 views, 64 a view, 2 classes, 2 images held out"
+    ]
     alone = prepared("from-folder", "train")
     for name in ("codes.bin", "labels.bin", "keys.jsonl", "skipped.csv", "manifest.json", "source.json"):
         assert (here / "by-ranks" / name).read_bytes() == (alone.path / name).read_bytes(), name
@@ -111,18 +152,31 @@ def test_ranks_need_a_tokenizer(here: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["prepare", "train", "--out", "none"]) == 2
-    assert "several ranks encode with a tokenizer that is there; give --tokenizer, or run the command once without the launcher" in one_line(capfd)
+    assert (
+        "several ranks encode with a tokenizer that is there; give --tokenizer, or run the command once without "
+        "the launcher" in one_line(capfd)
+    )
 
 
 def test_info_tells_what_the_manifest_knows(store: CodeStore, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["data", "info", "codes"]) == 0
     told = capsys.readouterr().out
-    for part in ("9 (7 train, 2 held out, 0 skipped)", "of 4 to 5 images: Ulmus; Quercus", "10: top left; top right", "64 a view (8 x 8), of a codebook of 300",
-                 "crop ranges [1.1]", "Pillow", f"sha256 {store.tokenizer_hash}", store.manifest["files"]["codes.bin"]["sha256"]):
+    for part in (
+        "9 (7 train, 2 held out, 0 skipped)",
+        "of 4 to 5 images: Ulmus; Quercus",
+        "10: top left; top right",
+        "64 a view (8 x 8), of a codebook of 300",
+        "crop ranges [1.1]",
+        "Pillow",
+        f"sha256 {store.tokenizer_hash}",
+        store.manifest["files"]["codes.bin"]["sha256"],
+    ):
         assert part in told, part
 
 
-def test_verify_finds_a_flipped_bit_and_a_cut_file(store: CodeStore, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_verify_finds_a_flipped_bit_and_a_cut_file(
+    store: CodeStore, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     assert cli.main(["data", "verify", "codes"]) == 0
     assert capfd.readouterr().out == "codes: whole; 9 images and 0 skipped ones, every checksum and every code right\n"
     for name in ("codes.bin", "labels.bin", "keys.jsonl", "skipped.csv"):
@@ -135,9 +189,29 @@ def test_verify_finds_a_flipped_bit_and_a_cut_file(store: CodeStore, tmp_path: P
     assert cli.main(["data", "verify", "codes"]) == 0
 
 
-def test_show_draws_images_beside_what_their_codes_decode_to(store: CodeStore, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_show_draws_images_beside_what_their_codes_decode_to(
+    store: CodeStore, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "show.png"
-    assert cli.main(["data", "show", "codes", "--rows", "1", "8", "--views", "mirrored top left", "--out", str(out), "--device", "cpu"]) == 0
+    assert (
+        cli.main(
+            [
+                "data",
+                "show",
+                "codes",
+                "--rows",
+                "1",
+                "8",
+                "--views",
+                "mirrored top left",
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert "2 images x 1 views, PSNR" in capfd.readouterr().out
     picture = np.asarray(Image.open(out)).reshape(-1, 3)
     tokenizer = tiny_tokenizer()
@@ -150,8 +224,11 @@ def test_show_draws_images_beside_what_their_codes_decode_to(store: CodeStore, t
     assert {tuple(pixel) for pixel in real.transpose(1, 2, 0).reshape(-1, 3).tolist()} <= drawn
     codes = tokenizer.encode(from_uint8(torch.from_numpy(real[None])))
     assert codes[0].tolist() == store.codes([1], [view])[0, 0].tolist()
-    for wrong, says in ((["--rows", "9"], "rows: expected rows of codes, 0 ... 8, got 9"), (["--views", "no"], "has no view 'no'; it has top left"),
-                        (["--source", "val"], "not the images that codes was made of")):
+    for wrong, says in (
+        (["--rows", "9"], "rows: expected rows of codes, 0 ... 8, got 9"),
+        (["--views", "no"], "has no view 'no'; it has top left"),
+        (["--source", "val"], "not the images that codes was made of"),
+    ):
         assert cli.main(["data", "show", "codes", "--out", str(out), *wrong]) == 2
         assert says in one_line(capfd)
 
@@ -161,11 +238,24 @@ def test_llamagen_codes_in_and_out(store: CodeStore, tmp_path: Path, capfd: pyte
     assert cli.main(["data", "export", "codes", "--out", str(root)]) == 0
     assert np.array_equal(np.load(root / "imagenet16_codes/8.npy")[0], store.codes([8], range(10))[0].numpy())
     assert np.load(root / "imagenet16_labels/8.npy").tolist() == [1]
-    back = ["data", "import", str(root), "--out", str(tmp_path / "back"), "--tokenizer", "tokenizer", "--image-size", "16"]
+    back = [
+        "data",
+        "import",
+        str(root),
+        "--out",
+        str(tmp_path / "back"),
+        "--tokenizer",
+        "tokenizer",
+        "--image-size",
+        "16",
+    ]
     (tmp_path / "plain.txt").write_text("elm\noak\n")
     assert cli.main([*back, "--class-names", str(tmp_path / "plain.txt")]) == 0
     again = CodeStore.open(tmp_path / "back")
-    assert again.class_names == ("elm", "oak") and (again.path / "codes.bin").read_bytes() == (store.path / "codes.bin").read_bytes()
+    assert (
+        again.class_names == ("elm", "oak")
+        and (again.path / "codes.bin").read_bytes() == (store.path / "codes.bin").read_bytes()
+    )
     assert cli.main(["data", "show", str(again.path)]) == 0
     assert "decoded from their codes; the images themselves are not known: give --source" in capfd.readouterr().out
 
@@ -183,13 +273,60 @@ def test_no_image_held_out(here: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     store = prepared("all", "train", "--data.held-out-share", "0")
     assert len(store.held_out_indices) == 0 and len(store.train_indices) == 7
     learn, judge, judged_on = store.judging()
-    assert sorted([*learn.tolist(), *judge.tolist()]) == list(range(7)) and len(judge) == 2 and "the model has seen" in judged_on
+    assert (
+        sorted([*learn.tolist(), *judge.tolist()]) == list(range(7))
+        and len(judge) == 2
+        and "the model has seen" in judged_on
+    )
     run = tmp_path / "run"
-    assert cli.main(["train", "--preset", "tiny", "--data.codes", "all", "--run", str(run), "--model.width", "32", "--model.blocks", "2",
-                     "--train.images-per-step", "4", "--train.max-steps", "2", "--train.tensorboard", "False"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--preset",
+                "tiny",
+                "--data.codes",
+                "all",
+                "--run",
+                str(run),
+                "--model.width",
+                "32",
+                "--model.blocks",
+                "2",
+                "--train.images-per-step",
+                "4",
+                "--train.max-steps",
+                "2",
+                "--train.tensorboard",
+                "False",
+            ]
+        )
+        == 0
+    )
     assert not any("val_ar" in line for line in (run / "metrics.jsonl").read_text().splitlines())
     assert cli.main(["probe", "--run", str(run), "--epochs", "11"]) == 0
-    assert "% of 2 training images that the model has seen, since none are held out, learnt from 5" in capfd.readouterr().out
-    assert cli.main(["report", "--run", str(run), "--samples-per-class", "2", "--attention-images", "1", "--classifier.epochs", "1"]) == 0
-    assert "No image was held out. What this page calls held-out are training images that the model has seen" in (run / "report.html").read_text()
+    assert (
+        "% of 2 training images that the model has seen, since none are held out, learnt from 5"
+        in capfd.readouterr().out
+    )
+    assert (
+        cli.main(
+            [
+                "report",
+                "--run",
+                str(run),
+                "--samples-per-class",
+                "2",
+                "--attention-images",
+                "1",
+                "--classifier.epochs",
+                "1",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "No image was held out. What this page calls held-out are training images that the model has seen"
+        in (run / "report.html").read_text()
+    )
     assert json.loads((run / "report.json").read_text())["trained"]["judged_on"].startswith("training images")

@@ -1,4 +1,6 @@
-"""The demo's page as somebody uses it, in headless Chromium: a class chosen by name, settings typed, images that appear while others are still being drawn."""
+"""The demo's page as somebody uses it, in headless Chromium: a class chosen by name, settings typed, images that appear
+while others are still being drawn.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,11 @@ from tests.generation.small_model import save_small_model
 
 MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
 MISSING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the page is driven by selenium in Chromium; not here: {', '.join(MISSING)}")
-PATIENCE_S = 120  # of every wait for something to be seen: a bound for a machine that is busy, nothing waits so long by itself
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"the page is driven by selenium in Chromium; not here: {', '.join(MISSING)}"
+)
+# Of every wait for something to be seen: a bound for a machine that is busy, nothing waits so long by itself
+PATIENCE_S = 120
 
 
 class HeldPainter(Painter):
@@ -69,14 +74,22 @@ def browser() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.page_load_strategy = "eager"
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1100,900", "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "window-size=1100,900",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ):
         options.add_argument(f"--{argument}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 
 
-def test_images_of_a_class_appear_while_they_are_drawn(painter: HeldPainter, url: str, browser: Any, tmp_path: Path) -> None:
+def test_images_of_a_class_appear_while_they_are_drawn(
+    painter: HeldPainter, url: str, browser: Any, tmp_path: Path
+) -> None:
     browser.get(url)
     choose(browser, "Class", "birch")
     for label, value in (("Images", 5), ("Guidance", 1.5), ("Seed", 7)):
@@ -113,11 +126,20 @@ def images_of_sampling(model: Path) -> list[np.ndarray]:
 
 
 def waiting(driver: Any) -> Any:
-    from selenium.common.exceptions import ElementClickInterceptedException, NoSuchElementException, StaleElementReferenceException
+    from selenium.common.exceptions import (
+        ElementClickInterceptedException,
+        NoSuchElementException,
+        StaleElementReferenceException,
+    )
     from selenium.webdriver.support.ui import WebDriverWait
 
     # What lies over an element while the page is being built will go away.
-    return WebDriverWait(driver, PATIENCE_S, 0.05, [ElementClickInterceptedException, NoSuchElementException, StaleElementReferenceException])
+    return WebDriverWait(
+        driver,
+        PATIENCE_S,
+        0.05,
+        [ElementClickInterceptedException, NoSuchElementException, StaleElementReferenceException],
+    )
 
 
 def seen(driver: Any, path: str) -> Any:
@@ -156,7 +178,11 @@ def type_into(driver: Any, label: str, value: float) -> None:
 def loaded(driver: Any) -> list[str]:
     """Addresses of the gallery's images that can be seen."""
     found = driver.find_elements("css selector", ".thumbnail-item img")
-    return [image.get_attribute("src") for image in found if driver.execute_script("return arguments[0].complete && arguments[0].naturalWidth > 0", image)]
+    return [
+        image.get_attribute("src")
+        for image in found
+        if driver.execute_script("return arguments[0].complete && arguments[0].naturalWidth > 0", image)
+    ]
 
 
 def pixels(source: str) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""docs/understanding.md and docs/evaluation.md are true: every command line in them is understood as it stands, and does its job in miniature."""
+"""docs/understanding.md and docs/evaluation.md are true: every command line in them is understood as it stands, and
+does its job in miniature.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,29 @@ from tests.generation.small_model import save_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-RUNS = {"probe": (probe, "run_probe"), "attention": (attention, "run_attention"), "stability": (stability, "run_stability"),
-        "figure6": (figure6, "run_figure6"), "evaluate": (evaluate, "run_evaluate")}
+RUNS = {
+    "probe": (probe, "run_probe"),
+    "attention": (attention, "run_attention"),
+    "stability": (stability, "run_stability"),
+    "figure6": (figure6, "run_figure6"),
+    "evaluate": (evaluate, "run_evaluate"),
+}
 SMALLER = {  # what a model of two blocks, 16 codes an image and three classes has in place of ImageNet's
-    "--depths 9 18 36": "--depths 1 2", "--block 18": "--block 2", "--rows 7 1200": "--rows 7 12", "--queries 64 128 192": "--queries 4 8",
-    "--classes 207 360 387 974": "--classes 0 2", "--draw.images 50000": "--draw.images 24", "--image-size 256": "--image-size 16"}
-FASTER = {"probe": ["--epochs", "11"], "stability": ["--images", "4"], "attention": ["--images", "4"], "figure6": ["--per-class", "2"], "evaluate": []}
+    "--depths 9 18 36": "--depths 1 2",
+    "--block 18": "--block 2",
+    "--rows 7 1200": "--rows 7 12",
+    "--queries 64 128 192": "--queries 4 8",
+    "--classes 207 360 387 974": "--classes 0 2",
+    "--draw.images 50000": "--draw.images 24",
+    "--image-size 256": "--image-size 16",
+}
+FASTER = {
+    "probe": ["--epochs", "11"],
+    "stability": ["--images", "4"],
+    "attention": ["--images", "4"],
+    "figure6": ["--per-class", "2"],
+    "evaluate": [],
+}
 
 
 def lines_of(name: str) -> list[str]:
@@ -38,8 +57,12 @@ def lines_of(name: str) -> list[str]:
     text = (DOCS / name).read_text()
     assert not re.search(r"^    (star-fast|torchrun)", text, re.MULTILINE), f"{name}: a command outside a bash block"
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    inline = re.findall(r"`((?:star-fast \S+|torchrun [^`]*star-fast \S+) --[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if not line.startswith("scripts/")] + inline
+    inline = re.findall(
+        r"`((?:star-fast \S+|torchrun [^`]*star-fast \S+) --[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
+    return [
+        line.split("#")[0].strip() for block in blocks for line in block.splitlines() if not line.startswith("scripts/")
+    ] + inline
 
 
 UNDERSTANDING, EVALUATION = lines_of("understanding.md"), lines_of("evaluation.md")
@@ -49,7 +72,7 @@ def words_of(line: str) -> list[str]:
     """The arguments of star-fast, without the launcher that starts it."""
     words = line.split()
     if words[0] == "torchrun":
-        words = words[words.index("--") + 1:]
+        words = words[words.index("--") + 1 :]
     assert words[0] == "star-fast", line
     return words[1:]
 
@@ -65,11 +88,13 @@ def test_the_small_study_has_the_parts_that_are_shown() -> None:
     """The study itself takes hours; its committed rows are there for every run of its core."""
     lines = re.findall(r"^scripts/small_study\.sh *([a-z ]*)", (DOCS / "understanding.md").read_text(), re.MULTILINE)
     source = (ROOT / "benchmarks/small_study.py").read_text()
-    groups = re.search(r"^GROUPS = {(.*)}", source, re.MULTILINE)[1]
+    groups = re.search(r"^GROUPS = {(.*?)}", source, re.MULTILINE | re.DOTALL)[1]
     assert len(lines) == 2 and all(f'"{group}"' in groups for line in lines for group in line.split())
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/small_study.jsonl").read_text().splitlines()]
-    core = re.findall(r'"([^"]+)": Variant', source[source.index("CORE"):source.index("_NO_MASK")])
-    assert len(core) == 6 and {(row["name"], row["seed"]) for row in rows} >= {(name, seed) for name in core for seed in range(3)}
+    core = re.findall(r'"([^"]+)": Variant', source[source.index("CORE") : source.index("_NO_MASK")])
+    assert len(core) == 6 and {(row["name"], row["seed"]) for row in rows} >= {
+        (name, seed) for name in core for seed in range(3)
+    }
 
 
 @pytest.mark.parametrize("line", [line for line in UNDERSTANDING + EVALUATION if " demo " not in line])
@@ -92,13 +117,18 @@ def test_a_line_is_understood_as_it_stands(line: str, monkeypatch: pytest.Monkey
         value = got[0]
         for name in option.split("."):
             value = getattr(value, name.replace("-", "_"))
-        shown = [f"{item:g}" if isinstance(item, float) else str(item) for item in (value if isinstance(value, tuple) else (value,))]
+        shown = [
+            f"{item:g}" if isinstance(item, float) else str(item)
+            for item in (value if isinstance(value, tuple) else (value,))
+        ]
         assert shown == values[0].split() or value is True, option
 
 
 @pytest.fixture
 def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages name: runs/XL with a teacher, runs/XL-plain, and the code store that both were trained on."""
+    """A folder with what the pages name: runs/XL with a teacher, runs/XL-plain, and the code store that both were
+    trained on.
+    """
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_run / "codes", "data/imagenet")
     shutil.copytree(finished_run / "run/model/tokenizer", "data/imagenet/tokenizer")
@@ -106,8 +136,14 @@ def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("XL", "XL-plain"):
         shutil.copytree(finished_run / "run", f"runs/{name}")
     found = load_model("runs/XL/model")
-    save_model("runs/XL/model", found.transformer, class_names=found.class_names, teacher=found.transformer, tokenizer=found.tokenizer_folder,
-               record=found.record)
+    save_model(
+        "runs/XL/model",
+        found.transformer,
+        class_names=found.class_names,
+        teacher=found.transformer,
+        tokenizer=found.tokenizer_folder,
+        record=found.record,
+    )
     return tmp_path
 
 
@@ -123,7 +159,11 @@ def written(folder: Path, work: Callable[[], None]) -> set[str]:
     """Names of the files in a folder that are there, or others, after the work."""
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     work()
-    return {path.name for path in folder.iterdir() if before.get(path.name) != path.stat().st_mtime_ns and path.is_file() and not path.name.startswith(".")}
+    return {
+        path.name
+        for path in folder.iterdir()
+        if before.get(path.name) != path.stat().st_mtime_ns and path.is_file() and not path.name.startswith(".")
+    }
 
 
 def test_understanding_in_miniature(here: Path, capsys: pytest.CaptureFixture) -> None:
@@ -134,7 +174,9 @@ def test_understanding_in_miniature(here: Path, capsys: pytest.CaptureFixture) -
         command, folder = words_of(line)[0], here / ("data/imagenet" if "--codes" in line else "runs/XL")
         capsys.readouterr()
         names = written(folder, lambda line=line: run(line))
-        assert names == {f"{command}.json", f"{command}.png"} | ({"maps.png"} if command == "attention" else set()), line
+        assert names == {f"{command}.json", f"{command}.png"} | ({"maps.png"} if command == "attention" else set()), (
+            line
+        )
         assert len(capsys.readouterr().out.splitlines()) > (0 if command == "figure6" else 3), line
         for name in names - {f"{command}.json"}:
             with Image.open(folder / name) as picture:

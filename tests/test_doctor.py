@@ -1,4 +1,6 @@
-"""`star-fast doctor`: what it says of each state that a machine can be in, and that its answers about operations are what dispatch does."""
+"""`star-fast doctor`: what it says of each state that a machine can be in, and that its answers about operations are
+what dispatch does.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,19 @@ def test_it_says_all_in_groups_that_fit_a_screen(capfd: pytest.CaptureFixture) -
     assert cli.main(["doctor", "--need", "sample"]) == 0
     printed = capfd.readouterr().out
     groups = printed.split("\n\n")
-    for group, parts in zip(groups, (("This machine", "Python", "torch", "Triton", "threads", "disk"), ("star-fast prepare", "DALI"),
-                                     ("To train", "deepspeed", "apex", "flash-attn"), ("star-fast sample", "star_fast._C"), ("star-fast evaluate", "Inception"),
-                                     ("star-fast demo", "gradio"), ("What runs each operation", *dispatch.op_names())), strict=False):
+    for group, parts in zip(
+        groups,
+        (
+            ("This machine", "Python", "torch", "Triton", "threads", "disk"),
+            ("star-fast prepare", "DALI"),
+            ("To train", "deepspeed", "apex", "flash-attn"),
+            ("star-fast sample", "star_fast._C"),
+            ("star-fast evaluate", "Inception"),
+            ("star-fast demo", "gradio"),
+            ("What runs each operation", *dispatch.op_names()),
+        ),
+        strict=False,
+    ):
         assert all(part in group for part in parts), group
     assert all(len(line) <= WIDTH for line in printed.splitlines() if "fix:" not in line)
 
@@ -59,7 +71,9 @@ def test_a_long_finding_is_wrapped_under_itself_and_its_fix_is_one_line() -> Non
 
 
 @pytest.mark.parametrize(("need", "status"), [("train", 0), ("demo", 1), ("evaluate", 0)])
-def test_the_exit_status_is_that_of_the_stages_that_are_needed(need: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_the_exit_status_is_that_of_the_stages_that_are_needed(
+    need: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(examination, "choices", lambda device: [])  # tested below
     real = machine.version
     monkeypatch.setattr(packages, "version", lambda *names: "" if names[0] == "gradio" else real(*names))
@@ -91,7 +105,9 @@ def test_what_runs_an_operation_is_what_dispatch_takes(backend: str, monkeypatch
         getattr(dispatch.module_of(name), name)(**arguments)
         assert taken[-1] == (name, found[name].backend)
     assert {op for op, choice in found.items() if "triton" in choice.others} == TRITON_OPS
-    assert (backend == "reference") == any("STAR_FAST_BACKEND=reference" in finding.told for finding in operations.operations(list(found.values())))
+    assert (backend == "reference") == any(
+        "STAR_FAST_BACKEND=reference" in finding.told for finding in operations.operations(list(found.values()))
+    )
 
 
 def test_a_backend_that_is_asked_for_and_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +123,10 @@ def test_on_a_gpu_the_kernels_run_and_the_cpus_code_says_why_not() -> None:
     found = {choice.op: choice for choice in operations.choices("cuda")}
     assert {op for op, choice in found.items() if choice.backend == "triton"} == TRITON_OPS
     assert "on the CPU" in found["swiglu"].others["cpp"]
-    assert "key mask" in found["masked_attention_qkv"].others["flash"] and "key mask" in found["masked_attention_qkv"].others["sdpa"]
+    assert (
+        "key mask" in found["masked_attention_qkv"].others["flash"]
+        and "key mask" in found["masked_attention_qkv"].others["sdpa"]
+    )
     told = shown("", operations.operations(list(found.values())))
     assert told.count("not cpp") >= 1 and "Triton" in told
 
@@ -129,24 +148,45 @@ def test_a_backend_that_fails_is_told_and_the_others_are_looked_at(monkeypatch: 
         monkeypatch.setattr(importlib.import_module(dispatch.module_paths("swiglu")["cpp"]), name, fail, raising=False)
     found = {choice.op: choice for choice in operations.choices("cpu")}
     assert found["swiglu"].backend == operations.NONE
-    assert {found["swiglu"].others[name] for name in ("any", "cpp")} == {"it fails with RuntimeError: no kernel image is available"}
+    assert {found["swiglu"].others[name] for name in ("any", "cpp")} == {
+        "it fails with RuntimeError: no kernel image is available"
+    }
     assert all(choice.backend != operations.NONE for op, choice in found.items() if op != "swiglu")
 
 
-@pytest.mark.parametrize(("capability", "built_for", "fits"), [
-    ((9, 0), ["sm_80", "sm_90", "compute_90"], True), ((8, 6), ["sm_80", "sm_90"], True), ((12, 0), ["sm_80", "sm_90"], False),
-    ((12, 0), ["sm_90", "compute_90"], True), ((7, 0), ["sm_80", "sm_90", "compute_90"], False), ((10, 0), ["sm_90", "sm_100a"], True)])
-def test_a_gpu_that_torch_has_no_code_for_is_a_complaint(capability: tuple[int, int], built_for: list[str], fits: bool) -> None:
+@pytest.mark.parametrize(
+    ("capability", "built_for", "fits"),
+    [
+        ((9, 0), ["sm_80", "sm_90", "compute_90"], True),
+        ((8, 6), ["sm_80", "sm_90"], True),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((7, 0), ["sm_80", "sm_90", "compute_90"], False),
+        ((10, 0), ["sm_90", "sm_100a"], True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_a_complaint(
+    capability: tuple[int, int], built_for: list[str], fits: bool
+) -> None:
     found = machine.gpus_fit([("H100", (9, 0)), ("Other", capability)], ["sm_90", *built_for])
     assert (found.mark == OK) == fits and "2 x" in found.told
     assert fits or ("no code for Other" in found.told and found.fix.startswith("pip install"))
 
 
-@pytest.mark.parametrize(("found", "wanted", "gpu", "mark", "fix"), [
-    ("3.8.0", "~=3.8.0", True, OK, ""), ("3.8.2", "~=3.8.0", True, OK, ""), ("3.9.0", "~=3.8.0", True, MISSING, "pip install 'triton~=3.8.0'"),
-    ("3.9.0", "~=3.8.0", False, WITHOUT, "pip install 'triton~=3.8.0'"), ("3.6.0+git1", "==3.6.0", True, OK, ""), ("3.6.1", "==3.6.0", True, MISSING,
-                                                                                                                   "pip install 'triton==3.6.0'"),
-    ("", "~=3.8.0", True, MISSING, "pip install 'triton~=3.8.0'"), ("", "~=3.8.0", False, WITHOUT, "pip install 'triton~=3.8.0'"), ("3.7.0", "", True, OK, "")])
+@pytest.mark.parametrize(
+    ("found", "wanted", "gpu", "mark", "fix"),
+    [
+        ("3.8.0", "~=3.8.0", True, OK, ""),
+        ("3.8.2", "~=3.8.0", True, OK, ""),
+        ("3.9.0", "~=3.8.0", True, MISSING, "pip install 'triton~=3.8.0'"),
+        ("3.9.0", "~=3.8.0", False, WITHOUT, "pip install 'triton~=3.8.0'"),
+        ("3.6.0+git1", "==3.6.0", True, OK, ""),
+        ("3.6.1", "==3.6.0", True, MISSING, "pip install 'triton==3.6.0'"),
+        ("", "~=3.8.0", True, MISSING, "pip install 'triton~=3.8.0'"),
+        ("", "~=3.8.0", False, WITHOUT, "pip install 'triton~=3.8.0'"),
+        ("3.7.0", "", True, OK, ""),
+    ],
+)
 def test_torch_and_triton_are_a_pair_or_not(found: str, wanted: str, gpu: bool, mark: str, fix: str) -> None:
     told = machine.triton_fits(found, wanted, gpu)
     assert (told.mark, told.fix) == (mark, fix)
@@ -174,7 +214,11 @@ def test_old_versions_are_complaints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.torch, "__version__", "2.9.1+cu128")
     monkeypatch.setattr(machine.sys, "version_info", (3, 10, 4))
     found = {finding.name: finding for finding in machine.machine()}
-    assert found["torch"].mark == found["Python"].mark == MISSING and "2.11" in found["torch"].told and "3.11" in found["Python"].told
+    assert (
+        found["torch"].mark == found["Python"].mark == MISSING
+        and "2.11" in found["torch"].told
+        and "3.11" in found["Python"].told
+    )
 
 
 def test_the_versions_asked_for_are_the_packages_own() -> None:
@@ -197,7 +241,10 @@ def test_the_impostor_is_not_taken_for_apex() -> None:
 
 
 def test_flash_attention_counts_with_its_compiled_module_only() -> None:
-    part, none = packages.flash_attention(find=absent("flash_attn_2_cuda")), packages.flash_attention(find=absent("flash_attn_2_cuda", "flash_attn"))
+    part, none = (
+        packages.flash_attention(find=absent("flash_attn_2_cuda")),
+        packages.flash_attention(find=absent("flash_attn_2_cuda", "flash_attn")),
+    )
     assert part.mark == none.mark == WITHOUT and "Python part" in part.told and "not installed" in none.told
     assert "undefined symbol" in packages.flash_attention(find=absent(), import_module=refuse).told
     assert packages.flash_attention(find=absent(), import_module=lambda name: None).mark == OK
@@ -208,7 +255,10 @@ def test_the_placeholder_is_not_taken_for_dali() -> None:
     assert decoy.mark == WITHOUT and "placeholder" in decoy.told and decoy.fix.startswith("pip uninstall nvidia-dali")
     hollow = packages.dali(find=absent("nvidia.dali"), versions=lambda *names: "2.4.0")
     assert hollow.mark == WITHOUT and "listed as installed" in hollow.told
-    assert packages.dali(find=absent(), versions=lambda *names: "2.4.0" if "nvidia-dali-cuda120" in names else "").mark == OK
+    assert (
+        packages.dali(find=absent(), versions=lambda *names: "2.4.0" if "nvidia-dali-cuda120" in names else "").mark
+        == OK
+    )
     assert "not installed" in packages.dali(find=absent(), versions=lambda *names: "").told
 
 
@@ -223,16 +273,27 @@ def test_a_deepspeed_that_cannot_be_loaded_or_was_not_tried_is_missing(monkeypat
     def loads(**built: bool) -> Callable[[], Any]:
         return lambda: SimpleNamespace(git_version_info=SimpleNamespace(installed_ops=built))
 
-    assert [looked(version, loads()).mark for version in ("", "0.18.9", "0.20.0", "0.19.1")] == [MISSING, MISSING, MISSING, OK]
+    assert [looked(version, loads()).mark for version in ("", "0.18.9", "0.20.0", "0.19.1")] == [
+        MISSING,
+        MISSING,
+        MISSING,
+        OK,
+    ]
+
     def no_compiler() -> Any:
         raise RuntimeError("CUDA_HOME does not exist\nmore")
 
-    assert "CUDA_HOME does not exist" in looked("0.19.8", no_compiler).told and "more" not in looked("0.19.8", no_compiler).told
+    assert (
+        "CUDA_HOME does not exist" in looked("0.19.8", no_compiler).told
+        and "more" not in looked("0.19.8", no_compiler).told
+    )
     assert "hjson" in looked("0.19.8", cannot).told and looked("0.19.8", cannot).mark == MISSING
     assert "compiled operations: cpu_adam;" in looked("0.19.8", loads(cpu_adam=True, fused_adam=False)).told
 
 
-def test_the_extension_is_absent_or_broken_or_old_or_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extension_is_absent_or_broken_or_old_or_without_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_such(name: str) -> Any:
         raise ImportError("No module named 'star_fast._C'")
 
@@ -250,7 +311,11 @@ def test_the_extension_is_absent_or_broken_or_old_or_without_cuda(tmp_path: Path
     assert packages.extension(refuse).mark == MISSING and "another torch" in packages.extension(refuse).told
     assert looked().mark == OK and "without CUDA" in looked().told
     os.utime(source, (library.stat().st_mtime + 10,) * 2)
-    assert looked().mark == WITHOUT and "older than its sources (sample_cpu.cpp)" in looked().told and "build_ext --inplace" in looked().fix
+    assert (
+        looked().mark == WITHOUT
+        and "older than its sources (sample_cpu.cpp)" in looked().told
+        and "build_ext --inplace" in looked().fix
+    )
     os.utime(source, (1000, 1000))
     monkeypatch.setattr(packages, "has_gpu", lambda: True)
     assert looked().mark == WITHOUT and "CUDA_HOME" in looked().fix
@@ -258,12 +323,24 @@ def test_the_extension_is_absent_or_broken_or_old_or_without_cuda(tmp_path: Path
     assert looked().mark == OK and "8.0;9.0" in looked().told
 
 
-def test_weights_files_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_weights_files_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(examination, "choices", lambda device: [])
     model = Transformer(ModelConfig(2, 2, 32, vocab=64, positions=16, num_classes=7))
     model.init_weights(torch.Generator().manual_seed(0))
     save_transformer(model, tmp_path / "small.pt")
-    tokenizer = VQTokenizer(TokenizerConfig(base_channels=8, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=64, image_size=8))
+    tokenizer = VQTokenizer(
+        TokenizerConfig(
+            base_channels=8,
+            multipliers=(1, 2),
+            residual_blocks=1,
+            z_channels=8,
+            code_channels=4,
+            codebook=64,
+            image_size=8,
+        )
+    )
     [alone] = [finding for finding in weight_files.weight_files(tmp_path) if finding.name == "VQ tokenizer"]
     assert alone.mark == WITHOUT and "vq_ds16_c2i.pt" in alone.told
     tokenizer.save(tmp_path / "tokenizer")

@@ -1,4 +1,6 @@
-"""examples/ runs as it stands, in miniature: the ten lines, the notebook's cells, and ST-AR on decoders that are not ours."""
+"""examples/ runs as it stands, in miniature: the ten lines, the notebook's cells, and ST-AR on decoders that are not
+ours.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,13 @@ from tests.small_digits import make_small_digits
 from tests.training.conftest import one_rank as one_rank  # a fixture
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SMALLER = {'"train.max_steps": 200': '"train.max_steps": 2, "train.images_per_step": 8',
-           '"train.max_steps": 20,': '"train.max_steps": 2, "train.images_per_step": 8,', "n=8": "n=2", "learn[:1000]": "learn[:30]", "epochs=20": "epochs=2"}
+SMALLER = {
+    '"train.max_steps": 200': '"train.max_steps": 2, "train.images_per_step": 8',
+    '"train.max_steps": 20,': '"train.max_steps": 2, "train.images_per_step": 8,',
+    "n=8": "n=2",
+    "learn[:1000]": "learn[:30]",
+    "epochs=20": "epochs=2",
+}
 
 
 def module_of(name: str, where: Path = EXAMPLES) -> Any:
@@ -55,13 +62,20 @@ def test_the_ten_lines_are_ten_and_run(digits: Path, one_rank: torch.device, cap
     assert len(ast.parse((EXAMPLES / "ten_lines.py").read_text()).body) - 1 == 10  # the docstring is no line
     made = run_smaller("ten_lines.py", digits)
     assert len(made["images"]) == 4 and made["codes"].shape == (4, 16) and made["features"].shape == (4, 16, 96)
-    assert torch.equal(made["again"].pixels, made["model"].decode(made["codes"]).pixels) and made["features"].isfinite().all()
-    assert (digits / "runs/short/model/model.safetensors").exists() and "runs/short" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        torch.equal(made["again"].pixels, made["model"].decode(made["codes"]).pixels)
+        and made["features"].isfinite().all()
+    )
+    assert (
+        digits / "runs/short/model/model.safetensors"
+    ).exists() and "runs/short" in capsys.readouterr().out.splitlines()[-1]
     with Image.open("digits.png") as picture:
         assert picture.size == (2 * 56 + 4, 2 * 56 + 4)
 
 
-def test_the_notebook_runs_cell_by_cell(digits: Path, one_rank: torch.device, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_cell_by_cell(
+    digits: Path, one_rank: torch.device, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     text = (EXAMPLES / "notebook.py").read_text()
     assert text.count("# %%\n") >= 6 and text.count("# %% [markdown]") >= 6
@@ -83,7 +97,10 @@ def body_of(store: CodeStore, name: str) -> nn.Module:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers is not installed: GPT-2 as its documentation describes it, the parts that the example touches, in plain torch."""
+    """Where transformers is not installed: GPT-2 as its documentation describes it, the parts that the example touches,
+    in plain torch.
+    """
+
     class Config:
         def __init__(self, **settings: Any) -> None:
             self.__dict__.update(settings)
@@ -93,20 +110,35 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__()
             self.heads, self.ln_1, self.ln_2 = c.n_head, nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
             self.qkv, self.out = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
-            self.mlp = nn.Sequential(nn.Linear(c.n_embd, 4 * c.n_embd), nn.GELU("tanh"), nn.Linear(4 * c.n_embd, c.n_embd))
+            self.mlp = nn.Sequential(
+                nn.Linear(c.n_embd, 4 * c.n_embd), nn.GELU("tanh"), nn.Linear(4 * c.n_embd, c.n_embd)
+            )
 
         def forward(self, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
             q, k, v = self.qkv(self.ln_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2))
+            x = x + self.out(
+                nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
+            )
             return x + self.mlp(self.ln_2(x))
 
     class Body(nn.Module):
         def __init__(self, c: Config) -> None:
             super().__init__()
-            self.wte, self.wpe, self.ln_f = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.n_positions, c.n_embd), nn.LayerNorm(c.n_embd)
+            self.wte, self.wpe, self.ln_f = (
+                nn.Embedding(c.vocab_size, c.n_embd),
+                nn.Embedding(c.n_positions, c.n_embd),
+                nn.LayerNorm(c.n_embd),
+            )
             self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
 
-        def forward(self, *, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, output_hidden_states: bool, use_cache: bool) -> Any:
+        def forward(
+            self,
+            *,
+            inputs_embeds: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            output_hidden_states: bool,
+            use_cache: bool,
+        ) -> Any:
             length = inputs_embeds.shape[1]
             visible = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
             if attention_mask is not None:
@@ -145,7 +177,11 @@ def test_a_decoder_that_is_not_ours_shows_what_the_method_needs(kind: str, digit
     at = {block: model.features(tokens, label, block=block) for block in (0, 1, 2, 3)}
     whole, masked = at[2], model.features(tokens, label, keep, block=2)
     assert torch.equal(model.features(tokens, label, block=4).middle, whole.last)  # of four blocks the last
-    assert at[0].middle is None and not torch.allclose(at[1].middle, at[2].middle) and whole.hidden.shape == (3, store.positions, 96)
+    assert (
+        at[0].middle is None
+        and not torch.allclose(at[1].middle, at[2].middle)
+        and whole.hidden.shape == (3, store.positions, 96)
+    )
     norm = model.norm if kind == "plain" else model.body.ln_f
     torch.testing.assert_close(norm(whole.last), whole.hidden)
     later = tokens.clone()
@@ -157,7 +193,9 @@ def test_a_decoder_that_is_not_ours_shows_what_the_method_needs(kind: str, digit
     changed = model.features(hidden, label, keep, block=2)
     others = [position for position in range(store.positions) if position not in (4, 9)]
     torch.testing.assert_close(changed.last[:, others], masked.last[:, others])
-    assert not torch.allclose(changed.last[:, [4, 9]], masked.last[:, [4, 9]]) and not torch.allclose(masked.last, whole.last)
+    assert not torch.allclose(changed.last[:, [4, 9]], masked.last[:, [4, 9]]) and not torch.allclose(
+        masked.last, whole.last
+    )
 
 
 def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
@@ -170,7 +208,10 @@ def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
     losses = own.train(model, store, method, steps=2)
     assert all(value.isfinite() and value > 0 for value in losses)
     assert all(not torch.equal(before, weight) for before, weight in zip(start, model.parameters(), strict=True))
-    student, teacher = Student(model, Projector.of_method(96, method), method, 2), Teacher(model, method, 2).attach_whole()
+    student, teacher = (
+        Student(model, Projector.of_method(96, method), method, 2),
+        Teacher(model, method, 2).attach_whole(),
+    )
     with torch.no_grad():  # weights at which teacher and student differ
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn(weight.shape))
@@ -185,9 +226,13 @@ def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
     early, late = next(block[0].parameters()), next(block[3].parameters())
     for name in ("ar", "mim", "step", "view", "total"):
         value, contrast = getattr(losses, name), name in ("step", "view")
-        gradients = torch.autograd.grad(value, [early, late, *student.projector.parameters()], retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            value, [early, late, *student.projector.parameters()], retain_graph=True, allow_unused=True
+        )
         assert gradients[0] is not None and gradients[0].isfinite().all() and gradients[0].abs().sum() > 0, name
-        assert (gradients[1] is None) == contrast, f"{name}: contrasts are taken after block 2, so block 4 has no part in them"
+        assert (gradients[1] is None) == contrast, (
+            f"{name}: contrasts are taken after block 2, so block 4 has no part in them"
+        )
         assert all((gradient is not None) == (contrast or name == "total") for gradient in gradients[2:]), name
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
     before, now = next(teacher.model.parameters()).double(), next(model.parameters()).double()
@@ -198,10 +243,14 @@ def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
 
 
 def test_own_model_as_a_program(digits: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line a method with the probe at eight positions; where codes or transformers are missing, one line that says so."""
+    """One line a method with the probe at eight positions; where codes or transformers are missing, one line that says
+    so.
+    """
     text = (EXAMPLES / "own_model.py").read_text()
     assert len(text.splitlines()) < 80
-    (digits / "own_model.py").write_text(text.replace("IMAGES = 96, 4, 4, 32", "IMAGES = 96, 4, 4, 8").replace("epochs: int = 30", "epochs: int = 2"))
+    (digits / "own_model.py").write_text(
+        text.replace("IMAGES = 96, 4, 4, 32", "IMAGES = 96, 4, 4, 8").replace("epochs: int = 30", "epochs: int = 2")
+    )
     monkeypatch.syspath_prepend(str(EXAMPLES))  # where Python looks first when the file is run there
 
     def run(*options: str) -> list[str]:
@@ -213,7 +262,9 @@ def test_own_model_as_a_program(digits: Path, capsys: pytest.CaptureFixture, mon
     assert [line.split()[0] for line in lines] == ["plain", "ST-AR"] and lines[0][5:] != lines[1][5:]
     assert all(line.count("%") == 8 and "next-token loss" in line for line in lines)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match=r"^--hugging-face needs transformers, which cannot be imported .*: pip install transformers$"):
+    with pytest.raises(
+        SystemExit, match=r"^--hugging-face needs transformers, which cannot be imported .*: pip install transformers$"
+    ):
         run("--hugging-face")
     stand_in(monkeypatch)
     assert len(run("--steps", "2", "--hugging-face")) == 2

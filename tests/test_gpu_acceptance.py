@@ -1,4 +1,6 @@
-"""scripts/gpu_acceptance.sh: the order of its stages, what it says of one that fails, its two reports. Python and the GPU are played by a stand-in."""
+"""scripts/gpu_acceptance.sh: the order of its stages, what it says of one that fails, its two reports. Python and the
+GPU are played by a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +35,55 @@ class Run:
         stand_in.write_text(STAND_IN)
         stand_in.chmod(0o755)
         (folder / "results").mkdir()
-        given = {"PYTHON": str(stand_in), "RESULTS": str(folder / "results"), "CALLS": str(folder / "calls"), "PATH": "/usr/bin:/bin", **environment}
-        done = subprocess.run(["bash", "scripts/gpu_acceptance.sh"], cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, timeout=60)
+        given = {
+            "PYTHON": str(stand_in),
+            "RESULTS": str(folder / "results"),
+            "CALLS": str(folder / "calls"),
+            "PATH": "/usr/bin:/bin",
+            **environment,
+        }
+        done = subprocess.run(
+            ["bash", "scripts/gpu_acceptance.sh"],
+            cwd=ROOT,
+            env={**os.environ, **given},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
         self.calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
         self.files = sorted(path.name for path in (folder / "results").iterdir())
-        self.report, self.details = ((folder / "results" / name).read_text() for name in self.files) if len(self.files) == 2 else ("", "")
+        self.report, self.details = (
+            ((folder / "results" / name).read_text() for name in self.files) if len(self.files) == 2 else ("", "")
+        )
 
 
 def test_from_a_smoke_test_upwards_on_one_screen(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert run.code == 0 and len(run.files) == 2 and run.files[0].startswith("gpu_acceptance_") and "NVIDIA-H100-80GB-HBM3" in run.files[0]
-    order = ["doctor", "build_ext", "doctor --self-test --device cuda", "-m pytest -m gpu", "--ignore tests/ops", "prepare digits", "train --preset tiny",
-             "--resume", "sample --model", "report --run", "kernel_resources.py --check", "throughput.py --device cuda --subject ops --json",
-             "benchmarks/sampling.py", "benchmarks/training.py", "plan_check.py", "loading.py"]
+    assert (
+        run.code == 0
+        and len(run.files) == 2
+        and run.files[0].startswith("gpu_acceptance_")
+        and "NVIDIA-H100-80GB-HBM3" in run.files[0]
+    )
+    order = [
+        "doctor",
+        "build_ext",
+        "doctor --self-test --device cuda",
+        "-m pytest -m gpu",
+        "--ignore tests/ops",
+        "prepare digits",
+        "train --preset tiny",
+        "--resume",
+        "sample --model",
+        "report --run",
+        "kernel_resources.py --check",
+        "throughput.py --device cuda --subject ops --json",
+        "benchmarks/sampling.py",
+        "benchmarks/training.py",
+        "plan_check.py",
+        "loading.py",
+    ]
     places = [next(index for index, call in enumerate(run.calls) if part in call) for part in order]
     assert places == sorted(places), run.calls
     assert len(run.report.splitlines()) <= 40 and "FAILED" not in run.report and "_details.md" in run.report
@@ -70,7 +107,13 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
 
 def test_no_gpu_is_one_line(tmp_path: Path) -> None:
     run = Run(tmp_path, NO_GPU="1")
-    assert run.code == 2 and len(run.err.splitlines()) == 1 and "no CUDA GPU" in run.err and not run.files and not run.calls
+    assert (
+        run.code == 2
+        and len(run.err.splitlines()) == 1
+        and "no CUDA GPU" in run.err
+        and not run.files
+        and not run.calls
+    )
 
 
 def test_its_commands_and_files_exist(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

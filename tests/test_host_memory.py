@@ -61,6 +61,8 @@ print(usual, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_blocks_taken_again_cost_no_page_faults() -> None:
-    told = subprocess.run([sys.executable, "-c", _TAKE_AND_GIVE_BACK], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", _TAKE_AND_GIVE_BACK], capture_output=True, text=True, check=True
+    ).stdout
     usual, kept = map(int, told.split())
     assert usual > 100 and kept < usual / 10, told

@@ -1,4 +1,6 @@
-"""All Triton kernels at once, in the interpreter: training and sampling agree with the reference backend; no call falls back."""
+"""All Triton kernels at once, in the interpreter: training and sampling agree with the reference backend; no call falls
+back.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,20 @@ from star_fast.ops import dispatch
 from star_fast.training.engine import build_optimizer, parameter_groups
 
 STEPS, IMAGES, T, V = 50, 4, 17, 32
-# Both backends compute in float32 and differ in the order of sums only: 5e-7 after one step. AdamW's division by small second moments and
-# the contrastive temperature enlarge that; after 50 steps 4e-5 (losses) and 5e-5 (weights) were seen. The bounds are five times that.
+# Both backends compute in float32 and differ in the order of sums only: 5e-7 after one step. AdamW's division by small
+# second moments and the contrastive temperature enlarge that; after 50 steps 4e-5 (losses) and 5e-5 (weights) were
+# seen. The bounds are five times that.
 LOSS_BOUND, WEIGHT_BOUND = 2e-4, 2.5e-4
 
 
 def train(backend: str) -> tuple[Tensor, Student, Teacher]:
     """50 steps of 4 images x 2 views on one backend, everything seeded: losses (50, 5), student, teacher."""
     method = MethodConfig(contrast_positions=2, projector_width=32, ema_decay=0.9)
-    config = RunConfig(ModelConfig(2, 2, 64, vocab=V, positions=T, num_classes=3, dropout=0.1), method, OptimConfig(lr_per_256_images=3e-3))
+    config = RunConfig(
+        ModelConfig(2, 2, 64, vocab=V, positions=T, num_classes=3, dropout=0.1),
+        method,
+        OptimConfig(lr_per_256_images=3e-3),
+    )
     generator = torch.Generator().manual_seed(0)
     transformer, projector = Transformer(config.model), Projector(64, 32, 3)
     transformer.init_weights(generator)
@@ -73,7 +80,9 @@ def test_losses_agree_over_50_steps(runs) -> None:
 def test_final_weights_agree(runs) -> None:
     for which in (1, 2):
         reference, triton = (runs[backend][which] for backend in ("reference", "triton"))
-        reference, triton = (part.state_dict() if isinstance(part, Student) else part.model.state_dict() for part in (reference, triton))
+        reference, triton = (
+            part.state_dict() if isinstance(part, Student) else part.model.state_dict() for part in (reference, triton)
+        )
         worst = max((triton[name] - reference[name]).abs().max().item() for name in reference)
         assert worst <= WEIGHT_BOUND, f"weights differ by {worst:.2e}"
 

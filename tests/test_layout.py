@@ -28,20 +28,69 @@ MAY_IMPORT = {
     "model": {"model", "ops", "config", "records", "storage", "errors"},
     "method": {"method", "model", "ops", "config"},
     "data": {"data", "model", "config", "records", "storage", "locks", "errors"},
-    "training": {"training", "host_memory", "data", "model", "method", "ops", "config", "records", "storage", "locks", "errors"},
+    "training": {
+        "training",
+        "host_memory",
+        "data",
+        "model",
+        "method",
+        "ops",
+        "config",
+        "records",
+        "storage",
+        "locks",
+        "errors",
+    },
     "generation": {"generation", "host_memory", "model", "ops", "config", "records", "storage", "locks", "errors"},
-    "evaluation": {"evaluation", "generation", "model", "data", "ops", "config", "config_file", "records", "storage", "locks", "errors"},
+    "evaluation": {
+        "evaluation",
+        "generation",
+        "model",
+        "data",
+        "ops",
+        "config",
+        "config_file",
+        "records",
+        "storage",
+        "locks",
+        "errors",
+    },
     "planning": {"planning", "config", "records", "errors"},
     "doctor": {"doctor", "ops", "model", "training", "evaluation", "storage", "threads", "errors"},
     "threads": set(),
     "host_memory": set(),
 }
-# May import everything; nobody imports them. (star_fast/__init__.py names api and train, and loads them when they are asked for.)
+# May import everything; nobody imports them. (star_fast/__init__.py names api and train, and loads them when they are
+# asked for.)
 ENTRANCES = {"cli", "data_commands", "plan_commands", "train", "demo", "api"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
 PACKAGES = set(sys.stdlib_module_names) | {
-    "triton", "torch", "numpy", "kernels", "datasets", "tokenizers", "deepspeed", "apex", "flash_attn", "nvidia", "tyro", "tqdm", "rich", "yaml",
-    "safetensors", "PIL", "matplotlib", "mlxtend", "gradio", "transformers", "evaluate", "accelerate", "tensorboard", "pytest", "scipy"}
+    "triton",
+    "torch",
+    "numpy",
+    "kernels",
+    "datasets",
+    "tokenizers",
+    "deepspeed",
+    "apex",
+    "flash_attn",
+    "nvidia",
+    "tyro",
+    "tqdm",
+    "rich",
+    "yaml",
+    "safetensors",
+    "PIL",
+    "matplotlib",
+    "mlxtend",
+    "gradio",
+    "transformers",
+    "evaluate",
+    "accelerate",
+    "tensorboard",
+    "pytest",
+    "scipy",
+}
 
 
 def part_of(module: str) -> str:
@@ -64,7 +113,9 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where a name comes from"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names if node.module == "star_fast"}
+            found |= {node.module} | {
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "star_fast"
+            }
     return found
 
 
@@ -84,9 +135,13 @@ def test_imports_follow_the_plan(path: Path) -> None:
         if part in ENTRANCES:
             continue
         assert target not in ENTRANCES, f"{own} imports {module}: nobody imports cli, train or demo"
-        assert target in MAY_IMPORT[part] or target == part, f"{own} imports {module}: {part} may import {sorted(MAY_IMPORT[part])}"
+        assert target in MAY_IMPORT[part] or target == part, (
+            f"{own} imports {module}: {part} may import {sorted(MAY_IMPORT[part])}"
+        )
         if module.startswith("star_fast.ops.triton"):
-            assert own.startswith("star_fast.ops.triton"), f"{own} imports {module}: kernels are loaded by name on first use"
+            assert own.startswith("star_fast.ops.triton"), (
+                f"{own} imports {module}: kernels are loaded by name on first use"
+            )
 
 
 def test_every_part_is_in_the_plan() -> None:
@@ -96,7 +151,10 @@ def test_every_part_is_in_the_plan() -> None:
 
 def test_config_needs_the_standard_library_alone() -> None:
     for name in ("config", "errors", "records"):
-        assert all(module.split(".")[0] in sys.stdlib_module_names | {"__future__", "star_fast"} for module in imports(PACKAGE / f"{name}.py")), name
+        assert all(
+            module.split(".")[0] in sys.stdlib_module_names | {"__future__", "star_fast"}
+            for module in imports(PACKAGE / f"{name}.py")
+        ), name
 
 
 def test_tests_never_import_benchmarks() -> None:
@@ -104,17 +162,20 @@ def test_tests_never_import_benchmarks() -> None:
         assert not any(module.split(".")[0] == "benchmarks" for module in imports(path)), path
 
 
-@pytest.mark.parametrize("path", [*MODULES, *TESTS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())],
-                         ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_over_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *TESTS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_file_over_600_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 600
 
 
-def test_kernels_fit_a_narrow_screen() -> None:
-    """140 columns: shapes are read beside the line that makes them."""
-    long = [f"{path.name}:{number}" for path in (PACKAGE / "ops" / "triton").glob("*.py")
-            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 140]
-    assert not long
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_the_linter_and_the_formatter_are_content(command: list[str]) -> None:
+    """Lines of 120 columns among it: pyproject.toml says which rules."""
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_drawer_files_and_no_package_names() -> None:
@@ -128,7 +189,9 @@ def test_every_kernel_file_has_its_op() -> None:
     shared = {"__init__", "described", "launching", "tiles"}
     ops = {path.stem for path in (PACKAGE / "ops").glob("*.py")}
     for path in (PACKAGE / "ops" / "triton").glob("*.py"):
-        assert path.stem in shared or any(path.stem == op or path.stem.startswith(op) for op in ops), f"{path}: a kernel file bears its op's name"
+        assert path.stem in shared or any(path.stem == op or path.stem.startswith(op) for op in ops), (
+            f"{path}: a kernel file bears its op's name"
+        )
 
 
 def test_public_functions_have_docstrings() -> None:
@@ -138,26 +201,38 @@ def test_public_functions_have_docstrings() -> None:
         if not ast.get_docstring(tree) and path.read_text().strip():
             missing.append(name_of(path))
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 missing.append(f"{name_of(path)}.{node.name}")
     assert not missing
 
 
 def test_importing_needs_torch_alone_and_is_silent() -> None:
     """`import star_fast` and its ops load no optional package, print nothing and touch no device."""
-    code = ("import sys, warnings; warnings.simplefilter('error'); import star_fast, star_fast.ops, star_fast.model.transformer, star_fast.method.objective\n"
-            "import torch\n"
-            "loaded = [name for name in ('deepspeed', 'nvidia.dali', 'gradio', 'matplotlib', 'tyro', 'yaml', 'PIL', 'flash_attn', 'apex',"
-            " 'star_fast.ops.triton.swiglu', 'star_fast._C') if name in sys.modules]\n"
-            "assert not loaded, loaded\nassert not torch.cuda.is_initialized()\n")
+    code = (
+        "import sys, warnings; warnings.simplefilter('error'); import star_fast, star_fast.ops, "
+        "star_fast.model.transformer, star_fast.method.objective\n"
+        "import torch\n"
+        "loaded = [name for name in ('deepspeed', 'nvidia.dali', 'gradio', 'matplotlib', 'tyro', 'yaml', 'PIL', "
+        "'flash_attn', 'apex',"
+        " 'star_fast.ops.triton.swiglu', 'star_fast._C') if name in sys.modules]\n"
+        "assert not loaded, loaded\nassert not torch.cuda.is_initialized()\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_train_runs_as_a_file_without_its_folder_on_the_path() -> None:
-    code = ("import runpy, sys; sys.argv = ['star_fast/train.py', '--preset', 'none-such']; sys.path.insert(0, 'star_fast')\n"
-            "try:\n    runpy.run_path('star_fast/train.py', run_name='__main__')\nexcept SystemExit as end:\n    print(end.code)\n"
-            "print(any(p.rstrip('/').endswith('star_fast') for p in sys.path))")
+    code = (
+        "import runpy, sys; sys.argv = ['star_fast/train.py', '--preset', 'none-such']; sys.path.insert(0, "
+        "'star_fast')\n"
+        "try:\n    runpy.run_path('star_fast/train.py', run_name='__main__')\nexcept SystemExit as end:\n    "
+        "print(end.code)\n"
+        "print(any(p.rstrip('/').endswith('star_fast') for p in sys.path))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.split() == ["2", "False"], done.stdout + done.stderr

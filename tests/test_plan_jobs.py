@@ -1,4 +1,6 @@
-"""The plans of sampling and preparation: arithmetic, memory and traffic are those of the modules that run; jobs are dealt as they are; lines fit."""
+"""The plans of sampling and preparation: arithmetic, memory and traffic are those of the modules that run; jobs are
+dealt as they are; lines fit.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,20 @@ from star_fast.planning.sizes import sized
 from star_fast.presets import preset
 
 VQ16 = TokenizerConfig()
-TOKENIZERS = {"VQ-16": VQ16, "VQ-8": TokenizerConfig(multipliers=(1, 2, 2, 4)), "tiny": preset("tiny").tokenizer,
-              "widths that fall": TokenizerConfig(base_channels=8, multipliers=(3, 1, 2), residual_blocks=3, z_channels=16, code_channels=5, codebook=64,
-                                                  image_size=32)}
+TOKENIZERS = {
+    "VQ-16": VQ16,
+    "VQ-8": TokenizerConfig(multipliers=(1, 2, 2, 4)),
+    "tiny": preset("tiny").tokenizer,
+    "widths that fall": TokenizerConfig(
+        base_channels=8,
+        multipliers=(3, 1, 2),
+        residual_blocks=3,
+        z_channels=16,
+        code_channels=5,
+        codebook=64,
+        image_size=32,
+    ),
+}
 SMALL = ModelConfig(3, 4, 64, vocab=128, positions=16, num_classes=10)
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -44,7 +57,10 @@ def test_the_tokenizers_flops_and_weights_are_those_of_the_module(name: str) -> 
     config = TOKENIZERS[name]
     with torch.device("meta"):  # shapes alone: nothing is computed
         made = VQTokenizer(config)
-        image, codes = torch.zeros(1, config.image_channels, config.image_size, config.image_size), torch.zeros(1, config.positions, dtype=torch.int64)
+        image, codes = (
+            torch.zeros(1, config.image_channels, config.image_size, config.image_size),
+            torch.zeros(1, config.positions, dtype=torch.int64),
+        )
     with FlopCounterMode(display=False) as encoding, torch.no_grad():
         latents = made.quant_conv(made.encoder(image)).permute(0, 2, 3, 1).flatten(0, 2)
         made.quantize.nearest(latents)
@@ -52,7 +68,10 @@ def test_the_tokenizers_flops_and_weights_are_those_of_the_module(name: str) -> 
         made.decode(codes)
     halves = tokenizer_work.encoder(config), tokenizer_work.decoder(config)
     assert [half.flops for half in halves] == [encoding.get_total_flops(), decoding_flops.get_total_flops()]
-    numbers = {part: sum(p.numel() for p in getattr(made, part).parameters()) for part in ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize")}
+    numbers = {
+        part: sum(p.numel() for p in getattr(made, part).parameters())
+        for part in ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize")
+    }
     assert halves[0].weights == numbers["encoder"] + numbers["quant_conv"] + numbers["quantize"]
     assert halves[1].weights == numbers["decoder"] + numbers["post_quant_conv"] + numbers["quantize"]
 
@@ -72,7 +91,11 @@ class Living(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.sizes and storage.nbytes():
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (storage := tensor.untyped_storage()).data_ptr() not in self.sizes
+                and storage.nbytes()
+            ):
                 self.sizes[storage.data_ptr()] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -83,16 +106,33 @@ class Living(TorchDispatchMode):
         self.now -= self.sizes.pop(address)
 
 
-@pytest.mark.parametrize("config", [
-    TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), residual_blocks=2, z_channels=32, code_channels=4, codebook=64, image_size=64),
-    TokenizerConfig(base_channels=16, multipliers=(1, 1, 2, 2, 4), z_channels=32, codebook=64, image_size=128),
-    TokenizerConfig(base_channels=16, multipliers=(4, 1), residual_blocks=1, z_channels=32, codebook=64, image_size=32)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TokenizerConfig(
+            base_channels=32,
+            multipliers=(1, 2, 2),
+            residual_blocks=2,
+            z_channels=32,
+            code_channels=4,
+            codebook=64,
+            image_size=64,
+        ),
+        TokenizerConfig(base_channels=16, multipliers=(1, 1, 2, 2, 4), z_channels=32, codebook=64, image_size=128),
+        TokenizerConfig(
+            base_channels=16, multipliers=(4, 1), residual_blocks=1, z_channels=32, codebook=64, image_size=32
+        ),
+    ],
+)
 def test_live_bytes_are_those_that_torch_holds(config: TokenizerConfig) -> None:
     made, images = VQTokenizer(config).eval(), 2
-    calls = ((made.encoder, torch.rand(images, 3, config.image_size, config.image_size), tokenizer_work.encoder(config)),
-             (made.decode, torch.zeros(images, config.positions, dtype=torch.int64), tokenizer_work.decoder(config)))
+    calls = (
+        (made.encoder, torch.rand(images, 3, config.image_size, config.image_size), tokenizer_work.encoder(config)),
+        (made.decode, torch.zeros(images, config.positions, dtype=torch.int64), tokenizer_work.decoder(config)),
+    )
     for call, given, half in calls:
-        with torch.no_grad(), dispatch.use_backend("reference"), Living() as living:  # as on a GPU, where norm and activation are two operations
+        # As on a GPU, where norm and activation are two operations
+        with torch.no_grad(), dispatch.use_backend("reference"), Living() as living:
             call(given)
         assert tokenizer_work.live_bytes(half, images, 4) == pytest.approx(living.peak, rel=0.05)
 
@@ -103,11 +143,16 @@ def test_a_step_reads_its_weights_and_the_caches_up_to_its_position(cache: str) 
     images, guided = 3, True
     with torch.device("meta"):
         model = Transformer(SMALL)
-    multiplied = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embedding" not in name]
+    multiplied = [
+        parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embedding" not in name
+    ]
     dtype = {"model": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[cache]
     made = new_rows(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, dtype, torch.device("cpu"))
     parts = [part for part in made if part is not None]
-    read = [sum(part[:, :, : position + 1].numel() * part.element_size() for part in parts) for position in range(SMALL.positions)]
+    read = [
+        sum(part[:, :, : position + 1].numel() * part.element_size() for part in parts)
+        for position in range(SMALL.positions)
+    ]
     found = decoding.step_traffic(SMALL, images, guided=guided, cache=cache)
     assert found.weights == 2 * sum(parameter.numel() for parameter in multiplied)
     assert found.cache == SMALL.blocks * sum(read) / SMALL.positions
@@ -117,10 +162,15 @@ def test_a_step_reads_its_weights_and_the_caches_up_to_its_position(cache: str) 
 
 
 def test_a_steps_flops_are_those_that_torch_counts() -> None:
-    """All positions of an image, by the reference ops; guidance runs the output matrix on images, everything else on rows."""
+    """All positions of an image, by the reference ops; guidance runs the output matrix on images, everything else on
+    rows.
+    """
     images, model = 2, Transformer(SMALL).eval()
     model.init_weights(torch.Generator().manual_seed(0))
-    caches = [new_rows(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, torch.float32, torch.device("cpu")) for _ in range(SMALL.blocks)]
+    caches = [
+        new_rows(2 * images, SMALL.heads, SMALL.positions, SMALL.head_size, torch.float32, torch.device("cpu"))
+        for _ in range(SMALL.blocks)
+    ]
     with torch.no_grad(), dispatch.use_backend("reference"), FlopCounterMode(display=False) as counter:
         for position in range(SMALL.positions):
             hidden = model.step(torch.randn(2 * images, SMALL.width), caches, position)
@@ -155,7 +205,13 @@ def test_each_part_of_a_step_takes_the_longest_of_its_bounds() -> None:
     cached = 36 * 2 * 1280 * 2 * 128.5  # bytes a row
     few = products / bytes_us + max(16 * cached / bytes_us, 36 * 2) + 36 * 3 * 2 + head / bytes_us + 8 * 2
     assert 1e6 * decoding.step_s(model, 8, rates) == pytest.approx(few)
-    many = products * 512 / flops_us + 512 * cached / bytes_us + 36 * 3 * 2 + max(head * 256 / flops_us, head / bytes_us) + 8 * 2
+    many = (
+        products * 512 / flops_us
+        + 512 * cached / bytes_us
+        + 36 * 3 * 2
+        + max(head * 256 / flops_us, head / bytes_us)
+        + 8 * 2
+    )
     assert 1e6 * decoding.step_s(model, 256, rates) == pytest.approx(many)
     tiny = ModelConfig(2, 1, 16, vocab=16, positions=4, num_classes=1)  # launches alone
     assert 1e6 * decoding.step_s(tiny, 1, rates) == pytest.approx(2 * 8 * 2 + 9 * 2)
@@ -179,8 +235,12 @@ def test_inceptions_flops_are_those_that_torch_counts() -> None:
     assert counter.get_total_flops() == sampling.INCEPTION_FLOPS
 
 
-def sampling_plan(images: int = 50_000, batch: int = 64, gpus: int = 8, config: RunConfig | None = None, **changes: Any) -> sampling.SamplingPlan:
-    return sampling.make_sampling_plan(sized(config or preset("XL"))[0], images, batch, gpus, gpu("h100"), SamplingAssumptions(**changes))
+def sampling_plan(
+    images: int = 50_000, batch: int = 64, gpus: int = 8, config: RunConfig | None = None, **changes: Any
+) -> sampling.SamplingPlan:
+    return sampling.make_sampling_plan(
+        sized(config or preset("XL"))[0], images, batch, gpus, gpu("h100"), SamplingAssumptions(**changes)
+    )
 
 
 def test_the_largest_batch_is_the_largest() -> None:
@@ -193,7 +253,10 @@ def test_the_largest_batch_is_the_largest() -> None:
         assert kind.speeds[-1].batch_images == kind.largest_images or kind.largest_images < 256
     for kind in preparation_plan().kinds:
         limit = (kind.gpu.memory_gib - RESERVED_GIB) * GIB
-        totals = [preparation.memory_bytes(VQ16, tokenizer_work.encoder(VQ16), "fp32", kind.largest_views + more) for more in (0, 1)]
+        totals = [
+            preparation.memory_bytes(VQ16, tokenizer_work.encoder(VQ16), "fp32", kind.largest_views + more)
+            for more in (0, 1)
+        ]
         assert totals[0] <= limit < totals[1]
 
 
@@ -203,7 +266,9 @@ def test_memory_of_a_batch_is_that_of_what_is_held() -> None:
     with torch.device("meta"):
         numbers = sum(p.numel() for p in Transformer(config.model).parameters())
         made = VQTokenizer(VQ16)
-        numbers += sum(p.numel() for part in (made.decoder, made.post_quant_conv, made.quantize) for p in part.parameters())
+        numbers += sum(
+            p.numel() for part in (made.decoder, made.post_quant_conv, made.quantize) for p in part.parameters()
+        )
     found = sampling.memory(config, 10, tokenizer_work.decoder(VQ16), True, "model")
     assert found.weights == 2 * numbers
     assert found.cache == 12 * 2 * 20 * 256 * 768 * 2
@@ -245,9 +310,18 @@ def test_what_takes_most_of_it_is_named() -> None:
     assert bound(fp32_share=1e-4) == "features"
 
 
-def preparation_plan(images: int = 1_281_167, precision: str = "fp32", data: DataConfig | None = None, **changes: Any) -> preparation.PreparationPlan:
-    return preparation.make_preparation_plan(VQ16, data or DataConfig(crop_ranges=(1.1, 1.05)), images, 8, gpu("h100"), PreparationAssumptions(**changes),
-                                             precision=precision)
+def preparation_plan(
+    images: int = 1_281_167, precision: str = "fp32", data: DataConfig | None = None, **changes: Any
+) -> preparation.PreparationPlan:
+    return preparation.make_preparation_plan(
+        VQ16,
+        data or DataConfig(crop_ranges=(1.1, 1.05)),
+        images,
+        8,
+        gpu("h100"),
+        PreparationAssumptions(**changes),
+        precision=precision,
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -279,21 +353,42 @@ def test_preparation_names_what_binds() -> None:
 
 def test_the_cpus_rate_is_the_measured_one() -> None:
     """Of benchmarks/results/loading.md, whose Pillow rows give CPU milliseconds for ten and for twenty crops."""
-    rows = [line.split("|") for line in (RESULTS / "loading.md").read_text().splitlines() if line.startswith("| Pillow in threads")]
+    rows = [
+        line.split("|")
+        for line in (RESULTS / "loading.md").read_text().splitlines()
+        if line.startswith("| Pillow in threads")
+    ]
     measured = [float(row[4]) for row in rows]
     assert [preparation.DECODE_MS + ranges * preparation.RANGE_MS for ranges in (1, 2)] == pytest.approx(measured)
 
 
-@pytest.mark.parametrize(("arguments", "needed"), [
-    (["sample", "--preset", "XL", "--images", "50000", "--gpus", "16", "--gpu", "a100"], ["50000 images of 256 x 256", "On 16 x A100", "1024 GPUs"]),
-    (["sample"], ["images of 28 x 28, preset tiny", "VQ decoder"]),
-    (["sample", "--preset", "3B", "--cache", "int8", "--guidance", "1"], ["not guided, bf16, int8 cache"]),
-    (["sample", "--preset", "XL", "--model.positions", "576", "--batch-images", "1500"], ["images of 384 x 384", "no: the batch does not fit"]),
-    (["prepare", "--images", "1281167"], ["1281167 images x 20 views of 256 x 256", "most of it: encoder"]),
-    (["prepare", "--preset", "tiny", "--images", "5000", "--precision", "bf16"], ["5000 images x 8 views of 28 x 28, bf16"]),
-    (["prepare", "--data.crop-ranges", "1.1", "--assume.cpu-ms-per-image", "9"], ["x 10 views", "in 9 ms (as given)", "--assume.cpu-ms-per-image 9"]),
-])
-def test_the_commands_print_tables_of_120_columns(arguments: list[str], needed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (
+            ["sample", "--preset", "XL", "--images", "50000", "--gpus", "16", "--gpu", "a100"],
+            ["50000 images of 256 x 256", "On 16 x A100", "1024 GPUs"],
+        ),
+        (["sample"], ["images of 28 x 28, preset tiny", "VQ decoder"]),
+        (["sample", "--preset", "3B", "--cache", "int8", "--guidance", "1"], ["not guided, bf16, int8 cache"]),
+        (
+            ["sample", "--preset", "XL", "--model.positions", "576", "--batch-images", "1500"],
+            ["images of 384 x 384", "no: the batch does not fit"],
+        ),
+        (["prepare", "--images", "1281167"], ["1281167 images x 20 views of 256 x 256", "most of it: encoder"]),
+        (
+            ["prepare", "--preset", "tiny", "--images", "5000", "--precision", "bf16"],
+            ["5000 images x 8 views of 28 x 28, bf16"],
+        ),
+        (
+            ["prepare", "--data.crop-ranges", "1.1", "--assume.cpu-ms-per-image", "9"],
+            ["x 10 views", "in 9 ms (as given)", "--assume.cpu-ms-per-image 9"],
+        ),
+    ],
+)
+def test_the_commands_print_tables_of_120_columns(
+    arguments: list[str], needed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     assert cli.main(["plan", *arguments, "--json", str(tmp_path / "plan.json")]) == 0
     printed, error = capfd.readouterr()
     assert error == "" and printed.startswith("Predicted, not measured: ")
@@ -305,19 +400,33 @@ def test_the_commands_print_tables_of_120_columns(arguments: list[str], needed: 
     assert all(f"--assume.{name.replace('_', '-')} " in printed for name in record["assumed"])
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    (["sample", "--images", "0"], "--images: expected 1 ... 9007199254740992, got 0"),
-    (["sample", "--batch-images", "-1"], "--batch-images: expected 1 ..."),
-    (["sample", "--gpus", "0"], "--gpus: expected 1 ..."),
-    (["sample", "--gpu", "h50"], "--gpu: expected one of a100, h100, h200, b200, got 'h50'"),
-    (["sample", "--preset", "XL", "--model.positions", "200"], "model.positions: 200 codes an image fill no square"),
-    (["sample", "--assume.read-share", "1.5"], "assume.read_share: expected a share of the peak, more than 0 and at most 1, got 1.5"),
-    (["prepare", "--assume.cores-per-gpu", "0"], "assume.cores_per_gpu: expected a number from 1e-9 to 1e12, got 0"),
-    (["prepare", "--assume.start-s", "-1"], "assume.start_s: expected a number from 0 to 1e12, got -1.0"),
-    (["prepare", "--batch-views", "0"], "--batch-views: expected 1 ..."),
-    (["prepare", "--json", "/dev/null/plan.json"], "/dev/null/plan.json"),
-])
-def test_what_cannot_be_planned_says_so_in_one_line(arguments: list[str], line: str, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["sample", "--images", "0"], "--images: expected 1 ... 9007199254740992, got 0"),
+        (["sample", "--batch-images", "-1"], "--batch-images: expected 1 ..."),
+        (["sample", "--gpus", "0"], "--gpus: expected 1 ..."),
+        (["sample", "--gpu", "h50"], "--gpu: expected one of a100, h100, h200, b200, got 'h50'"),
+        (
+            ["sample", "--preset", "XL", "--model.positions", "200"],
+            "model.positions: 200 codes an image fill no square",
+        ),
+        (
+            ["sample", "--assume.read-share", "1.5"],
+            "assume.read_share: expected a share of the peak, more than 0 and at most 1, got 1.5",
+        ),
+        (
+            ["prepare", "--assume.cores-per-gpu", "0"],
+            "assume.cores_per_gpu: expected a number from 1e-9 to 1e12, got 0",
+        ),
+        (["prepare", "--assume.start-s", "-1"], "assume.start_s: expected a number from 0 to 1e12, got -1.0"),
+        (["prepare", "--batch-views", "0"], "--batch-views: expected 1 ..."),
+        (["prepare", "--json", "/dev/null/plan.json"], "/dev/null/plan.json"),
+    ],
+)
+def test_what_cannot_be_planned_says_so_in_one_line(
+    arguments: list[str], line: str, capfd: pytest.CaptureFixture
+) -> None:
     assert cli.main(["plan", *arguments]) == 2
     out, error = capfd.readouterr()
     assert out == "" and error.count("\n") == 1 and error.startswith("error: ")

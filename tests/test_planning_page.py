@@ -12,7 +12,11 @@ from star_fast.config_file import parse
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "planning.md").read_text()
 SHOWN = re.findall(r"```bash\n(star-fast plan [^\n]*)\n```\n\n```text\n(.*?)\n```", TEXT, re.DOTALL)
-LINES = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+LINES = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize(("line", "told"), SHOWN, ids=[line for line, _ in SHOWN])

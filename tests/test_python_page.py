@@ -1,4 +1,6 @@
-"""docs/python.md is true: its blocks run in their order, in one namespace, as they stand but for the smaller numbers in SMALLER."""
+"""docs/python.md is true: its blocks run in their order, in one namespace, as they stand but for the smaller numbers in
+SMALLER.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_block_runs(here: Path, one_rank: torch.device, capsys: pytest.CaptureFixture) -> None:
-    assert len(BLOCKS) == TEXT.count("```") // 2 >= 9 and all(any(part in block for block in BLOCKS) for part in SMALLER)
+    assert len(BLOCKS) == TEXT.count("```") // 2 >= 9 and all(
+        any(part in block for block in BLOCKS) for part in SMALLER
+    )
     names: dict[str, Any] = {}
     for block in BLOCKS:
         for large, small in SMALLER.items():
@@ -46,8 +50,14 @@ def test_every_block_runs(here: Path, one_rank: torch.device, capsys: pytest.Cap
     assert names["released"].class_names == ["ash", "birch", "yew"] and len(names["released"].sample("yew")) == 1
     assert names["pixels"].shape == (8, 8, 8, 3) and names["first"].size == (8, 8) and (here / "grid.png").exists()
     assert names["codes"].shape == (8, 16) and names["photo"].shape == (1, 16) and len(names["again"]) == 8
-    assert names["features"].shape == names["told"].shape == (8, 16, 96) and not torch.equal(names["features"], names["told"])
-    assert 0 <= names["share"] <= 1 and names["trained"].record["step"] == 2 and (here / "runs/tuned/model/teacher.safetensors").exists()
+    assert names["features"].shape == names["told"].shape == (8, 16, 96) and not torch.equal(
+        names["features"], names["told"]
+    )
+    assert (
+        0 <= names["share"] <= 1
+        and names["trained"].record["step"] == 2
+        and (here / "runs/tuned/model/teacher.safetensors").exists()
+    )
     assert all(value.isfinite() and value > 0 for value in names["losses"])
     assert all(weight.grad is not None for weight in names["student"].parameters() if weight.requires_grad)
     assert names["out"].shape == (2, 16, 4, 32) and names["loss"].isfinite()

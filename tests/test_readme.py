@@ -13,7 +13,12 @@ from star_fast.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
-LINES = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line.strip()]
+LINES = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
 
 
 def test_links_and_pictures_exist() -> None:
@@ -48,7 +53,14 @@ def test_commands_and_options_are_understood(line: str, capsys: pytest.CaptureFi
             train.run_command(["--help"], "train.py")
     else:
         with pytest.raises(SystemExit) as end:
-            cli.main([*words[1 : 3 if words[1] == "data" or words[1:3] in (["plan", "sample"], ["plan", "prepare"]) else 2], "--help"])
+            cli.main(
+                [
+                    *words[
+                        1 : 3 if words[1] == "data" or words[1:3] in (["plan", "sample"], ["plan", "prepare"]) else 2
+                    ],
+                    "--help",
+                ]
+            )
     assert end.value.code == 0
     help_text = capsys.readouterr().out
     for option in [word for word in words if word.startswith("--") and word != "--preset"]:

@@ -1,4 +1,6 @@
-"""scripts/setup.sh: what is installed when, in both orders; pip is played by a stub that writes down what it was asked for."""
+"""scripts/setup.sh: what is installed when, in both orders; pip is played by a stub that writes down what it was asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,18 @@ def asked_for(project: Path, *arguments: str, code: int = 0) -> list[str]:
     log = project / "pip.log"
     log.write_text("")
     environment = {**os.environ, "PYTHON": str(project / "python")}
-    done = subprocess.run(["bash", "scripts/setup.sh", *arguments], cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "scripts/setup.sh", *arguments], cwd=project, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr
     lines = log.read_text().splitlines()
     assert all(line.endswith("-c scripts/constraints.txt") for line in lines)
-    return [next(name for word, name in (("nvidia-dali", "dali"), (" -e ", "star_fast"), ("torch", "torch")) if word in line) for line in lines]
+    return [
+        next(
+            name for word, name in (("nvidia-dali", "dali"), (" -e ", "star_fast"), ("torch", "torch")) if word in line
+        )
+        for line in lines
+    ]
 
 
 def test_quickstart_first(project: Path) -> None:
@@ -79,5 +88,7 @@ def test_an_unknown_argument(project: Path) -> None:
 def test_the_tests_get_dali_and_the_quickstart_does_not_wait_for_it() -> None:
     assert "\nscripts/setup.sh --tests\n" in (ROOT / "scripts/test.sh").read_text()
     assert "\nscripts/setup.sh\n" in (ROOT / "scripts/quickstart.sh").read_text()
-    pinned = dict(line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if "==" in line
+    )
     assert "nvidia-dali-cuda130" in pinned

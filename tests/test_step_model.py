@@ -1,4 +1,6 @@
-"""benchmarks/step_model.py: the step is made whole on tensors without data, and what is committed is what the code launches today."""
+"""benchmarks/step_model.py: the step is made whole on tensors without data, and what is committed is what the code
+launches today.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,16 @@ TABLE = ROOT / "benchmarks/results/step_model.json"
 
 def predicted(*arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "benchmarks/step_model.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # among others: FLOPs counted are those that planning computes from the sizes
+    done = subprocess.run(
+        [sys.executable, "benchmarks/step_model.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Among others: FLOPs counted are those that planning computes from the sizes
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

@@ -1,4 +1,6 @@
-"""Threads on the CPU: cores rather than hardware threads, a container's share, and whatever the user or a launcher has chosen."""
+"""Threads on the CPU: cores rather than hardware threads, a container's share, and whatever the user or a launcher has
+chosen.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(root: Path, **files: str) -> None:
     for name, content in files.items():
-        file = root / "fs/cgroup" / {"v2": "cpu.max", "quota": "cpu/cpu.cfs_quota_us", "period": "cpu/cpu.cfs_period_us"}[name]
+        file = (
+            root
+            / "fs/cgroup"
+            / {"v2": "cpu.max", "quota": "cpu/cpu.cfs_quota_us", "period": "cpu/cpu.cfs_period_us"}[name]
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
 
@@ -37,10 +43,20 @@ def test_one_thread_a_core(machine: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert threads.threads_here(machine / "nothing here") == 3
 
 
-@pytest.mark.parametrize(("files", "expected"), [
-    ({"v2": "150000 100000\n"}, 1), ({"v2": "250000 100000\n"}, 2), ({"v2": "max 100000\n"}, 4), ({"v2": "1600000 100000"}, 4), ({"v2": "10000 100000"}, 1),
-    ({"quota": "300000\n", "period": "100000\n"}, 3), ({"quota": "-1\n", "period": "100000\n"}, 4), ({"v2": "nonsense"}, 4), ({"v2": "5 0"}, 4),
-])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"v2": "150000 100000\n"}, 1),
+        ({"v2": "250000 100000\n"}, 2),
+        ({"v2": "max 100000\n"}, 4),
+        ({"v2": "1600000 100000"}, 4),
+        ({"v2": "10000 100000"}, 1),
+        ({"quota": "300000\n", "period": "100000\n"}, 3),
+        ({"quota": "-1\n", "period": "100000\n"}, 4),
+        ({"v2": "nonsense"}, 4),
+        ({"v2": "5 0"}, 4),
+    ],
+)
 def test_a_containers_share(machine: Path, files: dict[str, str], expected: int) -> None:
     write(machine, **files)
     assert threads.threads_here(machine) == expected
@@ -48,7 +64,9 @@ def test_a_containers_share(machine: Path, files: dict[str, str], expected: int)
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 @pytest.mark.parametrize(("ranks", "expected"), [("2", 2), ("3", 1), ("16", 1), ("0", 4), ("two", 4)])
-def test_ranks_share_the_cores(machine: Path, monkeypatch: pytest.MonkeyPatch, name: str, ranks: str, expected: int) -> None:
+def test_ranks_share_the_cores(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, name: str, ranks: str, expected: int
+) -> None:
     monkeypatch.setenv(name, ranks)
     assert threads.threads_here(machine) == expected
 

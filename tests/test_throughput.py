@@ -1,4 +1,5 @@
-"""The benchmarks' entry (benchmarks/throughput.py) and its pages, in processes of their own: what a failure costs, what is compared, explained and fitted.
+"""The benchmarks' entry (benchmarks/throughput.py) and its pages, in processes of their own: what a failure costs, what
+is compared, explained and fitted.
 
 No time that is measured here is held against anything.
 """
@@ -22,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def start(*command: str | Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def run(script: str, *arguments: str | Path) -> Any:
@@ -34,35 +37,78 @@ def run(script: str, *arguments: str | Path) -> Any:
 
 def report(path: Path, rows: list[tuple[str, str, float | None, float | None, str]], **settings: Any) -> Path:
     made = [dict(zip(("name", "backend", "median_ms", "spread", "error"), row, strict=True)) for row in rows]
-    path.write_text(json.dumps({"environment": {"device": "a CPU", "threads": 2}, "quick": False, "rows": made, **settings}))
+    path.write_text(
+        json.dumps({"environment": {"device": "a CPU", "threads": 2}, "quick": False, "rows": made, **settings})
+    )
     return path
 
 
 def compare(old: Path, new: Path) -> tuple[int, dict[str, str], str]:
     """(exit code, {"what, backend": last columns}, all that was printed)."""
     done = start("benchmarks/throughput.py", "--compare", old, new)
-    table = [[cell.strip() for cell in line[1:-1].split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    table = [
+        [cell.strip() for cell in line[1:-1].split("|")] for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
     return done.returncode, {f"{cells[0]}, {cells[1]}": cells[-1] for cells in table[1:]}, done.stdout + done.stderr
 
 
 def test_a_row_is_slower_only_beyond_both_spreads(tmp_path: Path) -> None:
-    old = report(tmp_path / "old.json", [("a", "cpp", 10.0, 0.05, ""), ("a", "naive", 10.0, 0.1, ""), ("b", "cpp", 10.0, 0.0, ""), ("c", "cpp", 1.0, 0.0, ""),
-                                         ("d", "cpp", 1.0, 0.0, ""), ("once", "cpp", 10.0, None, ""), ("memory", "cpp", None, None, "")])
-    new = report(tmp_path / "new.json", [("a", "cpp", 11.1, 0.05, ""), ("a", "naive", 12.0, 0.1, ""), ("b", "cpp", 8.0, 0.2, ""),
-                                         ("d", "cpp", None, None, "it broke"), ("e", "cpp", 1.0, 0.0, ""), ("once", "cpp", 12.0, None, ""),
-                                         ("memory", "cpp", None, None, "")])
+    old = report(
+        tmp_path / "old.json",
+        [
+            ("a", "cpp", 10.0, 0.05, ""),
+            ("a", "naive", 10.0, 0.1, ""),
+            ("b", "cpp", 10.0, 0.0, ""),
+            ("c", "cpp", 1.0, 0.0, ""),
+            ("d", "cpp", 1.0, 0.0, ""),
+            ("once", "cpp", 10.0, None, ""),
+            ("memory", "cpp", None, None, ""),
+        ],
+    )
+    new = report(
+        tmp_path / "new.json",
+        [
+            ("a", "cpp", 11.1, 0.05, ""),
+            ("a", "naive", 12.0, 0.1, ""),
+            ("b", "cpp", 8.0, 0.2, ""),
+            ("d", "cpp", None, None, "it broke"),
+            ("e", "cpp", 1.0, 0.0, ""),
+            ("once", "cpp", 12.0, None, ""),
+            ("memory", "cpp", None, None, ""),
+        ],
+    )
     code, verdicts, said = compare(old, new)
     # 1.11 > 1.05^2 = 1.1025; 1.20 < 1.1^2 = 1.21; 0.80 < 1 / 1.2; figures taken once count as 10 % unsure
-    assert verdicts == {"a, cpp": "**slower**", "a, naive": "", "b, cpp": "faster", "c, cpp": "missing", "d, cpp": "**fails**: it broke", "e, cpp": "new",
-                        "once, cpp": ""}
-    assert code == 1 and "2 of 5 became slower beyond both runs' spread: a, cpp; d, cpp." in said and "Not the same setting" not in said
+    assert verdicts == {
+        "a, cpp": "**slower**",
+        "a, naive": "",
+        "b, cpp": "faster",
+        "c, cpp": "missing",
+        "d, cpp": "**fails**: it broke",
+        "e, cpp": "new",
+        "once, cpp": "",
+    }
+    assert (
+        code == 1
+        and "2 of 5 became slower beyond both runs' spread: a, cpp; d, cpp." in said
+        and "Not the same setting" not in said
+    )
 
 
 def test_nothing_slower_is_success_and_another_machine_is_told(tmp_path: Path) -> None:
     old = report(tmp_path / "old.json", [("a", "cpp", 10.0, 0.05, "")])
-    new = report(tmp_path / "new.json", [("a", "cpp", 10.5, 0.05, "")], environment={"device": "another", "threads": 2}, quick=True)
+    new = report(
+        tmp_path / "new.json",
+        [("a", "cpp", 10.5, 0.05, "")],
+        environment={"device": "another", "threads": 2},
+        quick=True,
+    )
     code, verdicts, said = compare(old, new)
-    assert code == 0 and verdicts == {"a, cpp": ""} and "device: a CPU before, another now; one of them was --quick" in said
+    assert (
+        code == 0
+        and verdicts == {"a, cpp": ""}
+        and "device: a CPU before, another now; one of them was --quick" in said
+    )
 
 
 ARGUMENTS = """
@@ -80,7 +126,8 @@ def said(*arguments):
 
 folder = sys.argv[1]
 found = {name: said("--compare", f"{folder}/{name}", f"{folder}/{name}") for name in ("absent", "text", "list", "rows")}
-found |= {"cuda": said("--device", "cuda"), "profile": said("--profile", "x", "--save"), "three": said("--compare", "a", "b", "c"),
+found |= {"cuda": said("--device", "cuda"), "profile": said("--profile", "x", "--save"),
+          "three": said("--compare", "a", "b", "c"),
           "json": said("--json", f"{folder}/none/x.json")}
 print(json.dumps(found))
 """
@@ -95,8 +142,12 @@ def test_wrong_files_and_arguments_are_refused_in_a_line(tmp_path: Path) -> None
     for name in ("absent", "text", "list", "rows"):
         [line] = found[name][1]
         assert f"{tmp_path}/{name}: " in line and "throughput.py --json wrote" in line
-    for name, told in (("cuda", "torch finds no CUDA device"), ("profile", "give it alone"), ("three", "one or two files, got 3"),
-                       ("json", "its folder does not exist")):
+    for name, told in (
+        ("cuda", "torch finds no CUDA device"),
+        ("profile", "give it alone"),
+        ("three", "one or two files, got 3"),
+        ("json", "its folder does not exist"),
+    ):
         assert told in found[name][1][-1]
 
 
@@ -113,10 +164,12 @@ def raising(error):
 
 one, two = types.ModuleType("one"), types.ModuleType("two")
 one.pieces = lambda given: [
-    Piece("breaks", raising(ValueError("a wrong number\\nand more"))), Piece("absent", raising(NotHere("needs a moon"))),
+    Piece("breaks", raising(ValueError("a wrong number\\nand more"))),
+    Piece("absent", raising(NotHere("needs a moon"))),
     Piece("package", raising(ModuleNotFoundError("no", name="no_such.part"))),
     Piece("own package", raising(ModuleNotFoundError("no", name="star_fast.gone"))),
-    Piece("works", lambda: [Row("fine", "cpp", 2.0, 0.1, 1.5, 0.9, ceiling="memory", peak_mib=3.0, memory_of="the process"),
+    Piece("works", lambda: [Row("fine", "cpp", 2.0, 0.1, 1.5, 0.9, ceiling="memory", peak_mib=3.0,
+                                 memory_of="the process"),
                             Row("half", "cpp", 2.0, None, 1.0, 0.49), Row("slow", "naive", 2.0, None, 0.994, None),
                             Row("even", "naive", 2.0, None, 0.996, 0.5)])]
 sys.modules |= {"one": one, "two": two}
@@ -141,19 +194,39 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, 
 
 def test_what_fails_costs_no_other_row(kept: tuple[dict[str, dict[str, Any]], str, int]) -> None:
     rows, page, code = kept
-    assert list(rows) == ["breaks", "absent", "package", "own package", "fine", "half", "slow", "even", "two"] and code == 1
-    assert rows["breaks"]["error"] == "ValueError: a wrong number" and "AttributeError" in rows["two"]["error"] and rows["two"]["subject"] == "two"
+    assert (
+        list(rows) == ["breaks", "absent", "package", "own package", "fine", "half", "slow", "even", "two"]
+        and code == 1
+    )
+    assert (
+        rows["breaks"]["error"] == "ValueError: a wrong number"
+        and "AttributeError" in rows["two"]["error"]
+        and rows["two"]["subject"] == "two"
+    )
     assert not rows["absent"]["error"] and rows["absent"]["how"] == "skipped: needs a moon"
-    assert rows["package"]["how"] == "skipped: no_such.part is not installed" and "ModuleNotFoundError" in rows["own package"]["error"]
-    assert "| fine | cpp | 2.000 | 10% | 90.0% | 1.50 | 3.0 p | memory |" in page and "FAILED: ValueError: a wrong number" in page
+    assert (
+        rows["package"]["how"] == "skipped: no_such.part is not installed"
+        and "ModuleNotFoundError" in rows["own package"]["error"]
+    )
+    assert (
+        "| fine | cpp | 2.000 | 10% | 90.0% | 1.50 | 3.0 p | memory |" in page
+        and "FAILED: ValueError: a wrong number" in page
+    )
     assert all(f"| {name} |" in page for name in rows)
 
 
-def test_what_falls_short_has_a_reason_or_says_that_it_has_none(kept: tuple[dict[str, dict[str, Any]], str, int]) -> None:
+def test_what_falls_short_has_a_reason_or_says_that_it_has_none(
+    kept: tuple[dict[str, dict[str, Any]], str, int],
+) -> None:
     rows, page, _ = kept
-    assert {name: row["reason"] for name, row in rows.items() if "reason" in row} == {"half": "it is a half", "slow": "not explained"}
+    assert {name: row["reason"] for name, row in rows.items() if "reason" in row} == {
+        "half": "it is a half",
+        "slow": "not explained",
+    }
     assert rows["half"]["short"] == "49.0% of the ceiling" and rows["slow"]["short"] == "0.99 x the baseline"
-    assert page.endswith("- it is a half\n  - half, cpp: 49.0% of the ceiling\n- not explained\n  - slow, naive: 0.99 x the baseline\n")
+    assert page.endswith(
+        "- it is a half\n  - half, cpp: 49.0% of the ceiling\n- not explained\n  - slow, naive: 0.99 x the baseline\n"
+    )
 
 
 OPS = """
@@ -162,7 +235,8 @@ from benchmarks import naive, ops, rows, timing
 from star_fast.ops import dispatch
 compare = timing.compare
 timing.compare = lambda candidates, device, **_: compare(candidates, device, 0.0, (2, 2))
-ops.SUBJECTS, ops.setting, ops._peak_memory_rows = ops.SUBJECTS[-2:-1], lambda given: ("unit", torch.float32), lambda quick: []
+ops.SUBJECTS, ops.setting = ops.SUBJECTS[-2:-1], lambda given: ("unit", torch.float32)
+ops._peak_memory_rows = lambda quick: []
 given = rows.Given("cpu", True, timing.Ceilings(1.0, 1.0, 1.0, 1.0))
 
 def measured():
@@ -194,22 +268,31 @@ def test_a_broken_backend_leaves_the_others_their_figures() -> None:
             if name == "broken backend":
                 assert by_backend[call, "cpp"]["error"] == "RuntimeError: no such instruction"
     # forward keeps (N, F) float32 results and makes at least them: N = 3 * 2 * 17 rows of F = 256
-    [forward] = [row for row in found["whole"] if row["name"].startswith("swiglu forward,") and row["backend"] == "reference"]
-    assert forward["peak_mib"] >= 3 * 2 * 17 * 256 * 4 / 2**20 and forward["megabytes"] == pytest.approx(3 * 102 * 256 * 4 / 1e6)
+    [forward] = [
+        row for row in found["whole"] if row["name"].startswith("swiglu forward,") and row["backend"] == "reference"
+    ]
+    assert forward["peak_mib"] >= 3 * 2 * 17 * 256 * 4 / 2**20 and forward["megabytes"] == pytest.approx(
+        3 * 102 * 256 * 4 / 1e6
+    )
 
 
 MEMORY = """
 import json, torch
 from benchmarks.memory import allocated_mib
 x, a = torch.ones(1024, 1024), torch.ones(512, 512, requires_grad=True)
-print(json.dumps({"chain": allocated_mib(lambda: (x + 1) + 1, "cpu"), "three": allocated_mib(lambda: torch.cat([x * 2, x * 3]).sum(), "cpu"),
+print(json.dumps({"chain": allocated_mib(lambda: (x + 1) + 1, "cpu"),
+                  "three": allocated_mib(lambda: torch.cat([x * 2, x * 3]).sum(), "cpu"),
                   "freed": allocated_mib(lambda: [(x + 1).sum() for _ in range(5)], "cpu")}))
 """
 
 
 def test_peak_memory_counts_what_lives_at_once() -> None:
     found = run(MEMORY)
-    assert found == {"chain": pytest.approx(8, abs=0.01), "three": pytest.approx(16, abs=0.01), "freed": pytest.approx(4, abs=0.01)}
+    assert found == {
+        "chain": pytest.approx(8, abs=0.01),
+        "three": pytest.approx(16, abs=0.01),
+        "freed": pytest.approx(4, abs=0.01),
+    }
 
 
 WORK = """
@@ -218,16 +301,20 @@ from benchmarks import sampling_rows, scaling, scaling_curves as curves, timing
 timing.compare = lambda candidates, *_, **__: {name: timing.Timing(1.0, 0.0, 1) for name in candidates}
 curves.BASE = curves.BASE._replace(B=2, T=16, K=2, V=32, D=16, H=1, E=16, F=16)
 laws = {f"{sweep.op} over {sweep.over}": scaling.exponent(list(sweep.sizes[:3]), curves.op_curve(sweep._replace(
-            shape={letter: min(value, 32) for letter, value in sweep.shape.items()}), True).work) for sweep in curves.SWEEPS}
+            shape={letter: min(value, 32) for letter, value in sweep.shape.items()}), True).work)
+    for sweep in curves.SWEEPS}
 steps = {over: scaling.exponent(list(sizes), [curves.step_flops(curves.step_config(over, size)) for size in sizes])
          for over, (_, sizes) in curves.STEPS.items()}
 fits = [scaling.exponent([1, 2, 4, 8], [3.0 * n**power for n in (1, 2, 4, 8)]) for power in (0.0, 1.0, 2.5)]
-steep = [scaling.too_steep(curves.Curve("", "B", "", [1, 2, 4], [n**power for n in (1, 2, 4)], "ms", [1.0, 2.0, 4.0])) for power in (0.5, 1.14, 1.16)]
+steep = [scaling.too_steep(curves.Curve("", "B", "", [1, 2, 4], [n**power for n in (1, 2, 4)], "ms", [1.0, 2.0, 4.0]))
+         for power in (0.5, 1.14, 1.16)]
 rates = timing.Ceilings(1.0, 1.0, 1e9, 1e9)
 work = sampling_rows.Work((2, 4, 128), 3)
 print(json.dumps({"laws": laws, "steps": steps, "fits": fits, "steep": steep, "decoder": sampling_rows.decoder_flops(),
-                  "read_ms": work.step_ms(rates, 9, "bf16", "int8"), "kinds": {name: sampling_rows._kinds(name) for name in (
-                      "packed", "packed, int8 cache", "int8", "int8, int8 cache", "star-fast sample", "star-fast sample, int8", "star-fast sample, fp32")}}))
+                  "read_ms": work.step_ms(rates, 9, "bf16", "int8"), "kinds": {
+                      name: sampling_rows._kinds(name) for name in (
+                      "packed", "packed, int8 cache", "int8", "int8, int8 cache", "star-fast sample",
+                      "star-fast sample, int8", "star-fast sample, fp32")}}))
 """
 
 
@@ -241,12 +328,23 @@ def test_exponents_are_slopes_and_a_steeper_curve_is_marked(counted: dict[str, A
 
 
 def test_counted_work_grows_as_the_law_says(counted: dict[str, Any]) -> None:
-    linear = {"masked_attention over B", "decode_attention over B", "decode_attention over T", "linear_cross_entropy over V", "linear_cross_entropy over B",
-              "feature_distance over B", "add_rms_norm over B", "swiglu over B", "sample_tokens over V", "sample_tokens over B"}
+    linear = {
+        "masked_attention over B",
+        "decode_attention over B",
+        "decode_attention over T",
+        "linear_cross_entropy over V",
+        "linear_cross_entropy over B",
+        "feature_distance over B",
+        "add_rms_norm over B",
+        "swiglu over B",
+        "sample_tokens over V",
+        "sample_tokens over B",
+    }
     square = {"masked_attention over T", "slot_contrast over B", "slot_contrast over K", "ema_update over D"}
     assert set(counted["laws"]) == linear | square
     for name, slope in counted["laws"].items():
-        assert slope == pytest.approx(1 if name in linear else 2, abs=0.3 if name == "ema_update over D" else 0.1), name  # its feed-forward width stays
+        # Its feed-forward width stays
+        assert slope == pytest.approx(1 if name in linear else 2, abs=0.3 if name == "ema_update over D" else 0.1), name
     steps = counted["steps"]
     assert 1 < steps["B"] < 1.1 and 1 < steps["T"] < 1.3 and 0 < steps["V"] < 0.6 and 0 < steps["K"] < 0.2
 
@@ -258,8 +356,14 @@ def test_the_ceiling_of_sampling_counts_weights_caches_and_pixels(counted: dict[
     assert counted["read_ms"] == pytest.approx(1e3 * (2 * weights + cached) / 1e9)
     assert math.log10(counted["decoder"]) == pytest.approx(math.log10(253e9), abs=0.03)
     assert counted["kinds"] == {
-        "packed": ["bf16", "bf16"], "packed, int8 cache": ["bf16", "int8"], "int8": ["int8", "bf16"], "int8, int8 cache": ["int8", "int8"],
-        "star-fast sample": ["bf16", "bf16"], "star-fast sample, int8": ["int8", "int8"], "star-fast sample, fp32": ["fp32", "fp32"]}
+        "packed": ["bf16", "bf16"],
+        "packed, int8 cache": ["bf16", "int8"],
+        "int8": ["int8", "bf16"],
+        "int8, int8 cache": ["int8", "int8"],
+        "star-fast sample": ["bf16", "bf16"],
+        "star-fast sample, int8": ["int8", "int8"],
+        "star-fast sample, fp32": ["fp32", "fp32"],
+    }
 
 
 @needs_no_gpu

@@ -1,4 +1,6 @@
-"""How the commands of evaluation read each kind of file. As in readers.py the first line of a docstring goes into the record."""
+"""How the commands of evaluation read each kind of file. As in readers.py the first line of a docstring goes into the
+record.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from star_fast.evaluation.evaluate import EvaluateConfig, run_evaluate
 from star_fast.evaluation.probe import ProbeConfig, probe, read_probe, table
 from star_fast.evaluation.runs import Run, open_run
 
-PROBE = ProbeConfig(Path("run"), points=2, epochs=1, warmup_epochs=0, features="kept", keep_features=True, knn=2, device="cpu")  # as in the goods' folder
+# As in the goods' folder
+PROBE = ProbeConfig(
+    Path("run"), points=2, epochs=1, warmup_epochs=0, features="kept", keep_features=True, knn=2, device="cpu"
+)
 
 
 def reference_file(place: Path, case: Case) -> None:
@@ -32,7 +37,12 @@ def npz_images(place: Path, case: Case) -> None:
 
 def image_folder(place: Path, case: Case) -> None:
     """run_evaluate --samples FOLDER"""
-    _measure(samples="gallery", reference=small_network.REFERENCE, image_size=8 * (zlib.crc32(case.content or b"") % 2), batch_images=4)
+    _measure(
+        samples="gallery",
+        reference=small_network.REFERENCE,
+        image_size=8 * (zlib.crc32(case.content or b"") % 2),
+        batch_images=4,
+    )
 
 
 def inception_weights(place: Path, case: Case) -> None:

@@ -1,5 +1,5 @@
-"""The good files that inputs are made of: a data set, a code store, a trained run, samples, all tiny, all written by the package itself.
-To be made in a process of their own: training leaves a process group behind.
+"""The good files that inputs are made of: a data set, a code store, a trained run, samples, all tiny, all written by
+the package itself. To be made in a process of their own: training leaves a process group behind.
 """
 
 from __future__ import annotations
@@ -37,15 +37,48 @@ from star_fast.training.tokenizer import tokenizer_for
 from star_fast.training.tokenizer_state import save_state
 
 CLASSES = ("ash", "bär", "7")
-TOKENIZER = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=4, code_channels=4, codebook=16, image_channels=3, image_size=8)
+TOKENIZER = TokenizerConfig(
+    base_channels=4,
+    multipliers=(1, 2),
+    residual_blocks=1,
+    z_channels=4,
+    code_channels=4,
+    codebook=16,
+    image_channels=3,
+    image_size=8,
+)
 TRAINED = replace(TOKENIZER, steps=3, images_per_step=4)  # of a tokenizer that is trained, not only drawn at random
 DATA = DataConfig(views="small-affine", affine_views=2, held_out_share=0.3)
-TRAIN = ("--model.blocks", "2", "--model.heads", "2", "--model.width", "8", "--method.projector-width", "8", "--method.contrast-positions", "2",
-         "--train.images-per-step", "4",
-         "--train.max-steps", "3", "--train.log-every-steps", "1", "--train.validate-every-steps", "2", "--train.tensorboard", "False", "--train.precision",
-         "fp32",
-         "--train.zero-stage", "1")
-SAMPLES = SampleConfig(model="run/model", out="samples/done.npz", images=8, batch_images=2, precision="fp32", grid=False)  # as in the goods' folder
+TRAIN = (
+    "--model.blocks",
+    "2",
+    "--model.heads",
+    "2",
+    "--model.width",
+    "8",
+    "--method.projector-width",
+    "8",
+    "--method.contrast-positions",
+    "2",
+    "--train.images-per-step",
+    "4",
+    "--train.max-steps",
+    "3",
+    "--train.log-every-steps",
+    "1",
+    "--train.validate-every-steps",
+    "2",
+    "--train.tensorboard",
+    "False",
+    "--train.precision",
+    "fp32",
+    "--train.zero-stage",
+    "1",
+)
+# As in the goods' folder
+SAMPLES = SampleConfig(
+    model="run/model", out="samples/done.npz", images=8, batch_images=2, precision="fp32", grid=False
+)
 PART = replace(SAMPLES, out="sampling/part.npz")  # the interrupted one
 HASH = "0" * 64
 LAST_FILE = f"{CANARY_MODULE}.py"  # of the good files: where it is, all are
@@ -81,7 +114,7 @@ def make(root: Path) -> None:
         Path("images", name).mkdir(parents=True)
         for index in range(8):
             pixels = random.integers(0, 60, (10, 9, 3), dtype=np.uint8)
-            pixels[2 * label: 2 * label + 3] += 150
+            pixels[2 * label : 2 * label + 3] += 150
             Image.fromarray(pixels).save(f"images/{name}/{index}.png")
     Path("images/ash/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     torch.manual_seed(0)
@@ -91,18 +124,51 @@ def make(root: Path) -> None:
     tokenizer.save("store/tokenizer")
     with contextlib.suppress(Stopped):
         prepare(_Stopping(source, 12), "unfinished", tokenizer, DATA, chunk_images=4, progress=False)
-    with mock.patch.object(preparing, "_PATIENCE_S", 0.0), contextlib.suppress(UserError):  # rank 0 never comes: rank 1's chunks wait in files of their own
+    # Rank 0 never comes: rank 1's chunks wait in files of their own
+    with mock.patch.object(preparing, "_PATIENCE_S", 0.0), contextlib.suppress(UserError):
         prepare(source, "unfinished", tokenizer, DATA, chunk_images=4, rank=1, ranks=2, progress=False)
     write_origin(store, Origin("images"))
     _tokenizers(source)
     train.run_command(["--data.codes", "store", "--run", "run", *TRAIN], "train.py")
-    done = cli.main(["report", "--run", "run", "--source", "images", "--samples-per-class", "2", "--attention-images", "1", "--classifier.epochs", "2"])
+    done = cli.main(
+        [
+            "report",
+            "--run",
+            "run",
+            "--source",
+            "images",
+            "--samples-per-class",
+            "2",
+            "--attention-images",
+            "1",
+            "--classifier.epochs",
+            "2",
+        ]
+    )
     assert done == 0
     _samples()
     with np.load(SAMPLES.out) as samples:
         small_network.make_measured(samples["arr_0"])
     small_network.make_gallery(Path("images/ash/0.png"), Path("gallery/a"), 5)
-    assert cli.main(["probe", "--run", "run", "--points", "2", "--epochs", "1", "--warmup-epochs", "0", "--features", "kept", "--keep-features"]) == 0
+    assert (
+        cli.main(
+            [
+                "probe",
+                "--run",
+                "run",
+                "--points",
+                "2",
+                "--epochs",
+                "1",
+                "--warmup-epochs",
+                "0",
+                "--features",
+                "kept",
+                "--keep-features",
+            ]
+        )
+        == 0
+    )
     _released(tokenizer, store.codebook)
     _sources()
     Path("few/one").mkdir(parents=True)
@@ -129,7 +195,9 @@ def _tokenizers(source: ImageFolder) -> None:
 
 
 def _samples() -> None:
-    """A finished job, and one that was interrupted: a rank has delivered its batches, the other has put one into the file."""
+    """A finished job, and one that was interrupted: a rank has delivered its batches, the other has put one into the
+    file.
+    """
     sample_images(SAMPLES)
     append = NpzStream.append
     os.environ.update(RANK="1", WORLD_SIZE="2")
@@ -158,7 +226,11 @@ def _released(tokenizer: VQTokenizer, codebook: int) -> None:
     torch.save({"model": tokenizer.state_dict()}, "released/tokenizer.pt")
     shutil.copy("store/tokenizer/tokenizer.safetensors", "released/tokenizer.safetensors")
     random = np.random.default_rng(0)
-    for folder, shape in (("llamagen/imagenet8_codes", (1, 2, 16)), ("llamagen/imagenet8_labels", (1,)), ("llamagen_105/imagenet8_codes", (1, 2, 16))):
+    for folder, shape in (
+        ("llamagen/imagenet8_codes", (1, 2, 16)),
+        ("llamagen/imagenet8_labels", (1,)),
+        ("llamagen_105/imagenet8_codes", (1, 2, 16)),
+    ):
         Path(folder).mkdir(parents=True)
         for index in range(4):
             np.save(f"{folder}/{index}.npy", random.integers(0, 3, shape))
@@ -177,10 +249,13 @@ def _sources() -> None:
                 shutil.copy(picture, f"listed/{key}.png")
                 table.write(f"{key}.png,{name},{index}\n")
                 tar.add(picture, f"{key}.png")
-                ending, content = (("cls", b"%d" % label), ("json", b'{"label": "%s"}' % name.encode()), ("txt", name.encode()))[index]
+                ending, content = (
+                    ("cls", b"%d" % label),
+                    ("json", b'{"label": "%s"}' % name.encode()),
+                    ("txt", name.encode()),
+                )[index]
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     Path("names/mapping.txt").write_text("".join(f"{name} the {name}, once more\n" for name in CLASSES))
     Path("names/list.txt").write_text("".join(f"class of {name}\n" for name in CLASSES))
-

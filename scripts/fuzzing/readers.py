@@ -136,7 +136,9 @@ def kept_tokenizer(place: Path, case: Case) -> None:
 
 def picture(place: Path, case: Case) -> None:
     """ImageFolder, collect_views"""
-    collect_views(ImageFolder("pictures"), [0], goods.DATA if _one_in(2, case) else _TEN_CROP, goods.TOKENIZER, progress=False)
+    collect_views(
+        ImageFolder("pictures"), [0], goods.DATA if _one_in(2, case) else _TEN_CROP, goods.TOKENIZER, progress=False
+    )
 
 
 def names(place: Path, case: Case) -> None:
@@ -161,7 +163,9 @@ def llamagen_codes(place: Path, case: Case) -> None:
 
 def llamagen_siblings(place: Path, case: Case) -> None:
     """import_llamagen_codes with a second crop range"""
-    import_llamagen_codes("llamagen", "llamagen/store", goods.HASH, sibling="llamagen_105", codebook=16, image_size=8, progress=False)
+    import_llamagen_codes(
+        "llamagen", "llamagen/store", goods.HASH, sibling="llamagen_105", codebook=16, image_size=8, progress=False
+    )
 
 
 def labelled_folder(place: Path, case: Case) -> None:

@@ -1,4 +1,6 @@
-"""A network of a few numbers in Inception's place: what is tried is how files are read, not convolutions. Everything around it is the real thing."""
+"""A network of a few numbers in Inception's place: what is tried is how files are read, not convolutions. Everything
+around it is the real thing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from star_fast.evaluation.reference import write_reference
 from star_fast.storage import sha256_of_file
 
 WEIGHTS = "measured/inception.pth"
-REFERENCE, ADM_REFERENCE = "measured/reference.npz", "measured/adm.npz"  # as written here; as the ADM suite publishes them
+# As written here; as the ADM suite publishes them
+REFERENCE, ADM_REFERENCE = "measured/reference.npz", "measured/adm.npz"
 _POOL, _SPATIAL, _CLASSES = 6, 28, 5
 
 
@@ -78,7 +81,14 @@ def make_measured(images: np.ndarray) -> None:
         statistics.add(network(torch.from_numpy(images).permute(0, 3, 1, 2)))
         write_reference(REFERENCE, statistics, network, {})
         gaussians = statistics.gaussians()
-    np.savez(ADM_REFERENCE, arr_0=images, mu=gaussians.mu, sigma=gaussians.sigma, mu_s=gaussians.mu_s, sigma_s=gaussians.sigma_s)
+    np.savez(
+        ADM_REFERENCE,
+        arr_0=images,
+        mu=gaussians.mu,
+        sigma=gaussians.sigma,
+        mu_s=gaussians.mu_s,
+        sigma_s=gaussians.sigma_s,
+    )
 
 
 @functools.cache
@@ -88,7 +98,9 @@ def weights_sha256() -> str:
 
 
 def open_small() -> Inception:
-    """The network with the weights in WEIGHTS, whatever their hash; where there are none to take it of, the published one is asked for."""
+    """The network with the weights in WEIGHTS, whatever their hash; where there are none to take it of, the published
+    one is asked for.
+    """
     try:
         digest = sha256_of_file(WEIGHTS)
     except UserError:

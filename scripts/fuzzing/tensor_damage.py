@@ -1,4 +1,6 @@
-"""Damage to what holds tensors, torch's files and safetensors: the file stays well formed, what is in it becomes absurd or hostile."""
+"""Damage to what holds tensors, torch's files and safetensors: the file stays well formed, what is in it becomes absurd
+or hostile.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,55 @@ from scripts.fuzzing.bytes_damage import SIZES, damaged
 from scripts.fuzzing.text_damage import RAW_JSON, VALUES, damaged_json
 from scripts.fuzzing.zip_damage import damaged_zip, zipped
 
-_DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int32)
-_NAMES = ("layers.99999999999999999999.ffn.w1.weight", "layers.-1.x", "layers.1e3.x", "layers.07.attention.wqkv.weight", "freqs_cis", "model", "", "a" * 3000,
-          "\x1b[31m", "a\nb", "layers.5000000.attention_norm.weight", "cls_embedding.cap_proj.fc1.weight")
+_DTYPES = (
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.int32,
+)
+_NAMES = (
+    "layers.99999999999999999999.ffn.w1.weight",
+    "layers.-1.x",
+    "layers.1e3.x",
+    "layers.07.attention.wqkv.weight",
+    "freqs_cis",
+    "model",
+    "",
+    "a" * 3000,
+    "\x1b[31m",
+    "a\nb",
+    "layers.5000000.attention_norm.weight",
+    "cls_embedding.cap_proj.fc1.weight",
+)
 
 
-def damaged_torch(random: Random, data: bytes, other: bytes, damage: Callable[[Random, Any], tuple[str, Any]] | None = None) -> tuple[str, bytes]:
+def damaged_torch(
+    random: Random, data: bytes, other: bytes, damage: Callable[[Random, Any], tuple[str, Any]] | None = None
+) -> tuple[str, bytes]:
     """A torch file: another object in it, saved well; or its pickle replaced; or its zip file damaged."""
-    way = random.choice(("object", "object", "object", "call", "call", "bomb", "operation", "operation", "pickle bytes", "zip", "zip", "old", "tar"))
+    way = random.choice(
+        (
+            "object",
+            "object",
+            "object",
+            "call",
+            "call",
+            "bomb",
+            "operation",
+            "operation",
+            "pickle bytes",
+            "zip",
+            "zip",
+            "old",
+            "tar",
+        )
+    )
     if way == "object":
         change, content = (damage or damaged_weights)(random, _loaded(data))
         return change, torch_bytes(content, old=random.random() < 0.1)
@@ -40,8 +83,12 @@ def damaged_torch(random: Random, data: bytes, other: bytes, damage: Callable[[R
             members = [(info.filename, archive.read(info)) for info in archive.infolist()]
         index = next(i for i, (name, _) in enumerate(members) if name.endswith("data.pkl"))
         name, content = members[index]
-        ways = {"call": payloads.pickle_of_call, "bomb": payloads.bomb, "operation": lambda random: payloads.with_one_operation_changed(random, content),
-                "pickle bytes": lambda random: damaged(random, content, other)}
+        ways = {
+            "call": payloads.pickle_of_call,
+            "bomb": payloads.bomb,
+            "operation": lambda random: payloads.with_one_operation_changed(random, content),
+            "pickle bytes": lambda random: damaged(random, content, other),
+        }
         change, content = ways[way](random)
         if random.random() < 0.2:  # not torch's container: the pickle itself, or after the old format's numbers
             return f"bare {change}", content if random.random() < 0.5 else b"".join(_old_numbers()) + content
@@ -49,8 +96,13 @@ def damaged_torch(random: Random, data: bytes, other: bytes, damage: Callable[[R
         return change, zipped(members)
     stream = io.BytesIO()
     torch.save({"model": {"x": torch.zeros(3)}}, stream, _use_new_zipfile_serialization=False)
-    change, content = damaged(random, stream.getvalue() if way == "old" else b"sys_info".ljust(100, b"\0") + b"0000644\0".ljust(157,
-        b"\0") + b"ustar\00000" + stream.getvalue(), data)
+    change, content = damaged(
+        random,
+        stream.getvalue()
+        if way == "old"
+        else b"sys_info".ljust(100, b"\0") + b"0000644\0".ljust(157, b"\0") + b"ustar\00000" + stream.getvalue(),
+        data,
+    )
     return f"{way} torch file, {change}", content
 
 
@@ -61,8 +113,12 @@ def _loaded(data: bytes) -> dict[str, Any]:
 
 def _old_numbers() -> list[bytes]:
     """What stands before the object in torch's old format: magic number, protocol, system."""
-    return [b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02M\xe9\x03.",
-            b"\x80\x02}q\x00(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04u."]
+    return [
+        b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+        b"\x80\x02M\xe9\x03.",
+        b"\x80\x02}q\x00(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00"
+        b"little_endianq\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04u.",
+    ]
 
 
 def torch_bytes(content: Any, old: bool = False) -> bytes:
@@ -76,15 +132,39 @@ def torch_bytes(content: Any, old: bool = False) -> bytes:
 
 def damaged_weights(random: Random, content: dict[str, Any]) -> tuple[str, Any]:
     """A checkpoint's object with something odd: in a tensor, a name, the wrapping, the training arguments."""
-    way = random.choice(("tensor", "tensor", "tensor", "tensor", "name", "name", "args", "args", "args", "wrap", "whole"))
+    way = random.choice(
+        ("tensor", "tensor", "tensor", "tensor", "name", "name", "args", "args", "args", "wrap", "whole")
+    )
     wrapper = next((key for key in ("model", "module", "state_dict") if isinstance(content.get(key), Mapping)), None)
     weights = dict(content[wrapper] if wrapper else content)
     rest = {key: value for key, value in content.items() if key != wrapper} if wrapper else {}
     if way == "whole":
-        content = random.choice(({}, {"model": {}}, [], None, 3, "x", torch.zeros(3), {"model": 3}, {"model": None}, {"model": [torch.zeros(2)]},
-                                 {"model": {"model": weights}}, {"a": weights}, {0: 1}, {"model": {0: torch.zeros(1)}},
-                                 {b"model": weights}, {("a", 1): torch.zeros(1)}, [weights], {"model": {"x": 3}}, argparse.Namespace(model=weights),
-                                 set(weights), {None: torch.zeros(1)}, {"model": {None: torch.zeros(1)}}))
+        content = random.choice(
+            (
+                {},
+                {"model": {}},
+                [],
+                None,
+                3,
+                "x",
+                torch.zeros(3),
+                {"model": 3},
+                {"model": None},
+                {"model": [torch.zeros(2)]},
+                {"model": {"model": weights}},
+                {"a": weights},
+                {0: 1},
+                {"model": {0: torch.zeros(1)}},
+                {b"model": weights},
+                {("a", 1): torch.zeros(1)},
+                [weights],
+                {"model": {"x": 3}},
+                argparse.Namespace(model=weights),
+                set(weights),
+                {None: torch.zeros(1)},
+                {"model": {None: torch.zeros(1)}},
+            )
+        )
         return f"another object: {type(content).__name__}", content
     if way == "tensor":
         name = random.choice(list(weights))
@@ -98,31 +178,64 @@ def damaged_weights(random: Random, content: dict[str, Any]) -> tuple[str, Any]:
         if random.random() < 0.3:
             change, weights = "a weight missing", {key: value for key, value in weights.items() if key != new}
     elif way == "args":
-        args = {"gpt_model": "GPT-B", "gpt_type": "c2i", "image_size": 256, "downsample_size": 16, "vocab_size": 16384, "num_classes": 1000, "n_head": 12,
-                "block_size": 256}
+        args = {
+            "gpt_model": "GPT-B",
+            "gpt_type": "c2i",
+            "image_size": 256,
+            "downsample_size": 16,
+            "vocab_size": 16384,
+            "num_classes": 1000,
+            "n_head": 12,
+            "block_size": 256,
+        }
         for _ in range(random.choice((1, 1, 2))):
             args[random.choice((*args, "x"))] = odd_value(random)
         if random.random() < 0.6:
             args = {key: args[key] for key in random.sample(list(args), random.randrange(1, len(args)))}
-        rest["args"] = random.choice((argparse.Namespace(**{str(key): value for key, value in args.items()}), args, args, odd_value(random)))
+        rest["args"] = random.choice(
+            (argparse.Namespace(**{str(key): value for key, value in args.items()}), args, args, odd_value(random))
+        )
         change = f"args {str(rest['args'])[:150]!r}"
     else:
         wrapper = random.choice(("model", "module", "state_dict", "ema", None))
-        rest |= {random.choice(("model", "module", "state_dict", "optimizer", "steps", "freqs_cis", "args")): odd_value(random)}
+        rest |= {
+            random.choice(("model", "module", "state_dict", "optimizer", "steps", "freqs_cis", "args")): odd_value(
+                random
+            )
+        }
         change = f"weights under {wrapper!r}, beside {str(rest)[:80]!r}"
     return change, {**rest, wrapper: weights} if wrapper else {**weights, **rest}
 
 
 def odd_value(random: Random) -> Any:
     """A nasty value that a pickle can hold."""
-    odd = (10**400, -(10**30), float("nan"), float("inf"), b"bytes", (1, 2), {1, 2}, torch.zeros(2), torch.tensor(5), torch.zeros(1, device="meta"),
-           torch.float32, torch.device("cpu"), torch.Size([1]), argparse.Namespace(a=1), 2.5, 1j, bytearray(b"x"))
+    odd = (
+        10**400,
+        -(10**30),
+        float("nan"),
+        float("inf"),
+        b"bytes",
+        (1, 2),
+        {1, 2},
+        torch.zeros(2),
+        torch.tensor(5),
+        torch.zeros(1, device="meta"),
+        torch.float32,
+        torch.device("cpu"),
+        torch.Size([1]),
+        argparse.Namespace(a=1),
+        2.5,
+        1j,
+        bytearray(b"x"),
+    )
     return copy.deepcopy(random.choice(odd)) if random.random() < 0.4 else copy.deepcopy(random.choice(VALUES))
 
 
 def damaged_tensor(random: Random, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """The tensor with other numbers, dtype, shape, memory or kind."""
-    way = random.choice(("nan", "inf", "dtype", "shape", "view", "empty", "scalar", "kind", "huge numbers", "transpose"))
+    way = random.choice(
+        ("nan", "inf", "dtype", "shape", "view", "empty", "scalar", "kind", "huge numbers", "transpose")
+    )
     if way in ("nan", "inf") and tensor.numel() and tensor.is_floating_point():
         changed = tensor.clone()
         changed.view(-1)[random.randrange(changed.numel())] = float(way) * random.choice((1, -1))
@@ -131,20 +244,38 @@ def damaged_tensor(random: Random, tensor: torch.Tensor) -> tuple[str, torch.Ten
         dtype = random.choice(_DTYPES)
         return f"dtype {dtype}", tensor.to(dtype)
     if way == "shape":
-        shape = random.choice(((*tensor.shape, 1), (1, *tensor.shape), (tensor.numel(),), (0,), (2, 2), tuple(reversed(tensor.shape)), (*tensor.shape[:-1], 1),
-                               (1,) * 60, (1,) * tensor.ndim))
+        shape = random.choice(
+            (
+                (*tensor.shape, 1),
+                (1, *tensor.shape),
+                (tensor.numel(),),
+                (0,),
+                (2, 2),
+                tuple(reversed(tensor.shape)),
+                (*tensor.shape[:-1], 1),
+                (1,) * 60,
+                (1,) * tensor.ndim,
+            )
+        )
         return f"shape {shape}", torch.zeros(shape, dtype=tensor.dtype)
     if way == "view":
-        shape = random.choice((tuple(tensor.shape), (10**10,), (10**6, 10**6), (2**31, 2), (2**20, *tensor.shape), (2**40,)))
+        shape = random.choice(
+            (tuple(tensor.shape), (10**10,), (10**6, 10**6), (2**31, 2), (2**20, *tensor.shape), (2**40,))
+        )
         return f"a view {shape} of one number", torch.zeros(1, dtype=tensor.dtype).expand(shape)
     if way == "kind":
         kind = random.choice(("sparse", "meta", "quantized", "parameter", "grad", "csr", "nested", "complex view"))
         flat = torch.zeros(2, 3)
-        made = {"sparse": lambda: torch.sparse_coo_tensor([[0]], [1.0], (10**9,)), "meta": lambda: torch.zeros(10**9, device="meta"),
-                "quantized": lambda: torch.quantize_per_tensor(flat, 0.1, 0, torch.qint8),
-                "parameter": lambda: torch.nn.Parameter(flat), "grad": lambda: flat.clone().requires_grad_(), "csr": lambda: flat.to_sparse_csr(),
-                "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "complex view": lambda: torch.zeros(2,
-                dtype=torch.complex64).conj()}
+        made = {
+            "sparse": lambda: torch.sparse_coo_tensor([[0]], [1.0], (10**9,)),
+            "meta": lambda: torch.zeros(10**9, device="meta"),
+            "quantized": lambda: torch.quantize_per_tensor(flat, 0.1, 0, torch.qint8),
+            "parameter": lambda: torch.nn.Parameter(flat),
+            "grad": lambda: flat.clone().requires_grad_(),
+            "csr": lambda: flat.to_sparse_csr(),
+            "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+            "complex view": lambda: torch.zeros(2, dtype=torch.complex64).conj(),
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return kind, made[kind]()
@@ -152,7 +283,9 @@ def damaged_tensor(random: Random, tensor: torch.Tensor) -> tuple[str, torch.Ten
         return way, torch.full_like(tensor, random.choice((3e38, -3e38, 1e-45, 65504.0)))
     if way == "transpose" and tensor.ndim == 2:
         return way, tensor.t()
-    return ("scalar", torch.tensor(1.0)) if way == "scalar" else ("empty", tensor[:0] if tensor.ndim else torch.zeros(0))
+    return (
+        ("scalar", torch.tensor(1.0)) if way == "scalar" else ("empty", tensor[:0] if tensor.ndim else torch.zeros(0))
+    )
 
 
 def damaged_safetensors(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
@@ -161,28 +294,62 @@ def damaged_safetensors(random: Random, data: bytes, other: bytes) -> tuple[str,
         count = random.choice((1000, 55000))
         return f"safetensors of {count} tensors", _many_tensors(count)
     length = struct.unpack("<Q", data[:8])[0]
-    header, body = data[8: 8 + length], data[8 + length:]
+    header, body = data[8 : 8 + length], data[8 + length :]
     way = random.choice(("header", "header", "tensors", "tensors", "tensors", "field", "field", "metadata", "length"))
     if way == "header":
         change, header = damaged_json(random, header, other)
     elif way == "length":
-        return way, struct.pack("<Q", random.choice((*SIZES, length + 1, length - 1, length + 8, len(data), len(data) - 8, 10**8, 10**8 + 1))) + data[8:]
+        return way, struct.pack(
+            "<Q",
+            random.choice((*SIZES, length + 1, length - 1, length + 8, len(data), len(data) - 8, 10**8, 10**8 + 1)),
+        ) + data[8:]
     else:
         about = json.loads(header)
         names = [name for name in about if name != "__metadata__"]
         name = random.choice(names)
         entry = about[name]
         if way == "metadata":
-            args = damaged_json(random, about.get("__metadata__", {}).get("args", '{"n_head": 2}').encode(), other)[1].decode("utf-8", "replace")
-            about["__metadata__"] = random.choice(({"args": args}, {"args": args}, {"args": random.choice(RAW_JSON)}, {"args": "x" * 10000}, {"x": "y"},
-                                                   {"args": "[]"}, {"args": "null"}, {"format": "pt", "args": ""}))
+            args = damaged_json(random, about.get("__metadata__", {}).get("args", '{"n_head": 2}').encode(), other)[
+                1
+            ].decode("utf-8", "replace")
+            about["__metadata__"] = random.choice(
+                (
+                    {"args": args},
+                    {"args": args},
+                    {"args": random.choice(RAW_JSON)},
+                    {"args": "x" * 10000},
+                    {"x": "y"},
+                    {"args": "[]"},
+                    {"args": "null"},
+                    {"format": "pt", "args": ""},
+                )
+            )
             change = f"metadata {str(about['__metadata__'])[:100]}"
         elif way == "field":
             start, end = entry["data_offsets"]
-            field, value = random.choice((("shape", [10**18]), ("shape", [2**62, 4]), ("shape", [-1]), ("shape", [0]), ("shape", []), ("shape", [1] * 5000),
-                                          ("shape", list(reversed(entry["shape"]))), ("shape", [*entry["shape"], 1]), ("dtype", "F64"), ("dtype", "F16"),
-                                          ("dtype", "I64"), ("dtype", "BOOL"), ("dtype", "F8_E4M3"), ("dtype", "U8"), ("dtype", "X"), ("data_offsets",
-                                          [0, 2**63]), ("data_offsets", [end, start]), ("data_offsets", [start + 4, end + 4]), ("data_offsets", [0, end])))
+            field, value = random.choice(
+                (
+                    ("shape", [10**18]),
+                    ("shape", [2**62, 4]),
+                    ("shape", [-1]),
+                    ("shape", [0]),
+                    ("shape", []),
+                    ("shape", [1] * 5000),
+                    ("shape", list(reversed(entry["shape"]))),
+                    ("shape", [*entry["shape"], 1]),
+                    ("dtype", "F64"),
+                    ("dtype", "F16"),
+                    ("dtype", "I64"),
+                    ("dtype", "BOOL"),
+                    ("dtype", "F8_E4M3"),
+                    ("dtype", "U8"),
+                    ("dtype", "X"),
+                    ("data_offsets", [0, 2**63]),
+                    ("data_offsets", [end, start]),
+                    ("data_offsets", [start + 4, end + 4]),
+                    ("data_offsets", [0, end]),
+                )
+            )
             entry[field] = value
             change = f"{name} {field} {str(value)[:40]}"
         else:
@@ -204,9 +371,14 @@ def _other_tensors(random: Random, about: dict[str, Any], body: bytes) -> tuple[
     for name, entry in about.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            arrays[name] = np.frombuffer(body[start:end], dtypes.get(entry["dtype"], np.uint8)).reshape(entry["shape"] if entry["dtype"] in dtypes else -1)
+            arrays[name] = np.frombuffer(body[start:end], dtypes.get(entry["dtype"], np.uint8)).reshape(
+                entry["shape"] if entry["dtype"] in dtypes else -1
+            )
     name = random.choice(list(arrays))
-    array, way = arrays[name], random.choice(("nan", "inf", "drop", "rename", "shape", "dtype", "add", "bigger", "scalar", "empty"))
+    array, way = (
+        arrays[name],
+        random.choice(("nan", "inf", "drop", "rename", "shape", "dtype", "add", "bigger", "scalar", "empty")),
+    )
     if way in ("nan", "inf") and array.size and array.dtype.kind == "f":
         array = array.copy()
         array.reshape(-1)[random.randrange(array.size)] = float(way)
@@ -222,17 +394,31 @@ def _other_tensors(random: Random, about: dict[str, Any], body: bytes) -> tuple[
     elif way == "dtype":
         arrays[name] = array.astype(random.choice((np.float16, np.float64, np.int64, np.bool_, np.int8)))
     else:
-        arrays[name] = {"scalar": np.float32(1).reshape(()), "empty": np.zeros((0, 4), np.float32)}.get(way, array.reshape(1, *array.shape))
+        arrays[name] = {"scalar": np.float32(1).reshape(()), "empty": np.zeros((0, 4), np.float32)}.get(
+            way, array.reshape(1, *array.shape)
+        )
     return f"safetensors {name}: {way}", safetensors_of(arrays, about.get("__metadata__"))
 
 
 def safetensors_of(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file, without the library: it would refuse some of these."""
-    letters = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64", "bool": "BOOL", "int8": "I8", "uint8": "U8"}
+    letters = {
+        "float32": "F32",
+        "float16": "F16",
+        "float64": "F64",
+        "int64": "I64",
+        "bool": "BOOL",
+        "int8": "I8",
+        "uint8": "U8",
+    }
     about, body = {"__metadata__": metadata} if metadata else {}, b""
     for name, array in arrays.items():
         piece = array.tobytes()
-        about[name] = {"dtype": letters[array.dtype.name], "shape": list(array.shape), "data_offsets": [len(body), len(body) + len(piece)]}
+        about[name] = {
+            "dtype": letters[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [len(body), len(body) + len(piece)],
+        }
         body += piece
     header = json.dumps(about).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(header)) + header + body

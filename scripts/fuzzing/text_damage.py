@@ -1,4 +1,6 @@
-"""Damage to JSON, JSON lines and YAML: one value or key becomes a nasty one, and the file stays well formed around it (or nearly)."""
+"""Damage to JSON, JSON lines and YAML: one value or key becomes a nasty one, and the file stays well formed around it
+(or nearly).
+"""
 
 from __future__ import annotations
 
@@ -14,46 +16,256 @@ _RAW = "@raw@"  # stands in a value for text that no serializer would write
 
 DEEP = 20000
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65535, 65536, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**15, 10**18, 0.5, -0.0, 1e308, 1e-320, "",
-    " ", "0", "1", "-1", "nan", "inf",
-    "null", "x" * 300, "y" * 5000, "ünïcödé", "猫", "a\nb", "tab\there", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "nul\0nul", "\u202eright to left", "\ud800",
-    "../../etc/passwd", "/dev/zero", "/",
-    ".", "digits", "~", "%s%n", "{}", "<script>alert(1)</script>", "'; --", [], {}, [0], [None], [[]], [""], {"": 0}, {"a": {}}, [1, 2, 3], list(range(1000)),
-    ["x"] * 1000, [[1]] * 50, {"0": 1}, "0" * 64,
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    255,
+    65535,
+    65536,
+    2**31,
+    2**32,
+    2**53,
+    2**63,
+    2**64,
+    -(2**63),
+    10**9,
+    10**15,
+    10**18,
+    0.5,
+    -0.0,
+    1e308,
+    1e-320,
+    "",
+    " ",
+    "0",
+    "1",
+    "-1",
+    "nan",
+    "inf",
+    "null",
+    "x" * 300,
+    "y" * 5000,
+    "ünïcödé",
+    "猫",
+    "a\nb",
+    "tab\there",
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07",
+    "nul\0nul",
+    "\u202eright to left",
+    "\ud800",
+    "../../etc/passwd",
+    "/dev/zero",
+    "/",
+    ".",
+    "digits",
+    "~",
+    "%s%n",
+    "{}",
+    "<script>alert(1)</script>",
+    "'; --",
+    [],
+    {},
+    [0],
+    [None],
+    [[]],
+    [""],
+    {"": 0},
+    {"a": {}},
+    [1, 2, 3],
+    list(range(1000)),
+    ["x"] * 1000,
+    [[1]] * 50,
+    {"0": 1},
+    "0" * 64,
 )
-RAW_JSON = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" * 400, "1" * 5000, "-" + "9" * 400, "1e-400", "0." + "3" * 500, "1E+999999999",
-            "[" * DEEP + "]" * DEEP, "[" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP,
-            r'"\ud800"', r'"\udc80\udcff"', r'"\u001b[2J"', r'"\u0000"', r'"\x41"', r'"\u12"', "'single'", "01", "+1", ".5", "0x10", "undefined", "tru", "[1,]",
-            '{"a":1,}', '{"a":1,"a":2}', "/* */ 1", "1 // x", '"' + "z" * 70000 + '"',
-            "[" + "0," * 30000 + "0]", "1_000", "\u00a01", "\u0661")
-RAW_YAML = ("2020-01-01", "2020-01-01 12:00:00", "2020-13-45", "!!python/object/apply:os.system ['touch $FUZZ_CANARIES/yaml']", "!!python/name:os.system",
-            "!!python/object/new:os.system [touch x]",
-            "!!python/module:star_fast_canary", "!!binary aGVsbG8=", "!!binary '%%%'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp 2020-01-01",
-            "!!timestamp x", "!!int x", "!!float x", "!!bool x", "!!null x", "!!str 5", "!!map []",
-            "!!seq {}", "!unknown x", "!<tag:yaml.org,2002:int> 3", "&a [*a]", "*nowhere", "&a {b: *a}", "{a: &x 1, b: *x}", "<<", "{<<: {a: 1}}",
-            "{<<: [{a: 1}]}", "{<<: 1}", "1e400", "-.inf", ".nan", ".NaN", "1" * 400, "1" * 5000,
-            "0b101", "0o17", "0x1F", "017", "190:20:30", "1_000_000", "190:20:30.15", "yes", "off", "~", "?", "? a", "- -", "[" * 3000 + "]" * 3000, "[" * DEEP,
-            "{a: " * 2000 + "1" + "}" * 2000, "|\n  text", ">-\n  text", '"\\x1b[31m"', '"\\ud800"', '"\\0"',
-            '"\\e"', "@at", "`tick", "%percent", "#comment", "a: b: c", "\t", "--- 1", "... ", '"open', "'open", "[1", "{a", "a\x07b", "\u2028", "[a, b]: c",
-            "{[a]: b}", "{{a: b}: c}", "{1: 2}", "{null: 1}",
-            "\n".join(["", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'lol'}]" for i in range(9))]),
-            "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)) + "]")
-KEYS = ("", " ", "x", "a" * 5000, "é", "\x1b[31m", "a\nb", "\ud800", "__class__", "__proto__", "self", "0", "nul\0", "<b>", "{}")
+RAW_JSON = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "-1e400",
+    "1" * 400,
+    "1" * 5000,
+    "-" + "9" * 400,
+    "1e-400",
+    "0." + "3" * 500,
+    "1E+999999999",
+    "[" * DEEP + "]" * DEEP,
+    "[" * DEEP,
+    '{"a":' * DEEP + "1" + "}" * DEEP,
+    r'"\ud800"',
+    r'"\udc80\udcff"',
+    r'"\u001b[2J"',
+    r'"\u0000"',
+    r'"\x41"',
+    r'"\u12"',
+    "'single'",
+    "01",
+    "+1",
+    ".5",
+    "0x10",
+    "undefined",
+    "tru",
+    "[1,]",
+    '{"a":1,}',
+    '{"a":1,"a":2}',
+    "/* */ 1",
+    "1 // x",
+    '"' + "z" * 70000 + '"',
+    "[" + "0," * 30000 + "0]",
+    "1_000",
+    "\u00a01",
+    "\u0661",
+)
+RAW_YAML = (
+    "2020-01-01",
+    "2020-01-01 12:00:00",
+    "2020-13-45",
+    "!!python/object/apply:os.system ['touch $FUZZ_CANARIES/yaml']",
+    "!!python/name:os.system",
+    "!!python/object/new:os.system [touch x]",
+    "!!python/module:star_fast_canary",
+    "!!binary aGVsbG8=",
+    "!!binary '%%%'",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!!timestamp 2020-01-01",
+    "!!timestamp x",
+    "!!int x",
+    "!!float x",
+    "!!bool x",
+    "!!null x",
+    "!!str 5",
+    "!!map []",
+    "!!seq {}",
+    "!unknown x",
+    "!<tag:yaml.org,2002:int> 3",
+    "&a [*a]",
+    "*nowhere",
+    "&a {b: *a}",
+    "{a: &x 1, b: *x}",
+    "<<",
+    "{<<: {a: 1}}",
+    "{<<: [{a: 1}]}",
+    "{<<: 1}",
+    "1e400",
+    "-.inf",
+    ".nan",
+    ".NaN",
+    "1" * 400,
+    "1" * 5000,
+    "0b101",
+    "0o17",
+    "0x1F",
+    "017",
+    "190:20:30",
+    "1_000_000",
+    "190:20:30.15",
+    "yes",
+    "off",
+    "~",
+    "?",
+    "? a",
+    "- -",
+    "[" * 3000 + "]" * 3000,
+    "[" * DEEP,
+    "{a: " * 2000 + "1" + "}" * 2000,
+    "|\n  text",
+    ">-\n  text",
+    '"\\x1b[31m"',
+    '"\\ud800"',
+    '"\\0"',
+    '"\\e"',
+    "@at",
+    "`tick",
+    "%percent",
+    "#comment",
+    "a: b: c",
+    "\t",
+    "--- 1",
+    "... ",
+    '"open',
+    "'open",
+    "[1",
+    "{a",
+    "a\x07b",
+    "\u2028",
+    "[a, b]: c",
+    "{[a]: b}",
+    "{{a: b}: c}",
+    "{1: 2}",
+    "{null: 1}",
+    "\n".join(["", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'lol'}]" for i in range(9))]),
+    "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)) + "]",
+)
+KEYS = (
+    "",
+    " ",
+    "x",
+    "a" * 5000,
+    "é",
+    "\x1b[31m",
+    "a\nb",
+    "\ud800",
+    "__class__",
+    "__proto__",
+    "self",
+    "0",
+    "nul\0",
+    "<b>",
+    "{}",
+)
 _LARGE_SHARE = 0.003
-WHOLE_JSON = ("", " ", "null", "[]", "{}", "0", '""', "[[]]", "true", '{"a": 1}', "\ufeff{}", "{" * DEEP, "[" * 10**5, '{"":' * 10**5, "\0", "{}{}", "{}\n{}",
-              "nan", "\n" * 1000, '"\\ud800"')
+WHOLE_JSON = (
+    "",
+    " ",
+    "null",
+    "[]",
+    "{}",
+    "0",
+    '""',
+    "[[]]",
+    "true",
+    '{"a": 1}',
+    "\ufeff{}",
+    "{" * DEEP,
+    "[" * 10**5,
+    '{"":' * 10**5,
+    "\0",
+    "{}{}",
+    "{}\n{}",
+    "nan",
+    "\n" * 1000,
+    '"\\ud800"',
+)
 
 
 def damaged_json(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
-    """JSON with one to three values or keys changed; now and then a large one, whose values take many times its bytes in memory."""
+    """JSON with one to three values or keys changed; now and then a large one, whose values take many times its bytes
+    in memory.
+    """
     if random.random() < _LARGE_SHARE and data.lstrip().startswith(b"{"):
-        piece, size = random.choice((b"[],", b'{"a":0},', b'"",', b"0,", b"1.5,")), random.choice((2 * 10**6, 12 * 10**6, 30 * 10**6))
-        return f"a list of {size} bytes of {piece.decode()}", b'{"x":[' + piece * (size // len(piece)) + b"0]," + data.lstrip()[1:]
+        piece, size = (
+            random.choice((b"[],", b'{"a":0},', b'"",', b"0,", b"1.5,")),
+            random.choice((2 * 10**6, 12 * 10**6, 30 * 10**6)),
+        )
+        return f"a list of {size} bytes of {piece.decode()}", b'{"x":[' + piece * (
+            size // len(piece)
+        ) + b"0]," + data.lstrip()[1:]
     if random.random() < 0.05:
         return "another JSON text", random.choice(WHOLE_JSON).encode("utf-8", "surrogatepass")
     value, raws = json.loads(data), []
     changes = [damaged_value(random, value, RAW_JSON, raws) for _ in range(random.choice((1, 1, 1, 2, 3)))]
-    return ", ".join(changes), with_raws(json.dumps(value, ensure_ascii=random.random() < 0.5, indent=random.choice((None, 1))), raws)
+    return ", ".join(changes), with_raws(
+        json.dumps(value, ensure_ascii=random.random() < 0.5, indent=random.choice((None, 1))), raws
+    )
 
 
 def damaged_lines(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
@@ -66,10 +278,14 @@ def damaged_lines(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
         lines[index] = lines[index].replace(b"\n", b" ") if random.random() < 0.9 else lines[index]
         return f"line {index}: {change}", b"\n".join(lines)
     line = lines.pop(index)
-    lines[index:index] = {"double": [line, line], "drop": [], "blank": [b"", line, b"  "], "many": [line] * 2000}.get(way, [line])
+    lines[index:index] = {"double": [line, line], "drop": [], "blank": [b"", line, b"  "], "many": [line] * 2000}.get(
+        way, [line]
+    )
     if way == "move":
         random.shuffle(lines)
-    return f"line {index}: {way}", random.choice((b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\x0c", "\u2028".encode())).join(lines)
+    return f"line {index}: {way}", random.choice(
+        (b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\x0c", "\u2028".encode())
+    ).join(lines)
 
 
 def damaged_table(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
@@ -78,7 +294,9 @@ def damaged_table(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         lines = text.split("\n")
         index = random.randrange(len(lines))
-        way = random.choice(("field", "field", "field", "separator", "double", "drop", "move", "many", "blank", "quote"))
+        way = random.choice(
+            ("field", "field", "field", "separator", "double", "drop", "move", "many", "blank", "quote")
+        )
         pieces = re.split(r"([,;\t ])", lines[index])
         if way == "field":
             pieces[random.choice(range(0, len(pieces), 2))] = str(random.choice(VALUES))[:5000]
@@ -86,7 +304,10 @@ def damaged_table(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
         elif way == "separator":
             mark = random.choice((",", ";", "\t", " ", ",,", "|", "\0", ", ", ""))
             of_all = random.random() < 0.5
-            lines = [mark.join(re.split(r"[,;\t ]", line)) if of_all or place == index else line for place, line in enumerate(lines)]
+            lines = [
+                mark.join(re.split(r"[,;\t ]", line)) if of_all or place == index else line
+                for place, line in enumerate(lines)
+            ]
         elif way == "quote":
             lines[index] = random.choice(('"', '"a"b', '""', "'")) + lines[index]
         elif way == "move":
@@ -96,7 +317,9 @@ def damaged_table(random: Random, data: bytes, other: bytes) -> tuple[str, bytes
             lines[index:index] = {"double": [line, line], "blank": ["", line, "  "], "many": [line] * 2000}.get(way, [])
         text = random.choice(("\n", "\n", "\n", "\r\n", "\r", "\u2028")).join(lines)
         changes.append(f"line {index}: {way}")
-    return ", ".join(changes), text.encode(random.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16")), "surrogatepass")
+    return ", ".join(changes), text.encode(
+        random.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16")), "surrogatepass"
+    )
 
 
 def damaged_yaml(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
@@ -104,21 +327,44 @@ def damaged_yaml(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]
     if random.random() < 0.15:
         lines = data.decode().split("\n")
         index = random.randrange(len(lines))
-        line = random.choice((*RAW_YAML, "a: 1", "? x", "- x", "model:", "model: 1", "%YAML 9.9", "---", "...", "%TAG ! tag:x:", lines[index], "\ttab: 1",
-                              "<<: *x", "x: &x 1"))
+        line = random.choice(
+            (
+                *RAW_YAML,
+                "a: 1",
+                "? x",
+                "- x",
+                "model:",
+                "model: 1",
+                "%YAML 9.9",
+                "---",
+                "...",
+                "%TAG ! tag:x:",
+                lines[index],
+                "\ttab: 1",
+                "<<: *x",
+                "x: &x 1",
+            )
+        )
         lines[index:index] = [line]
         return f"line {index} put in: {line[:60]!r}", "\n".join(lines).encode("utf-8", "surrogatepass")
     value, raws = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), []
     changes = [damaged_value(random, value, RAW_YAML, raws) for _ in range(random.choice((1, 1, 1, 2, 3)))]
     try:
-        text = yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=random.random() < 0.5)
+        text = yaml.dump(
+            value,
+            Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
+            sort_keys=False,
+            allow_unicode=random.random() < 0.5,
+        )
     except (yaml.YAMLError, ValueError):  # a value that YAML cannot write
         text = json.dumps(value)
     return ", ".join(changes), with_raws(text, raws, quoted=False)
 
 
 def damaged_value(random: Random, root: Any, raw: tuple[str, ...], raws: list[str]) -> str:
-    """Change one value or key somewhere inside `root`, in place; raw texts go to `raws` and are stood for in the value."""
+    """Change one value or key somewhere inside `root`, in place; raw texts go to `raws` and are
+    stood for in the value.
+    """
     path, holder = "", root
     while isinstance(holder, (dict, list)) and holder:
         key = random.choice(list(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
@@ -132,7 +378,9 @@ def damaged_value(random: Random, root: Any, raw: tuple[str, ...], raws: list[st
 
 
 def _change(random: Random, holder: Any, key: Any, raw: tuple[str, ...], raws: list[str]) -> str:
-    way = random.choice(("value", "value", "value", "raw", "raw", "near", "near", "drop", "rename", "add", "double", "nest", "swap"))
+    way = random.choice(
+        ("value", "value", "value", "raw", "raw", "near", "near", "drop", "rename", "add", "double", "nest", "swap")
+    )
     old = holder[key]
     if way == "drop":
         del holder[key]
@@ -142,7 +390,7 @@ def _change(random: Random, holder: Any, key: Any, raw: tuple[str, ...], raws: l
     elif way == "add" and isinstance(holder, dict):
         holder[random.choice(KEYS)] = copy.deepcopy(random.choice(VALUES))
     elif way == "double" and isinstance(holder, list):
-        holder.extend(holder[: 2000] * random.choice((1, 1, 100)))
+        holder.extend(holder[:2000] * random.choice((1, 1, 100)))
     elif way == "nest":
         holder[key] = random.choice(([old], {"a": old}, str(old), [old, old]))
     elif way == "swap":
@@ -170,7 +418,9 @@ def _near(random: Random, old: Any) -> Any:
     if isinstance(old, float):
         return random.choice((-old, old * 1e300, 0.0, int(old), old + 1, str(old), 1e-300))
     if isinstance(old, str):
-        return random.choice((old + "x", old[:-1], old.upper(), old + "\n", "\x1b[1m" + old, old * 2, [old], ascii(old)))
+        return random.choice(
+            (old + "x", old[:-1], old.upper(), old + "\n", "\x1b[1m" + old, old * 2, [old], ascii(old))
+        )
     return copy.deepcopy(random.choice(VALUES))
 
 

@@ -1,8 +1,9 @@
 """One damaged input, one reader, one verdict: what it did, how long it took, what it held in memory.
 
 Watched from inside the process that reads (workers.py forks it): an audit hook for anything that starts a
-program, connects, or looks up a class for a pickle; the canary folder, where every malicious payload would leave a file; the peak of its memory; its time
-without the time it waited for a core (so that busy neighbours make no input slow).
+program, connects, or looks up a class for a pickle; the canary folder, where every malicious payload would leave a
+file; the peak of its memory; its time without the time it waited for a core (so that busy neighbours make no input
+slow).
 """
 
 from __future__ import annotations
@@ -32,8 +33,22 @@ LIMIT_S, LIMIT_S_PER_KIB = 1.0, 0.010  # an input may take this long
 LIMIT_BYTES = 300 * 2**20  # over what the process held before
 _GRACE_S = 4.0  # beyond the limit, before an input counts as hung; as much again before its worker is killed
 TRIES = 3  # an input is slow if it is slow as often
-_EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen", "socket.connect", "socket.bind",
-             "urllib.Request", "webbrowser.open", "pickle.find_class", "ctypes.dlopen")
+_EXECUTES = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.bind",
+    "urllib.Request",
+    "webbrowser.open",
+    "pickle.find_class",
+    "ctypes.dlopen",
+)
 FAILURES = ("traceback", "slow", "fat", "executed", "hung", "crashed", "garbled")
 
 
@@ -52,7 +67,9 @@ class Case:
     @property
     def size(self) -> int:
         """Bytes of the input."""
-        return len(self.content or b"") + HOLES.get(self.irregular, 0) + sum(len(argument) for argument in self.arguments)
+        return (
+            len(self.content or b"") + HOLES.get(self.irregular, 0) + sum(len(argument) for argument in self.arguments)
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,9 @@ IRREGULAR: dict[str, Callable[[Path], object]] = {
 
 
 class Watch:
-    """What runs on behalf of an input: events of the interpreter, files in the canary folder. One a process: audit hooks stay."""
+    """What runs on behalf of an input: events of the interpreter, files in the canary folder. One a process: audit
+    hooks stay.
+    """
 
     def __init__(self, canaries: Path) -> None:
         self.canaries, self.armed, self.expected, self.events = canaries, False, (), []
@@ -122,7 +141,13 @@ class Watch:
         if self.armed and event in _EXECUTES and event not in self.expected and not harmless:
             self.armed = False  # what follows from this event is no news
             stack = "".join(traceback.format_stack(limit=12)[:-1])
-            self.events.append((f"{event} {str(arguments)[:200]}", _innermost(traceback.walk_stack(sys._getframe(1)), reverse=True), stack))
+            self.events.append(
+                (
+                    f"{event} {str(arguments)[:200]}",
+                    _innermost(traceback.walk_stack(sys._getframe(1)), reverse=True),
+                    stack,
+                )
+            )
 
     @contextlib.contextmanager
     def on(self, expected: tuple[str, ...]) -> Iterator[None]:
@@ -150,7 +175,8 @@ def attempt(subject: Subject, number: int, case: Case, place: Path, watch: Watch
     for _ in range(TRIES):
         outcome = _once(subject, case, place, watch, limit)
         seconds.append(outcome.seconds)
-        starved = "hung" in outcome.failures and outcome.seconds <= limit  # the alarm came, but only because neighbours had the cores
+        # The alarm came, but only because neighbours had the cores
+        starved = "hung" in outcome.failures and outcome.seconds <= limit
         if not starved and (outcome.seconds <= limit or outcome.failures):
             break
     outcome.number, outcome.seconds = number, min(seconds)
@@ -165,10 +191,15 @@ def attempt(subject: Subject, number: int, case: Case, place: Path, watch: Watch
 def _once(subject: Subject, case: Case, place: Path, watch: Watch, limit: float) -> Outcome:
     outcome, slow_at = Outcome(subject.name, 0, "accepted"), []
     original = put(subject, case, place)
-    out, error = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", newline="")
+    out, error = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""),
+        io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", newline=""),
+    )
 
     def alarm(_: int, frame: Any) -> None:
-        slow_at.append((_innermost(traceback.walk_stack(frame), reverse=True), "".join(traceback.format_stack(frame, limit=12))))
+        slow_at.append(
+            (_innermost(traceback.walk_stack(frame), reverse=True), "".join(traceback.format_stack(frame, limit=12)))
+        )
         if len(slow_at) > 1:
             raise Hung
 
@@ -200,10 +231,18 @@ def _once(subject: Subject, case: Case, place: Path, watch: Watch, limit: float)
         outcome.told += f"\n{outcome.extra_bytes / 2**20:.0f} MiB more than before"
     for event, where, stack in watch.found():
         outcome.failures.insert(0, "executed")
-        outcome.kind, outcome.where, outcome.told = event.split()[0], where or outcome.where, f"{event}\n{stack}{outcome.told}"
+        outcome.kind, outcome.where, outcome.told = (
+            event.split()[0],
+            where or outcome.where,
+            f"{event}\n{stack}{outcome.told}",
+        )
     shown = (_shown(out) + _shown(error)).replace("\x1b[A", "")  # how nested progress bars go up a line
     shown += outcome.told if outcome.verdict == "refused" else ""
-    if not case.arguments and (bad := next((line for line in shown.replace("\r", "\n").replace("\t", " ").split("\n") if not line.isprintable()), None)):
+    if not case.arguments and (
+        bad := next(
+            (line for line in shown.replace("\r", "\n").replace("\t", " ").split("\n") if not line.isprintable()), None
+        )
+    ):
         outcome.failures.append("garbled")
         outcome.told += f"\nprinted as it is: {bad[:300]!r}"
     logging.getLogger().handlers.clear()  # command lines set them up with the streams of their time
@@ -262,7 +301,7 @@ def _innermost(frames: Iterator[tuple[Any, int]], reverse: bool = False) -> str:
     for frame, line in frames:
         path = frame.f_code.co_filename
         if f"/{PACKAGE}/" in path and "/scripts/" not in path:
-            found = f"{path[path.rindex(f'/{PACKAGE}/') + 1:]}:{line} {frame.f_code.co_name}"
+            found = f"{path[path.rindex(f'/{PACKAGE}/') + 1 :]}:{line} {frame.f_code.co_name}"
             if reverse:
                 break
     return found
@@ -275,7 +314,7 @@ def _shown(stream: io.TextIOWrapper) -> str:
 
 def _middle_out(text: str, most: int = 6000) -> str:
     """The start and the end of a long text: a message may be longer than the traceback before it."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2:]}"
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def longest_s() -> float:
@@ -294,7 +333,7 @@ def _reset_peak() -> None:
 
 def _peak_bytes() -> int:
     text = os.pread(_proc("status"), 4096, 0)
-    return 1024 * int(text[text.index(b"VmHWM:") + 6:].split(None, 1)[0])
+    return 1024 * int(text[text.index(b"VmHWM:") + 6 :].split(None, 1)[0])
 
 
 def _held_bytes() -> int:

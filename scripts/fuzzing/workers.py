@@ -1,4 +1,6 @@
-"""Where inputs run: forked workers, one after the other, so that a crash, a hang or a leak ends with the worker and is blamed on one input."""
+"""Where inputs run: forked workers, one after the other, so that a crash, a hang or a leak ends with the worker and is
+blamed on one input.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,19 @@ def copy_of(goods: Path, scratch: Path) -> Path:
     return place
 
 
-def run(subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int, goods: Path, scratch: Path) -> Iterator[Outcome]:
-    """The outcome of each job, a pair of a subject's place in `subjects` and an input's number, in order. Workers are forked one after the other."""
+def run(
+    subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int, goods: Path, scratch: Path
+) -> Iterator[Outcome]:
+    """The outcome of each job, a pair of a subject's place in `subjects` and an input's number, in order. Workers are
+    forked one after the other.
+    """
     done = 0
     while done < len(jobs):
         receiver, sender = multiprocessing.Pipe(duplex=False)
         traces = scratch / "traces"
-        worker = multiprocessing.get_context("fork").Process(target=_work, args=(subjects, jobs[done:], seed, goods, scratch, sender, traces))
+        worker = multiprocessing.get_context("fork").Process(
+            target=_work, args=(subjects, jobs[done:], seed, goods, scratch, sender, traces)
+        )
         worker.start()
         sender.close()
         try:
@@ -56,7 +64,9 @@ def run(subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int,
             receiver.close()
 
 
-def _next(receiver: Connection, worker: Any, subject: Subject, number: int, seed: int, goods: Path, traces: Path) -> tuple[Outcome, bool]:
+def _next(
+    receiver: Connection, worker: Any, subject: Subject, number: int, seed: int, goods: Path, traces: Path
+) -> tuple[Outcome, bool]:
     """The worker's next outcome, and whether it lives on."""
     try:
         # The alarm inside the worker comes first, unless it is stuck where no Python runs.
@@ -67,13 +77,29 @@ def _next(receiver: Connection, worker: Any, subject: Subject, number: int, seed
         return _lost(subject, number, seed, goods, "hung", traces.read_text(errors="replace")), False
     except EOFError:
         worker.join()
-        return _lost(subject, number, seed, goods, "crashed", f"exit code {worker.exitcode}\n{traces.read_text(errors='replace')}"), False
+        return _lost(
+            subject,
+            number,
+            seed,
+            goods,
+            "crashed",
+            f"exit code {worker.exitcode}\n{traces.read_text(errors='replace')}",
+        ), False
 
 
 def _lost(subject: Subject, number: int, seed: int, goods: Path, failure: str, told: str) -> Outcome:
     """The outcome of an input that took its worker along."""
     where = next((line.strip() for line in told.splitlines() if f"/{PACKAGE}/" in line), "")
-    return Outcome(subject.name, number, failure, [failure], kind=failure, where=where, told=told[:6000], case=subject.make(rng(seed, subject, number), goods))
+    return Outcome(
+        subject.name,
+        number,
+        failure,
+        [failure],
+        kind=failure,
+        where=where,
+        told=told[:6000],
+        case=subject.make(rng(seed, subject, number), goods),
+    )
 
 
 def rng(seed: int, subject: Subject, number: int) -> Random:
@@ -81,7 +107,15 @@ def rng(seed: int, subject: Subject, number: int) -> Random:
     return Random(f"{seed} {subject.name} {number}")
 
 
-def _work(subjects: Sequence[Subject], jobs: Sequence[tuple[int, int]], seed: int, goods: Path, scratch: Path, sender: Connection, traces: Path) -> None:
+def _work(
+    subjects: Sequence[Subject],
+    jobs: Sequence[tuple[int, int]],
+    seed: int,
+    goods: Path,
+    scratch: Path,
+    sender: Connection,
+    traces: Path,
+) -> None:
     place = copy_of(goods, scratch)
     forget_parent()
     watch, started = prepare_worker(scratch, place, traces), set()
@@ -109,6 +143,10 @@ def prepare_worker(scratch: Path, place: Path, traces: Path) -> Watch:
     for descriptor in (1, 2):  # image libraries write there
         os.dup2(null, descriptor)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    for kind, most in ((resource.RLIMIT_AS, pages * resource.getpagesize() + _ADDRESS_SPACE), (resource.RLIMIT_FSIZE, _FILE_BYTES), (resource.RLIMIT_CORE, 0)):
+    for kind, most in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + _ADDRESS_SPACE),
+        (resource.RLIMIT_FSIZE, _FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(kind, (most, most))
     return Watch(canaries)

@@ -1,4 +1,6 @@
-"""Damage to zip files and to NumPy's .npy and .npz: the container stays whole, what it says becomes absurd or hostile."""
+"""Damage to zip files and to NumPy's .npy and .npz: the container stays whole, what it says becomes
+absurd or hostile.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,26 @@ def damaged_zip(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     """A zip file with one member changed, doubled, dropped, renamed, packed or lied about."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    way = random.choice(("member", "member", "member", "double", "drop", "rename", "pack", "bomb", "lie", "lie", "comment", "folder", "link", "nested", "order",
-                         "many"))
+    way = random.choice(
+        (
+            "member",
+            "member",
+            "member",
+            "double",
+            "drop",
+            "rename",
+            "pack",
+            "bomb",
+            "lie",
+            "lie",
+            "comment",
+            "folder",
+            "link",
+            "nested",
+            "order",
+            "many",
+        )
+    )
     index = random.randrange(len(members))
     name, content = members[index]
     method, told = zipfile.ZIP_STORED, f"zip: {way} {name}"
@@ -31,8 +51,26 @@ def damaged_zip(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     elif way == "drop":
         del members[index]
     elif way == "rename":
-        members[index] = (random.choice((f"../{name}", f"/{name}", name + "x", name.upper(), name.rsplit("/")[-1], "x" * 3000, "a\nb", "\x1b[31m", "",
-                                         "archive/data.pkl", "data.pkl", "constants.pkl", "arr_0.npy")), content)
+        members[index] = (
+            random.choice(
+                (
+                    f"../{name}",
+                    f"/{name}",
+                    name + "x",
+                    name.upper(),
+                    name.rsplit("/")[-1],
+                    "x" * 3000,
+                    "a\nb",
+                    "\x1b[31m",
+                    "",
+                    "archive/data.pkl",
+                    "data.pkl",
+                    "constants.pkl",
+                    "arr_0.npy",
+                )
+            ),
+            content,
+        )
     elif way == "pack":
         method = random.choice((zipfile.ZIP_DEFLATED,) * 4 + (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     elif way == "bomb":
@@ -67,14 +105,14 @@ def _zip_bomb(members: list[tuple[str, bytes]], index: int, size: int) -> bytes:
     """A zip file one of whose members unpacks to `size` zeros, as its headers say."""
     packed, crc = packed_zeros(size), _crc_of_zeros(size)
     name = members[index][0]
-    made = bytearray(zipped([*members[:index], (name, packed), *members[index + 1:]]))
+    made = bytearray(zipped([*members[:index], (name, packed), *members[index + 1 :]]))
     with zipfile.ZipFile(io.BytesIO(made)) as archive:
         offset, entry = archive.infolist()[index].header_offset, archive.start_dir
     for _ in range(index):
-        entry += 46 + sum(struct.unpack("<HHH", made[entry + 28: entry + 34]))
+        entry += 46 + sum(struct.unpack("<HHH", made[entry + 28 : entry + 34]))
     for place in (offset + 8, entry + 10):  # method; date and time stay; checksum, packed size, size
-        made[place: place + 2] = struct.pack("<H", zipfile.ZIP_DEFLATED)
-        made[place + 6: place + 18] = struct.pack("<III", crc, len(packed), size)
+        made[place : place + 2] = struct.pack("<H", zipfile.ZIP_DEFLATED)
+        made[place + 6 : place + 18] = struct.pack("<III", crc, len(packed), size)
     return bytes(made)
 
 
@@ -98,13 +136,21 @@ def _lying_zip(random: Random, data: bytes) -> bytes:
     """One field of one header says something else."""
     changed = bytearray(data)
     # (signature, offsets of fields of 2 or 4 bytes): local header, directory entry, end of directory
-    signature, fields = random.choice(((b"PK\3\4", ((4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2))), (b"PK\1\2",
-        ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (38, 4), (42, 4))),
-                                       (b"PK\5\6", ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)))))
-    places = [i for i in range(len(data)) if data.startswith(signature, i)] if len(data) < 200000 else [data.find(signature)]
+    signature, fields = random.choice(
+        (
+            (b"PK\3\4", ((4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2))),
+            (b"PK\1\2", ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (38, 4), (42, 4))),
+            (b"PK\5\6", ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))),
+        )
+    )
+    places = (
+        [i for i in range(len(data)) if data.startswith(signature, i)] if len(data) < 200000 else [data.find(signature)]
+    )
     offset, width = random.choice(fields)
     place = random.choice(places or [0]) + offset
-    changed[place: place + width] = struct.pack("<Q", random.choice((*SIZES, len(data), len(data) * 10, 2**30)))[:width]
+    changed[place : place + width] = struct.pack("<Q", random.choice((*SIZES, len(data), len(data) * 10, 2**30)))[
+        :width
+    ]
     return bytes(changed)
 
 
@@ -112,23 +158,92 @@ def damaged_npy(random: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     """A .npy file whose header says something absurd, or an array of objects."""
     way = random.choice(("descr", "shape", "shape", "text", "version", "objects", "length"))
     size = "(1,)" if len(data) < 300 else "(1, 2, 16)"  # a label or the codes of an image
-    body = data[10 + struct.unpack("<H", data[8:10])[0]:] if data[6:7] == b"\1" else data[128:]
+    body = data[10 + struct.unpack("<H", data[8:10])[0] :] if data[6:7] == b"\1" else data[128:]
     if way == "objects":
-        return "npy of objects", npy_of("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", payloads.pickle_of_call(random)[1])
+        return "npy of objects", npy_of(
+            "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", payloads.pickle_of_call(random)[1]
+        )
     if way == "version":
-        return "npy of another version", data[:6] + bytes([random.choice((0, 2, 3, 4, 255)), random.choice((0, 1, 255))]) + data[8:]
+        return "npy of another version", data[:6] + bytes(
+            [random.choice((0, 2, 3, 4, 255)), random.choice((0, 1, 255))]
+        ) + data[8:]
     if way == "length":
         return "npy header length", data[:8] + struct.pack("<H", random.choice((0, 1, 65535, 60, 119))) + data[10:]
-    descr = random.choice(("'|O'", "'<f8'", "'|u1'", "'<u8'", "'|S1000000000'", "'<U99999999'", "'|V0'", "'<M8[ns]'", "[('a', '<i4')]", "[('a', '|O')]", "'x'",
-                           "'>i4'", "'<i4'", "None", "'<c16'", "'|b1'")) if way == "descr" else "'<i8'"
-    shape = random.choice((size, "(10**18,)", f"({10**18},)", "(-1,)", "(1, -1, 16)", f"({2**62}, 4)", f"(1, {10**9}, {10**9})", "()", "(0,)", "(1,)",
-                           "(True,)", "(1.5,)", "(1, 2, 16)", "('a',)", "[1]", "(" + "1, " * 40 + ")", f"({10**30},)",
-                           "(1, 0, 16)")) if way == "shape" else size
-    header = f"{{'descr': {descr}, 'fortran_order': {random.choice(('False', 'False', 'True', '1', 'None'))}, 'shape': {shape}, }}"
+    descr = (
+        random.choice(
+            (
+                "'|O'",
+                "'<f8'",
+                "'|u1'",
+                "'<u8'",
+                "'|S1000000000'",
+                "'<U99999999'",
+                "'|V0'",
+                "'<M8[ns]'",
+                "[('a', '<i4')]",
+                "[('a', '|O')]",
+                "'x'",
+                "'>i4'",
+                "'<i4'",
+                "None",
+                "'<c16'",
+                "'|b1'",
+            )
+        )
+        if way == "descr"
+        else "'<i8'"
+    )
+    shape = (
+        random.choice(
+            (
+                size,
+                "(10**18,)",
+                f"({10**18},)",
+                "(-1,)",
+                "(1, -1, 16)",
+                f"({2**62}, 4)",
+                f"(1, {10**9}, {10**9})",
+                "()",
+                "(0,)",
+                "(1,)",
+                "(True,)",
+                "(1.5,)",
+                "(1, 2, 16)",
+                "('a',)",
+                "[1]",
+                "(" + "1, " * 40 + ")",
+                f"({10**30},)",
+                "(1, 0, 16)",
+            )
+        )
+        if way == "shape"
+        else size
+    )
+    header = (
+        f"{{'descr': {descr}, 'fortran_order': {random.choice(('False', 'False', 'True', '1', 'None'))}, 'shape': "
+        f"{shape}, }}"
+    )
     if way == "text":
-        header = random.choice(("{}", "", "__import__('os').system('true')", "{'descr': __import__('os')}", "[" * 2000, "(" * 200 + ")" * 200, "{" * 500, "'x'",
-                                "{'descr': '<i8'}", header + "#", header * 2, "1" * 9000, header.replace("'", '"'), "{'shape': (1,), 'shape': (2,)}",
-                                "\x1b[31m", "é"))
+        header = random.choice(
+            (
+                "{}",
+                "",
+                "__import__('os').system('true')",
+                "{'descr': __import__('os')}",
+                "[" * 2000,
+                "(" * 200 + ")" * 200,
+                "{" * 500,
+                "'x'",
+                "{'descr': '<i8'}",
+                header + "#",
+                header * 2,
+                "1" * 9000,
+                header.replace("'", '"'),
+                "{'shape': (1,), 'shape': (2,)}",
+                "\x1b[31m",
+                "é",
+            )
+        )
     return f"npy header {header[:90]!r}", npy_of(header, body)
 
 

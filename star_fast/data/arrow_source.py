@@ -1,4 +1,6 @@
-"""Images of a Hugging Face data set that was saved with `save_to_disk`, read through the package datasets where it is installed."""
+"""Images of a Hugging Face data set that was saved with `save_to_disk`, read through the package datasets where it is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from star_fast.data.decoding import decode_image
 from star_fast.data.image_source import DataError, Sample, UnreadableImage, ordered_classes, read_file, read_sample
 from star_fast.storage import read_json, sha256_of_bytes
 
-_LABEL_NAMES = ("label", "labels", "class", "fine_label", "target")  # of a column without class names, the likelier one first
+# Of a column without class names, the likelier one first
+_LABEL_NAMES = ("label", "labels", "class", "fine_label", "target")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -25,21 +28,31 @@ def is_saved_dataset(folder: str | Path) -> bool:
 class ArrowDataset:
     """Images and labels of a data set on disk, in its own order. Keys are row numbers.
 
-    The columns are found by their types: the one of images; the one of class labels, else one of whole numbers or texts that is called like a label.
+    The columns are found by their types: the one of images; the one of class labels, else one of whole numbers or texts
+        that is called like a label.
 
     Raises:
-        DataError: the package is not installed, the folder holds several splits or cannot be read, or the columns cannot be told.
+        DataError: the package is not installed, the folder holds several splits or cannot be read, or the columns
+            cannot be told.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if os.path.isfile(self.folder / _SPLITS) and not os.path.isfile(self.folder / _STATE):
-            splits = read_json(self.folder / _SPLITS, "expected the list of splits that save_to_disk writes").get("splits")
+            splits = read_json(self.folder / _SPLITS, "expected the list of splits that save_to_disk writes").get(
+                "splits"
+            )
             names = [str(name) for name in splits] if isinstance(splits, list) else []
-            raise DataError(f"{self.folder}: holds {len(names)} splits; give one of them: {', '.join(str(self.folder / name) for name in names)[:1000]}")
+            raise DataError(
+                f"{self.folder}: holds {len(names)} splits; give one of them: "
+                f"{', '.join(str(self.folder / name) for name in names)[:1000]}"
+            )
         package = importlib.util.find_spec("datasets")
         if package is None or package.origin is None:  # None: a folder of that name where the command was started
-            raise DataError(f"{self.folder}: a Hugging Face data set, which the package datasets reads; it is not installed: pip install 'star_fast[hf]'")
+            raise DataError(
+                f"{self.folder}: a Hugging Face data set, which the package datasets reads; it is not installed: "
+                "pip install 'star_fast[hf]'"
+            )
         import datasets  # takes seconds: only when asked for
 
         try:
@@ -51,13 +64,18 @@ class ArrowDataset:
         except DataError:
             raise
         except Exception as error:  # of the package, Arrow and JSON
-            raise DataError(f"{self.folder}: cannot be read as a data set that save_to_disk wrote: {type(error).__name__}: "
-                            f"{' '.join(str(error).split())[:300]}") from error
+            raise DataError(
+                f"{self.folder}: cannot be read as a data set that save_to_disk wrote: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
         self._column = image
         self._take(values, names)
         if not len(self):
             raise DataError(f"{self.folder}: none of its {len(values)} rows has a label in column {label!r}")
-        self._sha256 = sha256_of_bytes(f"{table._fingerprint} {[_sizes(file) for file in table.cache_files]}".encode() + values.astype("U").tobytes())
+        self._sha256 = sha256_of_bytes(
+            f"{table._fingerprint} {[_sizes(file) for file in table.cache_files]}".encode()
+            + values.astype("U").tobytes()
+        )
 
     def _take(self, values: np.ndarray, names: tuple[str, ...] | None) -> None:
         """Choose the rows that have a label; those of data sets without labels for a part have -1, or nothing."""
@@ -66,7 +84,9 @@ class ArrowDataset:
         elif values.dtype.kind in "iu":
             labelled = values >= 0
         else:
-            labelled = np.array([isinstance(value, (str, int, np.integer)) and bool(str(value).strip()) for value in values], dtype=bool)
+            labelled = np.array(
+                [isinstance(value, (str, int, np.integer)) and bool(str(value).strip()) for value in values], dtype=bool
+            )
         self._row = np.flatnonzero(labelled)
         self.skipped = [{"key": _key(row), "reason": "has no label"} for row in np.flatnonzero(~labelled).tolist()]
         self.files = [_key(row) for row in self._row.tolist()]
@@ -81,7 +101,9 @@ class ArrowDataset:
         return len(self._row)
 
     def __getitem__(self, index: int) -> Sample:
-        return read_sample(lambda: decode_image(self.encoded(index)), int(self.labels[index]), self.files[index], self.folder)
+        return read_sample(
+            lambda: decode_image(self.encoded(index)), int(self.labels[index]), self.files[index], self.folder
+        )
 
     def encoded(self, index: int) -> bytes:
         """The file of image number `index`, without decoding it. Raises UnreadableImage."""
@@ -100,14 +122,23 @@ class ArrowDataset:
             raise UnreadableImage(key, error.reason) from error
 
     def description(self) -> dict[str, Any]:
-        """The hash covers the data set's fingerprint, which every change of it makes anew, its files' sizes and the labels."""
-        return {"kind": "Hugging Face data set", "folder": self.folder.resolve().name, "images": len(self), "sha256_of_fingerprint_and_labels": self._sha256}
+        """The hash covers the data set's fingerprint, which every change of it makes anew, its files' sizes and the
+        labels.
+        """
+        return {
+            "kind": "Hugging Face data set",
+            "folder": self.folder.resolve().name,
+            "images": len(self),
+            "sha256_of_fingerprint_and_labels": self._sha256,
+        }
 
 
 def _image_column(folder: Path, features: Any, kind: type) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        raise DataError(f"{folder}: expected one column of images, found {len(found)} among {', '.join(features)[:300]}")
+        raise DataError(
+            f"{folder}: expected one column of images, found {len(found)} among {', '.join(features)[:300]}"
+        )
     return found[0]
 
 
@@ -120,7 +151,10 @@ def _label_column(folder: Path, features: Any, kind: type) -> tuple[str, tuple[s
     types = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
     plain = [name for name in _LABEL_NAMES if types.get(name, "").startswith(("int", "uint", "string", "large_string"))]
     if found or not plain:
-        raise DataError(f"{folder}: expected one column of class labels, or one called {' or '.join(_LABEL_NAMES)}; found {', '.join(features)[:300]}")
+        raise DataError(
+            f"{folder}: expected one column of class labels, or one called {' or '.join(_LABEL_NAMES)}; found "
+            f"{', '.join(features)[:300]}"
+        )
     return plain[0], None
 
 

@@ -1,7 +1,8 @@
 """Random crops of an image, in plain PIL: the definition of correct for every faster pipeline.
 
-A view is a cut of random area and aspect ratio at a random place, resized, and mirrored half of the time: what torchvision calls RandomResizedCrop. It is
-a function of (seed, epoch, image number, view) and of the image's own size alone.
+A view is a cut of random area and aspect ratio at a random place, resized, and mirrored half of the time: what
+torchvision calls RandomResizedCrop. It is a function of (seed, epoch, image number, view) and of the image's own size
+alone.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Crop(NamedTuple):
     mirrored: bool
 
 
-def crop_box(settings: Augmentation, seed: int, epoch: int, image_index: int, view: int, width: int, height: int) -> Crop:
+def crop_box(
+    settings: Augmentation, seed: int, epoch: int, image_index: int, view: int, width: int, height: int
+) -> Crop:
     """The cut of one view of an image of `width` x `height` pixels.
 
     Where no try fits (a strip, or ratios that the image cannot hold), the largest middle part whose ratio is allowed.
@@ -66,14 +69,26 @@ def crop_box(settings: Augmentation, seed: int, epoch: int, image_index: int, vi
     return Crop((width - w) // 2, (height - h) // 2, w, h, mirrored)
 
 
-def augment(image: Image.Image, settings: Augmentation, views: int, image_size: int, channels: int, seed: int, epoch: int,
-            image_index: int) -> list[np.ndarray]:
-    """`views` random crops of a decoded image, (channels, image_size, image_size) uint8 each; cut first, then resized by bicubic."""
+def augment(
+    image: Image.Image,
+    settings: Augmentation,
+    views: int,
+    image_size: int,
+    channels: int,
+    seed: int,
+    epoch: int,
+    image_index: int,
+) -> list[np.ndarray]:
+    """`views` random crops of a decoded image, (channels, image_size, image_size) uint8 each; cut first, then resized
+    by bicubic.
+    """
     image = in_channels(image, channels)
     made = []
     for view in range(views):
         left, top, width, height, mirrored = crop_box(settings, seed, epoch, image_index, view, *image.size)
-        cut = image.crop((left, top, left + width, top + height)).resize((image_size, image_size), Image.Resampling.BICUBIC)
+        cut = image.crop((left, top, left + width, top + height)).resize(
+            (image_size, image_size), Image.Resampling.BICUBIC
+        )
         if mirrored:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(cut).reshape(image_size, image_size, channels)

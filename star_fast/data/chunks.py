@@ -1,4 +1,6 @@
-"""Consecutive images of a source, decoded and cut into views, while the caller encodes the ones before; and a chunk's codes in a file of its own."""
+"""Consecutive images of a source, decoded and cut into views, while the caller encodes the ones before; and a chunk's
+codes in a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,11 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(reader: ViewReader, spans: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
-    """The chunks of source images `spans` [(start, end)], in order; the next one is made in the background while the caller uses the present one."""
+    """The chunks of source images `spans` [(start, end)], in order; the next one is made in the background while the
+    caller uses the present one.
+    """
     with ThreadPoolExecutor(1) as ahead:
+
         def chunk(start: int, end: int) -> Chunk:
             return _as_chunk(reader(range(start, end)), start, end)
 
@@ -45,8 +50,14 @@ def read_chunks(reader: ViewReader, spans: Sequence[tuple[int, int]]) -> Iterato
 
 def _as_chunk(results: Sequence[ImageViews | UnreadableImage], start: int, end: int) -> Chunk:
     good = [result for result in results if not isinstance(result, UnreadableImage)]
-    bad = [{"index": start + i, "key": result.key, "reason": result.reason} for i, result in enumerate(results) if isinstance(result, UnreadableImage)]
-    return Chunk([views for views, _, _ in good], [label for _, label, _ in good], [key for _, _, key in good], bad, start, end)
+    bad = [
+        {"index": start + i, "key": result.key, "reason": result.reason}
+        for i, result in enumerate(results)
+        if isinstance(result, UnreadableImage)
+    ]
+    return Chunk(
+        [views for views, _, _ in good], [label for _, label, _ in good], [key for _, _, key in good], bad, start, end
+    )
 
 
 class EncodedChunk(NamedTuple):
@@ -73,18 +84,28 @@ class _PartRecord:
 
 
 def write_part(path: Path, chunk: EncodedChunk, job: str) -> None:
-    """Write a chunk to a file of its own, whole or not at all: a sha256 of all that follows, a line of JSON, the codes as uint16.
+    """Write a chunk to a file of its own, whole or not at all: a sha256 of all that follows, a line of JSON, the codes
+    as uint16.
 
     Raises:
         StorageError: the disk is full or the place cannot be written.
     """
-    about = {"job_sha256": job, "labels": chunk.labels, "keys": chunk.keys, "start": chunk.start, "end": chunk.end, "skipped": chunk.skipped}
+    about = {
+        "job_sha256": job,
+        "labels": chunk.labels,
+        "keys": chunk.keys,
+        "start": chunk.start,
+        "end": chunk.end,
+        "skipped": chunk.skipped,
+    }
     content = json.dumps(about).encode() + b"\n" + chunk.codes.astype("<u2").tobytes()
     atomic_write_bytes(path, sha256_of_bytes(content).encode() + b"\n" + content)
 
 
 def read_part(path: Path, job: str, views: int, positions: int) -> EncodedChunk | None:
-    """The chunk that `write_part` wrote for this job; None where there is none, or what is there is another job's or damaged: then it is made again."""
+    """The chunk that `write_part` wrote for this job; None where there is none, or what is there is another job's or
+    damaged: then it is made again.
+    """
     try:
         digest, _, content = read_bytes(path, "expected the codes of a chunk").partition(b"\n")
         if sha256_of_bytes(content).encode() != digest:
@@ -93,7 +114,13 @@ def read_part(path: Path, job: str, views: int, positions: int) -> EncodedChunk 
         record = to_record(parse_json(line), path, _PartRecord, "it is made again")
     except (StorageError, ValueError):
         return None
-    if record.job_sha256 != job or len(record.labels) != len(record.keys) or len(codes) != 2 * len(record.labels) * views * positions:
+    if (
+        record.job_sha256 != job
+        or len(record.labels) != len(record.keys)
+        or len(codes) != 2 * len(record.labels) * views * positions
+    ):
         return None
     array = np.frombuffer(codes, dtype="<u2").reshape(-1, views, positions).astype(np.int64)
-    return EncodedChunk(array, record.labels, record.keys, [vars(entry) for entry in record.skipped], record.start, record.end)
+    return EncodedChunk(
+        array, record.labels, record.keys, [vars(entry) for entry in record.skipped], record.start, record.end
+    )

@@ -1,9 +1,11 @@
-"""Batches of encoded images to views by NVIDIA DALI: on the CPU the same bits as views.py and augment.py, on a GPU nearly the same.
+"""Batches of encoded images to views by NVIDIA DALI: on the CPU the same bits as views.py and augment.py, on a GPU
+nearly the same.
 
-On the CPU DALI decodes (in C++ threads, to Pillow's very pixels) and Pillow cuts: DALI's own resize is slower there and not exact. On a GPU nvJPEG
-decodes and DALI resizes; nvJPEG differs from libjpeg by design. Either way DALI gets the JPEGs that it decodes as Pillow does: whole files of 8-bit gray
-or YCbCr. All others go to Pillow within the same call, and so does what DALI refuses: which images are refused, and why, is up to Pillow alone.
-(What DALI's libraries find wrong in a file they write to standard error themselves; that cannot be switched off.)
+On the CPU DALI decodes (in C++ threads, to Pillow's very pixels) and Pillow cuts: DALI's own resize is slower there and
+not exact. On a GPU nvJPEG decodes and DALI resizes; nvJPEG differs from libjpeg by design. Either way DALI gets the
+JPEGs that it decodes as Pillow does: whole files of 8-bit gray or YCbCr. All others go to Pillow within the same call,
+and so does what DALI refuses: which images are refused, and why, is up to Pillow alone. (What DALI's libraries find
+wrong in a file they write to standard error themselves; that cannot be switched off.)
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from torch import Tensor
 
 from star_fast.config import ConfigError
 from star_fast.data.augment import Augmentation, augment, crop_box
-from star_fast.data.dali_pipelines import ENCODED, Device, as_tensor, crops_pipeline, decode_pipeline, require_dali, square_shape, squares_pipeline
+from star_fast.data.dali_pipelines import (
+    ENCODED,
+    Device,
+    as_tensor,
+    crops_pipeline,
+    decode_pipeline,
+    require_dali,
+    square_shape,
+    squares_pipeline,
+)
 from star_fast.data.decoding import decode_image, is_upright, open_image, reason_of, upright
 from star_fast.data.jpeg_markers import is_whole_jpeg
 from star_fast.data.sources import DataError
@@ -30,9 +41,11 @@ from star_fast.data.views import make_squares
 from star_fast.errors import UserError
 
 _MOST_PIXELS = 12_000_000  # of an image that DALI decodes; larger ones go to Pillow, one at a time
-_MOST_WIDE, _MOST_TALL = 16, 2  # width over height and height over width, of an image that a GPU resizes; Pillow shrinks taller ones rows first
+# Width over height and height over width, of an image that a GPU resizes; Pillow shrinks taller ones rows first
+_MOST_WIDE, _MOST_TALL = 16, 2
 _MOST_BATCH_PIXELS = 2**25  # decoded at once: 100 MB
-_YCBCR = ([1, 2, 3], 1)  # component numbers and Adobe's transform of a colour JPEG that no decoder can take for another colour space
+# Component numbers and Adobe's transform of a colour JPEG that no decoder can take for another colour space
+_YCBCR = ([1, 2, 3], 1)
 
 T = TypeVar("T")
 Views = list[np.ndarray] | list[Tensor]  # (C, S, S) uint8 each; tensors on the GPU where that decodes
@@ -56,7 +69,8 @@ class DaliViews(ABC):
         counts: images so far that came from 'dali', from 'pillow', and that were 'refused'.
 
     Raises:
-        UserError: DALI is not installed or does not work, or no GPU is there for "mixed". ConfigError: a device or number of channels that there is not.
+        UserError: DALI is not installed or does not work, or no GPU is there for "mixed". ConfigError: a device or
+            number of channels that there is not.
     """
 
     _any_key: Any = None  # such as `_views` takes
@@ -75,7 +89,9 @@ class DaliViews(ABC):
         self._require_working()
 
     def _require_working(self) -> None:
-        """Decode one sound image: what DALI refuses later is then the image's fault, and Pillow has its say; else all would silently go to Pillow."""
+        """Decode one sound image: what DALI refuses later is then the image's fault, and Pillow has its say; else all
+        would silently go to Pillow.
+        """
         file = io.BytesIO()
         Image.new("RGB", (32, 32)).save(file, "JPEG")
         try:
@@ -85,33 +101,55 @@ class DaliViews(ABC):
         except RuntimeError as error:
             works, why = False, " ".join(str(error).split())[:300]
         if not works:
-            raise UserError(f"DALI does not work here (device {self.device!r}): {why}; decode with Pillow, or look at its installation")
+            raise UserError(
+                f"DALI does not work here (device {self.device!r}): {why}; decode with Pillow, or look at its "
+                "installation"
+            )
 
     def _new_pipeline(self) -> Any:
         return self._gpu_pipeline() if self.device == "mixed" else decode_pipeline(self.batch_images, self.threads)
 
     def _views(self, encoded: Sequence[bytes], keys: Sequence[Any]) -> list[Views | Refused]:
-        """The views of each file, or why there are none: a matter of its bytes and its key alone, not of its neighbours."""
+        """The views of each file, or why there are none: a matter of its bytes and its key alone, not of its
+        neighbours.
+        """
         opened = list(self._pool.map(lambda data: _attempt(lambda: open_image(data)), encoded))
-        chosen = [place for place, image in enumerate(opened)
-                  if not isinstance(image, Refused) and self._suits(image) and is_whole_jpeg(encoded[place])]
+        chosen = [
+            place
+            for place, image in enumerate(opened)
+            if not isinstance(image, Refused) and self._suits(image) and is_whole_jpeg(encoded[place])
+        ]
         results: dict[int, Future[Views | Refused]] = {}
         for batch in self._batches(chosen, opened):  # the pool cuts one batch while DALI decodes the next
             files, headers, of_batch = ([every[place] for place in batch] for every in (encoded, opened, keys))
-            results |= {place: views for place, views in zip(batch, self._by_dali(files, headers, of_batch), strict=True) if views is not None}
+            results |= {
+                place: views
+                for place, views in zip(batch, self._by_dali(files, headers, of_batch), strict=True)
+                if views is not None
+            }
         by_dali = set(results)
         for place, image in enumerate(opened):
             if place not in by_dali:
-                results[place] = _done(image) if isinstance(image, Refused) else self._pool.submit(self._by_pillow, encoded[place], keys[place])
+                results[place] = (
+                    _done(image)
+                    if isinstance(image, Refused)
+                    else self._pool.submit(self._by_pillow, encoded[place], keys[place])
+                )
         views = [results[place].result() for place in range(len(encoded))]
-        self.counts.update("refused" if isinstance(found, Refused) else "dali" if place in by_dali else "pillow" for place, found in enumerate(views))
+        self.counts.update(
+            "refused" if isinstance(found, Refused) else "dali" if place in by_dali else "pillow"
+            for place, found in enumerate(views)
+        )
         return views
 
     def _suits(self, opened: Any) -> bool:
         """Whether DALI is to decode an image that was opened; its file must be whole besides."""
         if opened.format != "JPEG" or opened.mode not in ("L", "RGB") or opened.width * opened.height > _MOST_PIXELS:
             return False
-        return opened.mode == "L" or ([layer[0] for layer in opened.layer], opened.info.get("adobe_transform", 1)) == _YCBCR
+        return (
+            opened.mode == "L"
+            or ([layer[0] for layer in opened.layer], opened.info.get("adobe_transform", 1)) == _YCBCR
+        )
 
     def _batches(self, places: Sequence[int], opened: Sequence[Any]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -126,8 +164,12 @@ class DaliViews(ABC):
         if batch:
             yield batch
 
-    def _by_dali(self, files: Sequence[bytes], opened: Sequence[Any], keys: Sequence[Any]) -> list[Future[Views | Refused] | None]:
-        """What DALI makes of a batch. One image that it refuses ends the whole batch, so each half is tried by itself; alone it gives None."""
+    def _by_dali(
+        self, files: Sequence[bytes], opened: Sequence[Any], keys: Sequence[Any]
+    ) -> list[Future[Views | Refused] | None]:
+        """What DALI makes of a batch. One image that it refuses ends the whole batch, so each half is tried by itself;
+        alone it gives None.
+        """
         try:
             self._pipeline.feed_input(ENCODED, [np.frombuffer(data, dtype=np.uint8) for data in files])
             if self.device == "mixed":
@@ -139,20 +181,32 @@ class DaliViews(ABC):
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
-            return [views for part in (slice(half), slice(half, None)) for views in self._by_dali(files[part], opened[part], keys[part])]
+            return [
+                views
+                for part in (slice(half), slice(half, None))
+                for views in self._by_dali(files[part], opened[part], keys[part])
+            ]
         if self.device == "mixed":
             made = [_done([as_tensor(output[place]) for output in outputs]) for place in range(len(files))]
             torch.cuda.current_stream().synchronize()  # DALI uses its memory again
             return made
-        images = [Image.fromarray(np.asarray(outputs[0].at(place))) for place in range(len(files))]  # copies: DALI uses its memory again
-        return [self._pool.submit(self._by_decoded, image, header, key) for image, header, key in zip(images, opened, keys, strict=True)]
+        # Copies: DALI uses its memory again
+        images = [Image.fromarray(np.asarray(outputs[0].at(place))) for place in range(len(files))]
+        return [
+            self._pool.submit(self._by_decoded, image, header, key)
+            for image, header, key in zip(images, opened, keys, strict=True)
+        ]
 
     def _by_decoded(self, image: Image.Image, opened: Image.Image, key: Any) -> Views | Refused:
         return _attempt(lambda: self._cut(upright(image, opened), key))
 
     def _by_pillow(self, data: bytes, key: Any) -> Views | Refused:
         views = _attempt(lambda: self._cut(decode_image(data), key))
-        return views if self.device == "cpu" or isinstance(views, Refused) else [torch.from_numpy(view).cuda() for view in views]
+        return (
+            views
+            if self.device == "cpu" or isinstance(views, Refused)
+            else [torch.from_numpy(view).cuda() for view in views]
+        )
 
     @abstractmethod
     def _cut(self, image: Image.Image, key: Any) -> list[np.ndarray]:
@@ -173,11 +227,13 @@ class DaliSquares(DaliViews):
         squares = DaliSquares((281, 268), 3)
         for views in squares(files): ...      # a list of (C, S, S) uint8, one for each size, or Refused
 
-    On the CPU the arrays are those of `make_squares`, bit for bit. On a GPU images that are turned by EXIF, that ADM halves, or that are more than twice as
-    tall as wide go to Pillow.
+    On the CPU the arrays are those of `make_squares`, bit for bit. On a GPU images that are turned by EXIF, that ADM
+    halves, or that are more than twice as tall as wide go to Pillow.
     """
 
-    def __init__(self, sizes: Sequence[int], channels: int, *, device: Device = "cpu", batch_images: int = 16, threads: int = 2) -> None:
+    def __init__(
+        self, sizes: Sequence[int], channels: int, *, device: Device = "cpu", batch_images: int = 16, threads: int = 2
+    ) -> None:
         self.sizes = tuple(sizes)
         super().__init__(channels, device, batch_images, threads)
 
@@ -188,7 +244,12 @@ class DaliSquares(DaliViews):
     def _suits(self, opened: Any) -> bool:
         if self.device == "mixed":
             width, height = opened.size
-            if min(width, height) >= 2 * min(self.sizes) or width > _MOST_WIDE * height or height > _MOST_TALL * width or not is_upright(opened):
+            if (
+                min(width, height) >= 2 * min(self.sizes)
+                or width > _MOST_WIDE * height
+                or height > _MOST_TALL * width
+                or not is_upright(opened)
+            ):
                 return False
         return super()._suits(opened)
 
@@ -199,19 +260,33 @@ class DaliSquares(DaliViews):
         return squares_pipeline(self.sizes, self.channels, self.device, self.batch_images, self.threads)
 
     def _gpu_inputs(self, opened: Sequence[Any], keys: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-        return {f"shape {number}": [square_shape(*image.size, size) for image in opened] for number, size in enumerate(self.sizes)}
+        return {
+            f"shape {number}": [square_shape(*image.size, size) for image in opened]
+            for number, size in enumerate(self.sizes)
+        }
 
 
 class DaliAugment(DaliViews):
-    """Random crops of encoded images (augment.augment), the same for the same seed, epoch and image number whatever the batch, thread or rank.
+    """Random crops of encoded images (augment.augment), the same for the same seed, epoch and image number whatever the
+    batch, thread or rank.
 
     On the CPU the arrays are those of `augment`, bit for bit; on a GPU the crops are the same, their pixels nearly.
     """
 
     _any_key = (0, 0)
 
-    def __init__(self, settings: Augmentation, views: int, image_size: int, channels: int, seed: int, *, device: Device = "cpu", batch_images: int = 16,
-                 threads: int = 2) -> None:
+    def __init__(
+        self,
+        settings: Augmentation,
+        views: int,
+        image_size: int,
+        channels: int,
+        seed: int,
+        *,
+        device: Device = "cpu",
+        batch_images: int = 16,
+        threads: int = 2,
+    ) -> None:
         self.settings, self.views, self.image_size, self.seed = settings, views, image_size, seed
         super().__init__(channels, device, batch_images, threads)
 
@@ -236,8 +311,13 @@ class DaliAugment(DaliViews):
         return crops_pipeline(self.views, self.image_size, self.channels, self.device, self.batch_images, self.threads)
 
     def _gpu_inputs(self, opened: Sequence[Any], keys: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-        return {f"crop {view}": [np.array(crop_box(self.settings, self.seed, *key, view, *image.size), dtype=np.float32)
-                                 for image, key in zip(opened, keys, strict=True)] for view in range(self.views)}
+        return {
+            f"crop {view}": [
+                np.array(crop_box(self.settings, self.seed, *key, view, *image.size), dtype=np.float32)
+                for image, key in zip(opened, keys, strict=True)
+            ]
+            for view in range(self.views)
+        }
 
 
 def _done(result: T) -> Future[T]:
@@ -247,10 +327,14 @@ def _done(result: T) -> Future[T]:
 
 
 def _attempt(make: Callable[[], T]) -> T | Refused:
-    """What `make` makes of an image, or why not. Raises DataError where the machine's memory, not the image, is at fault."""
+    """What `make` makes of an image, or why not. Raises DataError where the machine's memory, not the image, is at
+    fault.
+    """
     try:
         return make()
     except MemoryError as error:
-        raise DataError("the memory that is free does not hold the pixels of an image; free some, then run the same command") from error
+        raise DataError(
+            "the memory that is free does not hold the pixels of an image; free some, then run the same command"
+        ) from error
     except Exception as error:  # Pillow's decoders fail with a dozen exception types on damaged files
         return Refused(reason_of(error))

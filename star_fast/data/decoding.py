@@ -1,7 +1,9 @@
-"""One image file to pixels: upright, 8 bits a channel, or the reason why not. What a file asks for is held against its own size before it is decoded.
+"""One image file to pixels: upright, 8 bits a channel, or the reason why not. What a file asks for is held against its
+own size before it is decoded.
 
-EXIF rotation is applied. 16-bit gray (and 12-bit TIFF) is scaled by its white level, so that 65535 becomes 255; whole numbers and floats without a known
-white level are refused. Palette, CMYK, Lab and 1-bit images stay what they are: `make_views` converts them, and drops transparency as LlamaGen does.
+EXIF rotation is applied. 16-bit gray (and 12-bit TIFF) is scaled by its white level, so that 65535 becomes 255; whole
+numbers and floats without a known white level are refused. Palette, CMYK, Lab and 1-bit images stay what they are:
+`make_views` converts them, and drops transparency as LlamaGen does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from PIL import Image
 from star_fast.errors import UserError
 from star_fast.storage import require_regular
 
-# The formats of the suffixes that sources take. Pillow knows many more, and one of them (EPS) starts another program to draw its file.
+# The formats of the suffixes that sources take. Pillow knows many more, and one of them (EPS) starts another program to
+# draw its file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MOST_PIXELS = 178_956_970  # of any image: Pillow's own limit
 FREE_PIXELS = 12_000_000  # of an image however small its file; WebP decodes them in 200 MB
@@ -26,8 +29,15 @@ _USUAL_SCANS = 10  # of a progressive JPEG; each is work on all its pixels
 _BLOCK_VALUES = 2**20  # scaled to 8 bits at once
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 _FILE_OBJECT = re.compile(r" ?<_io\.\w+ .*>", re.DOTALL)
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class RefusedImage(UserError, ValueError):
@@ -38,8 +48,10 @@ def read_image(path: str | Path) -> Image.Image:
     """The first image in a file, decoded, upright, 8 bits a channel.
 
     Raises:
-        RefusedImage: it asks for more than its bytes can be meant for, or its numbers have no known white level. StorageError: no ordinary file.
-        MemoryError: the machine cannot hold its pixels. On damaged files Pillow raises exceptions of a dozen other types.
+        RefusedImage: it asks for more than its bytes can be meant for, or its numbers have no known white level.
+            StorageError: no ordinary file.
+        MemoryError: the machine cannot hold its pixels. On damaged files Pillow raises exceptions of a dozen other
+            types.
     """
     size = require_regular(path, "expected an image file")
     with open(path, "rb") as file:
@@ -52,7 +64,9 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image in the bytes of a file, its header read and held against their number, nothing decoded: for decoders other than Pillow's."""
+    """The image in the bytes of a file, its header read and held against their number, nothing decoded: for decoders
+    other than Pillow's.
+    """
     return _open(io.BytesIO(data), len(data))
 
 
@@ -68,7 +82,9 @@ def upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image was refused, in one line that is the same in every run: Pillow names an open file by its address in memory."""
+    """Why an image was refused, in one line that is the same in every run: Pillow names an open file by its address in
+    memory.
+    """
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return kind + " ".join(_FILE_OBJECT.sub("", str(error)).split())
 
@@ -85,13 +101,16 @@ def _decode(file: BinaryIO, size: int) -> Image.Image:
         try:
             image.load()
         except MemoryError as error:
-            np.empty(12 * image.width * image.height, dtype=np.uint8)  # raises MemoryError too where the machine, not the file, is to blame
+            # Raises MemoryError too where the machine, not the file, is to blame
+            np.empty(12 * image.width * image.height, dtype=np.uint8)
             raise RefusedImage("its decoder asks for far more memory than its pixels take") from error
         return upright(image if white is None else _scaled(image, white), image)
 
 
 def in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image as gray (channels 1) or RGB (channels 3), 8 bits a channel; transparency is dropped, as LlamaGen does."""
+    """The image as gray (channels 1) or RGB (channels 3), 8 bits a channel; transparency is
+    dropped, as LlamaGen does.
+    """
     image, mode = eight_bit(image), {1: "L", 3: "RGB"}[channels]
     if image.mode == "LAB":  # Pillow knows the way to RGB alone
         image = image.convert("RGB")
@@ -99,7 +118,9 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel: 16-bit gray scaled by its white level, others as they are. Raises RefusedImage where no white level is known."""
+    """The image with 8 bits a channel: 16-bit gray scaled by its white level, others as they are. Raises RefusedImage
+    where no white level is known.
+    """
     white = _white_level(image)
     return image if white is None else _scaled(image, white)
 
@@ -137,7 +158,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _white_level(image: Image.Image) -> int | None:
-    """The number that means white in an image of more than 8 bits, negative where it means black; None for 8 bits and fewer."""
+    """The number that means white in an image of more than 8 bits, negative where it means black; None for 8 bits and
+    fewer.
+    """
     if image.mode == "F":
         raise RefusedImage("floating-point pixels have no known white level; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -162,5 +185,5 @@ def _scaled(image: Image.Image, white: int) -> Image.Image:
     made = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _BLOCK_VALUES // values.shape[1])
     for start in range(0, len(values), rows):
-        made[start: start + rows] = table[np.clip(values[start: start + rows], 0, abs(white))]
+        made[start : start + rows] = table[np.clip(values[start : start + rows], 0, abs(white))]
     return Image.fromarray(made)

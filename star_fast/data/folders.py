@@ -39,13 +39,16 @@ class FilesInFolder:
 
 
 class ImageFolder(FilesInFolder):
-    """Images in class subfolders: FOLDER/class name/anything/image.jpg. Classes and files in sorted order; how a file becomes pixels: decoding.py.
+    """Images in class subfolders: FOLDER/class name/anything/image.jpg. Classes and files in sorted order; how a file
+    becomes pixels: decoding.py.
 
-    Hidden entries, and files of other kinds beside the images, are ignored. Every other image that is left out is in `skipped`: one beside the class
-    folders, one below a link to a folder (links are not followed, a class folder itself may be one), a link to nothing, a pipe under an image's name.
+    Hidden entries, and files of other kinds beside the images, are ignored. Every other image that is left out is in
+    `skipped`: one beside the class folders, one below a link to a folder (links are not followed, a class folder itself
+    may be one), a link to nothing, a pipe under an image's name.
 
     Raises:
-        DataError: the folder does not exist or cannot be read, no class subfolder holds an image, or its subfolders are train/ and val/, not classes.
+        DataError: the folder does not exist or cannot be read, no class subfolder holds an image, or its subfolders are
+            train/ and val/, not classes.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -69,21 +72,35 @@ class ImageFolder(FilesInFolder):
             labels += [len(names)] * len(found)
             names.append(entry.name)
         if not self.files:
-            instead = f"{len(loose)} lie in the folder itself, without a class" if loose else f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
-            raise DataError(f"{self.folder}: no images in class subfolders ({instead}); expected FOLDER/class name/image files"
-                            + (", or a list of labels for them: a CSV file of names and labels" if loose else ""))
+            instead = (
+                f"{len(loose)} lie in the folder itself, without a class"
+                if loose
+                else f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+            raise DataError(
+                f"{self.folder}: no images in class subfolders ({instead}); expected FOLDER/class name/image files"
+                + (", or a list of labels for them: a CSV file of names and labels" if loose else "")
+            )
         self.skipped += [{"key": name, "reason": "lies beside the class folders, so it has no class"} for name in loose]
         self.class_names = tuple(names)
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def description(self) -> dict[str, Any]:
-        """The hash covers every file's path and size, not its content: reading a whole ImageNet for a hash would take an hour."""
-        return {"kind": "folder", "folder": self.folder.resolve().name, "images": len(self),
-                "sha256_of_paths_and_sizes": sha256_of_listing(zip(self.files, self._sizes, strict=True))}
+        """The hash covers every file's path and size, not its content: reading a whole ImageNet for a hash would take
+        an hour.
+        """
+        return {
+            "kind": "folder",
+            "folder": self.folder.resolve().name,
+            "images": len(self),
+            "sha256_of_paths_and_sizes": sha256_of_listing(zip(self.files, self._sizes, strict=True)),
+        }
 
 
 def folder_entries(folder: Path, expected: str) -> list[os.DirEntry[str]]:
-    """What lies in a source's folder, by name, without what is hidden. Raises DataError, saying what was `expected`, where it is none or cannot be read."""
+    """What lies in a source's folder, by name, without what is hidden. Raises DataError, saying what was `expected`,
+    where it is none or cannot be read.
+    """
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: not a folder; expected {expected}, or 'digits' for the built-in images")
     try:
@@ -98,7 +115,9 @@ def is_image(name: str) -> bool:
 
 
 def images_below(folder: str, key: str = "") -> tuple[dict[str, int], list[dict[str, str]]]:
-    """The size in bytes of each image below a folder, by its path with '/' from `key` (the folder's own name) on; and what was left out, with reasons."""
+    """The size in bytes of each image below a folder, by its path with '/' from `key` (the folder's own name) on; and
+    what was left out, with reasons.
+    """
     sizes: dict[str, int] = {}
     skipped: list[dict[str, str]] = []
     waiting = [(folder, key)]
@@ -113,7 +132,8 @@ def images_below(folder: str, key: str = "") -> tuple[dict[str, int], list[dict[
             name = f"{prefix}/{entry.name}" if prefix else entry.name
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, name))
-            elif entry.is_symlink() and os.path.isdir(entry):  # False, where DirEntry.is_dir raises, for a link to itself
+            elif entry.is_symlink() and os.path.isdir(entry):
+                # False, where DirEntry.is_dir raises, for a link to itself
                 skipped.append({"key": name + "/", "reason": "a link to a folder, which is not followed"})
             elif is_image(entry.name):
                 try:
@@ -130,11 +150,14 @@ def images_below(folder: str, key: str = "") -> tuple[dict[str, int], list[dict[
 
 def sha256_of_listing(entries: Iterable[tuple[Any, ...]]) -> str:
     """The sha256 of a list of files: a line of path, size and whatever else for each."""
-    return sha256_of_bytes("".join("\t".join(map(str, entry)) + "\n" for entry in entries).encode(errors="surrogateescape"))
+    return sha256_of_bytes(
+        "".join("\t".join(map(str, entry)) + "\n" for entry in entries).encode(errors="surrogateescape")
+    )
 
 
 def _require_classes(folder: Path, entries: list[os.DirEntry[str]]) -> None:
-    """Refuse a root whose subfolders are parts of a data set, each with the classes in it: trained on as it stands it would teach two classes, train and val.
+    """Refuse a root whose subfolders are parts of a data set, each with the classes in it: trained on as it stands it
+    would teach two classes, train and val.
 
     Only where the training part holds nothing but folders: a class of locomotives may well be called train.
     """
@@ -152,8 +175,11 @@ def _require_classes(folder: Path, entries: list[os.DirEntry[str]]) -> None:
     command = f"star-fast prepare {shlex.quote(str(folder / train.name))}"
     if held_out is not None:
         command += f" --held-out-source {shlex.quote(str(folder / held_out.name))}"
-    raise DataError(f"{folder}: holds {train.name}/{f' and {held_out.name}/' if held_out is not None else ''}, which are parts of a data set and not classes; "
-                    f"give the folder whose subfolders are the classes: {command}")
+    raise DataError(
+        f"{folder}: holds {train.name}/{f' and {held_out.name}/' if held_out is not None else ''}, which are "
+        "parts of a data set and not classes; "
+        f"give the folder whose subfolders are the classes: {command}"
+    )
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -163,6 +189,8 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _leads_back(link: str, folder: Path) -> bool:
-    """Whether a link in `folder` leads to the folder itself or one above it: every image would be found again, under another class."""
+    """Whether a link in `folder` leads to the folder itself or one above it: every image would be found again, under
+    another class.
+    """
     target, here = Path(link).resolve(), folder.resolve()
     return target == here or target in here.parents

@@ -14,13 +14,17 @@ from star_fast.errors import UserError
 from star_fast.storage import StorageError, read_bytes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-MOST_FILE_BYTES = 2**30  # of one image's file where it is read whole: the largest image there may be, uncompressed, with 16 bits a channel
-_MOST_CLASSES = 1000  # beyond that a set in which most images have a label of their own, of several words, is taken for one of captions
+# Of one image's file where it is read whole: the largest image there may be, uncompressed, with 16 bits a channel
+MOST_FILE_BYTES = 2**30
+# Beyond that a set in which most images have a label of their own, of several words, is taken for one of captions
+_MOST_CLASSES = 1000
 _MOST_DIGITS = 18
 
 
 class DataError(UserError, ValueError):
-    """Images, classes or codes are not what the job needs. The message is one line: what was expected, what is there, what to do."""
+    """Images, classes or codes are not what the job needs. The message is one line: what was expected, what is there,
+    what to do.
+    """
 
 
 class UnreadableImage(Exception):
@@ -54,7 +58,9 @@ class ImageSource(Protocol):
         ...
 
     def encoded(self, index: int) -> bytes | None:
-        """The file of image number `index` as it is stored; None where there is none. Raises UnreadableImage when it cannot be read."""
+        """The file of image number `index` as it is stored; None where there is none. Raises UnreadableImage when it
+        cannot be read.
+        """
         ...
 
     def description(self) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def read_sample(read: Callable[[], Image.Image], label: int, key: str, place: st
     """The sample whose image `read` decodes.
 
     Args:
-        place: the folder or archive that it lies in: named where the machine is at fault, left out of the reason where the image is.
+        place: the folder or archive that it lies in: named where the machine is at fault, left out of the reason where
+            the image is.
 
     Raises:
         UnreadableImage: the image cannot be decoded. DataError: the memory does not hold it.
@@ -74,7 +81,9 @@ def read_sample(read: Callable[[], Image.Image], label: int, key: str, place: st
     try:
         return Sample(read(), label, key)
     except MemoryError as error:
-        raise DataError(f"{place}/{key}: the memory that is free does not hold its pixels; free some, then run the same command") from error
+        raise DataError(
+            f"{place}/{key}: the memory that is free does not hold its pixels; free some, then run the same command"
+        ) from error
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders fail with a dozen exception types on damaged files
@@ -102,8 +111,11 @@ def ordered_classes(texts: Sequence[str], numbers: Sequence[int] | np.ndarray) -
         DataError: so many classes that they must be captions.
     """
     if len(texts) > max(_MOST_CLASSES, len(numbers) // 2) and sum(" " in text for text in texts) > len(texts) // 2:
-        raise DataError(f"{len(numbers)} images have {len(texts)} different labels, such as {texts[0][:60]!r}; expected classes that several images share, "
-                        "these look like captions")
+        raise DataError(
+            f"{len(numbers)} images have {len(texts)} different labels, such as {texts[0][:60]!r}; expected "
+            "classes that several images share, "
+            "these look like captions"
+        )
     if all(map(is_number, texts)):
         order = sorted(range(len(texts)), key=lambda place: (int(texts[place]), texts[place]))
     else:

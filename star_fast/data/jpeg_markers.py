@@ -1,7 +1,8 @@
 """Which JPEG files every decoder takes or refuses alike: found by a walk over their markers, without decoding.
 
-libjpeg fills up what a truncated file lacks with gray, and finds faults behind the last row of pixels only when it is asked to read on. Pillow refuses
-the first and asks for the second; other users of libjpeg do neither. In a file that ends where it must, there is nothing left to differ on.
+libjpeg fills up what a truncated file lacks with gray, and finds faults behind the last row of pixels only when it is
+asked to read on. Pillow refuses the first and asks for the second; other users of libjpeg do neither. In a file that
+ends where it must, there is nothing left to differ on.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from collections.abc import Iterator
 
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # every way to encode an image: the other three define tables, or nothing
+# Every way to encode an image: the other three define tables, or nothing
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _STANDALONE = {0x00, _TEM, *range(0xD0, 0xD9)}  # markers without a length; where a segment must start they are a fault
-# In a scan's data 0xFF stands for itself before 0x00, and before 0xD0 ... 0xD7 marks a restart; anything else ends the scan.
+# In a scan's data 0xFF stands for itself before 0x00, and before 0xD0 ... 0xD7 marks a restart; anything else ends the
+# scan.
 _END_OF_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
 
 
 def is_whole_jpeg(data: bytes) -> bool:
-    """Whether a file is one Huffman-coded image, sequential in one scan or progressive, that goes on to the marker of its end without a gap."""
+    """Whether a file is one Huffman-coded image, sequential in one scan or progressive, that goes on to the marker of
+    its end without a gap.
+    """
     frame, components, scans, last = 0, 0, 0, 0
     for marker, place in _segments(data):
         if marker in _FRAMES:
@@ -36,7 +41,9 @@ def is_whole_jpeg(data: bytes) -> bool:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Marker and place of each segment, the end of the image last; ends early where no marker stands, or what stands there is not allowed."""
+    """Marker and place of each segment, the end of the image last; ends early where no marker stands, or what stands
+    there is not allowed.
+    """
     if data[:2] != bytes((0xFF, _SOI)):
         return
     place = 2
@@ -50,7 +57,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
         yield marker, place
         if marker == _EOI:
             return
-        place += 2 + int.from_bytes(data[place + 2: place + 4], "big")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if marker == _SOS:
             end = _END_OF_SCAN.search(data, place)
             if end is None:

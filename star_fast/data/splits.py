@@ -1,4 +1,6 @@
-"""Which images are held out: a share of every class, or a source of their own. Tokenizer training, code store and classifier share this one split."""
+"""Which images are held out: a share of every class, or a source of their own. Tokenizer training, code store and
+classifier share this one split.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ HELD_OUT_PREFIX = "held out/"  # of the keys of images that come from the held-o
 class WithHeldOut:
     """Two sources as one: the training images first, then the held-out ones, with the classes of the first.
 
-    Classes of the held-out source are matched by name; it need not have all of them. Where its classes are whole numbers and none of them is a class name
-    of the training images, they count the training classes from 0 (as lists of ImageNet's validation images do).
+    Classes of the held-out source are matched by name; it need not have all of them. Where its classes are whole
+    numbers and none of them is a class name of the training images, they count the training classes from 0 (as lists of
+    ImageNet's validation images do).
 
     Raises:
         DataError: a class of the held-out source that the training images do not have.
@@ -28,7 +31,10 @@ class WithHeldOut:
         self.class_names = train.class_names
         self.labels = np.concatenate([train.labels, _matched(train.class_names, held_out.class_names)[held_out.labels]])
         self.files: Sequence[str] = _Joined(train.files, held_out.files)
-        self.skipped = [*train.skipped, *({**entry, "key": HELD_OUT_PREFIX + entry["key"]} for entry in held_out.skipped)]
+        self.skipped = [
+            *train.skipped,
+            *({**entry, "key": HELD_OUT_PREFIX + entry["key"]} for entry in held_out.skipped),
+        ]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +74,11 @@ class _Joined(Sequence[str]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        return self._train[place] if place < len(self._train) else HELD_OUT_PREFIX + self._held_out[place - len(self._train)]
+        return (
+            self._train[place]
+            if place < len(self._train)
+            else HELD_OUT_PREFIX + self._held_out[place - len(self._train)]
+        )
 
     def __iter__(self) -> Iterator[str]:
         yield from self._train
@@ -83,13 +93,17 @@ def _matched(train: Sequence[str], held_out: Sequence[str]) -> np.ndarray:
         places = {name: int(name) for name in held_out if int(name) < len(train)}
     if unknown := [name for name in held_out if name not in places]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise DataError(f"held-out source: its class {unknown[0]!r}{more} is none of the {len(train)} classes of the training images "
-                        f"({', '.join(train[:5])}{' ...' if len(train) > 5 else ''}); expected the same names")
+        raise DataError(
+            f"held-out source: its class {unknown[0]!r}{more} is none of the {len(train)} classes of the training "
+            "images "
+            f"({', '.join(train[:5])}{' ...' if len(train) > 5 else ''}); expected the same names"
+        )
     return np.array([places[name] for name in held_out], dtype=np.int64)
 
 
 def split_of(source: ImageSource, held_out_share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted int64 indices of a source's train and held-out images: its own split where it has one, else `split_indices` of its labels.
+    """Sorted int64 indices of a source's train and held-out images: its own split where it has one, else
+    `split_indices` of its labels.
 
     Raises:
         DataError: a share that is not in [0, 1); or not 0 where the source says itself which images are held out.
@@ -97,15 +111,19 @@ def split_of(source: ImageSource, held_out_share: float) -> tuple[np.ndarray, np
     if not isinstance(source, WithHeldOut):
         return split_indices(source.labels, held_out_share)
     if held_out_share:
-        raise DataError(f"held_out_share: expected 0 with a held-out source, whose images are the held-out ones, got {held_out_share!r}")
+        raise DataError(
+            "held_out_share: expected 0 with a held-out source, whose images are the held-out ones, got "
+            f"{held_out_share!r}"
+        )
     return np.arange(len(source.train)), np.arange(len(source.train), len(source))
 
 
 def split_indices(labels: np.ndarray, held_out_share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The split by image: sorted int64 indices of train and held-out images, the same share of every class held out.
 
-    Of a class with n images round(share * n) are held out, but at least 1 (if the share is not 0) and at most n - 1, so that no class
-    is missing on either side; a class with one image is in train only. Depends on the labels, the share and the seed alone.
+    Of a class with n images round(share * n) are held out, but at least 1 (if the share is not 0) and at most n - 1, so
+    that no class is missing on either side; a class with one image is in train only. Depends on the labels, the share
+    and the seed alone.
     """
     if not 0 <= held_out_share < 1:
         raise DataError(f"held_out_share: expected a share in [0, 1), got {held_out_share!r}")
@@ -119,7 +137,9 @@ def split_indices(labels: np.ndarray, held_out_share: float, seed: int = 0) -> t
 
 
 def stable_permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0 ... n-1 drawn from `key`: the same on every machine and NumPy version (raw bits are, Generator.permutation may change)."""
+    """A permutation of 0 ... n-1 drawn from `key`: the same on every machine and NumPy version (raw bits are,
+    Generator.permutation may change).
+    """
     return np.argsort(random_bits(n, *key), kind="stable")
 
 

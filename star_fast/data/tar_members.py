@@ -1,4 +1,6 @@
-"""What lies where in a plain tar file: one pass over its headers. Nothing is unpacked, and nothing is allocated on a header's word."""
+"""What lies where in a plain tar file: one pass over its headers. Nothing is unpacked, and nothing is allocated on a
+header's word.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class TarMember(NamedTuple):
 
 
 class TarFault(Exception):
-    """Here a tar file ends too early or makes no sense: nothing that follows can be found. What came before is whole."""
+    """Here a tar file ends too early or makes no sense: nothing that follows can be found. What
+    came before is whole.
+    """
 
 
 def tar_members(descriptor: int, size: int) -> Iterator[TarMember]:
@@ -44,7 +48,9 @@ def tar_members(descriptor: int, size: int) -> Iterator[TarMember]:
         block = os.pread(descriptor, _AHEAD, position)
         header, ahead = block[:_BLOCK], block[_BLOCK:]
         if len(header) < _BLOCK:
-            raise TarFault("is cut short" if header or position < size else "ends without an end mark: it may have been cut short")
+            raise TarFault(
+                "is cut short" if header or position < size else "ends without an end mark: it may have been cut short"
+            )
         if not any(header):
             if block.strip(b"\0") or os.pread(descriptor, _PADDING, position).strip(b"\0"):
                 raise TarFault("goes on after an end mark, as tar files do that were put together in one")
@@ -60,7 +66,10 @@ def tar_members(descriptor: int, size: int) -> Iterator[TarMember]:
         if length < 0:
             raise TarFault(f"is damaged at byte {position:,}")
         if length > size - start:
-            raise TarFault(f"is cut short: {_readable(long_name or _name(header))} should have {length:,} bytes, {max(0, size - start):,} are left")
+            raise TarFault(
+                f"is cut short: {_readable(long_name or _name(header))} should have {length:,} bytes, "
+                f"{max(0, size - start):,} are left"
+            )
         position = start + -(-length // _BLOCK) * _BLOCK
         if kind in b"xgLK":
             if length > _MOST_NAME_BYTES:
@@ -112,7 +121,7 @@ def _pax_records(content: bytes, place: int) -> dict[bytes, bytes]:
     while rest:
         digits, space, _ = rest.partition(b" ")
         length = _decimal(digits, place)
-        name, equals, value = rest[len(digits) + 1: length - 1].partition(b"=")
+        name, equals, value = rest[len(digits) + 1 : length - 1].partition(b"=")
         if not space or not equals or length < len(digits) + 3 or length > len(rest):
             raise TarFault(f"is damaged at byte {place:,}")
         records[name] = value

@@ -1,4 +1,6 @@
-"""Many images of a source to their views: by Pillow in threads, or decoded by DALI. Which of the two is a setting, and part of what a store is."""
+"""Many images of a source to their views: by Pillow in threads, or decoded by DALI. Which of the two is a setting, and
+part of what a store is.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,22 @@ class ViewReader(Protocol):
         ...
 
 
-def view_reader(source: ImageSource, data: DataConfig, image_size: int, channels: int, *, seed: int = 0, workers: int = 2) -> ViewReader:
+def view_reader(
+    source: ImageSource, data: DataConfig, image_size: int, channels: int, *, seed: int = 0, workers: int = 2
+) -> ViewReader:
     """The reader that `data.decoder` names. Raises UserError where it needs what is not here."""
     kind = _Pillow if data.decoder == "pillow" else _Dali
     return kind(source, data, image_size, channels, seed, workers)
 
 
 def processors_of_this_rank() -> int:
-    """Processors of this machine that a rank may take for threads: its share, by the number of ranks here, or (where the launcher does not tell) in all."""
+    """Processors of this machine that a rank may take for threads: its share, by the number of ranks here, or (where
+    the launcher does not tell) in all.
+    """
     told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     ranks = int(told) if told.isascii() and told.isdecimal() and len(told) < 7 else 1
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not every system knows affinities
+    # Not every system knows affinities
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, processors // max(1, ranks))
 
 
@@ -52,7 +59,9 @@ class _Pillow:
 
     decoder = f"Pillow {PIL.__version__}"
 
-    def __init__(self, source: ImageSource, data: DataConfig, image_size: int, channels: int, seed: int, workers: int) -> None:
+    def __init__(
+        self, source: ImageSource, data: DataConfig, image_size: int, channels: int, seed: int, workers: int
+    ) -> None:
         self.source, self.data, self.image_size, self.channels, self.seed = source, data, image_size, channels, seed
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self._read = 0
@@ -72,9 +81,13 @@ class _Pillow:
 
 
 class _Dali(_Pillow):
-    """Files decoded by DALI, squares cut as `views.make_squares` cuts them; images without a file of their own by Pillow."""
+    """Files decoded by DALI, squares cut as `views.make_squares` cuts them; images without a file of their own by
+    Pillow.
+    """
 
-    def __init__(self, source: ImageSource, data: DataConfig, image_size: int, channels: int, seed: int, workers: int) -> None:
+    def __init__(
+        self, source: ImageSource, data: DataConfig, image_size: int, channels: int, seed: int, workers: int
+    ) -> None:
         from star_fast.data.dali import DaliSquares
         from star_fast.data.dali_pipelines import dali_version
 
@@ -100,7 +113,9 @@ class _Dali(_Pillow):
         files = list(self._pool.map(self._file, indices))
         found: dict[int, ImageViews | UnreadableImage] = {}
         encoded = [place for place, file in enumerate(files) if isinstance(file, bytes)]
-        cut = self._pool.map(self._cut, (indices[place] for place in encoded), self._squares([files[place] for place in encoded]))
+        cut = self._pool.map(
+            self._cut, (indices[place] for place in encoded), self._squares([files[place] for place in encoded])
+        )
         found |= zip(encoded, cut, strict=True)
         without = [place for place, file in enumerate(files) if file is None]
         found |= zip(without, super().__call__([indices[place] for place in without]), strict=True)

@@ -41,13 +41,21 @@ def examine(needed: Sequence[str], weights: str = "", show: Callable[[str], None
 
     def group(title: str, name: str, findings: list[Finding]) -> None:
         show(f"{shown(title, findings)}\n")
-        missing.extend(f"{name}: {finding.name}" for finding in findings if finding.mark == MISSING and (name in needed or name not in _STAGES))
+        missing.extend(
+            f"{name}: {finding.name}"
+            for finding in findings
+            if finding.mark == MISSING and (name in needed or name not in _STAGES)
+        )
 
     group("This machine", "machine", machine())
     for name, (title, look) in _STAGES.items():
         group(title, name, look())
     device = "cuda" if has_gpu() else "cpu"
-    group(f"What runs each operation on {'the GPU' if device == 'cuda' else 'this CPU'}, and why not the others", "operations", operations(choices(device)))
+    group(
+        f"What runs each operation on {'the GPU' if device == 'cuda' else 'this CPU'}, and why not the others",
+        "operations",
+        operations(choices(device)),
+    )
     if weights:
         group(f"Weights in {weights}", "weights", weight_files(Path(weights)))
     show(f"{OK}: found   {WITHOUT}: done without   {MISSING}: missing or broken, its stage cannot run")
@@ -55,7 +63,8 @@ def examine(needed: Sequence[str], weights: str = "", show: Callable[[str], None
 
 
 def show_self_test(checks: Iterable[tuple[str, str, str, bool | None, str, float]]) -> bool:
-    """Print a line for each call as it is checked, (op, backend, dtype and so on, passed, what was seen, seconds); whether none failed.
+    """Print a line for each call as it is checked, (op, backend, dtype and so on, passed, what was seen, seconds);
+    whether none failed.
 
     What a backend cannot do here (passed: None) is told once.
     """
@@ -66,5 +75,7 @@ def show_self_test(checks: Iterable[tuple[str, str, str, bool | None, str, float
         said.add((op, backend, told))
         verdict = "[green]passed[/]" if passed else "not here" if passed is None else "[red]FAILED[/]"
         failed += passed is False
-        console.print(f"{verdict:18} {op} \\[{backend}, {call}], {seconds:.1f} s: {escape(told)}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{verdict:18} {op} \\[{backend}, {call}], {seconds:.1f} s: {escape(told)}", soft_wrap=True, highlight=False
+        )
     return not failed

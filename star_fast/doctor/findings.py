@@ -1,4 +1,6 @@
-"""What `star-fast doctor` says about one part, and how it is shown: a mark, a name, a sentence, and a line that mends it."""
+"""What `star-fast doctor` says about one part, and how it is shown: a mark, a name, a sentence, and a line that mends
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _NAME_WIDTH = 16
 class Finding(NamedTuple):
     """One part of a machine or of an installation."""
 
-    mark: str  # OK; WITHOUT: not there or not as it should be, and things work without it; MISSING: the stage it stands under cannot run, or runs wrongly
+    # OK; WITHOUT: not there or not as it should be, and things work without it; MISSING: the stage it stands under
+    # cannot run, or runs wrongly
+    mark: str
     name: str
     told: str  # what was found, and what goes without it
     fix: str = ""  # what to do, a command where there is one
@@ -33,4 +37,11 @@ def shown(title: str, findings: list[Finding]) -> str:
 
 
 def _wrapped(text: str, first: str, others: str) -> list[str]:
-    return textwrap.wrap(printable(text), WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        printable(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

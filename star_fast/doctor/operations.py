@@ -1,4 +1,6 @@
-"""Which backend each operation would take here, and why not the others: asked of dispatch itself, with small arguments."""
+"""Which backend each operation would take here, and why not the others: asked of dispatch itself,
+with small arguments.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,14 @@ class Choice(NamedTuple):
 
     op: str
     backend: str  # that a call takes
-    others: dict[str, str]  # each other backend, and why not: "" where it could, and comes later in the order or moves more bytes
+    # Each other backend, and why not: "" where it could, and comes later in the order or moves more bytes
+    others: dict[str, str]
 
 
 def choices(device: str) -> list[Choice]:
-    """Of every operation on "cpu" or "cuda". Nothing is launched on a GPU: fake tensors have shapes and no data. On a CPU backends that are asked for run."""
+    """Of every operation on "cpu" or "cuda". Nothing is launched on a GPU: fake tensors have shapes and no data. On a
+    CPU backends that are asked for run.
+    """
     return [_choice(name, device) for name in dispatch.op_names()]
 
 
@@ -71,7 +76,10 @@ def _why_not(name: str, call: Any, backend: str, device: str) -> str:
 def _arguments(name: str, backend: str | None, device: str) -> dict[str, Any]:
     """A small call's, the cache of decoding as it is laid out for this backend on a CPU; a GPU's read rows."""
     arguments = dispatch.module_of(name).inputs(_SHAPE, _DTYPE, "cpu", 0)
-    return {key: laid_out(value, backend) if isinstance(value, KVCache) and device == "cpu" else value for key, value in arguments.items()}
+    return {
+        key: laid_out(value, backend) if isinstance(value, KVCache) and device == "cpu" else value
+        for key, value in arguments.items()
+    }
 
 
 def _told(error: Exception) -> str:
@@ -103,6 +111,20 @@ def operations(found: list[Choice]) -> list[Finding]:
             if reason:
                 reasons.setdefault((backend, reason), []).append(choice.op)
     asked = os.environ.get("STAR_FAST_BACKEND")
-    first = [Finding(WITHOUT, "asked for", f"STAR_FAST_BACKEND={asked}: every call takes it or stops", "unset STAR_FAST_BACKEND")] if asked else []
-    return [*first, *(Finding("  ", _NAMES.get(backend, backend), ", ".join(ops)) for backend, ops in taken.items()),
-            *(Finding("  ", f"not {backend}", f"{reason}: {', '.join(ops)}") for (backend, reason), ops in reasons.items())]
+    first = (
+        [
+            Finding(
+                WITHOUT,
+                "asked for",
+                f"STAR_FAST_BACKEND={asked}: every call takes it or stops",
+                "unset STAR_FAST_BACKEND",
+            )
+        ]
+        if asked
+        else []
+    )
+    return [
+        *first,
+        *(Finding("  ", _NAMES.get(backend, backend), ", ".join(ops)) for backend, ops in taken.items()),
+        *(Finding("  ", f"not {backend}", f"{reason}: {', '.join(ops)}") for (backend, reason), ops in reasons.items()),
+    ]

@@ -30,7 +30,13 @@ def weight_files(folder: Path) -> list[Finding]:
         found.append(Finding(WITHOUT, "more", f"{len(files) - _MOST_FILES} files were not looked at"))
     kinds = " ".join(finding.told for finding in found if finding.mark == OK)
     if "VQ tokenizer" not in kinds:
-        found.append(Finding(WITHOUT, "VQ tokenizer", "none here: LlamaGen's models need its vq_ds16_c2i.pt to make pictures of codes"))
+        found.append(
+            Finding(
+                WITHOUT,
+                "VQ tokenizer",
+                "none here: LlamaGen's models need its vq_ds16_c2i.pt to make pictures of codes",
+            )
+        )
     return found
 
 
@@ -42,16 +48,36 @@ def _file(path: Path, name: str) -> Finding:
         with open_checkpoint(path) as checkpoint:
             if "quantize.embedding.weight" in checkpoint.weights:
                 config = tokenizer_config(checkpoint.weights, path)
-                return Finding(OK, name, f"VQ tokenizer, {config.codebook} codes, 1 for {config.downsampling} x {config.downsampling} pixels, {size}")
+                return Finding(
+                    OK,
+                    name,
+                    f"VQ tokenizer, {config.codebook} codes, 1 for {config.downsampling} x {config.downsampling} "
+                    f"pixels, {size}",
+                )
             model = checkpoint_config(path, checkpoint)
-            return Finding(OK, name, f"transformer, {model.blocks} blocks, width {model.width}, {model.vocab} codes, {model.positions} an image, "
-                           f"{model.num_classes} classes, {size}")
+            return Finding(
+                OK,
+                name,
+                f"transformer, {model.blocks} blocks, width {model.width}, {model.vocab} codes, {model.positions} "
+                "an image, "
+                f"{model.num_classes} classes, {size}",
+            )
     except UserError as error:
-        return Finding(MISSING, name, f"{str(error).removeprefix(f'{path}: ')} ({size})", "copy or download it again, if it is meant to be weights of a model")
+        return Finding(
+            MISSING,
+            name,
+            f"{str(error).removeprefix(f'{path}: ')} ({size})",
+            "copy or download it again, if it is meant to be weights of a model",
+        )
 
 
 def _inception(path: Path, size: str) -> Finding:
     whole = path.stat().st_size <= _MOST_BYTES and sha256_of_bytes(path.read_bytes()) == WEIGHTS_SHA256
     if whole:
         return Finding(OK, path.name, f"Inception, its hash is right, {size}")
-    return Finding(MISSING, path.name, f"its sha256 is not Inception's: damaged, or another file ({size})", "star-fast evaluate --download ...   (96 MB)")
+    return Finding(
+        MISSING,
+        path.name,
+        f"its sha256 is not Inception's: damaged, or another file ({size})",
+        "star-fast evaluate --download ...   (96 MB)",
+    )

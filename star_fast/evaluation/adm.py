@@ -1,12 +1,13 @@
-"""The five metrics of the ADM suite (Dhariwal and Nichol 2021) from Inception's features: FID, sFID, Inception Score, precision, recall.
+"""The five metrics of the ADM suite (Dhariwal and Nichol 2021) from Inception's features: FID, sFID, Inception Score,
+precision, recall.
 
     FID         Fréchet distance of the pool features (2048) of samples and of the reference
     sFID        the same of the spatial features (2023)
-    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000 in the order that they come
-    precision, recall   manifolds.py, on the pool features
+    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000 in
+    the order that they come precision, recall   manifolds.py, on the pool features
 
-Everything but the distances of precision and recall is float64. Features come in batches and are not kept, except the pool features, which precision
-and recall need: 8 KiB an image.
+Everything but the distances of precision and recall is float64. Features come in batches and are not kept, except the
+pool features, which precision and recall need: 8 KiB an image.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SPLIT_IMAGES = 5000  # of a group of the Inception Score
 
 
 class InceptionScore:
-    """Streaming Inception Score: each group of `split_images` gives exp(mean over images of KL(p | mean p)); the last may be smaller, as in ADM.
+    """Streaming Inception Score: each group of `split_images` gives exp(mean over images of KL(p | mean p)); the last
+    may be smaller, as in ADM.
 
     mean KL = mean of sum p log p - sum q log q with q the mean of p, so two sums are all that is kept of a group.
     """
@@ -50,7 +52,9 @@ class InceptionScore:
         if not logits.isfinite().all():
             raise UserError("logits: NaN or infinity among them; the network's weights are damaged")
         while len(logits):
-            part, logits = logits.split([took := min(len(logits), self.split_images - self._in_group), len(logits) - took])
+            part, logits = logits.split(
+                [took := min(len(logits), self.split_images - self._in_group), len(logits) - took]
+            )
             logp = part.double().log_softmax(1)
             p = logp.exp()
             self._plogp, self._p = self._plogp + torch.special.xlogy(p, p).sum(), self._p + p.sum(0)
@@ -76,7 +80,8 @@ class Gaussians(NamedTuple):
 
     mu: NDArray[np.float64]  # (2048,)
     sigma: NDArray[np.float64]  # (2048, 2048)
-    mu_s: NDArray[np.float64] | None  # (2023,); None, with sigma_s: statistics of other codes, which have no spatial features
+    # (2023,); None, with sigma_s: statistics of other codes, which have no spatial features
+    mu_s: NDArray[np.float64] | None
     sigma_s: NDArray[np.float64] | None  # (2023, 2023)
 
 
@@ -84,10 +89,17 @@ class FeatureStatistics:
     """What the metrics need of a set of images, gathered batch by batch.
 
     Args:
-        keep_every, keep_most: pool features of every so-many-th image are kept for precision and recall, at most so many; None: no limit.
+        keep_every, keep_most: pool features of every so-many-th image are kept for precision and recall, at most so
+            many; None: no limit.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", split_images: int = SPLIT_IMAGES, keep_every: int = 1, keep_most: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        split_images: int = SPLIT_IMAGES,
+        keep_every: int = 1,
+        keep_most: int | None = None,
+    ) -> None:
         self.pool_moments = Moments(POOL_WIDTH, device, "pool features")
         self.spatial_moments = Moments(SPATIAL_WIDTH, device, "spatial features")
         self.inception_score = InceptionScore(split_images)
@@ -139,8 +151,16 @@ class AdmMetrics:
     recall: float | None
 
 
-def adm_metrics(samples: FeatureStatistics, reference: Gaussians, reference_pool: Tensor | None, *, neighbours: int = NEIGHBOURS,
-                distances: Distances = "float32", device: torch.device | str = "cpu", progress: bool = False) -> AdmMetrics:
+def adm_metrics(
+    samples: FeatureStatistics,
+    reference: Gaussians,
+    reference_pool: Tensor | None,
+    *,
+    neighbours: int = NEIGHBOURS,
+    distances: Distances = "float32",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> AdmMetrics:
     """The five metrics of samples against a reference.
 
     Args:
@@ -163,5 +183,9 @@ def adm_metrics(samples: FeatureStatistics, reference: Gaussians, reference_pool
     scores = samples.inception_score.scores()
     shares = None
     if reference_pool is not None:
-        shares = precision_recall(samples.pool().to(device), reference_pool.to(device), neighbours, distances, progress=progress)
-    return AdmMetrics(distance["FID"], distance["sFID"], float(np.mean(scores)), float(np.std(scores)), *(shares or (None, None)))
+        shares = precision_recall(
+            samples.pool().to(device), reference_pool.to(device), neighbours, distances, progress=progress
+        )
+    return AdmMetrics(
+        distance["FID"], distance["sFID"], float(np.mean(scores)), float(np.std(scores)), *(shares or (None, None))
+    )

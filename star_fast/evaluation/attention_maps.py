@@ -1,7 +1,9 @@
-"""What a block looks at: attention probabilities of chosen query positions, laid over the image, and where they go in numbers.
+"""What a block looks at: attention probabilities of chosen query positions, laid over the image, and where they go in
+numbers.
 
-Training and sampling never hold these probabilities; here a block's queries and keys are computed again, in float32, and the softmax is written out.
-Position 0 is the class; position t >= 1 holds image token t - 1 and predicts token t, so its map covers the grid cells 0 ... t - 1.
+Training and sampling never hold these probabilities; here a block's queries and keys are computed again, in float32,
+and the softmax is written out. Position 0 is the class; position t >= 1 holds image token t - 1 and predicts token t,
+so its map covers the grid cells 0 ... t - 1.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from star_fast.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class AttentionShares:
-    """Where attention goes, averaged over images, heads and the query positions 1 ... T-1; the three shares sum to 1."""
+    """Where attention goes, averaged over images, heads and the query positions 1 ... T-1; the
+    three shares sum to 1.
+    """
 
     to_class: float  # on the class position
     near: float  # on the cells that touch the cell being predicted (up to four come before it), corners included
@@ -32,7 +36,9 @@ class BlockAttention:
 
     block: int  # counted from 1
     shares: AttentionShares
-    entropy: float  # nats, of a head's probabilities over all earlier positions, the class's and its own included; averaged as the shares are
+    # Nats, of a head's probabilities over all earlier positions, the class's and its own included; averaged as the
+    # shares are
+    entropy: float
 
 
 def last_block_attention(model: Transformer, codes: Tensor, label: Tensor) -> Tensor:
@@ -44,7 +50,8 @@ def block_attention(model: Transformer, codes: Tensor, label: Tensor, block: int
     """Attention probabilities of one block, counted from 1, no key hidden.
 
     Args:
-        codes: (B, T) int64; the last code is not fed. label: (B,) int64, the null class allowed. Both on the model's device.
+        codes: (B, T) int64; the last code is not fed. label: (B,) int64, the null class allowed. Both on the model's
+            device.
 
     Returns:
         (B, H, T, T) float32: [b, h, query, key]; rows sum to 1 and are 0 above the diagonal.
@@ -79,7 +86,9 @@ def _probabilities(model: Transformer, number: int, residual_BTD: Tensor) -> Ten
     B, T, D = normed_BTD.shape
     qk_weight = block.attention.wqkv.weight[: 2 * D].float()
     q_BTHE, k_BTHE = (normed_BTD @ qk_weight.t()).view(B, T, 2, config.heads, config.head_size).unbind(2)
-    scores_BHTT = torch.einsum("bqhe,bkhe->bhqk", rotate(q_BTHE, model.rotary), rotate(k_BTHE, model.rotary)) / math.sqrt(config.head_size)
+    scores_BHTT = torch.einsum(
+        "bqhe,bkhe->bhqk", rotate(q_BTHE, model.rotary), rotate(k_BTHE, model.rotary)
+    ) / math.sqrt(config.head_size)
     later = torch.ones(T, T, dtype=torch.bool, device=residual_BTD.device).triu(1)
     return scores_BHTT.masked_fill(later, -math.inf).softmax(dim=-1)
 
@@ -94,8 +103,8 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 def grid_map(probs: Tensor, query: int) -> Tensor:
     """One query's attention as a picture: (..., T, T) probabilities -> (..., g, g), g = sqrt(T).
 
-    Cell c holds the attention on position c + 1, which carries image token c; cells that are not yet known are NaN. The class's share
-    (position 0) is not in the picture: probs[..., query, 0].
+    Cell c holds the attention on position c + 1, which carries image token c; cells that are not yet known are NaN. The
+    class's share (position 0) is not in the picture: probs[..., query, 0].
     """
     positions = probs.shape[-1]
     side = math.isqrt(positions)
@@ -110,7 +119,9 @@ def query_positions(positions: int, count: int) -> list[int]:
 
 
 def mean_attention(model: Transformer, codes: Tensor, label: Tensor, batch_images: int = 8) -> Tensor:
-    """(T, T) float64 on the CPU: `last_block_attention` averaged over images (N, T), (N,) and heads, a few images at a time."""
+    """(T, T) float64 on the CPU: `last_block_attention` averaged over images (N, T), (N,) and heads, a few images at a
+    time.
+    """
     total = torch.zeros(model.config.positions, model.config.positions, dtype=torch.float64)
     for part, part_label in zip(codes.split(batch_images), label.split(batch_images), strict=True):
         total += last_block_attention(model, part, part_label).double().sum(dim=(0, 1)).cpu()
@@ -127,14 +138,20 @@ def attention_by_block(model: Transformer, codes: Tensor, label: Tensor, batch_i
             total_LTT[index] += probs_BHTT.sum(dim=(0, 1), dtype=torch.float64).cpu()
             entropy_L[index] += torch.special.entr(probs_BHTT[:, :, 1:]).sum(dtype=torch.float64).cpu()
     rows = len(codes) * config.heads
-    return [BlockAttention(index + 1, attention_shares(total / rows), entropy.item() / (rows * (config.positions - 1)))
-            for index, (total, entropy) in enumerate(zip(total_LTT, entropy_L, strict=True))]
+    return [
+        BlockAttention(index + 1, attention_shares(total / rows), entropy.item() / (rows * (config.positions - 1)))
+        for index, (total, entropy) in enumerate(zip(total_LTT, entropy_L, strict=True))
+    ]
 
 
 def even_attention(positions: int) -> BlockAttention:
-    """What attention that is the same on every earlier position would give: the other end of the scale. `block` is 0."""
+    """What attention that is the same on every earlier position would give: the other end of the
+    scale. `block` is 0.
+    """
     seen = torch.arange(1, positions + 1, dtype=torch.float64)
-    return BlockAttention(0, attention_shares((1 / seen)[:, None].expand(positions, positions).tril()), seen[1:].log().mean().item())
+    return BlockAttention(
+        0, attention_shares((1 / seen)[:, None].expand(positions, positions).tril()), seen[1:].log().mean().item()
+    )
 
 
 def attention_shares(mean: Tensor) -> AttentionShares:

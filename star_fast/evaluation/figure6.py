@@ -1,4 +1,6 @@
-"""`star-fast figure6`: what two models draw from the same seeds without guidance, one row above the other for each class (the paper's Figure 6)."""
+"""`star-fast figure6`: what two models draw from the same seeds without guidance, one row above the other for each
+class (the paper's Figure 6).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _INK, _FAINT, _PAPER = (20, 20, 20), (90, 96, 104), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Figure6Config:
-    """Write figure6.png and figure6.json: samples of two models from the same seeds without guidance, the baseline's row above the other's for each class."""
+    """Write figure6.png and figure6.json: samples of two models from the same seeds without guidance, the baseline's
+    row above the other's for each class.
+    """
 
     run: str  # the run with ST-AR: a run folder or a model folder
     against: str  # the baseline: the same, or a LlamaGen file
@@ -71,32 +75,94 @@ def run_figure6(config: Figure6Config) -> str:
     ours, baseline = load_model(config.run, weights=config.weights), load_model(config.against)
     numbers = [str(label) for label in range(len(ours.class_names))]
     if baseline.class_names not in (ours.class_names, numbers):
-        raise UserError(f"{option('against')}: expected a model of the classes of {config.run} ({len(ours.class_names)}: {ours.class_names[0]} ...), got "
-                        f"{len(baseline.class_names)}: {baseline.class_names[0]} ...")
-    classes = find_classes(config.classes, ours.class_names) if config.classes else spread(torch.arange(len(ours.class_names)), _CLASSES).tolist()
-    require(len(classes) * config.per_class <= _MOST_IMAGES, option("per_class"), config.per_class, f"at most {_MOST_IMAGES} images of each model")
+        raise UserError(
+            f"{option('against')}: expected a model of the classes of {config.run} ({len(ours.class_names)}: "
+            f"{ours.class_names[0]} ...), got "
+            f"{len(baseline.class_names)}: {baseline.class_names[0]} ..."
+        )
+    classes = (
+        find_classes(config.classes, ours.class_names)
+        if config.classes
+        else spread(torch.arange(len(ours.class_names)), _CLASSES).tolist()
+    )
+    require(
+        len(classes) * config.per_class <= _MOST_IMAGES,
+        option("per_class"),
+        config.per_class,
+        f"at most {_MOST_IMAGES} images of each model",
+    )
     own = ours.tokenizer_folder
-    drawn = {"baseline": (baseline, config.tokenizer or baseline.tokenizer_folder or own), "run": (ours, own or config.tokenizer)}
-    sampling = {"guidance": 1.0, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
+    drawn = {
+        "baseline": (baseline, config.tokenizer or baseline.tokenizer_folder or own),
+        "run": (ours, own or config.tokenizer),
+    }
+    sampling = {
+        "guidance": 1.0,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "seed": config.seed,
+    }
     names, sets = _names(config), {}
-    told = f"no guidance, temperature {config.temperature:g}, seed {config.seed}" + (f", top-k {config.top_k}" if config.top_k else "") + (
-        f", top-p {config.top_p:g}" if config.top_p < 1 else "")
-    with (only_result(out / "figure6.png", "drawing figure 6", ("figure6.png", "figure6.json")),
-          explain_out_of_memory("give a smaller --batch-images")):
+    told = (
+        f"no guidance, temperature {config.temperature:g}, seed {config.seed}"
+        + (f", top-k {config.top_k}" if config.top_k else "")
+        + (f", top-p {config.top_p:g}" if config.top_p < 1 else "")
+    )
+    with (
+        only_result(out / "figure6.png", "drawing figure 6", ("figure6.png", "figure6.json")),
+        explain_out_of_memory("give a smaller --batch-images"),
+    ):
         for name, (loaded, where) in drawn.items():
             tokenizer = load_tokenizer(_known(where, config))
             if tokenizer.config.codebook != loaded.transformer.config.vocab:
-                raise UserError(f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; give the one "
-                                "that the baseline was trained with: --tokenizer")
-            sets[name] = draw_samples(loaded.transformer.to(device).eval(), tokenizer, classes, config.per_class, batch_images=config.batch_images, **sampling)
-        save_png(draw_pairs(sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told), out / "figure6.png")
-        atomic_write_json(out / "figure6.json", {
-            "classes": [ours.class_names[label] for label in classes], "per_class": config.per_class, "sampling": sampling,
-            "models": {name: _about(loaded, folder) for name, (loaded, _), folder in zip(drawn, drawn.values(), (config.against, config.run), strict=True)}})
-    return f"{out / 'figure6.png'}: {len(classes)} classes, {config.per_class} images each; above {names[0]}, below {names[1]}; {told}"
+                raise UserError(
+                    f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model "
+                    f"{loaded.transformer.config.vocab}; give the one "
+                    "that the baseline was trained with: --tokenizer"
+                )
+            sets[name] = draw_samples(
+                loaded.transformer.to(device).eval(),
+                tokenizer,
+                classes,
+                config.per_class,
+                batch_images=config.batch_images,
+                **sampling,
+            )
+        save_png(
+            draw_pairs(
+                sets["baseline"], sets["run"], [ours.class_names[label] for label in classes], classes, names, told
+            ),
+            out / "figure6.png",
+        )
+        atomic_write_json(
+            out / "figure6.json",
+            {
+                "classes": [ours.class_names[label] for label in classes],
+                "per_class": config.per_class,
+                "sampling": sampling,
+                "models": {
+                    name: _about(loaded, folder)
+                    for name, (loaded, _), folder in zip(
+                        drawn, drawn.values(), (config.against, config.run), strict=True
+                    )
+                },
+            },
+        )
+    return (
+        f"{out / 'figure6.png'}: {len(classes)} classes, {config.per_class} images each; above {names[0]}, below "
+        f"{names[1]}; {told}"
+    )
 
 
-def draw_pairs(above: SampleSet, below: SampleSet, class_names: Sequence[str], classes: Sequence[int], names: tuple[str, str], told: str) -> Image.Image:
+def draw_pairs(
+    above: SampleSet,
+    below: SampleSet,
+    class_names: Sequence[str],
+    classes: Sequence[int],
+    names: tuple[str, str],
+    told: str,
+) -> Image.Image:
     """For each class a row of `above` and, close beneath, one of `below`; in front the class, then which row is whose.
 
     Images of another size than `above`'s are brought to it.
@@ -106,7 +172,11 @@ def draw_pairs(above: SampleSet, below: SampleSet, class_names: Sequence[str], c
     tile = (width * factor, height * factor)
     size = max(11, min(20, tile[1] // 5))
     heads, whose = write_with(class_names, size=size), write_with(names, size=max(10, size - 3), longest=18)
-    titles = write_with([f"Above: {names[0]}, below: {names[1]}", f"The same random numbers in each column; {told}"], size=13, longest=300)
+    titles = write_with(
+        [f"Above: {names[0]}, below: {names[1]}", f"The same random numbers in each column; {told}"],
+        size=13,
+        longest=300,
+    )
     class_width = max(int(font.getlength(text)) for text, font in heads) + 4 * _GAP
     margin = class_width + max(int(font.getlength(text)) for text, font in whose) + 4 * _GAP
     columns = max(len(above.of_class(label)) for label in classes)
@@ -135,7 +205,9 @@ def _as_tile(image: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def _place(config: Figure6Config) -> Path:
-    """The folder to write to. A model folder holds a model's files alone: with others in it no model is saved there any more."""
+    """The folder to write to. A model folder holds a model's files alone: with others in it no model is saved there any
+    more.
+    """
     if not config.out and (os.path.isfile(config.run) or os.path.exists(Path(config.run) / CONFIG_FILE)):
         raise UserError(f"{option('out')}: missing: {config.run} is no run folder; give a folder to write to")
     return Path(config.out or config.run)
@@ -154,4 +226,9 @@ def _known(where: str | Path | None, config: Figure6Config) -> str | Path:
 
 
 def _about(loaded: LoadedModel, folder: str) -> dict[str, Any]:
-    return {"from": folder, "weights_sha256": loaded.weights_sha256, "step": loaded.record.get("step"), "images_seen": loaded.record.get("images_seen")}
+    return {
+        "from": folder,
+        "weights_sha256": loaded.weights_sha256,
+        "step": loaded.record.get("step"),
+        "images_seen": loaded.record.get("images_seen"),
+    }

@@ -1,6 +1,8 @@
-"""Where the images that are measured come from: a .npz, a folder of files, an image source cut to squares, or a model that draws them on the way.
+"""Where the images that are measured come from: a .npz, a folder of files, an image source cut to squares, or a model
+that draws them on the way.
 
-Each is an ImageSet: batches of uint8 images, once through, nothing held but a batch or two; and a record of what decides its pixels.
+Each is an ImageSet: batches of uint8 images, once through, nothing held but a batch or two; and a record of what
+    decides its pixels.
 """
 
 from __future__ import annotations
@@ -52,14 +54,18 @@ class ImageSet(Protocol):
 
 
 class NpzImages:
-    """arr_0 of a .npz, and what its sampler wrote beside it as NAME.json. Raises StorageError where it is no such file."""
+    """arr_0 of a .npz, and what its sampler wrote beside it as NAME.json. Raises StorageError where
+    it is no such file.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.skipped, self.warnings = Path(path), [], []
         with NpzFile(path, f"expected images in {IMAGES_MEMBER}, uint8 (N, H, W, 3)") as file:
             self.images, self.height, self.width = file.image_shape(IMAGES_MEMBER)
             crc = file.header(IMAGES_MEMBER).crc
-            self.labels = file.array(LABELS_MEMBER, (self.images,), "iu").astype(np.int64) if LABELS_MEMBER in file else None
+            self.labels = (
+                file.array(LABELS_MEMBER, (self.images,), "iu").astype(np.int64) if LABELS_MEMBER in file else None
+            )
         self.sampling: dict[str, Any] | None = None
         record = self.path.with_suffix(".json")
         if not record.exists():
@@ -72,7 +78,9 @@ class NpzImages:
         if int(checksums.images_crc32, 16) == crc:
             self.sampling = to_dict(plan)
         else:
-            self.warnings.append(f"{record.name} is the record of other images than {self.path.name} holds; it is left out")
+            self.warnings.append(
+                f"{record.name} is the record of other images than {self.path.name} holds; it is left out"
+            )
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """As ImageSet.batches."""
@@ -116,8 +124,11 @@ class _ReadImages:
                         if shape is None:
                             shape, first = read.pixels.shape, read.key
                         if read.pixels.shape != shape:
-                            raise DataError(f"{self.name}: images of two sizes: {first} has {shape[2]} x {shape[1]} pixels, {read.key} "
-                                            f"{read.pixels.shape[2]} x {read.pixels.shape[1]}; {self.advice}")
+                            raise DataError(
+                                f"{self.name}: images of two sizes: {first} has {shape[2]} x {shape[1]} pixels, "
+                                f"{read.key} "
+                                f"{read.pixels.shape[2]} x {read.pixels.shape[1]}; {self.advice}"
+                            )
                         self.jpeg_images += read.jpeg
                     if good:
                         yield torch.from_numpy(np.stack([read.pixels for read in good]))
@@ -137,7 +148,8 @@ class _ReadImages:
 
 
 class FolderImages(_ReadImages):
-    """Every image file below a folder, in the order of their paths, as RGB: as they are, all of one size, or cut to squares of `image_size` as ADM does.
+    """Every image file below a folder, in the order of their paths, as RGB: as they are, all of one size, or cut to
+    squares of `image_size` as ADM does.
 
     Raises:
         DataError: no image there; while reading: two sizes.
@@ -149,12 +161,17 @@ class FolderImages(_ReadImages):
         super().__init__(str(folder), len(sizes), skipped)
         self.keys, self.advice = sorted(sizes), "give --image-size N to cut all to squares as ADM does"
         if not self.keys:
-            raise DataError(f"{folder}: no images in it; expected image files; a .npz is read too, and a model draws with --draw.model")
+            raise DataError(
+                f"{folder}: no images in it; expected image files; a .npz is read too, and a model draws with "
+                "--draw.model"
+            )
 
     def _image(self, index: int) -> _Read:
         key = self.keys[index]
         data = read_file(self.folder, key)
-        return _Read(key, _pixels(lambda: decode_image(data), key, self.name, self.image_size, 3), data.startswith(_JPEG))
+        return _Read(
+            key, _pixels(lambda: decode_image(data), key, self.name, self.image_size, 3), data.startswith(_JPEG)
+        )
 
     def record(self) -> dict[str, Any]:
         """Folder and cut."""
@@ -162,7 +179,9 @@ class FolderImages(_ReadImages):
 
 
 class SourceImages(_ReadImages):
-    """Images of a source (data/sources.py), each cut to a square of `image_size` as ADM does, in gray (channels 1) or RGB (3)."""
+    """Images of a source (data/sources.py), each cut to a square of `image_size` as ADM does, in gray (channels 1) or
+    RGB (3).
+    """
 
     def __init__(self, source: ImageSource, name: str, image_size: int, channels: int = 3) -> None:
         super().__init__(name, len(source), source.skipped)
@@ -170,27 +189,42 @@ class SourceImages(_ReadImages):
 
     def _image(self, index: int) -> _Read:
         sample = self.source[index]
-        return _Read(sample.key, _pixels(lambda: sample.image, sample.key, self.name, self.image_size, self.channels), False)
+        return _Read(
+            sample.key, _pixels(lambda: sample.image, sample.key, self.name, self.image_size, self.channels), False
+        )
 
     def record(self) -> dict[str, Any]:
         """Source and cut."""
-        return {"kind": "source", "source": self.name, "description": self.source.description(), "cut": _cut(self.image_size), "channels": self.channels}
+        return {
+            "kind": "source",
+            "source": self.name,
+            "description": self.source.description(),
+            "cut": _cut(self.image_size),
+            "channels": self.channels,
+        }
 
 
 class DrawnImages:
-    """Images that a model draws while they are measured: the same, in the same order, that `star-fast sample` would write with these settings."""
+    """Images that a model draws while they are measured: the same, in the same order, that `star-fast sample` would
+    write with these settings.
+    """
 
     def __init__(self, config: SampleConfig, device: torch.device) -> None:
         for name in ("out", "grid", "png_folder"):
             if getattr(config, name) != getattr(SampleConfig(), name):
-                raise UserError(f"--draw.{name.replace('_', '-')}: no file of images is written here; leave it out, or use star-fast sample")
+                raise UserError(
+                    f"--draw.{name.replace('_', '-')}: no file of images is written here; leave it out, or use "
+                    "star-fast sample"
+                )
         self.config, self.images, self.skipped, self.warnings = config, config.images, [], []
         self.drawing = prepare_drawing(config, device)
         require_memory(self.drawing.drawer)
         self.labels = plan_labels(config.images, self.drawing.classes, config.labels, config.seed)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """As ImageSet.batches. The next images are begun before the last ones are waited for; `size` cuts what is drawn together."""
+        """As ImageSet.batches. The next images are begun before the last ones are waited for; `size` cuts what is drawn
+        together.
+        """
         waiting = None
         for first in range(0, self.images, self.config.batch_images):
             begun = self.drawing.drawer.start(first, min(first + self.config.batch_images, self.images), self.labels)
@@ -205,14 +239,18 @@ class DrawnImages:
 
 
 def _pixels(decode: Callable[[], Image.Image], key: str, place: str, size: int, channels: int) -> np.ndarray:
-    """(C, H, W) uint8: cut to a square of `size`, or as it is with 0. Raises UnreadableImage; DataError where the memory does not hold it."""
+    """(C, H, W) uint8: cut to a square of `size`, or as it is with 0. Raises UnreadableImage; DataError where the
+    memory does not hold it.
+    """
     try:
         if size:
             return make_squares(decode(), (size,), channels)[0]
         pixels = np.array(in_channels(decode(), channels))
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     except MemoryError as error:
-        raise DataError(f"{place}/{key}: the memory that is free does not hold its pixels; free some, then run the same command") from error
+        raise DataError(
+            f"{place}/{key}: the memory that is free does not hold its pixels; free some, then run the same command"
+        ) from error
     except Exception as error:  # Pillow fails in a dozen ways, and what one odd image does must not end the job
         raise UnreadableImage(key, reason_of(error)) from error
 

@@ -1,8 +1,10 @@
-"""The Inception network of FID: torch-fidelity's port of the TensorFlow graph of 2015-12-05, its weights file, and one forward pass for all metrics.
+"""The Inception network of FID: torch-fidelity's port of the TensorFlow graph of 2015-12-05, its weights file, and one
+forward pass for all metrics.
 
 The features, as the ADM suite takes them from that graph:
     pool      (N, 2048)  output of the last average pooling: FID, precision, recall
-    spatial   (N, 2023)  the first 7 channels of the convolution Mixed_6d.branch1x1 before its batch norm (17 x 17 places; `mixed_6/conv` in the graph),
+    spatial   (N, 2023)  the first 7 channels of the convolution Mixed_6d.branch1x1 before its batch norm (17 x 17
+    places; `mixed_6/conv` in the graph),
                          flattened height first, then width, then channel: sFID
     logits    (N, 1008)  the last matrix product without its bias: Inception Score
 Images of any size become 299 x 299 by TensorFlow 1's bilinear resize, which torch-fidelity's network does itself.
@@ -30,8 +32,10 @@ from star_fast.model.tensor_files import require_finite
 from star_fast.model.torch_files import read_archive
 from star_fast.storage import explain_write_errors, read_bytes, sha256_of_bytes
 
-WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name for it: the digits are the first of its sha256
-WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pytorch-fid publishes the same bytes
+# torch-fidelity's name for it: the digits are the first of its sha256
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+# Pytorch-fid publishes the same bytes
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SPATIAL_CHANNELS = 7
 CLASSES = 1008
 _MOST_WEIGHTS_BYTES = 2**28  # the published file has 95.6 MB
@@ -51,7 +55,8 @@ class Inception:
     """torch-fidelity's Inception, frozen, float32; a call gives `Features`.
 
     Args:
-        state: its weights; None leaves the random ones that torch draws (for tests: nothing that such a network measures means anything).
+        state: its weights; None leaves the random ones that torch draws (for tests: nothing that such a network
+            measures means anything).
         sha256: of the file that they came from; "" where there was none.
 
     Raises:
@@ -73,7 +78,8 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (N, 3, H, W), of any size, on any device.
 
-        Numerics: float32 throughout, TF32 switched off, so that CPU and GPU agree to rounding; not bit for bit between batch sizes.
+        Numerics: float32 throughout, TF32 switched off, so that CPU and GPU agree to rounding; not bit for bit between
+            batch sizes.
 
         Raises:
             ValueError: another dtype or shape. UserError: out of memory.
@@ -87,14 +93,22 @@ class Inception:
 
     def record(self) -> dict[str, str]:
         """What decides its numbers, for the protocol."""
-        return {"network": "torch-fidelity FeatureExtractorInceptionV3", "torch_fidelity": importlib.metadata.version("torch-fidelity"),
-                "weights_sha256": self.sha256, "resize": "TensorFlow 1 bilinear to 299 x 299", "precision": "float32"}
+        return {
+            "network": "torch-fidelity FeatureExtractorInceptionV3",
+            "torch_fidelity": importlib.metadata.version("torch-fidelity"),
+            "weights_sha256": self.sha256,
+            "resize": "TensorFlow 1 bilinear to 299 x 299",
+            "precision": "float32",
+        }
 
 
-def open_inception(weights: str = "", sha256: str = "", download: bool = False, device: torch.device | str = "cpu") -> Inception:
+def open_inception(
+    weights: str = "", sha256: str = "", download: bool = False, device: torch.device | str = "cpu"
+) -> Inception:
     """The network with the weights in a file.
 
-    The file is read once; its hash must be the expected one before any of it is unpickled, and then only tensors are, all of which must be finite.
+    The file is read once; its hash must be the expected one before any of it is unpickled, and then only tensors are,
+    all of which must be finite.
 
     Args:
         weights: the file; "": where torch.hub keeps what it downloaded.
@@ -102,7 +116,8 @@ def open_inception(weights: str = "", sha256: str = "", download: bool = False, 
         download: fetch torch-fidelity's file if it is not where torch.hub keeps it.
 
     Raises:
-        UserError, StorageError: no file (the line says how to get it), another file than expected, or not this network's weights.
+        UserError, StorageError: no file (the line says how to get it), another file than expected, or not this
+            network's weights.
     """
     expected = sha256 or WEIGHTS_SHA256
     if not _SHA256.fullmatch(expected):
@@ -114,31 +129,42 @@ def open_inception(weights: str = "", sha256: str = "", download: bool = False, 
     path = Path(weights) if weights else hub_file()
     if not weights and not path.exists():
         if not download:
-            raise UserError(f"{path}: not there: the weights of Inception. Give torch-fidelity's {WEIGHTS_FILE} with --inception FILE, or --download to fetch "
-                            "it (96 MB)")
+            raise UserError(
+                f"{path}: not there: the weights of Inception. Give torch-fidelity's {WEIGHTS_FILE} with "
+                "--inception FILE, or --download to fetch "
+                "it (96 MB)"
+            )
         _download(path)
     data = read_bytes(path, f"expected the weights of Inception, {WEIGHTS_FILE}", _MOST_WEIGHTS_BYTES)
     found = sha256_of_bytes(data)
     if found != expected:
-        raise UserError(f"{path}: its sha256 is {found}, expected {expected}: not {WEIGHTS_FILE}, or damaged; get it again (for weights of your own give "
-                        "their hash with --inception-sha256)")
+        raise UserError(
+            f"{path}: its sha256 is {found}, expected {expected}: not {WEIGHTS_FILE}, or damaged; get it again "
+            "(for weights of your own give "
+            "their hash with --inception-sha256)"
+        )
     try:
         made = Inception(_tensors(data, path, found), device, found)
     except RuntimeError as error:
-        raise UserError(f"{path}: not the weights of torch-fidelity's Inception: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"{path}: not the weights of torch-fidelity's Inception: {' '.join(str(error).split())[:200]}"
+        ) from error
     require_finite(made.network.state_dict(), str(path))
     return made
 
 
 def _tensors(data: bytes, path: Path, sha256: str) -> dict[str, Tensor]:
-    """The state dict in a file's bytes. torch itself reads the published file, which has the layout of torch before 1.6 and is known by its hash; a hash that
-    came with a file vouches for nothing, so other files are read as any model's are."""
+    """The state dict in a file's bytes. torch itself reads the published file, which has the layout of torch before 1.6
+    and is known by its hash; a hash that came with a file vouches for nothing, so other files are read as any model's
+    are."""
     if sha256 == WEIGHTS_SHA256:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     meaning = "a file of tensors, the weights of Inception"
     file, cpu = BoundedFile(path, io.BytesIO(data), len(data)), torch.device("cpu")
     state = read_archive(file, meaning, lambda archive: read_plain(archive.pickle, archive.reader(cpu)))
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of something else")
     return state
 
@@ -156,7 +182,10 @@ def _download(path: Path) -> None:
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256[:8])
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{URL_INCEPTION_V3}: could not be fetched: {error}; get it another way and give it with --inception FILE") from error
+            raise UserError(
+                f"{URL_INCEPTION_V3}: could not be fetched: {error}; get it another way and give it with "
+                "--inception FILE"
+            ) from error
 
 
 def _build(state: dict[str, Tensor] | None) -> nn.Module:

@@ -17,7 +17,9 @@ MOST_COUNT = 2**40  # of what only takes time
 
 
 def require_ranges(record: Any, ranges: Mapping[str, tuple[float, float]], section: str = "") -> None:
-    """Raise ConfigError, naming the option as it is typed, unless each field of the dataclass `record` lies in its range, ends included; NaN lies in none."""
+    """Raise ConfigError, naming the option as it is typed, unless each field of the dataclass `record` lies in its
+    range, ends included; NaN lies in none.
+    """
     for name, (least, most) in ranges.items():
         value = getattr(record, name)
         require(least <= value <= most, option(name, section), value, f"{_shown(least)} ... {_shown(most)}")
@@ -32,7 +34,10 @@ def require_memory(needed_bytes: int, what: str, remedy: str) -> None:
     """Raise UserError if this machine has not even that much memory."""
     there = memory_bytes()
     if needed_bytes > there:
-        raise UserError(f"{what} take {needed_bytes / 2**30:,.1f} GiB of memory, this machine has {there / 2**30:,.1f} GiB; {remedy}")
+        raise UserError(
+            f"{what} take {needed_bytes / 2**30:,.1f} GiB of memory, this machine has {there / 2**30:,.1f} GiB; "
+            f"{remedy}"
+        )
 
 
 @contextlib.contextmanager
@@ -43,7 +48,8 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(f"out of memory: {_first_line(error)}; {remedy}") from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch on the host has no exception of its own
+        # torch on the host has no exception of its own
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
         raise UserError(f"out of memory: {_first_line(error)}; {remedy}") from error
 

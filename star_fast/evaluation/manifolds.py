@@ -1,13 +1,16 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019) of two feature sets, in blocks: no distance matrix is ever held.
+"""Improved precision and recall (Kynkaanniemi et al. 2019) of two feature sets, in blocks: no distance matrix is ever
+held.
 
-A set's manifold is the union of the balls around its points, each as large as the distance to its k-th nearest other point. Precision is the share of
-samples that lie in the manifold of the real images, recall the share of real images in the manifold of the samples. Only comparisons of distances
-decide, so how they are rounded does too; there are two ways:
+A set's manifold is the union of the balls around its points, each as large as the distance to its k-th nearest other
+point. Precision is the share of samples that lie in the manifold of the real images, recall the share of real images in
+the manifold of the samples. Only comparisons of distances decide, so how they are rounded does too; there are two ways:
 
-- float32: distances come from float32 matrix products, as |u|^2 - 2 u.v + |v|^2, and every comparison that their rounding error could turn is done
-  again in float64 from u - v. The result is the exact one, whatever blocks, threads or devices did.
-- float16: as ADM's evaluator computes them: blocks of 10 000 x 10 000, features, norms, products and distances rounded to float16, a block with an
-  overflow in float32 instead. Published numbers were made so; it moves the shares by some thousandths.
+- float32: distances come from float32 matrix products, as |u|^2 - 2 u.v + |v|^2, and every comparison that their
+  rounding error could turn is done again in float64 from u - v. The result is the exact one, whatever blocks, threads
+  or devices did.
+- float16: as ADM's evaluator computes them: blocks of 10 000 x 10 000, features, norms, products and distances rounded
+  to float16, a block with an overflow in float32 instead. Published numbers were made so; it moves the shares by some
+  thousandths.
 """
 
 from __future__ import annotations
@@ -41,24 +44,47 @@ class PrecisionRecall(NamedTuple):
 
 
 @torch.no_grad()
-def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS, distances: Distances = "float32", *,
-                     progress: bool = False) -> PrecisionRecall:
-    """Precision and recall of samples (N, D) against real images (N', D), float32 on one device; a ball holds its surface.
+def precision_recall(
+    samples: Tensor,
+    real: Tensor,
+    neighbours: int = NEIGHBOURS,
+    distances: Distances = "float32",
+    *,
+    progress: bool = False,
+) -> PrecisionRecall:
+    """Precision and recall of samples (N, D) against real images (N', D), float32 on one device; a ball holds its
+    surface.
 
     Memory: beside the features about 0.5 GiB in float32, 1 GiB in float16, whatever N and N'.
 
     Raises:
         UserError: not more than `neighbours` points in a set. ValueError: shapes or dtypes that do not belong together.
     """
-    if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1] or {samples.dtype, real.dtype} != {torch.float32}:
-        raise ValueError(f"precision_recall: expected float32 (N, D) and (N', D), got {samples.dtype} {tuple(samples.shape)} and "
-                         f"{real.dtype} {tuple(real.shape)}")
+    if (
+        samples.ndim != 2
+        or real.ndim != 2
+        or samples.shape[1] != real.shape[1]
+        or {samples.dtype, real.dtype} != {torch.float32}
+    ):
+        raise ValueError(
+            f"precision_recall: expected float32 (N, D) and (N', D), got {samples.dtype} {tuple(samples.shape)} and "
+            f"{real.dtype} {tuple(real.shape)}"
+        )
     for name, rows in (("samples", samples), ("reference images", real)):
         if len(rows) <= neighbours:
             raise UserError(f"precision and recall: expected more than {neighbours} {name}, got {len(rows)}")
     metric = _Exact() if distances == "float32" else _Half()
-    with ieee_products(), tqdm(desc="precision, recall", unit="distance", unit_scale=True, disable=not progress, leave=False,
-                               total=len(samples) ** 2 + len(real) ** 2 + len(samples) * len(real)) as bar:
+    with (
+        ieee_products(),
+        tqdm(
+            desc="precision, recall",
+            unit="distance",
+            unit_scale=True,
+            disable=not progress,
+            leave=False,
+            total=len(samples) ** 2 + len(real) ** 2 + len(samples) * len(real),
+        ) as bar,
+    ):
         real_radii = metric.radii(real, neighbours, bar)
         sample_radii = metric.radii(samples, neighbours, bar)
         precise, recalled = metric.inside(samples, sample_radii, real, real_radii, bar)
@@ -68,24 +94,33 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
 class _Exact:
     """Float32 products, float64 where they cannot decide. Radii are squared distances in float64.
 
-    Products are of points less a common centre: distances stay what they are, and the rounding error falls with the norms.
+    Products are of points less a common centre: distances stay what they are, and the rounding error falls with the
+        norms.
     """
 
     def radii(self, points: Tensor, k: int, bar: tqdm) -> Tensor:
-        """(N,) float64: squared distance of each point to its k-th nearest other point (itself, or a copy of it, counts as number 0)."""
+        """(N,) float64: squared distance of each point to its k-th nearest other point (itself, or a copy of it, counts
+        as number 0).
+        """
         keep, radii, centre = min(k + 1 + _SPARE, len(points)), [], points.mean(0)
         norms = _norms(points, centre)
         for row_start, rows, row_norms in _blocks(points, norms, centre, _ROWS):
             near = torch.empty(len(rows), 0, device=points.device)
             which = torch.empty(len(rows), 0, dtype=torch.int64, device=points.device)
             for start, columns, column_norms in _blocks(points, norms, centre, _COLUMNS):
-                values, index = _squared(rows, row_norms, columns, column_norms).topk(min(keep, len(columns)), largest=False)
+                values, index = _squared(rows, row_norms, columns, column_norms).topk(
+                    min(keep, len(columns)), largest=False
+                )
                 near, index = torch.cat([near, values], 1), torch.cat([which, index + start], 1)
                 near, order = near.topk(min(keep, near.shape[1]), largest=False)
                 which = index.gather(1, order)
                 bar.update(len(rows) * len(columns))
             own = points[row_start : row_start + len(rows)]
-            exact = torch.stack([_exact_squared(own, points[which[:, column]]) for column in range(keep)], 1).sort(1).values[:, k]
+            exact = (
+                torch.stack([_exact_squared(own, points[which[:, column]]) for column in range(keep)], 1)
+                .sort(1)
+                .values[:, k]
+            )
             # Any point that was not kept is at least as far as the last that was, less its error.
             missed = near[:, -1].double() - _error(points.shape[1], row_norms, norms.max())
             if keep < len(points):
@@ -94,15 +129,24 @@ class _Exact:
             radii.append(exact)
         return torch.cat(radii)
 
-    def _kth_within(self, chosen: Tensor, most: Tensor, points: Tensor, norms: Tensor, centre: Tensor, k: int) -> Tensor:
-        """(n,) float64: as `radii`, of the points numbered `chosen` (n,), whose radii are at most `most` (n,): all that may be as near is looked at."""
+    def _kth_within(
+        self, chosen: Tensor, most: Tensor, points: Tensor, norms: Tensor, centre: Tensor, k: int
+    ) -> Tensor:
+        """(n,) float64: as `radii`, of the points numbered `chosen` (n,), whose radii are at most `most` (n,): all that
+        may be as near is looked at.
+        """
         rows, row_norms, pairs = points[chosen] - centre, norms[chosen], []
         bound = _up(most + _error(points.shape[1], row_norms, norms.max()))[:, None]
         for start, columns, column_norms in _blocks(points, norms, centre, _COLUMNS):
             found = (_squared(rows, row_norms, columns, column_norms) <= bound).nonzero()
             pairs.append(found + torch.tensor([0, start], device=found.device))
         row, column = torch.cat(pairs).T
-        exact = torch.cat([_exact_squared(points[chosen[a]], points[b]) for a, b in zip(row.split(_PAIRS), column.split(_PAIRS), strict=True)])
+        exact = torch.cat(
+            [
+                _exact_squared(points[chosen[a]], points[b])
+                for a, b in zip(row.split(_PAIRS), column.split(_PAIRS), strict=True)
+            ]
+        )
         order = exact.argsort()
         order = order[row[order].argsort(stable=True)]  # by row, then by distance
         counts = torch.bincount(row, minlength=len(chosen))
@@ -126,7 +170,8 @@ class _Exact:
 
 
 class _Side:
-    """Which points of one set lie in a ball of the other: what float32 says for sure, and the pairs that it leaves open.
+    """Which points of one set lie in a ball of the other: what float32 says for sure, and the pairs that it leaves
+    open.
 
     Args:
         own: 0: the points of a in the balls of b; 1: the other way. radii: (N,) float64 of the balls.
@@ -139,7 +184,9 @@ class _Side:
         self.waiting = 0
 
     def see(self, squared: Tensor, radii: Tensor, error: Tensor, points: slice, corner: tuple[int, int]) -> None:
-        """Judge a block of distances, wrong by less than `error`: `points` are our own in it, `corner` its first row and column."""
+        """Judge a block of distances, wrong by less than `error`: `points` are our own in it, `corner` its first row
+        and column.
+        """
         inside, axis = self.inside[points], 1 - self.own
         inside |= (squared <= _down(radii - error)).any(axis)
         left = squared <= _up(radii + error)
@@ -172,13 +219,17 @@ class _Half:
     """Squared distances in float16 as ADM's evaluator takes them. Radii are float32."""
 
     def radii(self, points: Tensor, k: int, bar: tqdm) -> Tensor:
-        """(N,) float32: squared distance to the k-th nearest other point; ADM counts the point itself as number 0 even where rounding moves it."""
+        """(N,) float32: squared distance to the k-th nearest other point; ADM counts the point itself as number 0 even
+        where rounding moves it.
+        """
         radii = []
         for rows in points.split(ADM_BLOCK):
             near = torch.empty(len(rows), 0, device=points.device)
             for columns in points.split(ADM_BLOCK):
                 block = self._block(rows, columns)
-                nearest = [part.float().topk(min(k + 1, len(columns)), largest=False).values for part in block.split(_ROWS)]
+                nearest = [
+                    part.float().topk(min(k + 1, len(columns)), largest=False).values for part in block.split(_ROWS)
+                ]
                 near = torch.cat([near, torch.cat(nearest)], 1)
                 bar.update(block.numel())
             radii.append(near.kthvalue(k + 1).values)
@@ -211,8 +262,12 @@ class _Half:
             if not block[here].isfinite().all():
                 nowhere = torch.zeros((), device=rows.device)
                 norms, column_norms = _norms(rows, nowhere), _norms(columns, nowhere)
-                return torch.cat([_squared(part, part_norms, columns, column_norms)
-                                  for part, part_norms in zip(rows.split(_ROWS), norms.split(_ROWS), strict=True)])
+                return torch.cat(
+                    [
+                        _squared(part, part_norms, columns, column_norms)
+                        for part, part_norms in zip(rows.split(_ROWS), norms.split(_ROWS), strict=True)
+                    ]
+                )
         return block
 
 
@@ -233,10 +288,11 @@ def _squared(u: Tensor, u_norms: Tensor, v: Tensor, v_norms: Tensor) -> Tensor:
 
 
 def _error(width: int, u_norms: Tensor, most_norm: Tensor) -> Tensor:
-    """float64, shape of `u_norms`: more than `_squared` can be wrong by for points whose squared norm is at most `most_norm`.
+    """float64, shape of `u_norms`: more than `_squared` can be wrong by for points whose squared norm is at most
+    `most_norm`.
 
-    A float32 product of D terms is off by at most D eps/2 |u| |v| in whatever order it is summed; subtracting the centre and the other few roundings are
-    of numbers below (|u| + |v|)^2.
+    A float32 product of D terms is off by at most D eps/2 |u| |v| in whatever order it is summed; subtracting the
+    centre and the other few roundings are of numbers below (|u| + |v|)^2.
     """
     u_length, v_length, unit = u_norms.double().sqrt(), most_norm.double().sqrt(), torch.finfo(torch.float32).eps / 2
     return unit * (2 * width * u_length * v_length + 10 * (u_length + v_length).square()) * 1.01 + 1e-37

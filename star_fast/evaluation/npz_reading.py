@@ -1,4 +1,6 @@
-"""Reading .npz files of others: every size is held against the file before it is believed, nothing is unpickled, and images come in batches."""
+"""Reading .npz files of others: every size is held against the file before it is believed, nothing is unpickled, and
+images come in batches.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class NpzFile:
         hint: what should be there, or what to do about a damaged file: the end of every message.
 
     Raises:
-        StorageError: missing, no ordinary file, or no .npz. Of every method: what it reads is damaged or not as described.
+        StorageError: missing, no ordinary file, or no .npz. Of every method: what it reads is damaged or not as
+            described.
     """
 
     def __init__(self, path: str | Path, hint: str) -> None:
@@ -70,10 +73,18 @@ class NpzFile:
         return self._headers[name]
 
     def array(self, name: str, shape: tuple[int, ...], kinds: str = "f") -> np.ndarray:
-        """The array `name` (all of it in memory), which must have this shape (-1: any length) and a dtype of one of these kinds."""
+        """The array `name` (all of it in memory), which must have this shape (-1: any length) and a dtype of one of
+        these kinds.
+        """
         found = self.header(name)
-        if found.dtype.kind not in kinds or len(found.shape) != len(shape) or any(a not in (-1, b) for a, b in zip(shape, found.shape, strict=True)):
-            raise StorageError(f"{self.path}: {name}: expected {shape} of kind {kinds}, found {found.shape} {found.dtype}; {self.hint}")
+        if (
+            found.dtype.kind not in kinds
+            or len(found.shape) != len(shape)
+            or any(a not in (-1, b) for a, b in zip(shape, found.shape, strict=True))
+        ):
+            raise StorageError(
+                f"{self.path}: {name}: expected {shape} of kind {kinds}, found {found.shape} {found.dtype}; {self.hint}"
+            )
         with self._explained(name), self._open(name) as file:
             self._read_header(name, file)
             return self._values(file, found.dtype, found.shape)
@@ -82,14 +93,27 @@ class NpzFile:
         """(N, H, W) of the images in the array `name`, which must be uint8 (N, H, W, 3)."""
         found = self.header(name)
         if found.dtype.kind == "f":
-            raise StorageError(f"{self.path}: {name}: expected uint8 images in 0 ... 255, found {found.dtype}: whether its numbers mean 0 ... 1, -1 ... 1 or "
-                               "0 ... 255 is not known; convert them")
-        if found.dtype != np.uint8 or len(found.shape) != 4 or found.shape[3] != 3 or not all(0 < side <= _MOST_SIDE for side in found.shape[1:3]):
-            raise StorageError(f"{self.path}: {name}: expected uint8 images (N, H, W, 3), found {found.dtype} {found.shape}; {self.hint}")
+            raise StorageError(
+                f"{self.path}: {name}: expected uint8 images in 0 ... 255, found {found.dtype}: whether its "
+                "numbers mean 0 ... 1, -1 ... 1 or "
+                "0 ... 255 is not known; convert them"
+            )
+        if (
+            found.dtype != np.uint8
+            or len(found.shape) != 4
+            or found.shape[3] != 3
+            or not all(0 < side <= _MOST_SIDE for side in found.shape[1:3])
+        ):
+            raise StorageError(
+                f"{self.path}: {name}: expected uint8 images (N, H, W, 3), found {found.dtype} {found.shape}; "
+                f"{self.hint}"
+            )
         return found.shape[:3]
 
     def images(self, name: str, batch: int) -> Iterator[np.ndarray]:
-        """Batches (n, H, W, 3) uint8, n at most `batch`, of the images in the array `name`; the archive's checksum is checked at the end."""
+        """Batches (n, H, W, 3) uint8, n at most `batch`, of the images in the array `name`; the archive's checksum is
+        checked at the end.
+        """
         count, height, width = self.image_shape(name)
         batch = max(1, min(batch, _BATCH_BYTES // (3 * height * width)))
         with self._explained(name), self._open(name) as file:
@@ -100,7 +124,9 @@ class NpzFile:
 
     def _open(self, name: str) -> IO[bytes]:
         if name not in self._members:
-            raise StorageError(f"{self.path}: no array {name}; it holds {', '.join(self.names[:20]) or 'nothing'}; {self.hint}")
+            raise StorageError(
+                f"{self.path}: no array {name}; it holds {', '.join(self.names[:20]) or 'nothing'}; {self.hint}"
+            )
         return self._archive.open(self._members[name])
 
     def _read_header(self, name: str, file: IO[bytes]) -> Header:
@@ -108,9 +134,19 @@ class NpzFile:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file, max_header_size=_MOST_HEADER_BYTES)
         values = self._members[name].file_size - file.tell()
-        if dtype.hasobject or (fortran and len(shape) > 1) or values != math.prod(shape) * dtype.itemsize or any(side < 0 for side in shape):
-            raise ValueError(f"its header says {dtype} {shape}{' in Fortran order' if fortran else ''}, it has {values:,} bytes")
-        if self._members[name].compress_type == zipfile.ZIP_STORED and self._members[name].header_offset + values > self.path.stat().st_size:
+        if (
+            dtype.hasobject
+            or (fortran and len(shape) > 1)
+            or values != math.prod(shape) * dtype.itemsize
+            or any(side < 0 for side in shape)
+        ):
+            raise ValueError(
+                f"its header says {dtype} {shape}{' in Fortran order' if fortran else ''}, it has {values:,} bytes"
+            )
+        if (
+            self._members[name].compress_type == zipfile.ZIP_STORED
+            and self._members[name].header_offset + values > self.path.stat().st_size
+        ):
             raise ValueError(f"its header says {dtype} {shape}, the file has {self.path.stat().st_size:,} bytes")
         return Header(dtype, shape, self._members[name].CRC)
 
@@ -134,4 +170,6 @@ class NpzFile:
             raise
         except DAMAGE as error:
             said = " ".join(str(error).split()) or type(error).__name__
-            raise StorageError(f"{self.path}: {f'{name}: ' if name else ''}damaged or no .npz: {said}; {self.hint}") from error
+            raise StorageError(
+                f"{self.path}: {f'{name}: ' if name else ''}damaged or no .npz: {said}; {self.hint}"
+            ) from error

@@ -1,4 +1,6 @@
-"""What is odd about a set of images that is to be measured: seen while they pass, said before anyone believes the numbers."""
+"""What is odd about a set of images that is to be measured: seen while they pass, said before anyone believes the
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +38,38 @@ class PixelChecks:
             self.images += 1
 
     def record(self) -> dict[str, Any]:
-        """What was seen. pixels_sha256 is of all pixels in order, N x H x W x C: the same images give it from a .npz, a folder of PNGs or a sampler."""
-        return {"images": self.images, "height": self.shape[0], "width": self.shape[1], "pixels_sha256": self._all.hexdigest(), "duplicates": self._copies,
-                "constant_images": self._constant, "lowest": self._smallest, "highest": self._largest}
+        """What was seen. pixels_sha256 is of all pixels in order, N x H x W x C: the same images give it from a .npz, a
+        folder of PNGs or a sampler.
+        """
+        return {
+            "images": self.images,
+            "height": self.shape[0],
+            "width": self.shape[1],
+            "pixels_sha256": self._all.hexdigest(),
+            "duplicates": self._copies,
+            "constant_images": self._constant,
+            "lowest": self._smallest,
+            "highest": self._largest,
+        }
 
     def warnings(self) -> list[str]:
         """One line for each thing that is odd."""
         found = []
         if self.images < ENOUGH_IMAGES:
-            found.append(f"{self.images:,} samples, published figures use {ENOUGH_IMAGES:,}: FID and sFID come out higher with fewer; "
-                         "compare equal counts only")
+            found.append(
+                f"{self.images:,} samples, published figures use {ENOUGH_IMAGES:,}: FID and sFID come out higher "
+                "with fewer; "
+                "compare equal counts only"
+            )
         if self.images and self._largest <= 1:
-            found.append(f"all values lie in {self._smallest} ... {self._largest}: images in 0 ... 1 that were cut to whole numbers? Expected 0 ... 255")
+            found.append(
+                f"all values lie in {self._smallest} ... {self._largest}: images in 0 ... 1 that were cut to "
+                "whole numbers? Expected 0 ... 255"
+            )
         elif self.images and self._largest - self._smallest < 64:
-            found.append(f"all values lie in {self._smallest} ... {self._largest}: expected images that use most of 0 ... 255")
+            found.append(
+                f"all values lie in {self._smallest} ... {self._largest}: expected images that use most of 0 ... 255"
+            )
         if self._constant:
             found.append(f"{self._constant:,} images are of a single colour")
         if self._copies:
@@ -58,10 +78,15 @@ class PixelChecks:
 
 
 def label_warnings(labels: np.ndarray | None) -> list[str]:
-    """Of the labels (N,) int64 asked for, where they are known: whether each class that occurs does so equally often."""
+    """Of the labels (N,) int64 asked for, where they are known: whether each class that occurs does
+    so equally often.
+    """
     if labels is None or not len(labels):
         return []
     counts = np.unique(labels, return_counts=True)[1]
     if counts.max() - counts.min() <= 1:
         return []
-    return [f"labels are not balanced: between {counts.min():,} and {counts.max():,} images a class, {len(counts):,} classes"]
+    return [
+        f"labels are not balanced: between {counts.min():,} and {counts.max():,} images a class, {len(counts):,} "
+        "classes"
+    ]

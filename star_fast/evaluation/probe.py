@@ -1,8 +1,10 @@
-"""The linear probe of the paper's Figure 4: how much of the class a frozen model has understood by the time it reaches each position.
+"""The linear probe of the paper's Figure 4: how much of the class a frozen model has understood by the time it reaches
+each position.
 
-The model sees the codes of an image with the *null* class, so that no label leaks in; the output of block `contrast_depth` at eight evenly spaced
-positions is normalised, and one linear layer per position is trained to name the class, by MAE's protocol (probe_training.py). Beside it stands what the
-nearest training images say, which needs no training. The features are taken once (probe_features.py) for all depths and learning rates asked for.
+The model sees the codes of an image with the *null* class, so that no label leaks in; the output of block
+`contrast_depth` at eight evenly spaced positions is normalised, and one linear layer per position is trained to name
+the class, by MAE's protocol (probe_training.py). Beside it stands what the nearest training images say, which needs no
+training. The features are taken once (probe_features.py) for all depths and learning rates asked for.
 """
 
 from __future__ import annotations
@@ -22,8 +24,24 @@ from star_fast.data.codes import CodeStore
 from star_fast.data.sources import split_indices
 from star_fast.errors import UserError
 from star_fast.evaluation import plots
-from star_fast.evaluation.limits import MOST_COUNT, MOST_SEED, explain_out_of_memory, memory_bytes, option, require_ranges
-from star_fast.evaluation.probe_features import Features, InMemory, OnDisk, Wanted, await_all, extract_features, remove_features, store_features
+from star_fast.evaluation.limits import (
+    MOST_COUNT,
+    MOST_SEED,
+    explain_out_of_memory,
+    memory_bytes,
+    option,
+    require_ranges,
+)
+from star_fast.evaluation.probe_features import (
+    Features,
+    InMemory,
+    OnDisk,
+    Wanted,
+    await_all,
+    extract_features,
+    remove_features,
+    store_features,
+)
 from star_fast.evaluation.probe_training import Schedule, accuracies, neighbour_accuracies, train_probes
 from star_fast.evaluation.runs import only_report, open_run, spread
 from star_fast.generation.device import pick_device, rank_and_ranks, take_device
@@ -37,7 +55,8 @@ FEATURES_FOLDER = "probe-features"  # in the run's folder
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Write probe.json and probe.png into a run's folder: how much of the class the model knows at each of eight positions.
+    """Write probe.json and probe.png into a run's folder: how much of the class the model knows at each of eight
+    positions.
 
     Under torchrun the ranks share the extraction of features; rank 0 does the rest.
     """
@@ -47,14 +66,17 @@ class ProbeConfig:
     codes: str = ""  # the code store; empty: the one that the run was trained on
     against: str = ""  # another run folder with a probe of its own, whose curve is drawn beside
     points: int = 8  # positions probed, evenly spaced, the last one included (paper)
-    depths: tuple[int, ...] = ()  # blocks whose outputs are probed, counted from 1; empty: the one whose output the run contrasts (paper)
-    train_views: int = 1  # views of each training image; with more, every epoch draws one of them per image (of features on disk: per 4096 images)
+    # Blocks whose outputs are probed, counted from 1; empty: the one whose output the run contrasts (paper)
+    depths: tuple[int, ...] = ()
+    # Views of each training image; with more, every epoch draws one of them per image (of features on disk: per 4096
+    # images)
+    train_views: int = 1
     max_train_images: int = 0  # training images used, evenly spaced; 0: all
     epochs: int = 90  # passes over the training images (MAE)
     warmup_epochs: int = 10  # in which the learning rate rises (MAE)
     images_per_step: int = 16384  # (MAE); small sets are cut to a sixteenth, so that an epoch has at least 16 steps
-    # Peaks of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384). Of several the best is taken by a tenth of the
-    # training images, which is kept aside for that; all are reported.
+    # Peaks of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384). Of several the
+    # best is taken by a tenth of the training images, which is kept aside for that; all are reported.
     lr: tuple[float, ...] = (6.4,)
     knn: int = 20  # neighbours that vote, beside the linear layers (DINO); 0: none
     features: str = ""  # folder for the features; empty: memory if they fit it, else probe-features in the run folder
@@ -64,15 +86,41 @@ class ProbeConfig:
     seed: int = 0  # of the probes' initial weights and the order of the images
 
     def __post_init__(self) -> None:
-        require_ranges(self, {"points": (1, 2**12), "train_views": (1, 2**16), "max_train_images": (0, MOST_COUNT), "epochs": (1, MOST_COUNT),
-                              "images_per_step": (1, MOST_COUNT), "knn": (0, 1000), "batch_images": (1, 2**16), "seed": (0, MOST_SEED)})
-        require(0 <= self.warmup_epochs < self.epochs, option("warmup_epochs"), self.warmup_epochs, f"0 ... epochs - 1 = {self.epochs - 1}")
-        require(0 < len(self.lr) <= 64 and len(set(self.lr)) == len(self.lr), option("lr"), " ".join(map(str, self.lr)), "1 ... 64 different numbers")
+        require_ranges(
+            self,
+            {
+                "points": (1, 2**12),
+                "train_views": (1, 2**16),
+                "max_train_images": (0, MOST_COUNT),
+                "epochs": (1, MOST_COUNT),
+                "images_per_step": (1, MOST_COUNT),
+                "knn": (0, 1000),
+                "batch_images": (1, 2**16),
+                "seed": (0, MOST_SEED),
+            },
+        )
+        require(
+            0 <= self.warmup_epochs < self.epochs,
+            option("warmup_epochs"),
+            self.warmup_epochs,
+            f"0 ... epochs - 1 = {self.epochs - 1}",
+        )
+        require(
+            0 < len(self.lr) <= 64 and len(set(self.lr)) == len(self.lr),
+            option("lr"),
+            " ".join(map(str, self.lr)),
+            "1 ... 64 different numbers",
+        )
         for rate in self.lr:
             require(1e-12 <= rate <= 1e6, option("lr"), rate, "1e-12 ... 1e+06")
         for depth in self.depths:
             require(1 <= depth <= 2**10, option("depths"), depth, "block numbers 1 ... 1,024")
-        require(len(set(self.depths)) == len(self.depths), option("depths"), " ".join(map(str, self.depths)), "different block numbers")
+        require(
+            len(set(self.depths)) == len(self.depths),
+            option("depths"),
+            " ".join(map(str, self.depths)),
+            "different block numbers",
+        )
         require("\0" not in self.features + self.against, option("features"), self.features, "names of folders")
 
     @property
@@ -90,8 +138,8 @@ class DepthResult:
     train: list[float]  # the same of the training images that were learnt from (of their plain view)
     lr: float  # the learning rate of these two
     knn: list[float] | None  # of held-out images, by their nearest training images; None: not asked for
-    # Of every learning rate: {"lr", "held_out", "kept_aside"}: accuracies, None where training ended in numbers that are not finite, and (with one rate)
-    # where none are kept aside.
+    # Of every learning rate: {"lr", "held_out", "kept_aside"}: accuracies, None where training ended in numbers that
+    # are not finite, and (with one rate) where none are kept aside.
     by_lr: list[dict[str, Any]]
 
 
@@ -135,8 +183,15 @@ class OtherProbe:
     sequence: int = 0
 
     def __post_init__(self) -> None:
-        require(len(self.positions) == len(self.held_out) > 0, "held_out", self.held_out, "one share for each of positions")
-        require(all(0 <= share <= 1 for share in (*self.held_out, self.chance)), "held_out", self.held_out, "shares in [0, 1]")
+        require(
+            len(self.positions) == len(self.held_out) > 0, "held_out", self.held_out, "one share for each of positions"
+        )
+        require(
+            all(0 <= share <= 1 for share in (*self.held_out, self.chance)),
+            "held_out",
+            self.held_out,
+            "shares in [0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -172,19 +227,31 @@ def probe(model: Transformer, store: CodeStore, depth: int, config: ProbeConfig)
 
 
 def run_probe(config: ProbeConfig) -> ProbeResult | None:
-    """Probe a run and write probe.json and probe.png into its folder; None on ranks other than 0, which only extract features."""
+    """Probe a run and write probe.json and probe.png into its folder; None on ranks other than 0, which only extract
+    features.
+    """
     pick_device(config.device)  # before anything is read
     other = read_probe(Path(config.against)) if config.against else None
     rank, _ = rank_and_ranks()
     run = open_run(config.run, codes=config.codes, weights=config.weights)
-    with only_report(run.folder, "writing a probe", ("probe.json", "probe.png")), explain_out_of_memory("give a smaller --batch-images or --max-train-images"):
+    with (
+        only_report(run.folder, "writing a probe", ("probe.json", "probe.png")),
+        explain_out_of_memory("give a smaller --batch-images or --max-train-images"),
+    ):
         subject = _extract(run.model.transformer, run.store, run.contrast_depth, config)
         if rank:
             return None
         result = _judge(subject, config)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
-        record = {"weights": config.weights, "weights_sha256": run.model.weights_sha256, "step": run.record.step, "images_seen": run.record.images_seen,
-                  "settings": settings}
+        settings = {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
+        }
+        record = {
+            "weights": config.weights,
+            "weights_sha256": run.model.weights_sha256,
+            "step": run.record.step,
+            "images_seen": run.record.images_seen,
+            "settings": settings,
+        }
         atomic_write_json(run.folder / "probe.json", {**result.to_dict(), **record})
         curves = {run.name: result.to_dict()}
         if other is not None:
@@ -213,22 +280,56 @@ def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConf
     views = [plain, *(view for view in range(len(store.views)) if view != plain)][: config.train_views]
     wanted = [Wanted("train", train, views), Wanted("held-out", held, [plain])]
     if len(config.lr) > 1:
-        kept, aside = (torch.from_numpy(part) for part in split_indices(store.labels[train].numpy(), ASIDE_SHARE, config.seed))
+        kept, aside = (
+            torch.from_numpy(part) for part in split_indices(store.labels[train].numpy(), ASIDE_SHARE, config.seed)
+        )
         if not len(aside):
-            raise UserError(f"{option('lr')}: expected one, got {len(config.lr)}: with one training image a class none can be kept aside to choose on")
+            raise UserError(
+                f"{option('lr')}: expected one, got {len(config.lr)}: with one training image a class none can be "
+                "kept aside to choose on"
+            )
         wanted = [Wanted("train", train[kept], views), wanted[1], Wanted("aside", train[aside], [plain])]
     positions, device = probe_positions(model.config.positions, config.points), take_device(config.device)
     images = sum(len(each.rows) * len(each.views) for each in wanted)
     rank, ranks = rank_and_ranks()
     settings = {"batch_images": config.batch_images, "device": device}
-    if not config.features and ranks == 1 and 2 * 4 * images * len(depths) * len(positions) * model.config.width <= memory_bytes():
-        sets = [InMemory([extract_features(model, store, each.rows, view, depths, positions, title=f"{each.name} features, view {view}", **settings)
-                          for view in each.views]) for each in wanted]
+    if (
+        not config.features
+        and ranks == 1
+        and 2 * 4 * images * len(depths) * len(positions) * model.config.width <= memory_bytes()
+    ):
+        sets = [
+            InMemory(
+                [
+                    extract_features(
+                        model,
+                        store,
+                        each.rows,
+                        view,
+                        depths,
+                        positions,
+                        title=f"{each.name} features, view {view}",
+                        **settings,
+                    )
+                    for view in each.views
+                ]
+            )
+            for each in wanted
+        ]
     else:
         folder = Path(config.features) if config.features else config.run / FEATURES_FOLDER
         sets = store_features(folder, model, store, wanted, depths, positions, rank=rank, ranks=ranks, **settings)
-    return Subject(sets, [each.rows for each in wanted], [store.labels[each.rows] for each in wanted], judged_on, depths, positions, model.config.num_classes,
-                   model.config.positions, device)
+    return Subject(
+        sets,
+        [each.rows for each in wanted],
+        [store.labels[each.rows] for each in wanted],
+        judged_on,
+        depths,
+        positions,
+        model.config.num_classes,
+        model.config.positions,
+        device,
+    )
 
 
 def _judge(subject: Subject, config: ProbeConfig) -> ProbeResult:
@@ -240,35 +341,84 @@ def _judge(subject: Subject, config: ProbeConfig) -> ProbeResult:
     probes = train_probes(train, labels, subject.classes, config.schedule, subject.device)
     on_train, on_held = accuracies(probes, train, labels), accuracies(probes, held, held_labels)
     on_aside = accuracies(probes, rest[0], rest_labels[0]) if rest else None
-    near = neighbour_accuracies(train, labels, held, held_labels, subject.classes, config.knn, subject.device) if config.knn else None
+    near = (
+        neighbour_accuracies(train, labels, held, held_labels, subject.classes, config.knn, subject.device)
+        if config.knn
+        else None
+    )
     results, points, finite = [], len(subject.positions), probes.finite()
     for place, depth in enumerate(subject.depths):
         heads = slice(place * points, (place + 1) * points)
-        score = [(on_aside if on_aside is not None else on_train)[number, heads].mean().item() if ok else -1.0 for number, ok in enumerate(finite)]
+        score = [
+            (on_aside if on_aside is not None else on_train)[number, heads].mean().item() if ok else -1.0
+            for number, ok in enumerate(finite)
+        ]
         best = score.index(max(score))
-        by_lr = [{"lr": lr, "held_out": on_held[number, heads].tolist() if finite[number] else None,
-                  "kept_aside": on_aside[number, heads].tolist() if finite[number] and on_aside is not None else None} for number, lr in enumerate(config.lr)]
-        results.append(DepthResult(depth, on_held[best, heads].tolist(), on_train[best, heads].tolist(), config.lr[best],
-                                   near[heads].tolist() if near is not None else None, by_lr))
+        by_lr = [
+            {
+                "lr": lr,
+                "held_out": on_held[number, heads].tolist() if finite[number] else None,
+                "kept_aside": on_aside[number, heads].tolist() if finite[number] and on_aside is not None else None,
+            }
+            for number, lr in enumerate(config.lr)
+        ]
+        results.append(
+            DepthResult(
+                depth,
+                on_held[best, heads].tolist(),
+                on_train[best, heads].tolist(),
+                config.lr[best],
+                near[heads].tolist() if near is not None else None,
+                by_lr,
+            )
+        )
     if on_disk and not config.keep_features:
         remove_features(on_disk)
     first, chance = results[0], torch.bincount(held_labels).max().item() / held.count
-    return ProbeResult(subject.positions, first.held_out, first.train, first.depth, held.count, train.count, chance, subject.judged_on, first.lr, first.knn,
-                       rest[0].count if rest else 0, subject.classes, subject.sequence, results)
+    return ProbeResult(
+        subject.positions,
+        first.held_out,
+        first.train,
+        first.depth,
+        held.count,
+        train.count,
+        chance,
+        subject.judged_on,
+        first.lr,
+        first.knn,
+        rest[0].count if rest else 0,
+        subject.classes,
+        subject.sequence,
+        results,
+    )
 
 
 def table(result: ProbeResult) -> str:
     """The result for a terminal: for each depth a table over positions, then what each learning rate gave."""
     lines = []
     for each in result.depths:
-        lines += [f"after block {each.depth}, learning rate {each.lr:g}, top-1, %:", "  position  held-out           train" + ("    k-NN" if each.knn else "")]
+        lines += [
+            f"after block {each.depth}, learning rate {each.lr:g}, top-1, %:",
+            "  position  held-out           train" + ("    k-NN" if each.knn else ""),
+        ]
         for place, position in enumerate(result.positions):
             share, error = each.held_out[place], result.errors(each.held_out)[place]
             near = f"  {100 * each.knn[place]:6.1f}" if each.knn else ""
-            lines.append(f"  {position:8}  {100 * share:8.1f} ± {100 * error:4.1f}  {100 * each.train[place]:8.1f}{near}")
+            lines.append(
+                f"  {position:8}  {100 * share:8.1f} ± {100 * error:4.1f}  {100 * each.train[place]:8.1f}{near}"
+            )
         for rate in each.by_lr if len(each.by_lr) > 1 else ():
-            kept, held = (f"{100 * sum(rate[key]) / len(rate[key]):.1f}" if rate[key] else "not finite" for key in ("kept_aside", "held_out"))
-            lines.append(f"  learning rate {rate['lr']:g}: mean over positions {kept} on those kept aside, {held} on those judged")
+            kept, held = (
+                f"{100 * sum(rate[key]) / len(rate[key]):.1f}" if rate[key] else "not finite"
+                for key in ("kept_aside", "held_out")
+            )
+            lines.append(
+                f"  learning rate {rate['lr']:g}: mean over positions {kept} on those kept aside, {held} on those "
+                "judged"
+            )
     aside = f", {result.kept_aside_images} kept aside to choose the learning rate" if result.kept_aside_images else ""
-    basis = f"% of {result.held_out_images} {result.judged_on}, learnt from {result.train_images}{aside}; chance {100 * result.chance:.1f} %"
+    basis = (
+        f"% of {result.held_out_images} {result.judged_on}, learnt from {result.train_images}{aside}; chance "
+        f"{100 * result.chance:.1f} %"
+    )
     return "\n".join([*lines, basis])

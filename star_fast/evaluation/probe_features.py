@@ -1,7 +1,9 @@
-"""The features that probes read: taken from the frozen model once, kept in memory or, at ImageNet's size, in a folder of bfloat16 chunks.
+"""The features that probes read: taken from the frozen model once, kept in memory or, at ImageNet's size, in a folder
+of bfloat16 chunks.
 
-A "head" is one block's output at one position; with several depths the heads of one depth lie side by side: (N, depths * positions, D). On disk every
-chunk is a file of its own, whole or absent: so a killed extraction goes on, and the ranks of a job share the work without speaking to each other.
+A "head" is one block's output at one position; with several depths the heads of one depth lie side by side: (N, depths
+* positions, D). On disk every chunk is a file of its own, whole or absent: so a killed extraction goes on, and the
+ranks of a job share the work without speaking to each other.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from star_fast.data.codes import CodeStore
 from star_fast.errors import UserError
 from star_fast.evaluation.runs import codes_of
 from star_fast.model.transformer import Transformer
-from star_fast.storage import StorageError, atomic_write_bytes, atomic_write_json, explain_write_errors, read_record, remove_leftovers, require_regular
+from star_fast.storage import (
+    StorageError,
+    atomic_write_bytes,
+    atomic_write_json,
+    explain_write_errors,
+    read_record,
+    remove_leftovers,
+    require_regular,
+)
 
 BLOCK_IMAGES = 4096  # of a chunk on disk, and of what is judged at once
 RECORD_FILE = "features.json"
@@ -41,7 +51,9 @@ class Features(Protocol):
     width: int
 
     def epoch(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """count // batch batches: (batch, heads, width) of any float dtype, and which images they are, (batch,) int64. A function of the generator's state."""
+        """count // batch batches: (batch, heads, width) of any float dtype, and which images they are, (batch,) int64.
+        A function of the generator's state.
+        """
         ...
 
     def blocks(self) -> Iterator[Tensor]:
@@ -75,7 +87,9 @@ class InMemory:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Features of `count` images in the files of a folder: for each view chunks of BLOCK_IMAGES images, (n, heads, width) bfloat16, nothing else in them."""
+    """Features of `count` images in the files of a folder: for each view chunks of BLOCK_IMAGES images, (n, heads,
+    width) bfloat16, nothing else in them.
+    """
 
     folder: Path
     name: str  # of this set of images, the beginning of its files' names
@@ -103,7 +117,8 @@ class OnDisk:
         return 2 * (rows.stop - rows.start) * self.heads * self.width
 
     def read(self, view: int, chunk: int, into: Tensor) -> int:
-        """Fill the first rows of `into` (at least n, heads, width) bfloat16, contiguous; returns n. Raises StorageError for a file of another size.
+        """Fill the first rows of `into` (at least n, heads, width) bfloat16, contiguous; returns n. Raises StorageError
+        for a file of another size.
 
         Read, not mapped: pages of a map would count as this process's memory until the kernel wants them back.
         """
@@ -122,13 +137,17 @@ class OnDisk:
         return rows.stop - rows.start
 
     def epoch(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks in random order, each in one view drawn for it; as many as fit a window of 1 GiB are mixed image by image. What a window leaves over goes
-        into the next one, so that at most batch - 1 images of an epoch are left out."""
+        """Chunks in random order, each in one view drawn for it; as many as fit a window of 1 GiB are mixed image by
+        image. What a window leaves over goes into the next one, so that at most batch - 1 images of an epoch are left
+        out."""
         order = torch.randperm(self.chunks, generator=generator)
         drawn = torch.randint(self.views, (self.chunks,), generator=generator).tolist()
         window = min(max(1, _WINDOW_BYTES // self.size_bytes(0)), self.chunks)
         room = window * BLOCK_IMAGES + batch
-        buffer, images = torch.empty(room, self.heads, self.width, dtype=torch.bfloat16), torch.empty(room, dtype=torch.int64)
+        buffer, images = (
+            torch.empty(room, self.heads, self.width, dtype=torch.bfloat16),
+            torch.empty(room, dtype=torch.int64),
+        )
         filled = 0
         for part in order.split(window):
             for chunk in part.tolist():
@@ -172,43 +191,101 @@ class Identity:
 
 
 @torch.inference_mode()
-def extract_features(model: Transformer, store: CodeStore, rows: Tensor, view: int, depths: Sequence[int], positions: Sequence[int], *,
-                     batch_images: int = 128, device: torch.device | str = "cpu", title: str = "features", quiet: bool = False) -> Tensor:
-    """Outputs of the blocks `depths` at `positions` under the null class: (N, depths * P, D) float32 on the CPU, depth by depth, for the store's rows (N,)."""
+def extract_features(
+    model: Transformer,
+    store: CodeStore,
+    rows: Tensor,
+    view: int,
+    depths: Sequence[int],
+    positions: Sequence[int],
+    *,
+    batch_images: int = 128,
+    device: torch.device | str = "cpu",
+    title: str = "features",
+    quiet: bool = False,
+) -> Tensor:
+    """Outputs of the blocks `depths` at `positions` under the null class: (N, depths * P, D) float32 on the CPU, depth
+    by depth, for the store's rows (N,).
+    """
     model = model.to(device).eval()
     chosen = torch.as_tensor(list(positions), device=device)
     parts = []
     for part in tqdm(rows.split(batch_images), desc=title, unit="batch", leave=False, disable=quiet):
         codes_BT = codes_of(store, part, view).to(device)
         label = torch.full((len(part),), model.null_class, device=device)
-        features = model(codes_BT[:, : max(positions)], label, blocks=depths, logits=False, last_block=max(depths)).features
+        features = model(
+            codes_BT[:, : max(positions)], label, blocks=depths, logits=False, last_block=max(depths)
+        ).features
         parts.append(torch.cat([features[depth][:, chosen] for depth in depths], dim=1).float().cpu())
     return torch.cat(parts)
 
 
-def store_features(folder: Path, model: Transformer, store: CodeStore, wanted: Sequence[Wanted], depths: Sequence[int], positions: Sequence[int], *,
-                   rank: int = 0, ranks: int = 1, batch_images: int = 128, device: torch.device | str = "cpu") -> list[OnDisk]:
-    """This rank's share of the chunks that `folder` lacks, extracted and written; the sets that will be whole when every rank is done (see await_all).
+def store_features(
+    folder: Path,
+    model: Transformer,
+    store: CodeStore,
+    wanted: Sequence[Wanted],
+    depths: Sequence[int],
+    positions: Sequence[int],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    batch_images: int = 128,
+    device: torch.device | str = "cpu",
+) -> list[OnDisk]:
+    """This rank's share of the chunks that `folder` lacks, extracted and written; the sets that will be whole when
+    every rank is done (see await_all).
 
     Raises:
         UserError: the folder holds features of other weights, codes or settings, or the disk has no room.
     """
-    sets = [OnDisk(folder, each.name, len(each.views), len(each.rows), len(depths) * len(positions), model.config.width) for each in wanted]
-    identity = Identity(_weights_hash(model), store.manifest["files"]["codes.bin"]["sha256"], tuple(depths), tuple(positions), tuple(map(_named, wanted)))
+    sets = [
+        OnDisk(folder, each.name, len(each.views), len(each.rows), len(depths) * len(positions), model.config.width)
+        for each in wanted
+    ]
+    identity = Identity(
+        _weights_hash(model),
+        store.manifest["files"]["codes.bin"]["sha256"],
+        tuple(depths),
+        tuple(positions),
+        tuple(map(_named, wanted)),
+    )
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, identity)
-    everything = [(place, view, chunk) for place, each in enumerate(sets) for view in range(each.views) for chunk in range(each.chunks)]
-    missing = {(place, view, chunk) for place, view, chunk in everything if not os.path.exists(sets[place].path(view, chunk))}
+    everything = [
+        (place, view, chunk)
+        for place, each in enumerate(sets)
+        for view in range(each.views)
+        for chunk in range(each.chunks)
+    ]
+    missing = {
+        (place, view, chunk) for place, view, chunk in everything if not os.path.exists(sets[place].path(view, chunk))
+    }
     needed, free = sum(sets[place].size_bytes(chunk) for place, _, chunk in missing), shutil.disk_usage(folder).free
     if rank == 0 and needed > free:
-        raise UserError(f"{folder}: the features that are still to be written take {needed / 2**30:,.1f} GiB, the disk has {free / 2**30:,.1f} GiB free; give "
-                        "another place with --features, or use fewer training images, views or depths")
-    mine = [each for each in everything[rank::ranks] if each in missing]  # a share of everything, since ranks look at different times
+        raise UserError(
+            f"{folder}: the features that are still to be written take {needed / 2**30:,.1f} GiB, the disk has "
+            f"{free / 2**30:,.1f} GiB free; give "
+            "another place with --features, or use fewer training images, views or depths"
+        )
+    # A share of everything, since ranks look at different times
+    mine = [each for each in everything[rank::ranks] if each in missing]
     for place, view, chunk in tqdm(mine, desc="features to disk", unit="chunk", leave=False, disable=rank > 0):
-        features = extract_features(model, store, wanted[place].rows[sets[place].rows(chunk)], wanted[place].views[view], depths, positions,
-                                    batch_images=batch_images, device=device, quiet=True)
-        atomic_write_bytes(sets[place].path(view, chunk), memoryview(features.bfloat16().view(torch.int16).numpy()).cast("B"))
+        features = extract_features(
+            model,
+            store,
+            wanted[place].rows[sets[place].rows(chunk)],
+            wanted[place].views[view],
+            depths,
+            positions,
+            batch_images=batch_images,
+            device=device,
+            quiet=True,
+        )
+        atomic_write_bytes(
+            sets[place].path(view, chunk), memoryview(features.bfloat16().view(torch.int16).numpy()).cast("B")
+        )
     return sets
 
 
@@ -219,8 +296,11 @@ def await_all(sets: Sequence[OnDisk], patience_s: float = _PATIENCE_S) -> None:
     while missing := (before := missing) and [path for path in before if not os.path.exists(path)]:
         end = time.monotonic() + patience_s if len(missing) < len(before) else end
         if time.monotonic() > end:
-            raise UserError(f"{missing[0]}: another rank has not written it for {patience_s:g} s; see what that rank said, then run the same command: "
-                            "what is there is kept")
+            raise UserError(
+                f"{missing[0]}: another rank has not written it for {patience_s:g} s; see what that rank said, "
+                "then run the same command: "
+                "what is there is kept"
+            )
         time.sleep(0.2)
     remove_leftovers(sets[0].folder)
 
@@ -228,7 +308,10 @@ def await_all(sets: Sequence[OnDisk], patience_s: float = _PATIENCE_S) -> None:
 def remove_features(sets: Sequence[OnDisk]) -> None:
     """Remove the sets' files, and their folder if nothing else is in it."""
     folder = sets[0].folder
-    for path in (*(each.path(view, chunk) for each in sets for view in range(each.views) for chunk in range(each.chunks)), folder / RECORD_FILE):
+    for path in (
+        *(each.path(view, chunk) for each in sets for view in range(each.views) for chunk in range(each.chunks)),
+        folder / RECORD_FILE,
+    ):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -247,7 +330,10 @@ def _claim(folder: Path, identity: Identity) -> None:
 
 
 def _named(wanted: Wanted) -> str:
-    return f"{wanted.name} {list(wanted.views)} {len(wanted.rows)} {hashlib.sha256(wanted.rows.numpy().tobytes()).hexdigest()}"
+    return (
+        f"{wanted.name} {list(wanted.views)} {len(wanted.rows)} "
+        f"{hashlib.sha256(wanted.rows.numpy().tobytes()).hexdigest()}"
+    )
 
 
 def _weights_hash(model: Transformer) -> str:

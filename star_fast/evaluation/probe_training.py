@@ -1,8 +1,9 @@
 """Linear layers and nearest neighbours on frozen features: what the probe learns, and how it is judged.
 
-MAE's protocol (arXiv 2111.06377, section A.1): batch norm without affine, LARS, no weight decay. Two departures, since MAE's batch of 16384 is more than a
-small set has: the peak learning rate stays 6.4 at any batch (LARS steps are relative to the weights), and the bias takes part in LARS as one more row of
-the matrix. Every head (one block's output at one position) and every learning rate has a layer of its own; all learn from one reading of the features.
+MAE's protocol (arXiv 2111.06377, section A.1): batch norm without affine, LARS, no weight decay. Two departures, since
+MAE's batch of 16384 is more than a small set has: the peak learning rate stays 6.4 at any batch (LARS steps are
+relative to the weights), and the bias takes part in LARS as one more row of the matrix. Every head (one block's output
+at one position) and every learning rate has a layer of its own; all learn from one reading of the features.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ class Schedule:
 class Probes:
     """Linear layers behind one batch norm: of `rates` learning rates and P heads, D features, C classes."""
 
-    def __init__(self, heads: int, width: int, classes: int, rates: int, generator: torch.Generator, device: torch.device | str) -> None:
-        # The last row is the bias. With plain gradient steps at this learning rate, as in MAE, it swings wildly in small batches.
+    def __init__(
+        self, heads: int, width: int, classes: int, rates: int, generator: torch.Generator, device: torch.device | str
+    ) -> None:
+        # The last row is the bias. With plain gradient steps at this learning rate, as in MAE, it swings wildly in
+        # small batches.
         start = torch.zeros(heads, width + 1, classes)
         nn.init.trunc_normal_(start[:, :width], std=INIT_STD, generator=generator)
         self.weight = start.to(device).repeat(rates, 1, 1, 1)  # (rates, P, D+1, C)
@@ -58,7 +62,9 @@ class Probes:
         self.width, self.device = width, device
 
     def normalise(self, x: Tensor, heads: slice, training: bool) -> Tensor:
-        """(n, P, D) -> (heads, n, D) on the device, by the batch's own mean and variance (which then move the running ones) or by the running ones."""
+        """(n, P, D) -> (heads, n, D) on the device, by the batch's own mean and variance (which then move the running
+        ones) or by the running ones.
+        """
         part = x[:, heads].to(self.device).float()
         mean, variance = self.mean[heads].view(-1), self.variance[heads].view(-1)
         normed = F.batch_norm(part.flatten(1), mean, variance, training=training, momentum=NORM_MOMENTUM, eps=NORM_EPS)
@@ -82,7 +88,9 @@ class Probes:
         return self.weight.isfinite().flatten(1).all(1).tolist()
 
 
-def train_probes(train: Features, labels: Tensor, num_classes: int, schedule: Schedule, device: torch.device | str = "cpu") -> Probes:
+def train_probes(
+    train: Features, labels: Tensor, num_classes: int, schedule: Schedule, device: torch.device | str = "cpu"
+) -> Probes:
     """Train a linear layer for each head and learning rate, each as if it were alone.
 
     Args:
@@ -107,21 +115,36 @@ def train_probes(train: Features, labels: Tensor, num_classes: int, schedule: Sc
                 for heads in groups:
                     normed = probes.normalise(x, heads, training=True)
                     for number, lr in enumerate(schedule.lr):
-                        _step(probes, probes.weight[number, heads], velocity[number, heads], normed, target, lr * factor)
+                        _step(
+                            probes, probes.weight[number, heads], velocity[number, heads], normed, target, lr * factor
+                        )
                 bar.update()
     if not any(probes.finite()):
-        raise UserError(f"probe: its training ended in numbers that are not finite; give a smaller --lr than {min(schedule.lr):g}")
+        raise UserError(
+            f"probe: its training ended in numbers that are not finite; give a smaller --lr than {min(schedule.lr):g}"
+        )
     return probes
 
 
 @torch.enable_grad()
-def linear_probe(train: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, *, epochs: int = 90, lr: float = 6.4, seed: int = 0) -> list[float]:
-    """The probe on any model's features: a linear layer for each position learns the class from `train`, and is judged on `held_out`.
+def linear_probe(
+    train: Tensor,
+    labels: Tensor,
+    held_out: Tensor,
+    held_out_labels: Tensor,
+    *,
+    epochs: int = 90,
+    lr: float = 6.4,
+    seed: int = 0,
+) -> list[float]:
+    """The probe on any model's features: a linear layer for each position learns the class from `train`, and is judged
+    on `held_out`.
 
     Args:
         train: (N, P, D) float, P positions. labels: (N,) int64, classes from 0 on.
         held_out: (N', P, D). held_out_labels: (N',) int64.
-        epochs: passes over the training images, a ninth of them with a rising learning rate (MAE: 10 of 90). lr: its peak.
+        epochs: passes over the training images, a ninth of them with a rising learning rate (MAE: 10 of 90). lr: its
+            peak.
 
     Returns:
         The share of held-out images whose class is named, one a position.
@@ -131,16 +154,25 @@ def linear_probe(train: Tensor, labels: Tensor, held_out: Tensor, held_out_label
     """
     for name, features, classes in (("train", train, labels), ("held_out", held_out, held_out_labels)):
         if features.ndim != 3 or 0 in features.shape or features.shape[1:] != train.shape[1:]:
-            raise ValueError(f"linear_probe: {name} must be (N, P, D), with the other's P and D, got shape {tuple(features.shape)}")
+            raise ValueError(
+                f"linear_probe: {name} must be (N, P, D), with the other's P and D, got shape {tuple(features.shape)}"
+            )
         if classes.dtype != torch.int64 or classes.shape != features.shape[:1] or int(classes.min()) < 0:
-            raise ValueError(f"linear_probe: labels of {name} must be ({len(features)},) int64, 0 or more, got {classes.dtype} of shape {tuple(classes.shape)}")
+            raise ValueError(
+                f"linear_probe: labels of {name} must be ({len(features)},) int64, 0 or more, got {classes.dtype} "
+                f"of shape {tuple(classes.shape)}"
+            )
     schedule = Schedule((lr,), epochs, epochs // 9, 16384, seed)
-    probes = train_probes(InMemory([train.float()]), labels, int(max(labels.max(), held_out_labels.max())) + 1, schedule, train.device)
+    probes = train_probes(
+        InMemory([train.float()]), labels, int(max(labels.max(), held_out_labels.max())) + 1, schedule, train.device
+    )
     return accuracies(probes, InMemory([held_out.float()]), held_out_labels)[0].tolist()
 
 
 def step_images(count: int, most: int) -> int:
-    """Images of a step: `most`, but an epoch of `count` images has at least 16 steps, where steps of 32 images allow it."""
+    """Images of a step: `most`, but an epoch of `count` images has at least 16 steps, where steps of 32 images allow
+    it.
+    """
     return min(most, max(count // 16, min(count, 32)))
 
 
@@ -154,20 +186,30 @@ def accuracies(probes: Probes, features: Features, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def neighbour_accuracies(train: Features, labels: Tensor, judged: Features, judged_labels: Tensor, num_classes: int, neighbours: int = 20,
-                         device: torch.device | str = "cpu") -> Tensor:
+def neighbour_accuracies(
+    train: Features,
+    labels: Tensor,
+    judged: Features,
+    judged_labels: Tensor,
+    num_classes: int,
+    neighbours: int = 20,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """(P,) float64: the share of judged images whose class their nearest training images name.
 
-    As in DINO: of the k nearest by cosine (fewer where there are fewer) each votes for its class with weight exp(cosine / 0.07); no training, no scaling.
-    Memory: the judged features of one reading and their neighbours (at most 1 GiB, twice while they are gathered), a block of training images, and one
-    head's 4096 x 4096 cosines.
+    As in DINO: of the k nearest by cosine (fewer where there are fewer) each votes for its class with weight exp(cosine
+        / 0.07); no training, no scaling.
+    Memory: the judged features of one reading and their neighbours (at most 1 GiB, twice while they are gathered), a
+    block of training images, and one head's 4096 x 4096 cosines.
     """
     right, k, first = torch.zeros(train.heads, dtype=torch.float64), min(neighbours, train.count), 0
     for queries in _gathered(judged, 12 * k * judged.heads):  # a float32 and an int64 for each neighbour
         cosine = torch.full((train.heads, len(queries), k), -math.inf, device=device)
         voter = torch.zeros(train.heads, len(queries), k, dtype=torch.int64, device=device)
         place = 0
-        for block in tqdm(train.blocks(), desc="nearest neighbours", unit="block", total=-(-train.count // BLOCK_IMAGES), leave=False):
+        for block in tqdm(
+            train.blocks(), desc="nearest neighbours", unit="block", total=-(-train.count // BLOCK_IMAGES), leave=False
+        ):
             label = labels[place : place + len(block)].to(device)
             for head in range(train.heads):
                 keys = F.normalize(block[:, head].to(device).float(), dim=-1)
@@ -208,7 +250,9 @@ def _groups(heads: int, images: int, width: int, classes: int) -> list[slice]:
 
 
 def _gathered(features: Features, more_bytes: int) -> Iterator[Tensor]:
-    """The features in pieces of whole blocks that, with `more_bytes` an image, take at most _QUERY_BYTES (or are one block), copied out of them."""
+    """The features in pieces of whole blocks that, with `more_bytes` an image, take at most _QUERY_BYTES (or are one
+    block), copied out of them.
+    """
     piece: list[Tensor] = []
     room = _QUERY_BYTES
     for block in features.blocks():

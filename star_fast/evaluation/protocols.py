@@ -1,4 +1,6 @@
-"""Protocols that published numbers were made with, and how a measurement departs from one: a number without its protocol compares with nothing."""
+"""Protocols that published numbers were made with, and how a measurement departs from one: a number without its
+protocol compares with nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from star_fast.evaluation.inception import WEIGHTS_SHA256
 
 KnownProtocol = Literal["", "adm-imagenet-256"]
 
-# Each setting as `settings_of` names it. What a protocol leaves to the sampler (guidance, temperature, labels) is part of the result, not of it.
+# Each setting as `settings_of` names it. What a protocol leaves to the sampler (guidance, temperature, labels) is part
+# of the result, not of it.
 _PROTOCOLS: dict[str, dict[str, Any]] = {
     "adm-imagenet-256": {
         "sample images": 50_000,
@@ -57,4 +60,8 @@ def settings_of(protocol: dict[str, Any]) -> dict[str, Any]:
 def departures(protocol: dict[str, Any], known: str) -> list[str]:
     """Every setting of a measurement that differs from the protocol called `known`: one line each."""
     here = settings_of(protocol)
-    return [f"{name}: {here[name]} here, {there} in {known}" for name, there in _PROTOCOLS[known].items() if here[name] != there]
+    return [
+        f"{name}: {here[name]} here, {there} in {known}"
+        for name, there in _PROTOCOLS[known].items()
+        if here[name] != there
+    ]

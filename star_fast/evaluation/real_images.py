@@ -1,7 +1,7 @@
 """The real images behind a code store: what a classifier learns from and what samples are held against.
 
-How an image was cut before it became codes is the store's affair, not the run's: a run may have been trained with any settings of its own on a store
-that was made with others. So everything about views comes from the store's manifest.
+How an image was cut before it became codes is the store's affair, not the run's: a run may have been trained with any
+settings of its own on a store that was made with others. So everything about views comes from the store's manifest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class StoredViews:
     def __post_init__(self) -> None:
         if self.kind == "ten-crop":
             ranges = self.ranges
-            require(1 <= min(ranges) <= max(ranges) <= _MOST_SIDE, "crop_ranges", ranges, f"numbers of 1 ... {_MOST_SIDE}")
+            require(
+                1 <= min(ranges) <= max(ranges) <= _MOST_SIDE, "crop_ranges", ranges, f"numbers of 1 ... {_MOST_SIDE}"
+            )
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
     @property
@@ -53,13 +55,22 @@ class StoredViews:
 
 
 def stored_views(store: CodeStore) -> StoredViews:
-    """How the store's views were made. Raises UserError where the manifest does not tell in a way that is known here."""
-    return to_record(store.manifest.get("view_settings"), f"{store.path}/manifest.json, view_settings", StoredViews,
-                     "leave --source out, or prepare the codes again with this version", ignore_unknown=True)
+    """How the store's views were made. Raises UserError where the manifest does not tell in a way
+    that is known here.
+    """
+    return to_record(
+        store.manifest.get("view_settings"),
+        f"{store.path}/manifest.json, view_settings",
+        StoredViews,
+        "leave --source out, or prepare the codes again with this version",
+        ignore_unknown=True,
+    )
 
 
 class RealImages:
-    """Reads the plain view (see CodeStore) of the images that a store's rows stand for, cut as the store's own settings say."""
+    """Reads the plain view (see CodeStore) of the images that a store's rows stand for, cut as the store's own settings
+    say.
+    """
 
     def __init__(self, store: CodeStore, source: ImageSource) -> None:
         views = stored_views(store)
@@ -67,8 +78,12 @@ class RealImages:
         self.data = DataConfig(views=views.kind, affine_views=len(store.views))
         if views.kind == "ten-crop":
             self.data = DataConfig(views=views.kind, crop_ranges=views.ranges)
-            require(store.image_size * max(views.ranges) <= _MOST_SIDE, f"{store.path}/manifest.json: crop_ranges", views.ranges,
-                f"images of at most {_MOST_SIDE} pixels before they are cropped to {store.image_size}")
+            require(
+                store.image_size * max(views.ranges) <= _MOST_SIDE,
+                f"{store.path}/manifest.json: crop_ranges",
+                views.ranges,
+                f"images of at most {_MOST_SIDE} pixels before they are cropped to {store.image_size}",
+            )
         self.channels: int = store.manifest.get("image_channels", 3)
         require_same_images(store, source, "source")
         self._indices = store.source_indices()
@@ -78,30 +93,46 @@ class RealImages:
     def read(self, rows: Tensor, title: str = "real images") -> Tensor:
         """(N, C, H, W) uint8 of the store's rows (N,)."""
         shape = (len(rows), self.channels, self.store.image_size, self.store.image_size)
-        require_memory(int(np.prod(shape, dtype=object)), f"{len(rows):,} real images of {shape[-1]} x {shape[-1]} pixels",
-                       "use fewer: --classifier.max-images")
+        require_memory(
+            int(np.prod(shape, dtype=object)),
+            f"{len(rows):,} real images of {shape[-1]} x {shape[-1]} pixels",
+            "use fewer: --classifier.max-images",
+        )
         images = np.empty(shape, dtype=np.uint8)
         for place, row in enumerate(tqdm(rows.tolist(), desc=title, unit="image", leave=False)):
             index = int(self._indices[row])
             try:
-                images[place] = make_views(self.source[index].image, index, self.data, self.store.image_size, self.channels, self.seed, only=self.view)
+                images[place] = make_views(
+                    self.source[index].image,
+                    index,
+                    self.data,
+                    self.store.image_size,
+                    self.channels,
+                    self.seed,
+                    only=self.view,
+                )
             except UnreadableImage as error:
                 raise UserError(f"source: {error}; it could be read when the codes were made") from error
         return torch.from_numpy(images)
 
 
 def open_real_images(store: CodeStore, source: str) -> RealImages | None:
-    """The images behind `store`, from `source` (a name as `star-fast prepare` takes it; empty: from where the store says that they were found).
+    """The images behind `store`, from `source` (a name as `star-fast prepare` takes it; empty: from where the store
+    says that they were found).
 
     Returns None where no source is given and the store does not say, or they are no longer there; then a line says so.
 
     Raises:
-        UserError: other images than the store's; or the store was imported from LlamaGen's codes, of which no images are known.
+        UserError: other images than the store's; or the store was imported from LlamaGen's codes, of which no images
+            are known.
     """
     kind = store.manifest["source"].get("kind")
     if kind == LLAMAGEN_CODES and source:
-        raise UserError(f"source: {store.path} was imported from codes as extracted by LlamaGen; which images they were made of, and how these were cut, "
-                        "is not recorded, so nothing can be compared with real images: leave --source out")
+        raise UserError(
+            f"source: {store.path} was imported from codes as extracted by LlamaGen; which images they were made "
+            "of, and how these were cut, "
+            "is not recorded, so nothing can be compared with real images: leave --source out"
+        )
     try:
         images = images_of(store, source)
     except DataError as error:
@@ -112,8 +143,12 @@ def open_real_images(store: CodeStore, source: str) -> RealImages | None:
     if images is None:
         return None
     if kind == "folder" and "pixels" not in store.manifest:
-        log.warning("%s: made by an earlier version, which left pictures unturned that EXIF turns and made 16-bit ones white; if there are any in the source, "
-                    "they are not compared as they were encoded. Prepare the codes again to be sure", printable(store.path))
+        log.warning(
+            "%s: made by an earlier version, which left pictures unturned that EXIF turns and made 16-bit ones "
+            "white; if there are any in the source, "
+            "they are not compared as they were encoded. Prepare the codes again to be sure",
+            printable(store.path),
+        )
     return RealImages(store, images)
 
 
@@ -122,4 +157,3 @@ def why_unknown(store: CodeStore) -> str:
     if store.manifest["source"].get("kind") == LLAMAGEN_CODES:
         return "the codes were imported as extracted by LlamaGen; the images behind them are not recorded."
     return "the real images behind the codes are not known. Give the folder that the codes were made of: --source."
-

@@ -1,4 +1,6 @@
-"""What a tokenizer makes of images, batch by batch: the reconstructions that rFID measures, and PSNR and SSIM beside it."""
+"""What a tokenizer makes of images, batch by batch: the reconstructions that rFID measures, and PSNR and SSIM beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,24 @@ class OpenTokenizer:
     def __init__(self, name: str, tokenizer: VQTokenizer, image_size: int, device: torch.device) -> None:
         self.name, self.image_size = name, image_size or tokenizer.config.image_size
         if self.image_size % tokenizer.config.downsampling:
-            raise UserError(f"--image-size: expected a multiple of {tokenizer.config.downsampling}, which {name} makes one code of, got {self.image_size}")
-        self.model, self.device, self.channels = tokenizer.to(device).eval().requires_grad_(False), device, tokenizer.config.image_channels
+            raise UserError(
+                f"--image-size: expected a multiple of {tokenizer.config.downsampling}, which {name} makes one "
+                f"code of, got {self.image_size}"
+            )
+        self.model, self.device, self.channels = (
+            tokenizer.to(device).eval().requires_grad_(False),
+            device,
+            tokenizer.config.image_channels,
+        )
 
     def record(self) -> dict[str, Any]:
         """For the protocol."""
-        return {"name": self.name, "weights_sha256": self.model.weights_hash(), "image_size": self.image_size, "precision": "float32"}
+        return {
+            "name": self.name,
+            "weights_sha256": self.model.weights_hash(),
+            "image_size": self.image_size,
+            "precision": "float32",
+        }
 
 
 def open_tokenizer(path: str | Path, image_size: int, device: torch.device) -> OpenTokenizer:

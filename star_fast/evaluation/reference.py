@@ -1,10 +1,12 @@
-"""What samples are measured against: an ADM reference file as it is published, or one made of own images. Both are .npz files.
+"""What samples are measured against: an ADM reference file as it is published, or one made of own images. Both are .npz
+files.
 
     mu, sigma        (2048,), (2048, 2048)   of the pool features
     mu_s, sigma_s    (2023,), (2023, 2023)   of the spatial features
-    arr_0            (N, H, W, 3) uint8      images for precision and recall (ADM's: 10 000, of which the statistics are not)
-    pool             (N, 2048) float32       their pool features, where this project wrote the file: 24 times smaller than the images
-    inception_sha256 (32,) uint8             of the network's weights, where this project wrote the file
+    arr_0            (N, H, W, 3) uint8      images for precision and recall (ADM's: 10 000, of which the statistics are
+    not) pool             (N, 2048) float32       their pool features, where this project wrote the file: 24 times
+    smaller than the images inception_sha256 (32,) uint8             of the network's weights, where this project wrote
+    the file
 
 A file without `mu` and `sigma` is taken for images whose statistics are still to be found, as ADM's evaluator does.
 """
@@ -29,7 +31,10 @@ from star_fast.evaluation.npz_reading import NpzFile
 from star_fast.generation.npz_stream import IMAGES_MEMBER
 from star_fast.storage import atomic_write_json, atomic_writer, sha256_of_file
 
-_HINT = "expected a reference of the ADM suite (mu, sigma, mu_s, sigma_s, arr_0), or one that star-fast evaluate --make-reference wrote"
+_HINT = (
+    "expected a reference of the ADM suite (mu, sigma, mu_s, sigma_s, arr_0), or one that star-fast evaluate "
+    "--make-reference wrote"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ def read_reference(path: str | Path, inception: Inception, batch_images: int, *,
         pool, found = None, None
         if "pool" in file:
             rows = file.header("pool").shape[0] if file.header("pool").shape else 0
-            require_memory(4 * POOL_WIDTH * rows, f"{path}: the features of {rows:,} images", "make the reference with fewer --precision-images")
+            require_memory(
+                4 * POOL_WIDTH * rows,
+                f"{path}: the features of {rows:,} images",
+                "make the reference with fewer --precision-images",
+            )
             pool = torch.from_numpy(np.ascontiguousarray(file.array("pool", (-1, POOL_WIDTH)), np.float32))
             if not pool.isfinite().all():
                 raise UserError(f"{path}: pool: NaN or infinity among them; {_HINT}")
@@ -70,19 +79,33 @@ def read_reference(path: str | Path, inception: Inception, batch_images: int, *,
         elif found is not None:
             gaussians, record["statistics"] = found.gaussians(), f"of the {found.images:,} images"
         else:
-            raise UserError(f"{path}: neither mu and sigma nor {IMAGES_MEMBER} in it; it holds {', '.join(file.names[:20]) or 'nothing'}; {_HINT}")
+            raise UserError(
+                f"{path}: neither mu and sigma nor {IMAGES_MEMBER} in it; it holds "
+                f"{', '.join(file.names[:20]) or 'nothing'}; {_HINT}"
+            )
     if pool is None:
         record |= {"precision_images": 0, "precision_from": "nothing: no precision and recall"}
     return Reference(gaussians, pool, record)
 
 
-def write_reference(path: str | Path, statistics: FeatureStatistics, inception: Inception, record: dict[str, Any]) -> None:
-    """Write a reference made of own images, whole or not at all; `record` goes beside it as NAME.json. Raises StorageError where it cannot be written."""
+def write_reference(
+    path: str | Path, statistics: FeatureStatistics, inception: Inception, record: dict[str, Any]
+) -> None:
+    """Write a reference made of own images, whole or not at all; `record` goes beside it as NAME.json. Raises
+    StorageError where it cannot be written.
+    """
     gaussians = statistics.gaussians()
     atomic_write_json(Path(path).with_suffix(".json"), record)
     with atomic_writer(path) as file:
-        np.savez(file, mu=gaussians.mu, sigma=gaussians.sigma, mu_s=gaussians.mu_s, sigma_s=gaussians.sigma_s, pool=statistics.pool().numpy(),
-                 inception_sha256=np.frombuffer(bytes.fromhex(inception.sha256), np.uint8))
+        np.savez(
+            file,
+            mu=gaussians.mu,
+            sigma=gaussians.sigma,
+            mu_s=gaussians.mu_s,
+            sigma_s=gaussians.sigma_s,
+            pool=statistics.pool().numpy(),
+            inception_sha256=np.frombuffer(bytes.fromhex(inception.sha256), np.uint8),
+        )
 
 
 def _stored(file: NpzFile) -> Gaussians:
@@ -100,8 +123,11 @@ def _require_same_network(file: NpzFile, inception: Inception) -> None:
     if "inception_sha256" in file:
         told = file.array("inception_sha256", (32,), "u").astype(np.uint8).tobytes().hex()
         if told != inception.sha256:
-            raise UserError(f"{file.path}: its statistics were made with weights of Inception of sha256 {told}, samples would be measured with "
-                            f"{inception.sha256 or 'random ones'}; use the same for both")
+            raise UserError(
+                f"{file.path}: its statistics were made with weights of Inception of sha256 {told}, samples would "
+                "be measured with "
+                f"{inception.sha256 or 'random ones'}; use the same for both"
+            )
 
 
 def _batches(file: NpzFile, size: int, count: int, progress: bool) -> Iterator[Tensor]:

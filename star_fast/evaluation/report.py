@@ -1,4 +1,5 @@
-"""`star-fast report --run FOLDER`: everything there is to see of a run in one HTML file, and the same figures as JSON beside it.
+"""`star-fast report --run FOLDER`: everything there is to see of a run in one HTML file, and the same figures as JSON
+beside it.
 
 This file measures; report_sections.py writes the page's sections from what was measured.
 """
@@ -30,7 +31,16 @@ from star_fast.evaluation.probe import ProbeConfig, probe
 from star_fast.evaluation.real_images import RealImages, open_real_images, why_unknown
 from star_fast.evaluation.report_comparison import FORMAT_VERSION, Figures, read_other
 from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, read_metrics, spread
-from star_fast.evaluation.samples import Reconstruction, SampleSet, class_agreement, distances, distinct_sequences, draw_samples, psnr_db, reconstruct_held_out
+from star_fast.evaluation.samples import (
+    Reconstruction,
+    SampleSet,
+    class_agreement,
+    distances,
+    distinct_sequences,
+    draw_samples,
+    psnr_db,
+    reconstruct_held_out,
+)
 from star_fast.generation.device import take_device
 from star_fast.generation.label_plan import find_classes
 from star_fast.generation.sampling import Sampling
@@ -66,16 +76,29 @@ class ReportConfig:
     batch_images: int = 64  # images drawn or decoded at once
     attention_images: int = 3  # held-out images with attention maps
     attention_queries: int = 4  # query positions of each
-    probe_train_views: int = 1  # views of each training image that the probe learns from; with more, every epoch draws one of them per image
+    # Views of each training image that the probe learns from; with more, every epoch draws one of them per image
+    probe_train_views: int = 1
     probe_max_train_images: int = 0  # training images that the probe learns from, evenly spaced; 0: all
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     device: str = ""  # "cpu", "cuda"; empty: a GPU where there is one
 
     def __post_init__(self) -> None:
-        require_ranges(self, {"samples_per_class": (1, 10_000), "batch_images": (1, 2**16), "attention_images": (1, 100), "attention_queries": (1, 256),
-                              "probe_train_views": (1, 2**16), "probe_max_train_images": (0, MOST_COUNT), "seed": (0, MOST_SEED)})
+        require_ranges(
+            self,
+            {
+                "samples_per_class": (1, 10_000),
+                "batch_images": (1, 2**16),
+                "attention_images": (1, 100),
+                "attention_queries": (1, 256),
+                "probe_train_views": (1, 2**16),
+                "probe_max_train_images": (0, MOST_COUNT),
+                "seed": (0, MOST_SEED),
+            },
+        )
         try:
-            Sampling(guidance=self.guidance, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+            Sampling(
+                guidance=self.guidance, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+            )
         except ValueError as error:
             name, _, rest = str(error).removeprefix("generate: ").partition(" ")
             raise UserError(f"{option(name)} {rest}") from error
@@ -102,7 +125,8 @@ class Material:
     against: Figures | None = None  # of the other run's report
     classifier: Classifier | None = None
     real_features: Tensor | None = None  # (n, F) the classifier's, of the held-out real images of the sampled classes
-    neighbours: list[Tensor] = field(default_factory=list)  # of each class: its first sample and the nearest training images, (1 + n, C, H, W) uint8
+    # Of each class: its first sample and the nearest training images, (1 + n, C, H, W) uint8
+    neighbours: list[Tensor] = field(default_factory=list)
 
     @property
     def row_labels(self) -> Tensor:
@@ -114,14 +138,19 @@ def write_report(config: ReportConfig) -> Path:
     """Measure the run and write report.html and report.json; returns the HTML file.
 
     Raises:
-        UserError: the run lacks its metrics, weights, tokenizer or held-out images, or the run to compare with has no report.
+        UserError: the run lacks its metrics, weights, tokenizer or held-out images, or the run to compare with has no
+            report.
     """
     begun = time.perf_counter()
     device = take_device(config.device)
     other = read_other(Path(config.against)) if config.against else None
     run = open_run(config.run, codes=config.codes, weights=config.weights)
-    with only_report(run.folder, "writing a report", ("report.json", "report.html")), \
-            explain_out_of_memory("draw fewer images at once (--batch-images) or altogether (--samples-per-class, --classes)"):
+    with (
+        only_report(run.folder, "writing a report", ("report.json", "report.html")),
+        explain_out_of_memory(
+            "draw fewer images at once (--batch-images) or altogether (--samples-per-class, --classes)"
+        ),
+    ):
         return _write(_gather(config, run, device, other), begun)
 
 
@@ -130,33 +159,70 @@ def _gather(config: ReportConfig, run: Run, device: torch.device, other: Figures
     training, validation = read_metrics(run.folder)
     store = run.store
     if run.model.tokenizer_folder is None:
-        raise UserError(f"{run.folder}/model: holds no tokenizer, samples cannot become images; train again from a code store with its tokenizer")
+        raise UserError(
+            f"{run.folder}/model: holds no tokenizer, samples cannot become images; train again from a code store "
+            "with its tokenizer"
+        )
     judging = store.judging()
     if store.positions < 4:
-        raise UserError(f"{store.path}: expected images of at least 4 codes, got {store.positions}; there is no attention to show between fewer")
-    classes = find_classes(config.classes, store.class_names) if config.classes else _default_classes(len(store.class_names))
+        raise UserError(
+            f"{store.path}: expected images of at least 4 codes, got {store.positions}; there is no attention to "
+            "show between fewer"
+        )
+    classes = (
+        find_classes(config.classes, store.class_names) if config.classes else _default_classes(len(store.class_names))
+    )
     tokenizer = VQTokenizer.load(run.model.tokenizer_folder)
     store.require_tokenizer(tokenizer.weights_hash())
     made = tokenizer.config
     ours, theirs = (made.image_size, made.positions, made.codebook), (store.image_size, store.positions, store.codebook)
     if ours != theirs:
-        raise UserError(f"{run.model.tokenizer_folder}: makes images of (pixels a side, codes, codebook) {ours}, {store.path} has {theirs}; "
-                        "files of two runs are mixed")
+        raise UserError(
+            f"{run.model.tokenizer_folder}: makes images of (pixels a side, codes, codebook) {ours}, {store.path} "
+            f"has {theirs}; "
+            "files of two runs are mixed"
+        )
     images = len(classes) * config.samples_per_class
     source = open_real_images(store, config.source)
-    require(images >= 2 or source is None, option("samples_per_class"), config.samples_per_class,
-            "at least 2 images of a single class: a Fréchet distance needs two")
+    require(
+        images >= 2 or source is None,
+        option("samples_per_class"),
+        config.samples_per_class,
+        "at least 2 images of a single class: a Fréchet distance needs two",
+    )
     most = MOST_SAMPLE_BYTES // (made.image_channels * made.image_size**2)
-    require(images <= most, option("samples_per_class"), config.samples_per_class,
-            f"at most {max(most // len(classes), 1):,} images of {made.image_size} x {made.image_size} pixels of each of {len(classes)} classes")
-    return Material(run, config, training, validation, device, classes, spread(judging.judge, MOST_HELD_OUT), tokenizer, source, against=other)
+    require(
+        images <= most,
+        option("samples_per_class"),
+        config.samples_per_class,
+        f"at most {max(most // len(classes), 1):,} images of {made.image_size} x {made.image_size} pixels of each "
+        f"of {len(classes)} classes",
+    )
+    return Material(
+        run,
+        config,
+        training,
+        validation,
+        device,
+        classes,
+        spread(judging.judge, MOST_HELD_OUT),
+        tokenizer,
+        source,
+        against=other,
+    )
 
 
 def _write(material: Material, begun: float) -> Path:
     """Measure, then write both files."""
     run = material.run
-    stages: dict[str, Callable[[Material], Any]] = {"samples": _sample, "tokenizer": _reconstruct, "classifier": _classify, "linear probe": _probe,
-                                                    "attention": _attend, "student and teacher": _weigh}
+    stages: dict[str, Callable[[Material], Any]] = {
+        "samples": _sample,
+        "tokenizer": _reconstruct,
+        "classifier": _classify,
+        "linear probe": _probe,
+        "attention": _attend,
+        "student and teacher": _weigh,
+    }
     parts_s = {}
     with tqdm(stages.items(), desc="report", unit="part") as bar:
         for name, stage in bar:
@@ -164,14 +230,30 @@ def _write(material: Material, begun: float) -> Path:
             since = time.perf_counter()
             stage(material)
             parts_s[name] = round(time.perf_counter() - since, 1)
-    figures = {"format_version": FORMAT_VERSION, "run": run.name, "trained": _trained(material), **material.figures,
-               "protocol": report_protocol.protocol(material),
-               "report": {"device": _device_name(material.device), "torch": torch.__version__, "python": platform.python_version(),
-                          "seconds": round(time.perf_counter() - begun, 1), "parts_s": parts_s, "date": time.strftime("%Y-%m-%d")}}
+    figures = {
+        "format_version": FORMAT_VERSION,
+        "run": run.name,
+        "trained": _trained(material),
+        **material.figures,
+        "protocol": report_protocol.protocol(material),
+        "report": {
+            "device": _device_name(material.device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "parts_s": parts_s,
+            "date": time.strftime("%Y-%m-%d"),
+        },
+    }
     material.figures = figures
     sections = report_sections.all_sections(material)
-    html = page.render(f"star_fast report: {run.name}", report_sections.lead(material), report_sections.tiles(figures), sections,
-                       report_sections.footer(figures))
+    html = page.render(
+        f"star_fast report: {run.name}",
+        report_sections.lead(material),
+        report_sections.tiles(figures),
+        sections,
+        report_sections.footer(figures),
+    )
     losses = {"training": material.training, "validation": material.validation}
     atomic_write_json(run.folder / "report.json", _finite({**figures, "losses": losses}))
     atomic_write_bytes(run.folder / "report.html", page.to_bytes(html))
@@ -180,18 +262,39 @@ def _write(material: Material, begun: float) -> Path:
 
 def _sample(material: Material) -> None:
     config, model = material.config, material.run.model.transformer.to(material.device).eval()
-    sampling = {"guidance": config.guidance, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
-    material.samples = draw_samples(model, material.tokenizer.to(material.device), material.classes, config.samples_per_class,
-                                    batch_images=config.batch_images, **sampling)
+    sampling = {
+        "guidance": config.guidance,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "seed": config.seed,
+    }
+    material.samples = draw_samples(
+        model,
+        material.tokenizer.to(material.device),
+        material.classes,
+        config.samples_per_class,
+        batch_images=config.batch_images,
+        **sampling,
+    )
     names = material.run.store.class_names
     distinct = distinct_sequences(material.samples)
-    material.figures["samples"] = {"settings": sampling, "per_class": config.samples_per_class,
-                                   "classes": {key: {"distinct_code_sequences": distinct[label]} for label, key in _keys(material.classes, names).items()}}
+    material.figures["samples"] = {
+        "settings": sampling,
+        "per_class": config.samples_per_class,
+        "classes": {
+            key: {"distinct_code_sequences": distinct[label]} for label, key in _keys(material.classes, names).items()
+        },
+    }
 
 
 def _reconstruct(material: Material) -> None:
     material.reconstruction = reconstruct_held_out(material.run.store, material.tokenizer, material.rows)
-    figures = {"held_out_images": len(material.rows), "codes_used": material.reconstruction.codes_used, "codebook": material.reconstruction.codebook}
+    figures = {
+        "held_out_images": len(material.rows),
+        "codes_used": material.reconstruction.codes_used,
+        "codebook": material.reconstruction.codebook,
+    }
     if material.source is not None:
         material.real = material.source.read(material.rows, "held-out images")
         figures["psnr_db"] = psnr_db(material.real, material.reconstruction.images)
@@ -204,21 +307,34 @@ def _classify(material: Material) -> None:
     if material.source is None:
         reason = why_unknown(material.run.store)
     elif sampled.sum() < 2:
-        reason = "fewer than two held-out images of the sampled classes. Prepare the codes with a larger --data.held-out-share."
+        reason = (
+            "fewer than two held-out images of the sampled classes. Prepare the codes with a larger "
+            "--data.held-out-share."
+        )
     if reason is not None:
         material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
     material.classifier = classifier = _classifier(material, material.source)
-    samples, real, rebuilt = (classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images))
+    samples, real, rebuilt = (
+        classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images)
+    )
     agreement = class_agreement(samples, material.samples.labels)
     for label, key in _keys(material.classes, material.run.store.class_names).items():
         material.figures["samples"]["classes"][key]["agreement"] = agreement[label]
     material.figures["samples"]["agreement"] = samples.accuracy(material.samples.labels)
     material.figures["classifier"] = {
-        "held_out_accuracy": real.accuracy(material.row_labels), "reconstruction_accuracy": rebuilt.accuracy(material.row_labels),
-        "held_out_images": len(material.rows), "train_images": classifier.record.train_images,
-        "classifier_frechet_distance": distances(samples, _only(rebuilt, sampled), _only(real, sampled), material.row_labels[sampled],
-                                                 material.config.samples_per_class)}
+        "held_out_accuracy": real.accuracy(material.row_labels),
+        "reconstruction_accuracy": rebuilt.accuracy(material.row_labels),
+        "held_out_images": len(material.rows),
+        "train_images": classifier.record.train_images,
+        "classifier_frechet_distance": distances(
+            samples,
+            _only(rebuilt, sampled),
+            _only(real, sampled),
+            material.row_labels[sampled],
+            material.config.samples_per_class,
+        ),
+    }
     material.real_features = real.features[sampled]
     _compare_with_training(material, samples.features, material.real_features)
 
@@ -235,15 +351,22 @@ def _compare_with_training(material: Material, samples: Tensor, held_out: Tensor
     material.figures["memorisation"] = dataclasses.asdict(found)
     first = [int((material.samples.labels == label).nonzero()[0]) for label in material.classes]
     places = nearest(samples[first], training, SHOWN_NEIGHBOURS)[1]
-    material.neighbours = [torch.cat([material.samples.images[sample][None], images[near]]) for sample, near in zip(first, places, strict=True)]
+    material.neighbours = [
+        torch.cat([material.samples.images[sample][None], images[near]])
+        for sample, near in zip(first, places, strict=True)
+    ]
 
 
 def _classifier(material: Material, source: RealImages) -> Classifier:
     """The run's classifier: the one that lies there if it was trained just so on these images, else a new one."""
     folder, store, config = material.run.folder / "classifier", material.run.store, material.config.classifier
     rows = spread(store.judging().learn, config.max_images)
-    data = {"source": store.manifest["source"], "views": store.manifest["view_settings"], "image_size": store.image_size,
-            "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes())}
+    data = {
+        "source": store.manifest["source"],
+        "views": store.manifest["view_settings"],
+        "image_size": store.image_size,
+        "train_rows_sha256": sha256_of_bytes(rows.numpy().tobytes()),
+    }
     if (folder / RECORD_FILE).exists():
         try:
             found = Classifier.load(folder)
@@ -254,8 +377,14 @@ def _classifier(material: Material, source: RealImages) -> Classifier:
             if fits and found.record.data == data and found.record.config == config:
                 return found
     photographs = any(view.startswith("mirrored") for view in store.views)
-    classifier = train_classifier(source.read(rows, "training images"), store.labels[rows], len(store.class_names), config, mirror=photographs,
-                                  device=material.device)
+    classifier = train_classifier(
+        source.read(rows, "training images"),
+        store.labels[rows],
+        len(store.class_names),
+        config,
+        mirror=photographs,
+        device=material.device,
+    )
     classifier.record = dataclasses.replace(classifier.record, data=data)
     remove_leftovers(folder, (RECORD_FILE, WEIGHTS_FILE))
     classifier.save(folder)
@@ -268,36 +397,63 @@ def _probe(material: Material) -> None:
 
 def _probe_of(material: Material, model: Transformer, weights: Literal["student", "teacher"]) -> dict[str, Any]:
     config, run = material.config, material.run
-    settings = ProbeConfig(run.folder, weights, train_views=config.probe_train_views, max_train_images=config.probe_max_train_images,
-                           device=config.device, seed=config.seed)
-    return {**probe(model, run.store, run.contrast_depth, settings).to_dict(), "epochs": settings.epochs, "train_views": settings.train_views}
+    settings = ProbeConfig(
+        run.folder,
+        weights,
+        train_views=config.probe_train_views,
+        max_train_images=config.probe_max_train_images,
+        device=config.device,
+        seed=config.seed,
+    )
+    return {
+        **probe(model, run.store, run.contrast_depth, settings).to_dict(),
+        "epochs": settings.epochs,
+        "train_views": settings.train_views,
+    }
 
 
 def _attend(material: Material) -> None:
     run, config, model = material.run, material.config, material.run.model.transformer.to(material.device).eval()
     material.figures["attention"] = attention_of(material, model)
-    chosen = [int((material.row_labels == label).nonzero()[0]) for label in spread(material.row_labels.unique(), config.attention_images)]
+    chosen = [
+        int((material.row_labels == label).nonzero()[0])
+        for label in spread(material.row_labels.unique(), config.attention_images)
+    ]
     queries = attention_maps.query_positions(run.store.positions, config.attention_queries)
     for index in chosen:
         row = material.rows[index : index + 1]
         label = run.store.labels[row]
-        probs = attention_maps.last_block_attention(model, codes_of(run.store, row, run.store.plain_view).to(material.device), label.to(material.device))
+        probs = attention_maps.last_block_attention(
+            model, codes_of(run.store, row, run.store.plain_view).to(material.device), label.to(material.device)
+        )
         name = run.store.class_names[int(label)]
-        material.attention.append(report_sections.AttentionExample(name, material.reconstruction.images[index], probs[0].cpu(), queries))
+        material.attention.append(
+            report_sections.AttentionExample(name, material.reconstruction.images[index], probs[0].cpu(), queries)
+        )
 
 
 def _weigh(material: Material) -> None:
-    """Both weights by the same measures, with the report's guidance and without; what was measured above is not measured again."""
+    """Both weights by the same measures, with the report's guidance and without; what was measured above is not
+    measured again.
+    """
     config, figures, shown = material.config, material.figures, material.run.model.transformer
     weights = {}
     for name, model in {config.weights: shown, **other_weights(material)}.items():
         if model is shown:
             probed, attention, samples = figures["probe"], figures["attention"], _judged(figures)
         else:
-            probed, attention, samples = _probe_of(material, model, name), attention_of(material, model), judge_drawn(material, model, config.guidance)
+            probed, attention, samples = (
+                _probe_of(material, model, name),
+                attention_of(material, model),
+                judge_drawn(material, model, config.guidance),
+            )
         without = samples if config.guidance == 1 else judge_drawn(material, model, 1.0)
-        weights[name] = {"held_out_loss": held_out_loss(material, model), "attention": attention, "samples": {"1": without, f"{config.guidance:g}": samples},
-                         "probe": {key: probed[key] for key in ("positions", "held_out", "chance", "classes", "sequence")}}
+        weights[name] = {
+            "held_out_loss": held_out_loss(material, model),
+            "attention": attention,
+            "samples": {"1": without, f"{config.guidance:g}": samples},
+            "probe": {key: probed[key] for key in ("positions", "held_out", "chance", "classes", "sequence")},
+        }
     figures["weights"] = weights
 
 
@@ -305,23 +461,37 @@ def _judged(figures: dict[str, Any]) -> dict[str, float]:
     """What judge_drawn says of the samples that the page shows."""
     if figures["classifier"] is None:
         return {}
-    return {"agreement": figures["samples"]["agreement"], "frechet_distance": figures["classifier"]["classifier_frechet_distance"]["samples"]}
+    return {
+        "agreement": figures["samples"]["agreement"],
+        "frechet_distance": figures["classifier"]["classifier_frechet_distance"]["samples"],
+    }
 
 
 def _trained(material: Material) -> dict[str, Any]:
     """What is known of the training: sizes, settings, duration."""
     run, record, last = material.run, material.run.record, material.training[-1]
     speeds = [row["images_per_s"] for row in material.training if row.get("images_per_s") is not None]
-    return {"step": record.step if record.step is not None else last["step"],
-            "images_seen": record.images_seen if record.images_seen is not None else last.get("images"),
-            "training_time_s": last.get("time_s"), "images_per_s_median": statistics.median(speeds) if speeds else None,
-            "last_losses": {key: last[key] for key in ("loss", "ar", "mim", "step_contrast", "view_contrast") if key in last},
-            "last_val_ar": material.validation[-1]["val_ar"] if material.validation else None,
-            "parameters": sum(parameter.numel() for parameter in run.model.transformer.parameters()), "weights": material.config.weights,
-            "weights_sha256": run.model.weights_sha256, "tokenizer_sha256": run.store.tokenizer_hash, "train_images": len(run.store.train_indices),
-            "held_out_images": len(run.store.held_out_indices), "judged_on": run.store.judging().judged_on, "views": len(run.store.views),
-            "source": run.store.manifest["source"],
-            "environment": record.environment, "config": to_dict(run.config)}
+    return {
+        "step": record.step if record.step is not None else last["step"],
+        "images_seen": record.images_seen if record.images_seen is not None else last.get("images"),
+        "training_time_s": last.get("time_s"),
+        "images_per_s_median": statistics.median(speeds) if speeds else None,
+        "last_losses": {
+            key: last[key] for key in ("loss", "ar", "mim", "step_contrast", "view_contrast") if key in last
+        },
+        "last_val_ar": material.validation[-1]["val_ar"] if material.validation else None,
+        "parameters": sum(parameter.numel() for parameter in run.model.transformer.parameters()),
+        "weights": material.config.weights,
+        "weights_sha256": run.model.weights_sha256,
+        "tokenizer_sha256": run.store.tokenizer_hash,
+        "train_images": len(run.store.train_indices),
+        "held_out_images": len(run.store.held_out_indices),
+        "judged_on": run.store.judging().judged_on,
+        "views": len(run.store.views),
+        "source": run.store.manifest["source"],
+        "environment": record.environment,
+        "config": to_dict(run.config),
+    }
 
 
 def _default_classes(count: int) -> list[int]:
@@ -329,7 +499,9 @@ def _default_classes(count: int) -> list[int]:
 
 
 def _keys(classes: list[int], names: tuple[str, ...]) -> dict[int, str]:
-    """What each class is called in report.json: its name; its number and name where two of the classes have one name."""
+    """What each class is called in report.json: its name; its number and name where two of the
+    classes have one name.
+    """
     unique = len({names[label] for label in classes}) == len(classes)
     return {label: names[label] if unique else f"{label}: {names[label]}" for label in classes}
 
@@ -339,7 +511,11 @@ def _only(verdict: Any, chosen: Tensor) -> Any:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -60,8 +60,18 @@ class ProbeFigures:
     train_images: int
 
     def __post_init__(self) -> None:
-        require(len(self.positions) == len(self.held_out) > 0, "probe.held_out", self.held_out, "one share for each of probe.positions")
-        require(all(0 <= share <= 1 for share in (*self.held_out, self.chance)), "probe.held_out", self.held_out, "shares in [0, 1]")
+        require(
+            len(self.positions) == len(self.held_out) > 0,
+            "probe.held_out",
+            self.held_out,
+            "one share for each of probe.positions",
+        )
+        require(
+            all(0 <= share <= 1 for share in (*self.held_out, self.chance)),
+            "probe.held_out",
+            self.held_out,
+            "shares in [0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -150,12 +160,19 @@ def read_other(folder: Path) -> Figures:
 
 
 def comparison(figures: dict[str, Any], other: Figures) -> page.Section:
-    """Both probe curves in one plot, the main figures in one table, and a warning where the two were not trained or measured alike."""
+    """Both probe curves in one plot, the main figures in one table, and a warning where the two were not trained or
+    measured alike.
+    """
     ours = from_dict(Figures, figures, ignore_unknown=True)
     names = (f"{ours.run} (this)", f"{other.run} (other)") if ours.run == other.run else (ours.run, other.run)
     section = page.Section("comparison", f"Against {names[1]}")
     if differing := differences(ours, other):
-        section.add(page.text(f"Not alike: the two runs differ in {', '.join(differing)}. What the table shows may come from that.", "note"))
+        section.add(
+            page.text(
+                f"Not alike: the two runs differ in {', '.join(differing)}. What the table shows may come from that.",
+                "note",
+            )
+        )
     curves = {name: dataclasses.asdict(each.probe) for name, each in zip(names, (ours, other), strict=True)}
     light, dark = (plots.probe_curves(curves, dark=dark) for dark in (False, True))
     last = [percent(each.probe.held_out[-1]) for each in (ours, other)]

@@ -43,7 +43,9 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """A line of metrics.jsonl. Losses that were not finite are null; a line of validation has `val_ar` and no other loss."""
+    """A line of metrics.jsonl. Losses that were not finite are null; a line of validation has `val_ar` and no other
+    loss.
+    """
 
     step: int
     images: int | None = None
@@ -77,7 +79,11 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's own name, however it was given."""
-        return self.folder.absolute().name if self.folder.name not in ("", "..") else self.folder.resolve().name or str(self.folder.resolve())
+        return (
+            self.folder.absolute().name
+            if self.folder.name not in ("", "..")
+            else self.folder.resolve().name or str(self.folder.resolve())
+        )
 
     @property
     def contrast_depth(self) -> int:
@@ -92,33 +98,59 @@ def open_run(folder: str | Path, *, codes: str = "", weights: Literal["student",
         codes: the code store, where it is no longer where the run's config says.
 
     Raises:
-        UserError: something is missing or does not fit together; one line that says what. Errors of config, weights and code store pass through.
+        UserError: something is missing or does not fit together; one line that says what. Errors of config, weights and
+            code store pass through.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):  # of os.path: unlike Path.is_dir it raises for no name
-        raise UserError(f"{folder}: not a folder; expected a run folder as training writes it (config.yaml, metrics.jsonl, model/)")
-    for name, meaning in (("config.yaml", "the run's settings"), ("model", "the exported weights, written when training ends")):
-        if not os.path.exists(folder / name) and not any(folder.glob(f".{name}.*.old")):  # of one that a killed save moved away load_model knows more
+        raise UserError(
+            f"{folder}: not a folder; expected a run folder as training writes it (config.yaml, metrics.jsonl, model/)"
+        )
+    for name, meaning in (
+        ("config.yaml", "the run's settings"),
+        ("model", "the exported weights, written when training ends"),
+    ):
+        # Of one that a killed save moved away load_model knows more
+        if not os.path.exists(folder / name) and not any(folder.glob(f".{name}.*.old")):
             raise UserError(f"{folder}: holds no {name} ({meaning}); give the folder of a finished training run")
     config = read_config(folder / "config.yaml")
     model = load_model(folder / "model", weights=weights)
-    record = to_record(model.record, folder / "model/config.json", TrainingRecord, "resume the run to write the model again", ignore_unknown=True)
+    record = to_record(
+        model.record,
+        folder / "model/config.json",
+        TrainingRecord,
+        "resume the run to write the model again",
+        ignore_unknown=True,
+    )
     size = model.transformer.config
     for name in ("blocks", "heads", "width"):
         if getattr(size, name) != getattr(config.model, name):
-            raise UserError(f"{folder}: model.{name} is {getattr(config.model, name)} in config.yaml and {getattr(size, name)} in model/: "
-                            "files of two runs are mixed")
+            raise UserError(
+                f"{folder}: model.{name} is {getattr(config.model, name)} in config.yaml and "
+                f"{getattr(size, name)} in model/: "
+                "files of two runs are mixed"
+            )
     store = CodeStore.open(_find_codes(folder, codes or config.data.codes, given=bool(codes)))
-    ours, theirs = (size.vocab, size.positions, size.num_classes), (store.codebook, store.positions, len(store.class_names))
+    ours, theirs = (
+        (size.vocab, size.positions, size.num_classes),
+        (store.codebook, store.positions, len(store.class_names)),
+    )
     if ours != theirs:
-        raise UserError(f"{store.path}: expected codes of (codebook, positions, classes) {ours}, which the run's model has, got {theirs}; give --codes")
+        raise UserError(
+            f"{store.path}: expected codes of (codebook, positions, classes) {ours}, which the run's model has, "
+            f"got {theirs}; give --codes"
+        )
     if record.tokenizer_hash and record.tokenizer_hash != store.tokenizer_hash:
-        raise UserError(f"{store.path}: made by tokenizer {store.tokenizer_hash[:12]}, but the run was trained with {record.tokenizer_hash[:12]}; give --codes")
+        raise UserError(
+            f"{store.path}: made by tokenizer {store.tokenizer_hash[:12]}, but the run was trained with "
+            f"{record.tokenizer_hash[:12]}; give --codes"
+        )
     return Run(folder, config, model, store, record)
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training lines and validation lines of metrics.jsonl: the fields of MetricsLine that a line has; None where a loss was not finite.
+    """Training lines and validation lines of metrics.jsonl: the fields of MetricsLine that a line has; None where a
+    loss was not finite.
 
     Raises:
         UserError: the file is missing, empty, or a line is not what training writes.
@@ -128,7 +160,9 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     for row in _metrics_lines(file):
         (validation if "val_ar" in row else training).append(row)
     if not training:
-        raise UserError(f"{file}: holds no training step; the run ended before its first log line (train.log_every_steps)")
+        raise UserError(
+            f"{file}: holds no training step; the run ended before its first log line (train.log_every_steps)"
+        )
     return training, validation
 
 
@@ -140,15 +174,22 @@ def _metrics_lines(file: Path) -> Iterator[dict[str, Any]]:
             # Earlier versions wrote NaN and Infinity, which are no JSON; they count as the null that is written now.
             values = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:
-            raise StorageError(f"{file}, line {number}: expected a JSON object with a step, got {line[:60].decode(errors='replace')!r}; "
-                               "resume the run, or remove this line") from error
-        record = to_record(values, f"{file}, line {number}", MetricsLine, "resume the run, or remove this line", ignore_unknown=True)
+            raise StorageError(
+                f"{file}, line {number}: expected a JSON object with a step, got "
+                f"{line[:60].decode(errors='replace')!r}; "
+                "resume the run, or remove this line"
+            ) from error
+        record = to_record(
+            values, f"{file}, line {number}", MetricsLine, "resume the run, or remove this line", ignore_unknown=True
+        )
         yield {name: value for name, value in vars(record).items() if name in values}
 
 
 @contextmanager
 def only_report(folder: Path, job: str, files: Sequence[str]) -> Iterator[None]:
-    """One report or probe of a run at a time; what dead ones left half-written of `files` is removed. Raises Busy when another is at it."""
+    """One report or probe of a run at a time; what dead ones left half-written of `files` is removed. Raises Busy when
+    another is at it.
+    """
     with only_writer(folder, job, name=".report.lock"):
         remove_leftovers(folder, files)
         yield
@@ -156,7 +197,8 @@ def only_report(folder: Path, job: str, files: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def only_result(file: Path, job: str, files: Sequence[str]) -> Iterator[None]:
-    """One job at a time that writes `file`, in a folder that others may write to as well; what dead ones left half-written of `files`, beside it, is removed.
+    """One job at a time that writes `file`, in a folder that others may write to as well; what dead ones left
+    half-written of `files`, beside it, is removed.
 
     Raises Busy when another is at it.
     """
@@ -166,7 +208,8 @@ def only_result(file: Path, job: str, files: Sequence[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            (file.parent / lock).unlink(missing_ok=True)  # still held: whoever waits for it sees that it is gone, and takes a new one
+            # Still held: whoever waits for it sees that it is gone, and takes a new one
+            (file.parent / lock).unlink(missing_ok=True)
 
 
 def codes_of(store: CodeStore, rows: Tensor, view: int) -> Tensor:

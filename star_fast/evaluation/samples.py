@@ -33,8 +33,18 @@ class SampleSet:
         return self.images[self.labels == label]
 
 
-def draw_samples(model: Transformer, tokenizer: VQTokenizer, classes: Sequence[int], per_class: int, *, batch_images: int = 64, **sampling: Any) -> SampleSet:
-    """Draw `per_class` images of each class; image i of the set has random stream i. `sampling` goes to generation.generate (guidance, seed ...)."""
+def draw_samples(
+    model: Transformer,
+    tokenizer: VQTokenizer,
+    classes: Sequence[int],
+    per_class: int,
+    *,
+    batch_images: int = 64,
+    **sampling: Any,
+) -> SampleSet:
+    """Draw `per_class` images of each class; image i of the set has random stream i. `sampling` goes to
+    generation.generate (guidance, seed ...).
+    """
     device = next(model.parameters()).device
     labels = torch.tensor(list(classes)).repeat_interleave(per_class)
     codes = []
@@ -75,7 +85,9 @@ def psnr_db(images: Tensor, others: Tensor) -> float:
 
 def distinct_sequences(samples: SampleSet) -> dict[int, int]:
     """How many different code sequences the samples of each class are: {label: count}."""
-    return {label: len(samples.codes[samples.labels == label].unique(dim=0)) for label in samples.labels.unique().tolist()}
+    return {
+        label: len(samples.codes[samples.labels == label].unique(dim=0)) for label in samples.labels.unique().tolist()
+    }
 
 
 def class_agreement(verdict: Verdict, labels: Tensor) -> dict[int, float]:
@@ -84,24 +96,35 @@ def class_agreement(verdict: Verdict, labels: Tensor) -> dict[int, float]:
     return {label: right[labels == label].mean().item() for label in labels.unique().tolist()}
 
 
-def distances(samples: Verdict, reconstructions: Verdict, held_out: Verdict, held_out_labels: Tensor, per_class: int) -> dict[str, float | int]:
+def distances(
+    samples: Verdict, reconstructions: Verdict, held_out: Verdict, held_out_labels: Tensor, per_class: int
+) -> dict[str, float | int]:
     """Classifier Fréchet distances to the held-out real images of the sampled classes, and what to compare them with.
 
     Returns:
-        samples: samples to all those real images. reconstructions: the same real images after the tokenizer, to all of them: what the tokenizer alone costs.
-        real_halves: `per_class` real images of each class (at most half) to the remaining ones: what so few images alone cost, where at least two are left.
+        samples: samples to all those real images. reconstructions: the same real images after the tokenizer, to all of
+            them: what the tokenizer alone costs.
+        real_halves: `per_class` real images of each class (at most half) to the remaining ones: what so few images
+            alone cost, where at least two are left.
 
     Raises:
         UserError: the classifier's features are not finite.
     """
     if not all(verdict.features.isfinite().all() for verdict in (samples, reconstructions, held_out)):
         raise UserError("classifier: its features are not finite numbers; give a smaller --classifier.lr")
-    result: dict[str, float | int] = {"samples": frechet_distance_of_features(samples.features, held_out.features),
-                                      "reconstructions": frechet_distance_of_features(reconstructions.features, held_out.features)}
+    result: dict[str, float | int] = {
+        "samples": frechet_distance_of_features(samples.features, held_out.features),
+        "reconstructions": frechet_distance_of_features(reconstructions.features, held_out.features),
+    }
     first = torch.zeros(len(held_out_labels), dtype=torch.bool)
     for label in held_out_labels.unique():
         members = (held_out_labels == label).nonzero().flatten()
         first[members[: min(per_class, len(members) // 2)]] = True
     if first.sum() >= 2 and (~first).sum() >= 2:
         result["real_halves"] = frechet_distance_of_features(held_out.features[first], held_out.features[~first])
-    return {**result, "sample_images": len(samples.features), "real_images": len(held_out.features), "features": held_out.features.shape[1]}
+    return {
+        **result,
+        "sample_images": len(samples.features),
+        "real_images": len(held_out.features),
+        "features": held_out.features.shape[1],
+    }

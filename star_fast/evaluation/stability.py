@@ -1,4 +1,6 @@
-"""`star-fast stability`: how many of an image's codes change when it moves a little (the paper's Figure 1c): the tokenizer promises no invariance."""
+"""`star-fast stability`: how many of an image's codes change when it moves a little (the paper's Figure 1c): the
+tokenizer promises no invariance.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _MOST_SHIFT = 2**10
 
 @dataclass(frozen=True)
 class StabilityConfig:
-    """Write stability.json and stability.png: which codes stay when the crop of an image is shifted by some pixels, or cut at range 1.05 instead of 1.1."""
+    """Write stability.json and stability.png: which codes stay when the crop of an image is shifted by some pixels, or
+    cut at range 1.05 instead of 1.1.
+    """
 
     run: str = ""  # a run folder, whose code store is looked at; or:
     codes: str = ""  # a code store
@@ -66,7 +70,8 @@ class Move:
     shift: int  # pixels; 0 where the crop range changes
     stay: float  # share of the codes that are the same at the same place, over images and (of shifts) four directions
     worst_image: float  # the same of the image where least stay
-    follow: float | None  # of shifts by whole cells: share of the codes that are the same where the content has gone; None elsewhere
+    # Of shifts by whole cells: share of the codes that are the same where the content has gone; None elsewhere
+    follow: float | None
     repeated_edge: int  # pixels of the shift for which the image was not wide enough, so that its edge was repeated
 
 
@@ -86,22 +91,36 @@ def run_stability(config: StabilityConfig) -> str:
     if source is None:
         raise UserError(f"{store.path}: does not say where its images are; give --source")
     out = Path(config.out or config.run or store.path)
-    with (only_result(out / "stability.json", "looking at stability", ("stability.json", "stability.png")),
-          explain_out_of_memory("give smaller --images or --batch-views")):
+    with (
+        only_result(out / "stability.json", "looking at stability", ("stability.json", "stability.png")),
+        explain_out_of_memory("give smaller --images or --batch-views"),
+    ):
         figures, picture = _measure(store, tokenizer.to(device), source, config)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
-        atomic_write_json(out / "stability.json", {**figures, "tokenizer_sha256": store.tokenizer_hash, "settings": settings})
+        settings = {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
+        }
+        atomic_write_json(
+            out / "stability.json", {**figures, "tokenizer_sha256": store.tokenizer_hash, "settings": settings}
+        )
         atomic_write_bytes(out / "stability.png", picture)
-    lines = [f"{out}: stability.json, stability.png", f"codes that stay, of {figures['images']} images:",
-             "  move                      same place  worst image  with the content"]
-    lines += [f"  {move['name']:24}  {100 * move['stay']:8.1f} %  {100 * move['worst_image']:9.1f} %"
-              + (f"  {100 * move['follow']:14.1f} %" if move["follow"] is not None else "") for move in figures["moves"]]
+    lines = [
+        f"{out}: stability.json, stability.png",
+        f"codes that stay, of {figures['images']} images:",
+        "  move                      same place  worst image  with the content",
+    ]
+    lines += [
+        f"  {move['name']:24}  {100 * move['stay']:8.1f} %  {100 * move['worst_image']:9.1f} %"
+        + (f"  {100 * move['follow']:14.1f} %" if move["follow"] is not None else "")
+        for move in figures["moves"]
+    ]
     lines.append(f"  {'another image instead':24}  {100 * figures['other_image']:8.1f} %")
     lines += [f"  left out: {each['key']}: {each['reason']}" for each in figures["skipped"]]
     return "\n".join(lines)
 
 
-def _measure(store: CodeStore, tokenizer: VQTokenizer, source: ImageSource, config: StabilityConfig) -> tuple[dict[str, Any], bytes]:
+def _measure(
+    store: CodeStore, tokenizer: VQTokenizer, source: ImageSource, config: StabilityConfig
+) -> tuple[dict[str, Any], bytes]:
     views, side = stored_views(store), store.image_size
     grid, cell = store.grid, side // store.grid[0]
     shifts = sorted(set(config.shifts)) or _doubling(cell)
@@ -109,35 +128,73 @@ def _measure(store: CodeStore, tokenizer: VQTokenizer, source: ImageSource, conf
     ranged = [int(side * crop_range) for crop_range in CROP_RANGES]
     encoder = Encoder(tokenizer, "fp32", config.batch_views)
     rows, codes, pixels, skipped = [], [], [], []
-    for row, squares in tqdm(_squares(store, source, spread(store.judging().judge, config.images), [wide, *ranged], skipped), desc="stability",
-                             unit="image", total=min(config.images, len(store.judging().judge)), leave=False):
-        crops = np.stack([centre(squares[0], side, 0, 0), *(centre(squares[0], side, shift * x, shift * y) for shift in shifts for x, y in _DIRECTIONS),
-                          *(centre(square, side, 0, 0) for square in squares[1:])])
+    for row, squares in tqdm(
+        _squares(store, source, spread(store.judging().judge, config.images), [wide, *ranged], skipped),
+        desc="stability",
+        unit="image",
+        total=min(config.images, len(store.judging().judge)),
+        leave=False,
+    ):
+        crops = np.stack(
+            [
+                centre(squares[0], side, 0, 0),
+                *(centre(squares[0], side, shift * x, shift * y) for shift in shifts for x, y in _DIRECTIONS),
+                *(centre(square, side, 0, 0) for square in squares[1:]),
+            ]
+        )
         rows.append(row)
         codes.append(encoder(crops))
         if len(pixels) < config.shown:
-            pixels.append(crops[[0, *range(1, 1 + 4 * len(shifts), 4), len(crops) - 2, len(crops) - 1]])  # of the shifts the one to the right
+            # Of the shifts the one to the right
+            pixels.append(crops[[0, *range(1, 1 + 4 * len(shifts), 4), len(crops) - 2, len(crops) - 1]])
     if len(rows) < 2:
-        raise UserError(f"{store.path}: expected at least two images that can be read, got {len(rows)}"
-                        + (f"; {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""))
+        raise UserError(
+            f"{store.path}: expected at least two images that can be read, got {len(rows)}"
+            + (f"; {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else "")
+        )
     codes_NMhw = np.stack(codes).reshape(len(rows), -1, *grid)
     plain = codes_NMhw[:, 0]
-    moves = [_shift_move(plain, codes_NMhw[:, 1 + 4 * place : 5 + 4 * place], shift, cell, max(0, shift - (wide - side) // 2))
-             for place, shift in enumerate(shifts)]
+    moves = [
+        _shift_move(
+            plain, codes_NMhw[:, 1 + 4 * place : 5 + 4 * place], shift, cell, max(0, shift - (wide - side) // 2)
+        )
+        for place, shift in enumerate(shifts)
+    ]
     ranges = ranged[0] != ranged[1]  # not of images so small that both are the same
     if ranges:
         same = (codes_NMhw[:, -2] == codes_NMhw[:, -1]).mean((1, 2))
-        moves.append(Move(f"crop range {CROP_RANGES[0]:g} -> {CROP_RANGES[1]:g}", 0, float(same.mean()), float(same.min()), None, 0))
+        moves.append(
+            Move(
+                f"crop range {CROP_RANGES[0]:g} -> {CROP_RANGES[1]:g}",
+                0,
+                float(same.mean()),
+                float(same.min()),
+                None,
+                0,
+            )
+        )
     stored = codes_of(store, torch.tensor(rows), store.plain_view).numpy().reshape(plain.shape)
-    figures = {"images": len(rows), "grid": list(grid), "cell_pixels": cell, "moves": [dataclasses.asdict(move) for move in moves],
-               "other_image": float((plain == np.roll(plain, 1, axis=0)).mean()), "unmoved_as_stored": float((plain == stored).mean()), "skipped": skipped}
-    shown = [MovedImage(store.class_names[int(store.labels[rows[place]])], _tiles(codes_NMhw[place], crops, len(shifts), ranges))
-             for place, crops in enumerate(pixels)]
+    figures = {
+        "images": len(rows),
+        "grid": list(grid),
+        "cell_pixels": cell,
+        "moves": [dataclasses.asdict(move) for move in moves],
+        "other_image": float((plain == np.roll(plain, 1, axis=0)).mean()),
+        "unmoved_as_stored": float((plain == stored).mean()),
+        "skipped": skipped,
+    }
+    shown = [
+        MovedImage(
+            store.class_names[int(store.labels[rows[place]])], _tiles(codes_NMhw[place], crops, len(shifts), ranges)
+        )
+        for place, crops in enumerate(pixels)
+    ]
     return figures, draw_moves(shown, [move.name for move in moves], [move.stay for move in moves], dark=False)
 
 
-def _squares(store: CodeStore, source: ImageSource, rows: Tensor, sizes: Sequence[int],
-             skipped: list[dict[str, str]]) -> Iterator[tuple[int, list[np.ndarray]]]:
+def _squares(
+    store: CodeStore, source: ImageSource, rows: Tensor, sizes: Sequence[int], skipped: list[dict[str, str]]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Row and squares (C, S, S) uint8 of each image that can be read; the others go to `skipped`."""
     indices, channels = store.source_indices(), store.manifest.get("image_channels", 3)
     for row in rows.tolist():
@@ -148,14 +205,18 @@ def _squares(store: CodeStore, source: ImageSource, rows: Tensor, sizes: Sequenc
 
 
 def centre(square: np.ndarray, side: int, right: int, down: int) -> np.ndarray:
-    """The crop (C, side, side) of a square (C, S, S), moved from its middle (the store's plain view) by pixels; beyond the edge the edge is repeated."""
+    """The crop (C, side, side) of a square (C, S, S), moved from its middle (the store's plain view) by pixels; beyond
+    the edge the edge is repeated.
+    """
     start = round((square.shape[-1] - side) / 2)
     x, y = (np.clip(np.arange(start + move, start + move + side), 0, square.shape[-1] - 1) for move in (right, down))
     return square[:, y[:, None], x]
 
 
 def followed(plain: np.ndarray, moved: np.ndarray, right: int, down: int) -> float:
-    """Share of codes (N, h, w) that are the same after the crop went whole cells to the right or down: new cell (r, c) shows what (r + down, c + right) did."""
+    """Share of codes (N, h, w) that are the same after the crop went whole cells to the right or down: new cell (r, c)
+    shows what (r + down, c + right) did.
+    """
     height, width = plain.shape[1:]
     new_rows, old_rows = (slice(max(0, -sign * down), height - max(0, sign * down)) for sign in (1, -1))
     new_columns, old_columns = (slice(max(0, -sign * right), width - max(0, sign * right)) for sign in (1, -1))
@@ -166,8 +227,17 @@ def _shift_move(plain: np.ndarray, moved_N4hw: np.ndarray, shift: int, cell: int
     same = (moved_N4hw == plain[:, None]).mean((1, 2, 3))
     follow, cells = None, shift // cell
     if shift % cell == 0 and cells < min(plain.shape[1:]):
-        follow = float(np.mean([followed(plain, moved_N4hw[:, place], cells * x, cells * y) for place, (x, y) in enumerate(_DIRECTIONS)]))
-    return Move(f"shift by {shift} pixel{'s' * (shift > 1)}", shift, float(same.mean()), float(same.min()), follow, repeated)
+        follow = float(
+            np.mean(
+                [
+                    followed(plain, moved_N4hw[:, place], cells * x, cells * y)
+                    for place, (x, y) in enumerate(_DIRECTIONS)
+                ]
+            )
+        )
+    return Move(
+        f"shift by {shift} pixel{'s' * (shift > 1)}", shift, float(same.mean()), float(same.min()), follow, repeated
+    )
 
 
 def _doubling(cell: int) -> list[int]:
@@ -176,7 +246,9 @@ def _doubling(cell: int) -> list[int]:
 
 
 def _tiles(codes_Mhw: np.ndarray, crops: np.ndarray, shifts: int, ranges: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(pixels (C, S, S), changed cells (h, w) bool) of the image as it is, of each shift to the right, and of the other crop range."""
+    """(pixels (C, S, S), changed cells (h, w) bool) of the image as it is, of each shift to the right, and of the other
+    crop range.
+    """
     tiles = [(crops[0], np.zeros(codes_Mhw.shape[1:], dtype=bool))]
     tiles += [(crops[1 + place], codes_Mhw[1 + 4 * place] != codes_Mhw[0]) for place in range(shifts)]
     return [*tiles, (crops[-1], codes_Mhw[-1] != codes_Mhw[-2])] if ranges else tiles

@@ -1,4 +1,6 @@
-"""The codes of a store as pictures, beside the images that they were made of: one look tells whether images, views, labels and tokenizer belong together."""
+"""The codes of a store as pictures, beside the images that they were made of: one look tells whether images, views,
+labels and tokenizer belong together.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,15 @@ _MOST_PICTURES = 4096
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
-def draw_store(store: CodeStore, tokenizer: VQTokenizer, source: ImageSource | None, rows: Sequence[int] = (),
-               views: Sequence[str] = ()) -> tuple[Image.Image, str]:
-    """A sheet with a line for each row: its class and key, then for each view the image as it was cut (where it is known) and what its codes decode to.
+def draw_store(
+    store: CodeStore,
+    tokenizer: VQTokenizer,
+    source: ImageSource | None,
+    rows: Sequence[int] = (),
+    views: Sequence[str] = (),
+) -> tuple[Image.Image, str]:
+    """A sheet with a line for each row: its class and key, then for each view the image as it was cut (where it is
+    known) and what its codes decode to.
 
     Args:
         rows: of the store; none: 8, evenly spaced. views: names; none: the plain one and the last.
@@ -35,7 +43,8 @@ def draw_store(store: CodeStore, tokenizer: VQTokenizer, source: ImageSource | N
         The picture, and a line that says what it shows.
 
     Raises:
-        UserError: a row or a view that the store does not have, or too many pictures; other images than the store's; one that can no longer be read.
+        UserError: a row or a view that the store does not have, or too many pictures; other images than the store's;
+            one that can no longer be read.
     """
     if wrong := [row for row in rows if not 0 <= row < len(store)]:
         raise UserError(f"rows: expected rows of {store.path}, 0 ... {len(store) - 1}, got {wrong[0]}")
@@ -44,10 +53,14 @@ def draw_store(store: CodeStore, tokenizer: VQTokenizer, source: ImageSource | N
     chosen = torch.tensor(rows) if rows else spread(torch.arange(len(store)), _ROWS)
     columns = [store.views.index(name) for name in views] if views else sorted({store.plain_view, len(store.views) - 1})
     if len(chosen) * len(columns) > _MOST_PICTURES:
-        raise UserError(f"rows: expected at most {_MOST_PICTURES // len(columns)} for {len(columns)} views, got {len(chosen)}")
+        raise UserError(
+            f"rows: expected at most {_MOST_PICTURES // len(columns)} for {len(columns)} views, got {len(chosen)}"
+        )
     decoded = _decoded(store, tokenizer, chosen, columns)
     real = _real(store, source, chosen, columns) if source is not None else None
-    told = f"{len(chosen)} images x {len(columns)} views" + (f", PSNR {psnr_db(decoded, real):.1f} dB" if real is not None else ", decoded from their codes")
+    told = f"{len(chosen)} images x {len(columns)} views" + (
+        f", PSNR {psnr_db(decoded, real):.1f} dB" if real is not None else ", decoded from their codes"
+    )
     return _sheet(store, chosen, columns, decoded, real), told
 
 
@@ -73,7 +86,11 @@ def _sheet(store: CodeStore, rows: Tensor, columns: Sequence[int], decoded: Tens
     kinds = [decoded] if real is None else [real, decoded]
     block = len(kinds) * tile + (len(kinds) - 1) * 2 + _GAP  # an image and its reconstruction lie close together
     keys = store.keys()
-    captions = write_with([f"{row}: {store.class_names[int(store.labels[row])]}, {keys[row]}" for row in rows.tolist()], size=13, longest=60)
+    captions = write_with(
+        [f"{row}: {store.class_names[int(store.labels[row])]}, {keys[row]}" for row in rows.tolist()],
+        size=13,
+        longest=60,
+    )
     heads = write_with([store.views[column] for column in columns], size=13, longest=40)
     width = max(len(columns) * block + _GAP, *(int(font.getlength(text)) + 2 * _GAP for text, font in captions))
     picture = Image.new("RGB", (width, _LINE + len(rows) * (tile + _LINE + _GAP)), _PAPER)
@@ -86,6 +103,8 @@ def _sheet(store: CodeStore, rows: Tensor, columns: Sequence[int], decoded: Tens
         for place in range(len(columns)):
             for kind, images in enumerate(kinds):
                 pixels = images[line, place].expand(3, -1, -1).permute(1, 2, 0).numpy()
-                picture.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize((tile, tile), Image.Resampling.NEAREST),
-                              (_GAP + place * block + kind * (tile + 2), top + _LINE))
+                picture.paste(
+                    Image.fromarray(np.ascontiguousarray(pixels)).resize((tile, tile), Image.Resampling.NEAREST),
+                    (_GAP + place * block + kind * (tile + 2), top + _LINE),
+                )
     return picture

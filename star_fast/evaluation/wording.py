@@ -22,7 +22,9 @@ def duration(seconds: float) -> str:
 
 def short(count: int) -> str:
     """1_600_000 -> "1.6 million"; numbers below a million are written out."""
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+    return (
+        f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+    )
 
 
 def nats(loss: float) -> str:

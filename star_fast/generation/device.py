@@ -14,13 +14,16 @@ _MOST_RANKS = 10**6
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """RANK and WORLD_SIZE as launchers set them; 0 and 1 without a launcher. Raises UserError when they are no such numbers."""
+    """RANK and WORLD_SIZE as launchers set them; 0 and 1 without a launcher. Raises UserError when they are no such
+    numbers.
+    """
     ranks = _from_environment("WORLD_SIZE", 1, 1, _MOST_RANKS)
     return _from_environment("RANK", 0, 0, ranks - 1), ranks
 
 
 def pick_device(name: str = "") -> torch.device:
-    """The device called `name`: "cpu", "cuda:N", or "cuda": this rank's GPU (LOCAL_RANK). "" is "cuda" where there is one, else "cpu".
+    """The device called `name`: "cpu", "cuda:N", or "cuda": this rank's GPU (LOCAL_RANK). "" is "cuda" where there is
+    one, else "cpu".
 
     Raises:
         UserError: no such name, or torch finds no such device.
@@ -36,13 +39,17 @@ def pick_device(name: str = "") -> torch.device:
     if found and found["index"] is not None:
         index = int(found["index"])
         if index >= devices:
-            raise UserError(f"device: {name} was asked for, but torch finds {devices} CUDA devices: expected cuda:0 ... cuda:{devices - 1}")
+            raise UserError(
+                f"device: {name} was asked for, but torch finds {devices} CUDA devices: expected cuda:0 ... "
+                f"cuda:{devices - 1}"
+            )
         return torch.device("cuda", index)
     return torch.device("cuda", _from_environment("LOCAL_RANK", 0, 0, devices - 1))
 
 
 def take_device(name: str = "") -> torch.device:
-    """`pick_device`, made the current device of this thread: where a rank starts, so that nothing of it lands on another rank's GPU.
+    """`pick_device`, made the current device of this thread: where a rank starts, so that nothing of it lands on
+    another rank's GPU.
 
     Raises:
         UserError: as pick_device.
@@ -61,6 +68,9 @@ def native_dtype(device: torch.device) -> torch.dtype:
 def _from_environment(name: str, default: int, least: int, most: int) -> int:
     told = os.environ.get(name, str(default))
     if not (told.isascii() and told.isdecimal() and len(told) < 10 and least <= int(told) <= most):
-        raise UserError(f"{name}: expected a whole number in {least} ... {most} in the environment, as launchers set it, got {told[:80]!r}; "
-                        "unset it to run without a launcher")
+        raise UserError(
+            f"{name}: expected a whole number in {least} ... {most} in the environment, as launchers set it, got "
+            f"{told[:80]!r}; "
+            "unset it to run without a launcher"
+        )
     return int(told)

@@ -1,4 +1,6 @@
-"""A font for every name in a picture: one that has its letters, else the letters that no font here has as escapes. Never a box."""
+"""A font for every name in a picture: one that has its letters, else the letters that no font here has as escapes.
+Never a box.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def _system_fonts() -> tuple[str, ...]:
     from matplotlib import font_manager  # reads every font of the machine when it is first loaded
 
     files = sorted(font_manager.findSystemFonts())
-    return tuple(file for file in files if not any(name in Path(file).name.lower().replace(" ", "") for name in _PRETENDERS))
+    return tuple(
+        file for file in files if not any(name in Path(file).name.lower().replace(" ", "") for name in _PRETENDERS)
+    )
 
 
 @functools.lru_cache(maxsize=256)

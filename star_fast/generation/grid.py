@@ -17,7 +17,9 @@ GAP = 4
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
-def draw_grid(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, rows: int = 20, columns: int = 10) -> Image.Image:
+def draw_grid(
+    images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, rows: int = 20, columns: int = 10
+) -> Image.Image:
     """The first `columns` images of each of the first `rows` classes, in order of label.
 
     Args:
@@ -29,7 +31,9 @@ def draw_grid(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
         ValueError: a label without a name.
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(f"draw_grid: labels must lie in 0 ... {len(class_names) - 1}, got {labels.min()} ... {labels.max()}")
+        raise ValueError(
+            f"draw_grid: labels must lie in 0 ... {len(class_names) - 1}, got {labels.min()} ... {labels.max()}"
+        )
     shown = {int(label): np.flatnonzero(labels == label)[:columns] for label in np.unique(labels)[:rows]}
     height, width = tile_size(images.shape[1:])
     names = write_with([class_names[label] for label in shown], size=max(12, min(22, height // 4)))
@@ -42,7 +46,9 @@ def draw_grid(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
         top = GAP + row * (height + GAP)
         draw.text((margin - 2 * GAP, top + height // 2), name, _INK, font, anchor="rm")
         for column, index in enumerate(indices):
-            tile = Image.fromarray(np.ascontiguousarray(images[index])).resize((width, height), Image.Resampling.NEAREST)
+            tile = Image.fromarray(np.ascontiguousarray(images[index])).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
             picture.paste(tile, (margin + column * (width + GAP), top))
     return picture
 

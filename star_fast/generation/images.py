@@ -16,7 +16,8 @@ from star_fast.generation.grid import GAP, save_png, tile_size
 
 
 class Images(Sequence[Image.Image]):
-    """Images of one size: `images[0]` is a PIL image, `images[2:5]` are Images, `images.pixels` and `np.asarray(images)` all of them as numbers.
+    """Images of one size: `images[0]` is a PIL image, `images[2:5]` are Images, `images.pixels` and
+    `np.asarray(images)` all of them as numbers.
 
     In a notebook the object shows itself as a grid.
 
@@ -63,13 +64,19 @@ class Images(Sequence[Image.Image]):
         """
         columns = columns or self.columns or min(10, math.isqrt(max(len(self) - 1, 0)) + 1)
         if columns < 1 or not len(self):
-            raise ValueError(f"Images.grid: expected images and columns >= 1, got {len(self)} images and {columns} columns")
+            raise ValueError(
+                f"Images.grid: expected images and columns >= 1, got {len(self)} images and {columns} columns"
+            )
         height, width = tile_size(self.pixels.shape[1:])
         columns = min(columns, len(self))
-        picture = Image.new("RGB", (columns * (width + GAP) - GAP, -(-len(self) // columns) * (height + GAP) - GAP), (255, 255, 255))
+        picture = Image.new(
+            "RGB", (columns * (width + GAP) - GAP, -(-len(self) // columns) * (height + GAP) - GAP), (255, 255, 255)
+        )
         for index, image in enumerate(self):
             row, column = divmod(index, columns)
-            picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (column * (width + GAP), row * (height + GAP)))
+            picture.paste(
+                image.resize((width, height), Image.Resampling.NEAREST), (column * (width + GAP), row * (height + GAP))
+            )
         return picture
 
     def save(self, path: str | Path, columns: int = 0) -> None:

@@ -1,11 +1,13 @@
-"""The files of a sampling job: who writes them, in which order they come and go, and what a job that starts again believes of those it finds.
+"""The files of a sampling job: who writes them, in which order they come and go, and what a job that starts again
+believes of those it finds.
 
-Images are dealt to ranks in whole batches: batch j holds images j * batch_images ..., rank j mod ranks draws it. A finished batch becomes a file in
-`<out>.parts/`; rank 0 appends these, in order, to the unfinished .npz in the same folder and removes them. So at any moment every batch is in one of
-two places or not drawn at all, and a rerun, on any number of ranks, draws what is in neither. Whatever is found is checked against its checksum first.
+Images are dealt to ranks in whole batches: batch j holds images j * batch_images ..., rank j mod ranks draws it. A
+finished batch becomes a file in `<out>.parts/`; rank 0 appends these, in order, to the unfinished .npz in the same
+folder and removes them. So at any moment every batch is in one of two places or not drawn at all, and a rerun, on any
+number of ranks, draws what is in neither. Whatever is found is checked against its checksum first.
 
-The ranks of one job hold the lock in that folder together. The .npz takes its name last: where it is, its record and its grid are; the folder goes
-after that.
+The ranks of one job hold the lock in that folder together. The .npz takes its name last: where it is, its record and
+its grid are; the folder goes after that.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.05
 _PATIENCE_S = 3600  # rank 0 gives up when no other rank has delivered a batch for so long
-_RECORD_HINT = "expected the protocol record of an earlier sampling run; delete it and the .npz to draw again, or choose another --out"
+_RECORD_HINT = (
+    "expected the protocol record of an earlier sampling run; delete it and the .npz to draw again, or choose another "
+    "--out"
+)
 _OURS_IN_PARTS = re.compile(r"plan\.json|unfinished\.npz|unfinished\.journal|batch-\d{7,}\.npy")
 
 
@@ -63,7 +68,16 @@ class Job:
         class_names: of all the model's classes.
     """
 
-    def __init__(self, config: SampleConfig, drawer: Drawer, plan: JobPlan, classes: Sequence[int], class_names: Sequence[str], rank: int, ranks: int) -> None:
+    def __init__(
+        self,
+        config: SampleConfig,
+        drawer: Drawer,
+        plan: JobPlan,
+        classes: Sequence[int],
+        class_names: Sequence[str],
+        rank: int,
+        ranks: int,
+    ) -> None:
         self.config, self.drawer, self.plan = config, drawer, plan
         self.classes, self.class_names, self.rank, self.ranks = classes, class_names, rank, ranks
         self.out = Path(config.out)
@@ -84,7 +98,8 @@ class Job:
         """This rank's share, and for rank 0 the files.
 
         Raises:
-            UserError, StorageError: the job cannot start or go on, or what is there is another job's or damaged. Busy: another job is at it.
+            UserError, StorageError: the job cannot start or go on, or what is there is another job's or damaged. Busy:
+                another job is at it.
         """
         if self.finished():
             self._check_finished()
@@ -109,7 +124,8 @@ class Job:
         except (StorageError, FileNotFoundError):
             if not self.finished():
                 raise
-            self._check_finished()  # the folder of parts was removed under this process, by one that had finished the job
+            # The folder of parts was removed under this process, by one that had finished the job
+            self._check_finished()
         return outcome
 
     def finished(self) -> bool:
@@ -119,8 +135,12 @@ class Job:
                 return False
         require_regular(self.out, "expected a name for the images' file; choose another --out")
         if not self.record.exists():
-            raise UserError(f"{self.out}: exists without its protocol record {self.record.name}; choose another --out or delete it")
-        self.plan.require_same(read_finished(self.record, _RECORD_HINT)[0], self.record, "choose another --out or delete both files")
+            raise UserError(
+                f"{self.out}: exists without its protocol record {self.record.name}; choose another --out or delete it"
+            )
+        self.plan.require_same(
+            read_finished(self.record, _RECORD_HINT)[0], self.record, "choose another --out or delete both files"
+        )
         return True
 
     def _where_it_stands(self) -> str:
@@ -132,7 +152,9 @@ class Job:
     def _require_own_record(self) -> None:
         """What lies under the record's name will be replaced: only a record may be."""
         if self.record.exists() and not {"plan", "run"} <= read_json(self.record, _RECORD_HINT).keys():
-            raise UserError(f"{self.record}: is no record of a sampling run, and would be replaced by one; choose another --out")
+            raise UserError(
+                f"{self.record}: is no record of a sampling run, and would be replaced by one; choose another --out"
+            )
 
     def _check_finished(self) -> None:
         if self.rank:
@@ -142,10 +164,20 @@ class Job:
         least = self.config.images * int(np.prod(self.drawer.image_shape))
         if (there := require_regular(self.out, hint)) < least:  # before labels are planned for what a record claims
             raise StorageError(f"{self.out}: damaged: expected more than {least:,} bytes, it has {there:,}; {hint}")
-        check_npz(self.out, self.config.images, self.drawer.image_shape, self.labels, int(checksums.images_crc32, 16), checksums.frame, hint)
+        check_npz(
+            self.out,
+            self.config.images,
+            self.drawer.image_shape,
+            self.labels,
+            int(checksums.images_crc32, 16),
+            checksums.frame,
+            hint,
+        )
 
     def _tidy_finished(self) -> None:
-        """Of a job that is done: draw the pictures asked for that are missing, remove what a kill in the last moments left."""
+        """Of a job that is done: draw the pictures asked for that are missing, remove what a kill in the last moments
+        left.
+        """
         if self.rank:
             return
         lacking = (self.grid is not None and not self.grid.exists()) or any(True for _ in self._missing_pngs())
@@ -164,16 +196,23 @@ class Job:
     def _run(self) -> Outcome:
         started, outcome = time.perf_counter(), Outcome()
         self._claim()
-        self._remove_leftovers(image for number in range(self.rank, self.batches, self.ranks) for image in range(*self._span(number)))
+        self._remove_leftovers(
+            image for number in range(self.rank, self.batches, self.ranks) for image in range(*self._span(number))
+        )
         stream = self._open_stream() if self.rank == 0 else None
         kept = stream.written if stream else 0
         exact_cost = None
         if stream and self.config.exact:
             exact_cost = round(self.drawer.exact_cost(), 2)
-            print(f"exact mode: {self.drawer.images_in_batch} images in fixed blocks of {EXACT_IMAGES} takes {exact_cost} times as long as in one piece")
-        quiet = {} if stream else {"disable": True}  # given only where it must be: the environment's TQDM_DISABLE counts otherwise
+            print(
+                f"exact mode: {self.drawer.images_in_batch} images in fixed blocks of {EXACT_IMAGES} takes "
+                f"{exact_cost} times as long as in one piece"
+            )
+        # Given only where it must be: the environment's TQDM_DISABLE counts otherwise
+        quiet = {} if stream else {"disable": True}
         with tqdm(total=self.config.images, initial=kept, desc="sampling", unit=" images", **quiet) as progress:
-            # On CUDA a batch's pixels are still being computed while the next one's codes are drawn; on the CPU a batch is done when it returns.
+            # On CUDA a batch's pixels are still being computed while the next one's codes are drawn; on the CPU a batch
+            # is done when it returns.
             in_flight: deque[tuple[int, Rendering]] = deque()
             for number in self._to_draw(stream):
                 in_flight.append((number, self._start(number)))
@@ -188,7 +227,12 @@ class Job:
         if stream:
             outcome.added = stream.written - kept
             self._draw_pictures(stream.map())
-            run = {"ranks": self.ranks, "drawn_here_images": outcome.drawn, "here_s": round(outcome.seconds, 2), "exact_cost_ratio": exact_cost}
+            run = {
+                "ranks": self.ranks,
+                "drawn_here_images": outcome.drawn,
+                "here_s": round(outcome.seconds, 2),
+                "exact_cost_ratio": exact_cost,
+            }
             arrays = {LABELS_MEMBER: self.labels}
             write_finished(self.record, self.plan, run, stream.crc, stream.frame_crc(**arrays))
             stream.finish(self.out, **arrays)
@@ -205,19 +249,33 @@ class Job:
     def _open_stream(self) -> NpzStream:
         stream = NpzStream(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
         if stream.lost or stream.cut > self.config.batch_images:
-            _say(f"{self.unfinished}: {stream.cut} of {stream.cut + stream.written} images are not what the journal vouches for; they are drawn again")
+            _say(
+                f"{self.unfinished}: {stream.cut} of {stream.cut + stream.written} images are not what the "
+                "journal vouches for; they are drawn again"
+            )
         return stream
 
     def _to_draw(self, stream: NpzStream | None) -> list[int]:
-        """The batches to draw here: this rank's, and those that other ranks may have taken for safe in a file that rank 0 has cut since."""
+        """The batches to draw here: this rank's, and those that other ranks may have taken for safe in a file that rank
+        0 has cut since.
+        """
         lost = range(stream.written, stream.written + stream.lost) if stream else range(0)
-        numbers = {*range(self.rank, self.batches, self.ranks), *(image // self.config.batch_images for image in lost[:: self.config.batch_images])}
+        numbers = {
+            *range(self.rank, self.batches, self.ranks),
+            *(image // self.config.batch_images for image in lost[:: self.config.batch_images]),
+        }
         return [number for number in sorted(numbers) if not self._drawn(number)]
 
     def _drawn(self, number: int) -> bool:
-        """Whether a batch need not be drawn. Looks in the order in which a batch moves, so that one on the move is not missed."""
-        return (self._good_part(number) is not None or self.out.exists()
-                or images_appended(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images) >= self._span(number)[1])
+        """Whether a batch need not be drawn. Looks in the order in which a batch moves, so that one on the move is not
+        missed.
+        """
+        return (
+            self._good_part(number) is not None
+            or self.out.exists()
+            or images_appended(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
+            >= self._span(number)[1]
+        )
 
     def _good_part(self, number: int) -> np.ndarray | None:
         """A batch's images from its part file; None where there is none. A damaged one is removed."""
@@ -257,7 +315,9 @@ class Job:
         return len(images)
 
     def _collect(self, stream: NpzStream | None, progress: tqdm, outcome: Outcome) -> bool:
-        """Move the parts that come next into the file; whether there were any. Rank 0 itself draws again what it finds damaged."""
+        """Move the parts that come next into the file; whether there were any. Rank 0 itself draws again what it finds
+        damaged.
+        """
         moved = False
         while stream and stream.written < self.config.images:
             number = stream.written // self.config.batch_images
@@ -280,8 +340,11 @@ class Job:
             if self._collect(stream, progress, outcome):
                 last = time.monotonic()
             elif time.monotonic() - last > _PATIENCE_S:
-                raise UserError(f"{self.parts}: batch {stream.written // self.config.batch_images} has not come for {_PATIENCE_S} s; "
-                                "if a rank died, start the job again: it goes on from here")
+                raise UserError(
+                    f"{self.parts}: batch {stream.written // self.config.batch_images} has not come for "
+                    f"{_PATIENCE_S} s; "
+                    "if a rank died, start the job again: it goes on from here"
+                )
             else:
                 time.sleep(_POLL_S)
 
@@ -290,10 +353,17 @@ class Job:
         for image in self._missing_pngs():
             save_png(images[image], self._png(image))
         if self.grid:
-            save_png(draw_grid(images, self.labels, self.class_names, rows=self.config.grid_rows, columns=self.config.grid_columns), self.grid)
+            save_png(
+                draw_grid(
+                    images, self.labels, self.class_names, rows=self.config.grid_rows, columns=self.config.grid_columns
+                ),
+                self.grid,
+            )
 
     def _missing_pngs(self) -> Iterator[int]:
-        return (image for image in range(self.config.images) if not self._png(image).exists()) if self.pngs else iter(())
+        return (
+            (image for image in range(self.config.images) if not self._png(image).exists()) if self.pngs else iter(())
+        )
 
     def _beside(self) -> set[str]:
         """The names of this job's files beside each other."""
@@ -303,11 +373,15 @@ class Job:
         names = "|".join(map(re.escape, self._beside()))
         leftover = re.compile(rf"\.(?:{names})\.\d+\.tmp")
         with contextlib.suppress(OSError):  # a folder that may not be listed
-            return any(leftover.fullmatch(entry.name) for entry in self.out.parent.iterdir()) or bool(self.pngs and any(self.pngs.glob(".*.png.*.tmp")))
+            return any(leftover.fullmatch(entry.name) for entry in self.out.parent.iterdir()) or bool(
+                self.pngs and any(self.pngs.glob(".*.png.*.tmp"))
+            )
         return False
 
     def _remove_leftovers(self, own_images: Iterator[int] | range) -> None:
-        """Remove the temporary files that dead processes left of what only this rank writes: other ranks of this job are at work beside it."""
+        """Remove the temporary files that dead processes left of what only this rank writes: other ranks of this job
+        are at work beside it.
+        """
         if self.rank == 0:
             remove_leftovers(self.out.parent, self._beside())
         remove_leftovers(self.parts, {self._part(number).name for number in range(self.rank, self.batches, self.ranks)})
@@ -315,7 +389,9 @@ class Job:
             remove_leftovers(self.pngs, {self._png(image).name for image in own_images})
 
     def _remove_parts(self) -> None:
-        """Remove the folder of parts of a job that is done, the lock last. Files that are not ours stay, and the folder with them."""
+        """Remove the folder of parts of a job that is done, the lock last. Files that are not ours stay, and the folder
+        with them.
+        """
         try:
             if self.plan_file.exists() and read_plan(self.plan_file, "") != self.plan:
                 return  # what another job, interrupted under this name, has drawn

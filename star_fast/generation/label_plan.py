@@ -17,7 +17,9 @@ _MOST_DIGITS = 18  # of a class number: Python takes seconds over a thousand tim
 
 
 def plan_labels(images: int, classes: Sequence[int], plan: Plan, seed: int) -> np.ndarray:
-    """(N,) int64 labels. "balanced": the classes in turn, so that any first n images are balanced too; "random": drawn uniformly (LlamaGen)."""
+    """(N,) int64 labels. "balanced": the classes in turn, so that any first n images are balanced too; "random": drawn
+    uniformly (LlamaGen).
+    """
     chosen = np.asarray(classes, dtype=np.int64)
     if plan == "random":
         return chosen[np.random.Generator(np.random.Philox(seed)).integers(len(chosen), size=images)]
@@ -45,8 +47,11 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
             found.append(int(one))
         else:
             near = ", ".join(map(_cut, difflib.get_close_matches(one[:_NAME_SHOWN], class_names, n=3)))
-            raise UserError(f"classes: no class {_cut(one)!r}{f' (near: {near})' if near else ''}; there are {_listed(class_names)}, "
-                            f"or numbers 0 ... {len(class_names) - 1}")
+            raise UserError(
+                f"classes: no class {_cut(one)!r}{f' (near: {near})' if near else ''}; there are "
+                f"{_listed(class_names)}, "
+                f"or numbers 0 ... {len(class_names) - 1}"
+            )
     twice = sorted({class_names[label] for label in found if found.count(label) > 1})
     if twice:
         raise UserError(f"classes: each class once, got {_listed(twice)} more than once")

@@ -23,31 +23,49 @@ _LABEL_BYTES = 8 + 8  # of each image while labels are planned
 def require_disk(config: SampleConfig, image_shape: tuple[int, int, int], parts: Path) -> None:
     """Raise UserError unless the images that are not in the folder `parts` yet fit on the disk."""
     there = next(folder for folder in parts.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free  # before the look at what is there: what other ranks write meanwhile counts for the job, not against it
+    # Before the look at what is there: what other ranks write meanwhile counts for the job, not against it
+    free = shutil.disk_usage(there).free
     kept = sum(_size(parts / name) for name in _names(parts))
     height, width, channels = image_shape
     needed = config.images * (height * width * channels + 8)
     if needed - kept > free:
-        raise UserError(f"images: {config.images} of {width} x {height} pixels need {_amount(needed - kept)} at {there}, where {_amount(free)} are free; "
-                        "give fewer --images, smaller --pixels, or an --out on another disk")
+        raise UserError(
+            f"images: {config.images} of {width} x {height} pixels need {_amount(needed - kept)} at {there}, "
+            f"where {_amount(free)} are free; "
+            "give fewer --images, smaller --pixels, or an --out on another disk"
+        )
 
 
 def require_memory(drawer: Drawer) -> None:
     """Raise UserError if one batch, with the key-value caches it decodes with, is larger than the device's memory."""
     config, model = drawer.config, drawer.transformer.config
     rows = drawer.images_together * (2 if config.guidance > 1 else 1)
-    caches = 2 * rows * model.blocks * model.positions * model.width * (1 if config.cache != "model" else 2 if drawer.precision == "bf16" else 4)
+    caches = (
+        2
+        * rows
+        * model.blocks
+        * model.positions
+        * model.width
+        * (1 if config.cache != "model" else 2 if drawer.precision == "bf16" else 4)
+    )
     image = drawer.image_shape[0] * drawer.image_shape[1] * 3
     pieces = min(8, drawer.images_together) * image * 4 if config.pixels else 0  # float32, while they are resized
     decoding = caches + 4 * rows * model.vocab + pieces
     kept = drawer.images_together * image + _LABEL_BYTES * config.images  # in the host's memory, whatever the device
     amounts = [(decoding + kept, _host_memory(), "this machine")]
     if drawer.device.type == "cuda":
-        amounts = [(decoding, torch.cuda.mem_get_info(drawer.device)[1], str(drawer.device)), (kept, _host_memory(), "this machine")]
+        amounts = [
+            (decoding, torch.cuda.mem_get_info(drawer.device)[1], str(drawer.device)),
+            (kept, _host_memory(), "this machine"),
+        ]
     for needed, most, where in amounts:
         if needed > most:
-            raise UserError(f"batch_images: {drawer.images_together} images of {drawer.image_shape[1]} x {drawer.image_shape[0]} pixels drawn together need "
-                            f"{_amount(needed)} of memory, {where} has {_amount(most)}; give a smaller --batch-images, --pixels or --images")
+            raise UserError(
+                f"batch_images: {drawer.images_together} images of {drawer.image_shape[1]} x "
+                f"{drawer.image_shape[0]} pixels drawn together need "
+                f"{_amount(needed)} of memory, {where} has {_amount(most)}; give a smaller --batch-images, "
+                "--pixels or --images"
+            )
 
 
 def require_drawable_grid(config: SampleConfig, image_shape: tuple[int, int, int], classes: int) -> None:
@@ -56,8 +74,11 @@ def require_drawable_grid(config: SampleConfig, image_shape: tuple[int, int, int
     rows, columns = min(config.grid_rows, classes), min(config.grid_columns, each)
     width, height = grid_size(image_shape, rows, columns)
     if width * height > _MOST_GRID_PIXELS:
-        raise UserError(f"grid: {rows} rows of {columns} images would be a picture of {width} x {height} pixels, expected at most {_MOST_GRID_PIXELS:,}; "
-                        "give smaller --grid-rows and --grid-columns, or --no-grid")
+        raise UserError(
+            f"grid: {rows} rows of {columns} images would be a picture of {width} x {height} pixels, expected at "
+            f"most {_MOST_GRID_PIXELS:,}; "
+            "give smaller --grid-rows and --grid-columns, or --no-grid"
+        )
 
 
 def _names(folder: Path) -> list[str]:

@@ -15,7 +15,9 @@ _CRC = struct.Struct("<I")
 
 
 def write_part(path: Path, images: np.ndarray) -> None:
-    """Write images (n, H, W, 3) uint8, whole or not at all. Raises StorageError when the place is full or cannot be written."""
+    """Write images (n, H, W, 3) uint8, whole or not at all. Raises StorageError when the place is full or cannot be
+    written.
+    """
     header, data = _header(images.shape), np.ascontiguousarray(images).reshape(-1).data
     with atomic_writer(path) as file:
         file.write(header)
@@ -32,7 +34,11 @@ def read_part(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     header = _header(shape)
     size = len(header) + int(np.prod(shape)) + _CRC.size
     data = read_bytes(path, "expected a batch of images", size)
-    if len(data) != size or not data.startswith(header) or _CRC.unpack_from(data, size - _CRC.size)[0] != zlib.crc32(memoryview(data)[: -_CRC.size]):
+    if (
+        len(data) != size
+        or not data.startswith(header)
+        or _CRC.unpack_from(data, size - _CRC.size)[0] != zlib.crc32(memoryview(data)[: -_CRC.size])
+    ):
         raise StorageError(f"{path}: damaged: expected {shape[0]} images {shape[1:]} and their checksum")
     return np.frombuffer(data, np.uint8, int(np.prod(shape)), len(header)).reshape(shape)
 

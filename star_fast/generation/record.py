@@ -1,4 +1,6 @@
-"""The protocol of a sampling job: the plan that decides its bytes, and the record of how it was carried out, as JSON beside the images."""
+"""The protocol of a sampling job: the plan that decides its bytes, and the record of how it was carried out, as JSON
+beside the images.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,30 @@ class JobPlan:
     cache: str
     device: str
     torch: str
-    pixels_precision: str = ""  # of the VQ decoder; plans of versions that do not tell it are of those that decoded in float32 except on CUDA
+    # Of the VQ decoder; plans of versions that do not tell it are of those that decoded in float32 except on CUDA
+    pixels_precision: str = ""
 
     def __post_init__(self) -> None:
         if not self.pixels_precision:
             object.__setattr__(self, "pixels_precision", "bf16" if self.device == "cuda" else "fp32")
-        require(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "a whole number in 0 ... 2^63 - 1")
-        require(self.classes == "all" or (isinstance(self.classes, list) and all(isinstance(label, int) for label in self.classes)), "classes", self.classes,
-                "'all' or a list of labels")
+        require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "a whole number in 0 ... 2^63 - 1"
+        )
+        require(
+            self.classes == "all"
+            or (isinstance(self.classes, list) and all(isinstance(label, int) for label in self.classes)),
+            "classes",
+            self.classes,
+            "'all' or a list of labels",
+        )
 
     def require_same(self, there: JobPlan, path: Path, advice: str) -> None:
         """Raise UserError with `advice` unless the plan found at `path` is this one; it names what differs."""
-        differing = [f"{field.name} {getattr(there, field.name)!r} there, {getattr(self, field.name)!r} asked for"
-                     for field in fields(self) if getattr(there, field.name) != getattr(self, field.name)]
+        differing = [
+            f"{field.name} {getattr(there, field.name)!r} there, {getattr(self, field.name)!r} asked for"
+            for field in fields(self)
+            if getattr(there, field.name) != getattr(self, field.name)
+        ]
         if differing:
             raise UserError(f"{path}: of another sampling job ({'; '.join(differing)}); {advice}")
 
@@ -70,7 +83,12 @@ class Checksums:
     def __post_init__(self) -> None:
         for name, optional in (("images_crc32", False), ("frame_crc32", True)):
             told = getattr(self, name)
-            require(re.fullmatch(r"[0-9a-f]{8}", told) is not None or (optional and not told), name, told, "eight hexadecimal digits")
+            require(
+                re.fullmatch(r"[0-9a-f]{8}", told) is not None or (optional and not told),
+                name,
+                told,
+                "eight hexadecimal digits",
+            )
 
     @property
     def frame(self) -> int | None:
@@ -90,12 +108,19 @@ def read_plan(path: Path, hint: str) -> JobPlan:
 
 def write_finished(path: Path, plan: JobPlan, run: dict[str, Any], images_crc: int, frame_crc: int) -> None:
     """Write the record of a job that is done; `run` says what this run of it did."""
-    run = run | {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version(), "numpy": np.__version__,
-                 "threads": torch.get_num_threads(), **to_dict(Checksums(f"{images_crc:08x}", f"{frame_crc:08x}"))}
+    run = run | {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        **to_dict(Checksums(f"{images_crc:08x}", f"{frame_crc:08x}")),
+    }
     atomic_write_json(path, {"plan": to_dict(plan), "run": run})
 
 
 def read_finished(path: Path, hint: str) -> tuple[JobPlan, Checksums]:
     """The plan and the checksums in a record. Raises StorageError with `hint`."""
     record = read_json(path, hint)
-    return to_record(record.get("plan"), path, JobPlan, hint), to_record(record.get("run"), path, Checksums, hint, ignore_unknown=True)
+    return to_record(record.get("plan"), path, JobPlan, hint), to_record(
+        record.get("run"), path, Checksums, hint, ignore_unknown=True
+    )

@@ -1,5 +1,5 @@
-"""Codes to pixels: the VQ decoder in small pieces, in bf16 and channels last where the device multiplies bf16; on CUDA on a stream of its own beside the next
-batch's decoding."""
+"""Codes to pixels: the VQ decoder in small pieces, in bf16 and channels last where the device multiplies bf16; on CUDA
+on a stream of its own beside the next batch's decoding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from star_fast.generation.packed_convolutions import bfloat16_decoder, largest_a
 from star_fast.host_memory import keep_freed_memory
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 
-# Of the largest activation of a piece in bfloat16 on the CPU: one image of VQ-16 at 256 px (two at once take 10 % longer each, as activations leave the
-# caches), 445 of the built-in digits, which pay the same calls' overhead together (0.14 ms each at 256 together, 0.50 at 8).
+# Of the largest activation of a piece in bfloat16 on the CPU: one image of VQ-16 at 256 px (two at once take 10 %
+# longer each, as activations leave the caches), 445 of the built-in digits, which pay the same calls' overhead together
+# (0.14 ms each at 256 together, 0.50 at 8).
 _PIECE_BYTES = 2**24
 _KEPT_BYTES = 2**28  # of activations, taken and given back 40 times an image
 PIECE_IMAGES = 8  # decoded at once in float32 and on CUDA: at 256 px one activation of VQ-16 is 268 MB in float32
@@ -53,14 +54,15 @@ class Renderer:
     Args:
         tokenizer: any device; a copy is taken.
         device: where to decode: the model's device.
-        pixels: side of the images to return; 0: as the tokenizer makes them. Another size is reached by bicubic interpolation without antialias, before
-            rounding to uint8, as LlamaGen does for its 384-pixel models.
+        pixels: side of the images to return; 0: as the tokenizer makes them. Another size is reached by bicubic
+            interpolation without antialias, before rounding to uint8, as LlamaGen does for its 384-pixel models.
         float32: on the CPU decode in float32, whatever it multiplies.
 
     Numerics:
-        See pixel_precision. Tokenizer and precision decide how many images are decoded at once, never the batch. In bfloat16 on the CPU an image's bytes do
-        not depend on its batch at all: oneDNN's packed kernels sum an image's products in one order however many images lie beside it. In float32 a
-        piece that is not full may differ in a last bit (torch has other convolutions for single images); exact mode (generation/batch.py) fills its pieces.
+        See pixel_precision. Tokenizer and precision decide how many images are decoded at once, never the batch. In
+        bfloat16 on the CPU an image's bytes do not depend on its batch at all: oneDNN's packed kernels sum an image's
+        products in one order however many images lie beside it. In float32 a piece that is not full may differ in a
+        last bit (torch has other convolutions for single images); exact mode (generation/batch.py) fills its pieces.
     """
 
     def __init__(self, tokenizer: VQTokenizer, device: torch.device, pixels: int = 0, *, float32: bool = False) -> None:
@@ -76,7 +78,9 @@ class Renderer:
             self.tokenizer = _ready(tokenizer).to(device).float()
 
     def start(self, codes: Tensor) -> Rendering:
-        """Begin to decode codes (B, T). On CUDA this returns at once; what is enqueued on the current stream afterwards runs beside it."""
+        """Begin to decode codes (B, T). On CUDA this returns at once; what is enqueued on the current stream afterwards
+        runs beside it.
+        """
         if self.stream is None:
             return Rendering(self._images(codes), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -104,7 +108,9 @@ class Renderer:
             if self.pixels and self.pixels != piece_BCHW.shape[-1]:
                 piece_BCHW = F.interpolate(piece_BCHW.float(), size=(self.pixels, self.pixels), mode="bicubic")
             if images_BHWC is None:
-                images_BHWC = torch.empty(len(codes_BT), *piece_BCHW.shape[2:], 3, dtype=torch.uint8, device=self.device)
+                images_BHWC = torch.empty(
+                    len(codes_BT), *piece_BCHW.shape[2:], 3, dtype=torch.uint8, device=self.device
+                )
             images_BHWC[start : start + piece] = to_uint8(piece_BCHW).permute(0, 2, 3, 1)
         return images_BHWC
 

@@ -1,4 +1,5 @@
-"""Many images: a model folder in; one .npz, a grid picture and a protocol record out. Any number of ranks, any number of kills.
+"""Many images: a model folder in; one .npz, a grid picture and a protocol record out. Any number of ranks, any number
+of kills.
 
 Settings and what the user is told; generation/job.py keeps the files.
 """
@@ -28,22 +29,41 @@ from star_fast.model.weights import LoadedModel, load_model
 from star_fast.storage import explain_write_errors
 
 _USUAL_MODEL = Path("runs/digits/model")  # where scripts/quickstart.sh leaves it
-_DECIDING = ("weights", "images", "labels", "guidance", "cfg_interval", "temperature", "top_k", "top_p", "seed", "batch_images", "exact", "pixels")
-_MOST = {"images": 2**53, "batch_images": 2**31, "grid_rows": 2**31, "grid_columns": 2**31, "pixels": 2**20}  # what fits a file or a counter
+_DECIDING = (
+    "weights",
+    "images",
+    "labels",
+    "guidance",
+    "cfg_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "batch_images",
+    "exact",
+    "pixels",
+)
+# What fits a file or a counter
+_MOST = {"images": 2**53, "batch_images": 2**31, "grid_rows": 2**31, "grid_columns": 2**31, "pixels": 2**20}
 _MOST_NAME_BYTES = 230  # of 255, for names that are longer by .json, .parts, or .PID.tmp
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw images from a trained model into one .npz with a protocol record, and a labelled grid picture. A killed job goes on when started again."""
+    """Draw images from a trained model into one .npz with a protocol record, and a labelled grid picture. A killed job
+    goes on when started again.
+    """
 
-    model: str = ""  # a model folder, a run folder, or a LlamaGen file; empty: runs/digits/model, which the quickstart makes
-    out: str = "samples.npz"  # the images: arr_0 uint8 (N, H, W, 3), arr_1 labels; beside it NAME.json (protocol) and NAME.png (grid)
+    # A model folder, a run folder, or a LlamaGen file; empty: runs/digits/model, which the quickstart makes
+    model: str = ""
+    # The images: arr_0 uint8 (N, H, W, 3), arr_1 labels; beside it NAME.json (protocol) and NAME.png (grid)
+    out: str = "samples.npz"
     tokenizer: str = ""  # tokenizer folder or LlamaGen tokenizer file; empty: the model's own
     weights: Literal["student", "teacher"] = "student"  # which weights of the model folder
     images: int = 100  # how many
     classes: tuple[str, ...] = ()  # names or numbers; empty: all
-    class_names: str = ""  # of a model whose classes are only numbers, as in released files: a file with one name a line, or imagenet
+    # Of a model whose classes are only numbers, as in released files: a file with one name a line, or imagenet
+    class_names: str = ""
     labels: Plan = "balanced"  # balanced: the classes in turn; random: each image's class drawn uniformly (LlamaGen)
     guidance: float = 2.0  # scale of classifier-free guidance; 1 switches it off
     cfg_interval: int = -1  # n >= 0: only image tokens 0 ... n+1 are guided; -1: all
@@ -52,11 +72,16 @@ class SampleConfig:
     top_p: float = 1.0  # share of the probability kept; 1: all
     seed: int = 0  # of the images' random streams and of random labels
     batch_images: int = 64  # images drawn together; another number may change a few codes, see exact
-    exact: bool = False  # the same bytes for any batch_images, at a cost that is printed: float32, fixed blocks of 8 images
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 where the device multiplies it, else fp32. fp32: pixels too (CPU)
-    products: Products = "auto"  # CPU: how matrix products run; int8 takes half the time of bf16, and rounds weights and inputs to 8 bits
-    cache: Literal["model", "int8", "fp8"] = "model"  # of keys and values: the model's precision, or 8 bits and a scale a row
-    pixels: int = 0  # side of the images written; 0: as the tokenizer makes them; else bicubic (LlamaGen scores 384 px models at 256)
+    # The same bytes for any batch_images, at a cost that is printed: float32, fixed blocks of 8 images
+    exact: bool = False
+    # Of the transformer; auto: bf16 where the device multiplies it, else fp32. fp32: pixels too (CPU)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # CPU: how matrix products run; int8 takes half the time of bf16, and rounds weights and inputs to 8 bits
+    products: Products = "auto"
+    # Of keys and values: the model's precision, or 8 bits and a scale a row
+    cache: Literal["model", "int8", "fp8"] = "model"
+    # Side of the images written; 0: as the tokenizer makes them; else bicubic (LlamaGen scores 384 px models at 256)
+    pixels: int = 0
     grid: bool = True  # also draw NAME.png
     grid_rows: int = 20  # classes in the grid
     grid_columns: int = 10  # images of each class in the grid
@@ -68,7 +93,9 @@ class SampleConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.pixels < 0:
-            raise UserError(f"pixels: expected 0 (as the tokenizer makes them) or a number of pixels, got {self.pixels}")
+            raise UserError(
+                f"pixels: expected 0 (as the tokenizer makes them) or a number of pixels, got {self.pixels}"
+            )
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise UserError(f"{name}: expected at most {most}, got {getattr(self, name)!r:.80}")
@@ -77,8 +104,11 @@ class SampleConfig:
         if (size := len(os.fsencode(Path(self.out).name))) > _MOST_NAME_BYTES:
             raise UserError(f"out: expected a file name of at most {_MOST_NAME_BYTES} bytes, got one of {size}")
         if self.exact and (self.precision == "bf16" or self.products not in ("auto", "plain") or self.cache != "model"):
-            raise UserError("exact: needs precision fp32 (or auto), products plain (or auto) and cache model, since rounding must not depend on the batch; "
-                            f"got {self.precision}, {self.products}, {self.cache}")
+            raise UserError(
+                "exact: needs precision fp32 (or auto), products plain (or auto) and cache model, since rounding "
+                "must not depend on the batch; "
+                f"got {self.precision}, {self.products}, {self.cache}"
+            )
         try:
             self.sampling()
         except ValueError as error:
@@ -95,13 +125,17 @@ class SampleResult(NamedTuple):
     npz: Path
     record: Path
     grid: Path | None
-    drawn: int  # images that this call drew on this rank; fewer than asked for when it went on from an interrupted one, or with several ranks
+    # Images that this call drew on this rank; fewer than asked for when it went on from an interrupted one, or with
+    # several ranks
+    drawn: int
 
 
 def sample_images(config: SampleConfig) -> SampleResult:
-    """Draw the images that `config` describes and that are not drawn yet. Every rank calls it (RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them).
+    """Draw the images that `config` describes and that are not drawn yet. Every rank calls it (RANK, WORLD_SIZE,
+    LOCAL_RANK as torchrun sets them).
 
-    Returns when all images are in the file (rank 0) or this rank's batches are delivered (others). Rank 0 says in one line what is where.
+    Returns when all images are in the file (rank 0) or this rank's batches are delivered (others). Rank 0 says in one
+    line what is where.
 
     Raises:
         UserError, StorageError: the job cannot start or go on; one line that says why and what to do.
@@ -149,28 +183,50 @@ def _model(config: SampleConfig) -> str | Path:
         return config.model
     if _USUAL_MODEL.exists():
         return _USUAL_MODEL
-    raise UserError(f"model: none was given, and there is no {_USUAL_MODEL} here (scripts/quickstart.sh makes it); give --model FOLDER or FILE")
+    raise UserError(
+        f"model: none was given, and there is no {_USUAL_MODEL} here (scripts/quickstart.sh makes it); give "
+        "--model FOLDER or FILE"
+    )
 
 
 def _summary(job: Job, outcome: Outcome) -> str:
     """What is where, and what this run did for it."""
     height, width, _ = job.drawer.image_shape
     images = f"{job.config.images} images of {width} x {height} pixels"
-    files = f"record in {job.record}" + (f", grid in {job.grid}" if job.grid else "") + (f", single images in {job.pngs}" if job.pngs else "")
+    files = (
+        f"record in {job.record}"
+        + (f", grid in {job.grid}" if job.grid else "")
+        + (f", single images in {job.pngs}" if job.pngs else "")
+    )
     if not outcome.added:
         return f"{job.out}: all {images} were there already, checked; {files}"
     drawn = outcome.drawn if job.ranks == 1 else outcome.added  # the other ranks' own count is not known here
-    did = f"{drawn} drawn in {outcome.seconds:.1f} s, {drawn / max(outcome.seconds, 1e-9):.3g} images/s" if drawn else "their last ones were drawn before"
+    did = (
+        f"{drawn} drawn in {outcome.seconds:.1f} s, {drawn / max(outcome.seconds, 1e-9):.3g} images/s"
+        if drawn
+        else "their last ones were drawn before"
+    )
     return f"{job.out}: {images} ({did}{f', on {job.ranks} ranks' if job.ranks > 1 else ''}); {files}"
 
 
-def _plan(config: SampleConfig, loaded: LoadedModel, tokenizer: VQTokenizer, drawer: Drawer, classes: list[int]) -> JobPlan:
+def _plan(
+    config: SampleConfig, loaded: LoadedModel, tokenizer: VQTokenizer, drawer: Drawer, classes: list[int]
+) -> JobPlan:
     told = asdict(config)
     return JobPlan(
-        **{name: told[name] for name in _DECIDING}, classes=classes if len(classes) < len(loaded.class_names) else "all",
-        num_classes=len(loaded.class_names), weights_sha256=loaded.weights_sha256, tokenizer_sha256=tokenizer.weights_hash(),
-        image_shape=drawer.image_shape, precision=drawer.precision, products=drawer.products, cache=config.cache, device=drawer.device.type,
-        torch=torch.__version__, pixels_precision=drawer.pixels_precision)
+        **{name: told[name] for name in _DECIDING},
+        classes=classes if len(classes) < len(loaded.class_names) else "all",
+        num_classes=len(loaded.class_names),
+        weights_sha256=loaded.weights_sha256,
+        tokenizer_sha256=tokenizer.weights_hash(),
+        image_shape=drawer.image_shape,
+        precision=drawer.precision,
+        products=drawer.products,
+        cache=config.cache,
+        device=drawer.device.type,
+        torch=torch.__version__,
+        pixels_precision=drawer.pixels_precision,
+    )
 
 
 def _tokenizer_for(config: SampleConfig, loaded: LoadedModel) -> VQTokenizer:
@@ -180,6 +236,9 @@ def _tokenizer_for(config: SampleConfig, loaded: LoadedModel) -> VQTokenizer:
         raise UserError(f"{config.model or _USUAL_MODEL}: comes without a tokenizer; give --tokenizer FOLDER or FILE")
     tokenizer = load_tokenizer(where)
     if tokenizer.config.codebook != loaded.transformer.config.vocab:
-        raise UserError(f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model {loaded.transformer.config.vocab}; "
-                        "give the one the model was trained with")
+        raise UserError(
+            f"{where}: this tokenizer has {tokenizer.config.codebook} codes, the model "
+            f"{loaded.transformer.config.vocab}; "
+            "give the one the model was trained with"
+        )
     return tokenizer

@@ -1,9 +1,12 @@
-"""The decoding step as a CUDA graph: whatever changes from step to step lives on the device, so one launch replays the whole step.
+"""The decoding step as a CUDA graph: whatever changes from step to step lives on the device, so one launch replays the
+whole step.
 
-The first step, whose input is the class, is a graph of its own, captured once as the later ones are. Made outside it is 297 launches (XL) through Python,
-some 4 ms at 6 us for torch's products and 20 for our kernels, where the step's kernels take 1 ms for 16 rows: as much as four more positions.
+The first step, whose input is the class, is a graph of its own, captured once as the later ones are. Made outside it is
+297 launches (XL) through Python, some 4 ms at 6 us for torch's products and 20 for our kernels, where the step's
+kernels take 1 ms for 16 rows: as much as four more positions.
 
-Not measured: the machines that built this have no GPU. The body (`advance`) is traced on fake CUDA tensors by tests/generation/test_device_step.py.
+Not measured: the machines that built this have no GPU. The body (`advance`) is traced on fake CUDA tensors by
+    tests/generation/test_device_step.py.
 """
 
 from __future__ import annotations
@@ -40,8 +43,10 @@ class DeviceState:
     @classmethod
     def empty(cls, batch: int, positions: int, device: torch.device) -> DeviceState:
         """State of a batch of `batch` images, at position 0."""
+
         def numbers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
+
         return cls(numbers(batch), numbers(batch), numbers(batch), numbers(), numbers(), numbers(positions, batch))
 
     def begin(self, label: Tensor, image_index: Tensor, seed: int) -> None:
@@ -58,7 +63,9 @@ class DeviceState:
 
 
 def advance(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False) -> None:
-    """One step: embed the class (`first`: position 0) or the last tokens, decode, draw, store. Reads nothing back to the host."""
+    """One step: embed the class (`first`: position 0) or the last tokens, decode, draw, store. Reads nothing back to
+    the host.
+    """
     embedded_RD = decoder.embed_label(state.label, guided) if first else decoder.embed_tokens(state.tokens, guided)
     logits_BV = decoder.logits(embedded_RD, state.position, sampling.guidance if guided else 1.0)
     draw(logits_BV, sampling, state.seed, state.image_index, state.position, state.tokens)
@@ -79,15 +86,29 @@ class StepGraphs:
             self._states[batch] = DeviceState.empty(batch, positions, device)
         return self._states[batch]
 
-    def step(self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False) -> Callable[[], None]:
-        """A function that replays `advance`. Captures it at first use, which overwrites cache positions 0 and 1: call before decoding a batch."""
-        key = (len(state.tokens), first, guided, sampling.guidance if guided else 1.0, sampling.temperature, sampling.top_k, sampling.top_p)
+    def step(
+        self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False
+    ) -> Callable[[], None]:
+        """A function that replays `advance`. Captures it at first use, which overwrites cache positions 0 and 1: call
+        before decoding a batch.
+        """
+        key = (
+            len(state.tokens),
+            first,
+            guided,
+            sampling.guidance if guided else 1.0,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+        )
         if key not in self._graphs:
             with on_device(decoder.device):  # torch captures on the current device, whatever the tensors' device
                 self._graphs[key] = self._capture(decoder, state, sampling, guided, first)
         return self._graphs[key].replay
 
-    def _capture(self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool
+    ) -> torch.cuda.CUDAGraph:
         bad_rows_flag(decoder.device)  # both flags are allocated outside the graph, which keeps their addresses
         error_flag.flag(decoder.device)
         aside = torch.cuda.Stream(decoder.device)

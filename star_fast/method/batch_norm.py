@@ -14,10 +14,12 @@ _EPS = 1e-5  # torch.nn.BatchNorm1d's
 
 
 class BatchNorm(nn.Module):
-    """y = (x - mean) / sqrt(variance + 1e-5) * weight + bias, statistics over all rows of x on all ranks: (..., D) -> (..., D), dtype of x.
+    """y = (x - mean) / sqrt(variance + 1e-5) * weight + bias, statistics over all rows of x on all ranks: (..., D) ->
+    (..., D), dtype of x.
 
-    Ranks may hold different numbers of rows, at least one each; every rank must call it, forward and backward (torch's SyncBatchNorm, which does the same,
-    needs GPUs). Computed in float32 (float64 for float64), the variance from deviations. There are no running statistics: it is for training only.
+    Ranks may hold different numbers of rows, at least one each; every rank must call it, forward and backward (torch's
+    SyncBatchNorm, which does the same, needs GPUs). Computed in float32 (float64 for float64), the variance from
+    deviations. There are no running statistics: it is for training only.
 
     Raises:
         ConfigError: there is one row in all, which has no variance.
@@ -36,7 +38,10 @@ class BatchNorm(nn.Module):
         exact = torch.promote_types(x.dtype, torch.float32)
         rows_ND = x.flatten(0, -2).to(exact)
         if len(rows_ND) == 1 and _ranks() == 1:
-            raise ConfigError("method.projector_norm: expected 'none' for a micro-batch of a single projected feature, which has no variance, got 'batch'")
+            raise ConfigError(
+                "method.projector_norm: expected 'none' for a micro-batch of a single projected feature, which "
+                "has no variance, got 'batch'"
+            )
         sums = sum_over_ranks(torch.cat([rows_ND.sum(0), rows_ND.new_full((1,), len(rows_ND))]))
         count = sums[-1].detach()
         deviations = rows_ND - sums[:-1] / count
@@ -46,7 +51,9 @@ class BatchNorm(nn.Module):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of every rank's `x`, on every rank. The gradient is that of the sum of all ranks' losses, so backward is the same sum, of the gradients."""
+    """Sum of every rank's `x`, on every rank. The gradient is that of the sum of all ranks' losses, so backward is the
+    same sum, of the gradients.
+    """
     return _SumOverRanks.apply(x) if _ranks() > 1 else x
 
 

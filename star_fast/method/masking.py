@@ -1,7 +1,8 @@
 """Every random choice of the method, as a pure function of (seed, epoch or step, global image index).
 
-Nothing here depends on the rank, the batch size or the order of calls: the same image in the same epoch gets the same views, mask and
-label drop on one laptop core as on a hundred GPUs. Choices come from SplitMix64, a counter-based hash, vectorised over the batch.
+Nothing here depends on the rank, the batch size or the order of calls: the same image in the same epoch gets the same
+views, mask and label drop on one laptop core as on a hundred GPUs. Choices come from SplitMix64, a counter-based hash,
+vectorised over the batch.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def hidden_count(positions: int, ratio: float) -> int:
 def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: int, ratio: float) -> np.ndarray | None:
     """Which positions are visible as attention keys: (B, M, T) bool, or None if nothing is hidden.
 
-    For each view floor(ratio * (T-1)) of the image positions 1 ... T-1 are hidden, uniformly without replacement; position 0, the
-    class, is always visible (docs/method.md section 2, Key mask).
+    For each view floor(ratio * (T-1)) of the image positions 1 ... T-1 are hidden, uniformly without replacement;
+    position 0, the class, is always visible (docs/method.md section 2, Key mask).
     """
     _check_images("key_mask", images)
     if not 0 <= ratio < 1:
@@ -78,9 +79,12 @@ def key_mask(seed: int, epoch: int, images: np.ndarray, views: int, positions: i
     hidden = hidden_count(positions, ratio)
     if hidden == 0:
         return None
-    words = random_words(seed, Purpose.KEY_MASK, epoch, images[:, None, None], np.arange(views)[:, None], np.arange(1, positions))
+    words = random_words(
+        seed, Purpose.KEY_MASK, epoch, images[:, None, None], np.arange(views)[:, None], np.arange(1, positions)
+    )
     keep = np.ones((len(images), views, positions), dtype=bool)
-    last_hidden = np.partition(words, hidden - 1, axis=2)[..., hidden - 1, None]  # that two words are equal has a chance of 1e-15 a mask
+    # That two words are equal has a chance of 1e-15 a mask
+    last_hidden = np.partition(words, hidden - 1, axis=2)[..., hidden - 1, None]
     np.greater(words, last_hidden, out=keep[..., 1:])
     return keep
 

@@ -1,7 +1,7 @@
 """The student: a model and a projector as the one module that is trained; its forward pass returns the losses.
 
-The model is LlamaGen's transformer, or any decoder that shows its features (model/features.py). No parameter is read outside this module's forward: under
-ZeRO-3 a weight exists only there.
+The model is LlamaGen's transformer, or any decoder that shows its features (model/features.py). No parameter is read
+outside this module's forward: under ZeRO-3 a weight exists only there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from star_fast.model.features import FeatureModel, Features
 
 
 class Projector(nn.Sequential):
-    """f: an MLP on each sampled position, student side only: linear layers with biases, SiLU between, (..., D) -> (..., D).
+    """f: an MLP on each sampled position, student side only: linear layers with biases, SiLU between, (..., D) -> (...,
+    D).
 
-    With norm "batch" every hidden layer is linear, batch norm, SiLU; the output layer has no norm. Hidden layers then have no biases of their own: the
-    norm takes any away again.
+    With norm "batch" every hidden layer is linear, batch norm, SiLU; the output layer has no norm. Hidden layers then
+    have no biases of their own: the norm takes any away again.
     """
 
     def __init__(self, width: int, hidden: int, layers: int, norm: str = "none") -> None:
@@ -40,7 +41,9 @@ class Projector(nn.Sequential):
 
     @classmethod
     def of_method(cls, width: int, method: MethodConfig, generator: torch.Generator | None = None) -> Self | None:
-        """The projector, initialised, that `method` wants for features of `width` numbers; None where no contrastive loss is on."""
+        """The projector, initialised, that `method` wants for features of `width` numbers; None where no contrastive
+        loss is on.
+        """
         if not method.contrasts:
             return None
         projector = cls(width, method.projector_width, method.projector_layers, method.projector_norm)
@@ -49,7 +52,9 @@ class Projector(nn.Sequential):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases; norms that scale by 1."""
+        """Normal weights of variance 1/fan_in, so that features keep their scale; zero biases;
+        norms that scale by 1.
+        """
         for module in self:
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
@@ -68,7 +73,9 @@ class Student(nn.Module):
         contrast_depth: block whose output is contrasted, counted from 1.
     """
 
-    def __init__(self, transformer: FeatureModel, projector: Projector | None, method: MethodConfig, contrast_depth: int) -> None:
+    def __init__(
+        self, transformer: FeatureModel, projector: Projector | None, method: MethodConfig, contrast_depth: int
+    ) -> None:
         super().__init__()
         if (projector is not None) != method.contrasts:
             raise ValueError("Student: a projector exists exactly where a contrastive loss is on")
@@ -76,19 +83,35 @@ class Student(nn.Module):
         self.projector = projector
         self.method = method
         self.contrast_depth = contrast_depth
-        pairs = objective.pair_table(method.views, method.contrast_positions, method.step_contrast, method.view_contrast) if method.contrasts else None
+        pairs = (
+            objective.pair_table(method.views, method.contrast_positions, method.step_contrast, method.view_contrast)
+            if method.contrasts
+            else None
+        )
         self.register_buffer("pairs", pairs, persistent=False)  # on the device once, not copied there in every step
 
-    def forward(self, tokens: Tensor, label: Tensor, targets: Tensor, keep: Tensor | None = None, teacher_last: Tensor | None = None,
-                keys: Tensor | Callable[[], Tensor] | None = None, positions: Tensor | None = None, row_offset: int = 0, *, only_ar: bool = False) -> Losses:
+    def forward(
+        self,
+        tokens: Tensor,
+        label: Tensor,
+        targets: Tensor,
+        keep: Tensor | None = None,
+        teacher_last: Tensor | None = None,
+        keys: Tensor | Callable[[], Tensor] | None = None,
+        positions: Tensor | None = None,
+        row_offset: int = 0,
+        *,
+        only_ar: bool = False,
+    ) -> Losses:
         """The losses of one micro-batch of B images with M views each (sequence b*M + m is view m of image b).
 
         Args:
             tokens: (B*M, T-1) int64. label: (B*M,) int64, dropped ones are the null class. targets: (B*M, T) int64.
-            keep: (B*M, T) bool, visible keys, or None. Where `mim_positions` is "hidden" every row must hide masking.hidden_count of them.
+            keep: (B*M, T) bool, visible keys, or None. Where `mim_positions` is "hidden" every row must hide
+                masking.hidden_count of them.
             teacher_last: (B*M, T, D) the teacher's last features; None where L_MIM is off.
-            keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images, or a function that waits for them and returns
-                them; None where no contrast is on.
+            keys: (S, B_all, D) the teacher's features at the sampled positions, of all ranks' images, or a function
+                that waits for them and returns them; None where no contrast is on.
             positions: (K,) int64 the position set I, with `keys`.
             row_offset: key row of this rank's first image.
             only_ar: the next-token loss alone, as validation wants it; the other terms are 0.
@@ -106,7 +129,10 @@ class Student(nn.Module):
             ar = objective.autoregressive_loss(hidden, self.transformer.output.weight, targets)
             return Losses(ar, ar, *[ar.new_zeros(())] * 3)
         if sizes["B*M"] % self.method.views:
-            raise ValueError(f"Student: targets must hold {self.method.views} views of each image (method.views), got {sizes['B*M']} sequences")
+            raise ValueError(
+                f"Student: targets must hold {self.method.views} views of each image (method.views), got "
+                f"{sizes['B*M']} sequences"
+            )
         if self.method.contrasts and (positions is None or keys is None):
             raise ValueError("Student: positions and keys must be given where a contrastive loss is on, got none")
         out = self.transformer.features(tokens, label, keep, block=self.contrast_depth if self.method.contrasts else 0)
@@ -118,12 +144,25 @@ class Student(nn.Module):
             anchor = objective.slots_first(self.projector(slots_BMKD))
         if callable(keys):
             keys = keys()
-        return objective.objective(out.hidden, self.transformer.output.weight, targets, out.last, anchor, teacher_last, keys, self.method, row_offset, keep,
-                                   self.pairs)
+        return objective.objective(
+            out.hidden,
+            self.transformer.output.weight,
+            targets,
+            out.last,
+            anchor,
+            teacher_last,
+            keys,
+            self.method,
+            row_offset,
+            keep,
+            self.pairs,
+        )
 
 
 def check_features(model: FeatureModel, out: Features, size: tuple[int, int], middle: bool) -> None:
-    """Raises TypeError or ValueError, in the name of the model's own method, for features that are not of `size` (N, T), or a missing `middle`."""
+    """Raises TypeError or ValueError, in the name of the model's own method, for features that are not of `size` (N,
+    T), or a missing `middle`.
+    """
     wanted = {"hidden": (out.hidden, f"{size[0]} {size[1]} D"), "last": (out.last, f"{size[0]} {size[1]} D")}
     if middle:
         wanted["middle"] = (out.middle, f"{size[0]} {size[1]} D")

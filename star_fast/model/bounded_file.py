@@ -63,7 +63,11 @@ class BoundedFile:
         if stored.dtype == out.dtype and out.is_contiguous() and stored.stride == contiguous(stored.shape):
             self._read(_bytes_of(out), stored.start)
         else:
-            out.copy_(self.tensor(stored.start, span(stored.shape, stored.stride), stored.dtype).as_strided(stored.shape, stored.stride))
+            out.copy_(
+                self.tensor(stored.start, span(stored.shape, stored.stride), stored.dtype).as_strided(
+                    stored.shape, stored.stride
+                )
+            )
 
     def sha256(self) -> str:
         """Hexadecimal, of the whole file."""
@@ -90,10 +94,13 @@ class BoundedFile:
 
 @contextlib.contextmanager
 def open_bounded(path: str | Path, hint: str) -> Iterator[BoundedFile]:
-    """Open a file. Raises StorageError with `hint` where there is none, or no ordinary one; UserError where it cannot be read."""
+    """Open a file. Raises StorageError with `hint` where there is none, or no ordinary one; UserError where it cannot
+    be read.
+    """
     path, size = Path(path), require_regular(path, hint)
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below; errors of opening are explained apart from those of the block)
+        # Closed below; errors of opening are explained apart from those of the block.
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; {hint}") from error
     with file:
@@ -101,7 +108,9 @@ def open_bounded(path: str | Path, hint: str) -> Iterator[BoundedFile]:
 
 
 def read_small_json(path: Path, hint: str, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file of at most so many bytes (each may become twenty in memory). Raises StorageError as storage.read_json does."""
+    """The JSON object in a file of at most so many bytes (each may become twenty in memory). Raises StorageError as
+    storage.read_json does.
+    """
     if (size := require_regular(path, hint)) > most_bytes:
         raise StorageError(f"{path}: expected at most {most_bytes:,} bytes, it has {size:,}; {hint}")
     return read_json(path, hint)
@@ -109,7 +118,11 @@ def read_small_json(path: Path, hint: str, most_bytes: int) -> dict[str, Any]:
 
 def are_sizes(values: Any) -> bool:
     """Whether these are a few whole numbers from 0 on, small enough to be sizes in a file."""
-    return isinstance(values, (tuple, list)) and len(values) <= _MOST_DIMENSIONS and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) <= _MOST_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

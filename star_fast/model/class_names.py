@@ -18,13 +18,15 @@ WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """The names in a file: one a line, UTF-8, in the order of the class numbers; spaces around a name and empty lines at the end don't count.
+    """The names in a file: one a line, UTF-8, in the order of the class numbers; spaces around a name and empty lines
+    at the end don't count.
 
-    Where every line begins with a WordNet id (n01440764 tench), names are in the order of the ids, as ImageNet's classes are numbered, and without them. The
-    word `imagenet` stands for ImageNet's own names.
+    Where every line begins with a WordNet id (n01440764 tench), names are in the order of the ids, as ImageNet's
+    classes are numbered, and without them. The word `imagenet` stands for ImageNet's own names.
 
     Raises:
-        UserError: no such file, too large, not UTF-8, a line without a name; or torchvision, which knows ImageNet's names, is not installed.
+        UserError: no such file, too large, not UTF-8, a line without a name; or torchvision, which knows ImageNet's
+            names, is not installed.
     """
     if str(path) == IMAGENET:
         return imagenet_names()
@@ -50,7 +52,9 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def mapping_of(lines: Sequence[str]) -> dict[str, str] | None:
-    """Lines of a first field, then a space, tab or comma, then words, as a mapping; None where a line is no such thing or a first field occurs twice."""
+    """Lines of a first field, then a space, tab or comma, then words, as a mapping; None where a line is no such thing
+    or a first field occurs twice.
+    """
     found = [_FIRST_FIELD.fullmatch(line) for line in lines]
     if not all(match and match[2] for match in found):
         return None
@@ -65,18 +69,25 @@ def unique(names: Sequence[str], tags: Sequence[str]) -> list[str]:
 
 
 def imagenet_names() -> list[str]:
-    """The names of ImageNet's 1000 classes, in the order of their WordNet ids, as torchvision's classifiers give them; each is there once."""
+    """The names of ImageNet's 1000 classes, in the order of their WordNet ids, as torchvision's classifiers give them;
+    each is there once.
+    """
     try:
         from torchvision.models import ResNet18_Weights  # takes a second: only when asked for
     except ImportError as error:
-        raise UserError(f"class names {IMAGENET!r}: they come with torchvision, which is not installed: pip install 'star_fast[eval]', or give a "
-                        "file") from error
+        raise UserError(
+            f"class names {IMAGENET!r}: they come with torchvision, which is not installed: pip install "
+            "'star_fast[eval]', or give a "
+            "file"
+        ) from error
     names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    return unique(names, [str(number) for number in range(len(names))])  # the same two words named two classes each before torchvision told them apart
+    # The same two words named two classes each before torchvision told them apart
+    return unique(names, [str(number) for number in range(len(names))])
 
 
 def names_for_model(names: Sequence[str], given: str) -> list[str]:
-    """The names of a model's classes: its own, or those `given` (a file as for `read_class_names`, or `imagenet`) where it knows only numbers.
+    """The names of a model's classes: its own, or those `given` (a file as for `read_class_names`, or `imagenet`) where
+    it knows only numbers.
 
     Raises:
         UserError: the model has names of its own, or another number of classes; or as `read_class_names`.
@@ -84,13 +95,20 @@ def names_for_model(names: Sequence[str], given: str) -> list[str]:
     if not given:
         return list(names)
     if not are_numbers(names):
-        raise UserError(f"class_names: the model has names of its own ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); leave the option out")
+        raise UserError(
+            "class_names: the model has names of its own "
+            f"({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); leave the option out"
+        )
     found = read_class_names(given)
     if len(found) != len(names):
-        raise UserError(f"class_names: the model has {len(names)} classes, {given} has {len(found)} names; expected one for each")
+        raise UserError(
+            f"class_names: the model has {len(names)} classes, {given} has {len(found)} names; expected one for each"
+        )
     return unique(found, [str(number) for number in range(len(found))])
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether classes are called by their numbers alone: '0', '1' ... as in released weights, or 'class 0' ... as in imported codes."""
+    """Whether classes are called by their numbers alone: '0', '1' ... as in released weights, or 'class 0' ... as in
+    imported codes.
+    """
     return all(name in (str(number), f"class {number}") for number, name in enumerate(names))

@@ -10,7 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def ieee_products() -> Iterator[None]:
-    """Within the block float32 convolutions and matrix products on CUDA are not rounded to TF32. A setting of the whole process, put back afterwards."""
+    """Within the block float32 convolutions and matrix products on CUDA are not rounded to TF32. A setting of the whole
+    process, put back afterwards.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,8 +1,10 @@
-"""Pickles inside torch files, read without running them: the data that a file describes comes out, everything else is refused.
+"""Pickles inside torch files, read without running them: the data that a file describes comes out, everything else is
+refused.
 
-A pickle is a program. Here it is walked by a machine that has no operation to import or to call what it likes: it knows numbers, text, lists, tuples,
-dicts, argparse.Namespace, tensors (which the caller makes of their description), and the classes that the caller allows. What a file can make it
-allocate is a fixed multiple of the file's own length, and nothing is hashed or compared that could be nested.
+A pickle is a program. Here it is walked by a machine that has no operation to import or to call what it likes: it knows
+numbers, text, lists, tuples, dicts, argparse.Namespace, tensors (which the caller makes of their description), and the
+classes that the caller allows. What a file can make it allocate is a fixed multiple of the file's own length, and
+nothing is hashed or compared that could be nested.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import torch
 
 from star_fast.model.bounded_file import Damaged, are_sizes
 
-MOST_BYTES = 2**20  # that a pickle may sensibly have: a GPT-3B with optimizer state and EMA takes 150 kB; each byte may become some 150 in memory
+# That a pickle may sensibly have: a GPT-3B with optimizer state and EMA takes 150 kB; each byte may become some 150 in
+# memory
+MOST_BYTES = 2**20
 _MOST_KEY = 2**63
 _MOST_ARGUMENTS = 8
 
@@ -50,14 +54,19 @@ class _Name(str):
     __slots__ = ()
 
 
-def read_plain(data: bytes, make_tensor: Callable[[PickledTensor], Any], allowed: Mapping[str, type] | None = None) -> Any:
-    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers, None, argparse.Namespace, and what `make_tensor` makes of its tensors.
+def read_plain(
+    data: bytes, make_tensor: Callable[[PickledTensor], Any], allowed: Mapping[str, type] | None = None
+) -> Any:
+    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers, None, argparse.Namespace, and what `make_tensor`
+    makes of its tensors.
 
     Args:
-        allowed: further classes by dotted name. An instance is made without arguments or of numbers and text; its state becomes its attributes.
+        allowed: further classes by dotted name. An instance is made without arguments or of numbers and text; its state
+            becomes its attributes.
 
     Raises:
-        Foreign: it names a class or function outside the short list of those that make up plain data and tensors. Damaged: it is damaged.
+        Foreign: it names a class or function outside the short list of those that make up plain data and tensors.
+            Damaged: it is damaged.
     """
     machine = _Machine(make_tensor, {"argparse.Namespace": argparse.Namespace, **(allowed or {})})
     try:
@@ -75,13 +84,18 @@ def read_plain(data: bytes, make_tensor: Callable[[PickledTensor], Any], allowed
                 raise Damaged(f"operation {name} is not for plain data")
     except Damaged:
         raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:  # all that comes of garbage that is read as a pickle
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        # All that comes of garbage that is read as a pickle
         raise Damaged(f"{type(error).__name__}: {error}") from error
     raise Damaged("no end")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, *more: Any) -> PickledTensor:
-    return PickledTensor(storage, offset, shape, stride, more[0].removeprefix("torch.") if more and isinstance(more[0], _Name) else "")
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, *more: Any
+) -> PickledTensor:
+    return PickledTensor(
+        storage, offset, shape, stride, more[0].removeprefix("torch.") if more and isinstance(more[0], _Name) else ""
+    )
 
 
 def _size(sizes: Any = ()) -> torch.Size:
@@ -91,9 +105,30 @@ def _size(sizes: Any = ()) -> torch.Size:
 
 
 _NOTHING = {"PROTO", "FRAME"}
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING",
-             "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-_MAKERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+_LITERALS = {
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINSTRING",
+    "BINSTRING",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BINBYTES8",
+}
+_MAKERS = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+}
 # What REDUCE makes of a name and arguments.
 _MAKES = {
     "collections.OrderedDict": OrderedDict,  # only ever called without arguments
@@ -103,15 +138,54 @@ _MAKES = {
     "torch._utils._rebuild_tensor_v3": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 }
-_STORAGES = {f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexDouble",
-                                                 "ComplexFloat")} | {"torch.storage.UntypedStorage"}
-_DTYPES = {f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
-                                        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool", "complex64", "complex128")}
+_STORAGES = {
+    f"torch.{kind}Storage"
+    for kind in (
+        "Double",
+        "Float",
+        "Half",
+        "BFloat16",
+        "Long",
+        "Int",
+        "Short",
+        "Char",
+        "Byte",
+        "Bool",
+        "ComplexDouble",
+        "ComplexFloat",
+    )
+} | {"torch.storage.UntypedStorage"}
+_DTYPES = {
+    f"torch.{name}"
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+        "complex64",
+        "complex128",
+    )
+}
 _NAMES = {*_MAKES, *_STORAGES, *_DTYPES}
 
 
 class _Machine:
-    """Stack and memo of a pickle; one method a kind of operation. A missing operand is an IndexError or KeyError, which `read_plain` takes for damage."""
+    """Stack and memo of a pickle; one method a kind of operation. A missing operand is an IndexError or KeyError, which
+    `read_plain` takes for damage.
+    """
 
     def __init__(self, make_tensor: Callable[[PickledTensor], Any], classes: Mapping[str, type]) -> None:
         self.make_tensor, self.classes = make_tensor, classes
@@ -210,20 +284,41 @@ class _Machine:
         state, built = self.stack.pop(), self.stack[-1]
         if id(built) in self.fresh and type(state) is dict:
             built.__dict__ = state  # not a copy: thousands of objects may share one large dict
-        elif type(built) is not OrderedDict:  # one of weights has versions of its modules as an attribute: nothing to us
+        elif type(built) is not OrderedDict:
+            # One of weights has versions of its modules as an attribute: nothing to us
             raise Damaged(f"state of {type(built).__name__}, which has none")
 
     def binpersid(self, _: None) -> None:
         kind = self.stack.pop()
-        if type(kind) is not tuple or [type(part) for part in kind] != [str, _Name, str, str, int] or kind[0] != "storage" or kind[1] not in _STORAGES:
+        if (
+            type(kind) is not tuple
+            or [type(part) for part in kind] != [str, _Name, str, str, int]
+            or kind[0] != "storage"
+            or kind[1] not in _STORAGES
+        ):
             raise Damaged("a reference to something other than a storage")
         self.stack.append(Storage(kind[1].rpartition(".")[2].removesuffix("Storage"), kind[2], kind[4]))
 
 
 _STEPS = {
-    "MARK": _Machine.mark, "BINPUT": _Machine.put, "LONG_BINPUT": _Machine.put, "MEMOIZE": _Machine.put, "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get, "TUPLE": _Machine.make_tuple, "TUPLE1": lambda machine, _: machine.make_tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.make_tuple_of(2), "TUPLE3": lambda machine, _: machine.make_tuple_of(3), "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends, "SETITEM": _Machine.setitem, "SETITEMS": _Machine.setitems, "GLOBAL": _Machine.name,
-    "STACK_GLOBAL": _Machine.name_on_stack, "REDUCE": _Machine.reduce, "NEWOBJ": _Machine.newobj, "BUILD": _Machine.build, "BINPERSID": _Machine.binpersid,
+    "MARK": _Machine.mark,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": _Machine.put,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "TUPLE": _Machine.make_tuple,
+    "TUPLE1": lambda machine, _: machine.make_tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.make_tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.make_tuple_of(3),
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "SETITEM": _Machine.setitem,
+    "SETITEMS": _Machine.setitems,
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.name_on_stack,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.newobj,
+    "BUILD": _Machine.build,
+    "BINPERSID": _Machine.binpersid,
 }

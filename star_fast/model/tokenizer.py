@@ -1,7 +1,9 @@
-"""The VQ tokenizer: an image becomes a grid of codes and back. LlamaGen's architecture and state-dict names (method.md section 3).
+"""The VQ tokenizer: an image becomes a grid of codes and back. LlamaGen's architecture and state-dict names (method.md
+section 3).
 
-Letters: B images, C image channels, H and W pixels, T codes of an image (h*w positions in row order), V codebook entries, Z entry length.
-`VQTokenizer(TokenizerConfig())` is LlamaGen's VQ-16; multipliers (1, 2, 2, 4) give VQ-8; small ones tokenize small images.
+Letters: B images, C image channels, H and W pixels, T codes of an image (h*w positions in row order), V codebook
+entries, Z entry length. `VQTokenizer(TokenizerConfig())` is LlamaGen's VQ-16; multipliers (1, 2, 2, 4) give VQ-8; small
+ones tokenize small images.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class TokenizerOutput(NamedTuple):
     reconstruction: Tensor  # (B, C, H, W), about [-1, 1]
     codes: Tensor  # (B, T) int64
     codebook_loss: Tensor  # mean (entry - latent)^2, gradient to the codebook only
-    commitment_loss: Tensor  # the same value, gradient to the encoder only; not yet weighted by TokenizerConfig.commitment
+    # The same value, gradient to the encoder only; not yet weighted by TokenizerConfig.commitment
+    commitment_loss: Tensor
     latents: Tensor  # (B*T, Z) normalised encoder outputs, detached: what unused codes may be moved onto
 
 
@@ -70,7 +73,9 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """Codes (N,) int64 of normalised latents (N, Z); in exact arithmetic LlamaGen's argmin of squared distances. Among equals the lowest code wins."""
+        """Codes (N,) int64 of normalised latents (N, Z); in exact arithmetic LlamaGen's argmin of squared distances.
+        Among equals the lowest code wins.
+        """
         entries_ZV = self.entries().t().contiguous()
         return torch.cat([_argmax(part @ entries_ZV) for part in latents.split(_SEARCH_ROWS)])
 
@@ -93,7 +98,9 @@ class VectorQuantizer(nn.Module):
 
 
 def _argmax(similarity_NV: Tensor) -> Tensor:
-    """The first largest column of each row: of blocks of columns first, since a CPU takes maxima many at a time but places one by one (4x)."""
+    """The first largest column of each row: of blocks of columns first, since a CPU takes maxima many at a time but
+    places one by one (4x).
+    """
     block = math.gcd(similarity_NV.shape[1], 128)
     if similarity_NV.device.type != "cpu" or block == 1:
         return similarity_NV.argmax(dim=1)
@@ -146,20 +153,38 @@ class VQTokenizer(nn.Module):
         side = math.isqrt(codes.shape[-1])
         if codes.ndim != 2 or side * side != codes.shape[-1] or side == 0:
             raise ValueError(f"decode: codes must be (B, T) with T = side * side, got shape {tuple(codes.shape)}")
-        if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook:
-            raise ValueError(f"decode: codes must lie in 0 ... {self.config.codebook - 1}, got {int(codes.min())} ... {int(codes.max())}")
+        if (
+            codes.device.type == "cpu"
+            and codes.numel()
+            and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook
+        ):
+            raise ValueError(
+                f"decode: codes must lie in 0 ... {self.config.codebook - 1}, got {int(codes.min())} ... "
+                f"{int(codes.max())}"
+            )
         return self.decoder(self.post_quant_conv(self.quantize.look_up(codes, (side, side)).to(self.dtype)))
 
     def _check_images(self, images: Tensor) -> None:
         step = self.config.downsampling
-        if images.ndim != 4 or images.shape[1] != self.config.image_channels or images.shape[2] % step or images.shape[3] % step:
-            raise ValueError(f"tokenizer: images must be (B, {self.config.image_channels}, H, W) with H and W multiples of {step}, "
-                             f"got shape {tuple(images.shape)}")
+        if (
+            images.ndim != 4
+            or images.shape[1] != self.config.image_channels
+            or images.shape[2] % step
+            or images.shape[3] % step
+        ):
+            raise ValueError(
+                f"tokenizer: images must be (B, {self.config.image_channels}, H, W) with H and W multiples of {step}, "
+                f"got shape {tuple(images.shape)}"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"tokenizer: images must be floating point in [-1, 1] (see from_uint8), got {images.dtype}")
+            raise ValueError(
+                f"tokenizer: images must be floating point in [-1, 1] (see from_uint8), got {images.dtype}"
+            )
 
     def weights_hash(self) -> str:
-        """sha256 over names, dtypes, shapes and bytes of all weights: it names the tokenizer that made a code. Take it before a cast to bf16."""
+        """sha256 over names, dtypes, shapes and bytes of all weights: it names the tokenizer that made a code. Take it
+        before a cast to bf16.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -172,44 +197,70 @@ class VQTokenizer(nn.Module):
         Raises:
             UserError: weights that are not finite. StorageError: the disk is full or the place cannot be written.
         """
-        folder, state = Path(folder), {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        folder, state = (
+            Path(folder),
+            {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
+        )
         require_finite(state, f"{folder}: not saved")
         remove_leftovers(folder, (WEIGHTS_FILE, CONFIG_FILE))
         atomic_write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
-        atomic_write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, "weights_sha256": self.weights_hash(), "config": to_dict(self.config)})
+        atomic_write_json(
+            folder / CONFIG_FILE,
+            {"format_version": FORMAT_VERSION, "weights_sha256": self.weights_hash(), "config": to_dict(self.config)},
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
         """The tokenizer that `save` wrote, in eval mode on the CPU.
 
         Raises:
-            StorageError: a file is missing, damaged, of another version, or the weights are not the ones that tokenizer.json names, or not finite.
+            StorageError: a file is missing, damaged, of another version, or the weights are not the ones that
+                tokenizer.json names, or not finite.
         """
         folder = Path(folder)
         file, hint = folder / WEIGHTS_FILE, f"a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         values = read_small_json(folder / CONFIG_FILE, hint, _MOST_CONFIG_BYTES)
         if values.get("format_version") != FORMAT_VERSION:
-            raise StorageError(f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; "
-                               "train the tokenizer again")
+            raise StorageError(
+                f"{folder / CONFIG_FILE}: expected format_version {FORMAT_VERSION}, got "
+                f"{shown(values.get('format_version'))}; "
+                "train the tokenizer again"
+            )
         about = to_record(values, folder / CONFIG_FILE, _About, hint)
         try:
             with open_tensors(file, hint) as opened:
                 told = tokenizer_config(opened.content, file)
-                for name in ("base_channels", "multipliers", "residual_blocks", "z_channels", "code_channels", "codebook", "image_channels"):
+                for name in (
+                    "base_channels",
+                    "multipliers",
+                    "residual_blocks",
+                    "z_channels",
+                    "code_channels",
+                    "codebook",
+                    "image_channels",
+                ):
                     if getattr(told, name) != getattr(about.config, name):
-                        raise StorageError(f"{file}: not the weights of {CONFIG_FILE}: tokenizer.{name} is {getattr(about.config, name)} there, and "
-                                           f"{getattr(told, name)} by their shapes; train or copy the tokenizer again")
+                        raise StorageError(
+                            f"{file}: not the weights of {CONFIG_FILE}: tokenizer.{name} is "
+                            f"{getattr(about.config, name)} there, and "
+                            f"{getattr(told, name)} by their shapes; train or copy the tokenizer again"
+                        )
                 tokenizer = empty_tokenizer(about.config, opened.content, file)
                 fill(tokenizer, opened.content, opened.file)
         except UserError as error:
             raise error if isinstance(error, StorageError) else StorageError(error) from error
         if tokenizer.weights_hash() != about.weights_sha256:
-            raise StorageError(f"{file}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or copy it again")
+            raise StorageError(
+                f"{file}: its hash is not the one in {CONFIG_FILE}: damaged, or two tokenizers mixed; train or "
+                "copy it again"
+            )
         return tokenizer
 
 
 def at_size(tokenizer: VQTokenizer, image_size: int) -> VQTokenizer:
-    """The same tokenizer for images of `image_size` pixels a side, which its weights fit as well; 0: as it is. Raises ConfigError for a size that cannot be."""
+    """The same tokenizer for images of `image_size` pixels a side, which its weights fit as well; 0: as it is. Raises
+    ConfigError for a size that cannot be.
+    """
     if image_size:
         try:
             tokenizer.config = replace(tokenizer.config, image_size=image_size)
@@ -236,9 +287,13 @@ def tokenizer_config(weights: Mapping[str, Any], source: str | Path, *, image_si
     Raises:
         UserError: a weight that it is read off is not there, or they contradict each other.
     """
+
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in weights or len(weights[name].shape) != dimensions:
-            raise UserError(f"{source}: expected the weights of a LlamaGen VQ tokenizer, but {name!r} is not among them; found {some(weights)}")
+            raise UserError(
+                f"{source}: expected the weights of a LlamaGen VQ tokenizer, but {name!r} is not among them; "
+                f"found {some(weights)}"
+            )
         return tuple(weights[name].shape)
 
     base, image_channels = shape("encoder.conv_in.weight", 4)[:2]
@@ -253,15 +308,27 @@ def tokenizer_config(weights: Mapping[str, Any], source: str | Path, *, image_si
         widths.append(width)
     try:
         if not base or any(width % base for width in widths):
-            raise ConfigError(f"the widths of its levels, {widths}, must be multiples of the first convolution's {base}")
-        return TokenizerConfig(base_channels=base, multipliers=tuple(width // base for width in widths), residual_blocks=blocks, z_channels=z_channels,
-                               code_channels=code_channels, codebook=codebook, image_channels=image_channels, image_size=image_size or 2 ** (levels - 1))
+            raise ConfigError(
+                f"the widths of its levels, {widths}, must be multiples of the first convolution's {base}"
+            )
+        return TokenizerConfig(
+            base_channels=base,
+            multipliers=tuple(width // base for width in widths),
+            residual_blocks=blocks,
+            z_channels=z_channels,
+            code_channels=code_channels,
+            codebook=codebook,
+            image_channels=image_channels,
+            image_size=image_size or 2 ** (levels - 1),
+        )
     except ConfigError as error:
         raise UserError(f"{source}: not the weights of a LlamaGen VQ tokenizer: {error}") from error
 
 
 def empty_tokenizer(config: TokenizerConfig, weights: Mapping[str, Any], source: str | Path) -> VQTokenizer:
-    """A tokenizer in eval mode on the CPU that `weights` fit, yet to be filled. Raises UserError, before memory is taken, where they don't (require_fit)."""
+    """A tokenizer in eval mode on the CPU that `weights` fit, yet to be filled. Raises UserError, before memory is
+    taken, where they don't (require_fit).
+    """
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
     require_fit(tokenizer, weights, source)
@@ -269,7 +336,9 @@ def empty_tokenizer(config: TokenizerConfig, weights: Mapping[str, Any], source:
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 images, any shape, to float32 in [-1, 1], with the arithmetic of LlamaGen's extraction: (x / 255 - 0.5) / 0.5."""
+    """uint8 images, any shape, to float32 in [-1, 1], with the arithmetic of LlamaGen's extraction: (x / 255 - 0.5) /
+    0.5.
+    """
     return images.to(torch.float32).div(255).sub(0.5).div(0.5)
 
 

@@ -1,4 +1,6 @@
-"""What the VQ tokenizer's encoder and decoder are built of: LlamaGen's architecture and state-dict names (method.md section 3)."""
+"""What the VQ tokenizer's encoder and decoder are built of: LlamaGen's architecture and state-dict names (method.md
+section 3).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from star_fast.ops.group_norm_silu import group_norm_silu
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, then SiLU if asked for, with LlamaGen's 32 groups where a group then has at least its 4 channels (width 128 and up); fewer groups for
-    narrower layers."""
+    """GroupNorm, then SiLU if asked for, with LlamaGen's 32 groups where a group then has at least its 4 channels
+    (width 128 and up); fewer groups for narrower layers."""
 
     def __init__(self, channels: int, *, silu: bool) -> None:
         super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels, eps=1e-6)
@@ -24,12 +26,14 @@ class Norm(nn.GroupNorm):
         if x.dtype != self.weight.dtype:  # within autocast, which decides in what dtype to compute
             normed = super().forward(x)
             return F.silu(normed) if self.silu else normed
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, out=x if self.in_place else None)
+        return group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, out=x if self.in_place else None
+        )
 
 
 class AddingConv2d(nn.Conv2d):
-    """A convolution whose result is added to what is given beside its input: where both are computed at once, the sum costs no pass, and in inference no
-    memory."""
+    """A convolution whose result is added to what is given beside its input: where both are computed at once, the sum
+    costs no pass, and in inference no memory."""
 
     def forward(self, x: Tensor, beside: Tensor) -> Tensor:
         out = super().forward(x)
@@ -99,11 +103,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All blocks of one resolution: residual blocks, each followed by attention at the lowest level, then a change of size."""
+    """All blocks of one resolution: residual blocks, each followed by attention at the lowest level, then a change of
+    size.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, blocks: int, attention: bool) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(blocks))
+        self.res = nn.ModuleList(
+            ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +127,9 @@ class Level(nn.Module):
 
 def middle(channels: int) -> nn.ModuleList:
     """Residual block, attention, residual block at the lowest resolution."""
-    return nn.ModuleList([ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
 
 
 class Encoder(nn.Module):

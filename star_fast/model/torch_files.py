@@ -1,8 +1,11 @@
-"""torch's .pt files, read without running anything that they hold and without allocating more than their own bytes call for.
+"""torch's .pt files, read without running anything that they hold and without allocating more than their own bytes call
+for.
 
-Such a file is a zip archive: a pickle, and one member for each storage. Its directory is read first and every size in it held against the file's length;
-members must be stored as they are (torch.save never packs them); the pickle is read without running it (plain_pickle.py); a tensor must lie within its
-storage. Files of torch before 1.6 have no directory that could be checked, and are refused: load and save them again with torch.
+Such a file is a zip archive: a pickle, and one member for each storage. Its directory is read first and every size in
+it held against the file's length; members must be stored as they are (torch.save never packs them); the pickle is read
+without running it (plain_pickle.py); a tensor must lie within its
+storage. Files of torch before 1.6 have no directory that could be checked, and are refused: load and save them again
+    with torch.
 """
 
 from __future__ import annotations
@@ -21,9 +24,21 @@ from star_fast.model.bounded_file import BoundedFile, Damaged, StoredTensor, are
 from star_fast.model.plain_pickle import MOST_BYTES, Foreign, PickledTensor, Storage, read_plain
 
 _MOST_DIRECTORY_BYTES = 2**20  # a member takes some hundred; each byte may become twenty in memory
-_DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
-           "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "ComplexDouble": torch.complex128,
-           "ComplexFloat": torch.complex64, "Untyped": torch.uint8}
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+    "Untyped": torch.uint8,
+}
 # Records of a zip archive, little-endian, as PKWARE's APPNOTE.TXT describes them.
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -33,26 +48,37 @@ _MEMBER = struct.Struct("<4s5H3L2H")
 _IN_64_BITS = 2**32 - 1  # says that the number stands in a field of 64 bits
 
 
-def load_plain(path: Path, *, allowed: Sequence[Callable | tuple[Callable, str]] = (), map_location: Any = "cpu", meaning: str = "a torch checkpoint") -> Any:
+def load_plain(
+    path: Path,
+    *,
+    allowed: Sequence[Callable | tuple[Callable, str]] = (),
+    map_location: Any = "cpu",
+    meaning: str = "a torch checkpoint",
+) -> Any:
     """The content of a .pt file: tensors, plain data and the `allowed` classes.
 
     Args:
-        allowed: classes whose instances are data: nothing of theirs runs but, where the pickle calls it with numbers and text alone, the class itself.
+        allowed: classes whose instances are data: nothing of theirs runs but, where the pickle calls it with numbers
+            and text alone, the class itself.
         map_location: a device for the tensors; anything else means the CPU.
         meaning: what the file should be, for messages.
 
     Raises:
         UserError: missing, no ordinary file, damaged, or it holds anything else.
     """
-    classes = {f"{cls.__module__}.{cls.__qualname__}" if name is None else name: cls
-               for cls, name in (item if isinstance(item, tuple) else (item, None) for item in allowed)}
+    classes = {
+        f"{cls.__module__}.{cls.__qualname__}" if name is None else name: cls
+        for cls, name in (item if isinstance(item, tuple) else (item, None) for item in allowed)
+    }
     device = torch.device(map_location) if isinstance(map_location, (str, torch.device)) else torch.device("cpu")
     with open_bounded(path, f"expected {meaning}") as file:
         return read_archive(file, meaning, lambda archive: read_plain(archive.pickle, archive.reader(device), classes))
 
 
 def write_archive(content: Any, file: BinaryIO) -> None:
-    """torch.save into an open file. Raises OSError where the file cannot be written; torch by itself then reports a position that it did not expect."""
+    """torch.save into an open file. Raises OSError where the file cannot be written; torch by itself then reports a
+    position that it did not expect.
+    """
     target = _Written(file)
     try:
         torch.save(content, target)
@@ -80,7 +106,9 @@ class _Written:
 
 
 def describe(file: BoundedFile, meaning: str) -> Any:
-    """The content of an open .pt file with a StoredTensor for each tensor: plain data, nothing of a tensor's size. Raises UserError as load_plain does."""
+    """The content of an open .pt file with a StoredTensor for each tensor: plain data, nothing of a tensor's size.
+    Raises UserError as load_plain does.
+    """
     return read_archive(file, meaning, lambda archive: read_plain(archive.pickle, archive.locate))
 
 
@@ -89,9 +117,14 @@ def read_archive(file: BoundedFile, meaning: str, read: Callable[[Archive], Any]
     try:
         return read(Archive(file))
     except Foreign as error:
-        raise UserError(f"{file.path}: holds {short(error)}, which is neither tensor nor plain data; such files can run code and are not loaded") from error
+        raise UserError(
+            f"{file.path}: holds {short(error)}, which is neither tensor nor plain data; such files can run code "
+            "and are not loaded"
+        ) from error
     except Damaged as error:
-        raise UserError(f"{file.path}: truncated or not {meaning} ({short(error, 200)}); copy or download it again") from error
+        raise UserError(
+            f"{file.path}: truncated or not {meaning} ({short(error, 200)}); copy or download it again"
+        ) from error
 
 
 class Archive:
@@ -110,17 +143,26 @@ class Archive:
     def locate(self, tensor: PickledTensor) -> StoredTensor:
         """Where a tensor lies in the file."""
         storage, offset, shape, stride = tensor[:4]
-        if not isinstance(storage, Storage) or not are_sizes(shape) or not are_sizes(stride) or len(shape) != len(stride) or not are_sizes([offset]):
+        if (
+            not isinstance(storage, Storage)
+            or not are_sizes(shape)
+            or not are_sizes(stride)
+            or len(shape) != len(stride)
+            or not are_sizes([offset])
+        ):
             raise Damaged("a tensor without storage, sizes or strides")
         dtype = getattr(torch, tensor.dtype) if storage.kind == "Untyped" and tensor.dtype else _DTYPES[storage.kind]
         start, length = self._member(storage)
         held = length // dtype.itemsize
         if max(offset + span(shape, stride), math.prod(shape)) > held:
-            raise Damaged(f"a tensor of shape {tuple(shape)} says to hold more numbers than the {held:,} of its storage")
+            raise Damaged(
+                f"a tensor of shape {tuple(shape)} says to hold more numbers than the {held:,} of its storage"
+            )
         return StoredTensor(dtype, tuple(shape), tuple(stride), start + offset * dtype.itemsize)
 
     def reader(self, device: torch.device) -> Callable[[PickledTensor], Tensor]:
         """What reads tensors onto a device; those that share a storage in the file share memory."""
+
         def read(tensor: PickledTensor) -> Tensor:
             stored, storage = self.locate(tensor), tensor.storage
             start, length = self._member(storage)
@@ -129,7 +171,9 @@ class Archive:
                 if self._read_bytes > self._file.size:
                     raise Damaged("storages that lie upon each other")
                 self._storages[storage.key] = self._file.tensor(start, length, torch.uint8).to(device)
-            numbers = self._storages[storage.key][: length // stored.dtype.itemsize * stored.dtype.itemsize].view(stored.dtype)
+            numbers = self._storages[storage.key][: length // stored.dtype.itemsize * stored.dtype.itemsize].view(
+                stored.dtype
+            )
             return numbers.as_strided(stored.shape, stored.stride, (stored.start - start) // stored.dtype.itemsize)
 
         return read
@@ -154,7 +198,25 @@ def _members(file: BoundedFile) -> Iterator[tuple[str, tuple[int, int]]]:
     while at < len(directory):
         if len(directory) - at < _ENTRY.size:
             raise Damaged("a damaged zip directory")
-        signature, _, _, flags, method, _, _, _, packed, length, name_length, extra_length, comment_length, _, _, _, place = _ENTRY.unpack_from(directory, at)
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            _,
+            packed,
+            length,
+            name_length,
+            extra_length,
+            comment_length,
+            _,
+            _,
+            _,
+            place,
+        ) = _ENTRY.unpack_from(directory, at)
         name_end = at + _ENTRY.size + name_length
         name = directory[at + _ENTRY.size : name_end].decode("utf-8", "surrogateescape")
         length, packed, place = _in_64_bits(directory[name_end : name_end + extra_length], length, packed, place)
@@ -166,12 +228,16 @@ def _members(file: BoundedFile) -> Iterator[tuple[str, tuple[int, int]]]:
         signature, *_, name_length, extra_length = _MEMBER.unpack(file.bytes(place, _MEMBER.size))
         start = place + _MEMBER.size + name_length + extra_length
         if signature != b"PK\3\4" or start + length > file.size:
-            raise Damaged(f"archive member {short(name)} says to have {length:,} bytes at {start:,}, in a file of {file.size:,}")
+            raise Damaged(
+                f"archive member {short(name)} says to have {length:,} bytes at {start:,}, in a file of {file.size:,}"
+            )
         yield name, (start, length)
 
 
 def _directory(file: BoundedFile) -> tuple[int, int]:
-    """Start and length of the list of members. A comment after it, which torch.save never writes, is refused: then nobody can read another list than this."""
+    """Start and length of the list of members. A comment after it, which torch.save never writes, is refused: then
+    nobody can read another list than this.
+    """
     at = file.size - _END.size
     if at < 0:
         raise Damaged("no zip archive")

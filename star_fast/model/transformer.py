@@ -1,9 +1,12 @@
-"""The LlamaGen decoder (arXiv 2406.06525): one forward pass for training, one step for decoding, released state-dict names.
+"""The LlamaGen decoder (arXiv 2406.06525): one forward pass for training, one step for decoding, released state-dict
+names.
 
-Letters: B images, M views, T positions, D width, H heads, E head size, F feed-forward width, V codebook, K sampled positions,
+Letters: B images, M views, T positions, D width, H heads, E head size, F feed-forward width, V codebook, K sampled
+    positions,
 L blocks, N flattened rows, R rows of a decoding batch, n image tokens given. A tensor wears its letters: x_BTD.
 
-Position 0 holds the class embedding, position t >= 1 holds image token t - 1; the hidden state at t predicts image token t.
+Position 0 holds the class embedding, position t >= 1 holds image token t - 1; the hidden state at t predicts image
+token t.
 """
 
 from __future__ import annotations
@@ -37,13 +40,15 @@ class TransformerOutput(NamedTuple):
     features: dict[int, Tensor]  # {block number counted from 1: its output (B, n+1, D)}
 
 
-def rotary_table(positions: int, head_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def rotary_table(
+    positions: int, head_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """2-D rotary angles as (T, E/2, 2): (cos, sin) of each frequency pair at each position, computed in float64.
 
     Codes fill a square grid row by row; where T is no square number, the last rows in part.
 
-    Pairs 0 ... E/4-1 turn with the row, the others with the column, base 10000. The class position's entries are all zero
-    (cos = 0 too), as in the released LlamaGen code: its query and key vanish.
+    Pairs 0 ... E/4-1 turn with the row, the others with the column, base 10000. The class position's entries are all
+    zero (cos = 0 too), as in the released LlamaGen code: its query and key vanish.
     """
     quarter, grid = head_size // 4, math.isqrt(positions - 1) + 1
     freqs = 10000.0 ** (-2.0 * torch.arange(quarter, dtype=torch.float64, device=device) / (head_size // 2))
@@ -63,7 +68,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, branch: Tensor, residual: Tensor | None = None, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor, residual: Tensor | None = None, dropout: float = 0.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """(..., D) twice -> (normed sum, sum), both (..., D); without a residual the branch alone starts the stream."""
         return add_rms_norm(branch, residual, self.weight, NORM_EPS, dropout=dropout, seed=seed)
 
@@ -86,7 +93,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x). w1 and w3 live in one matrix (one product, packed rows for ops.swiglu); state dicts keep the two names."""
+    """w2(silu(w1 x) * w3 x). w1 and w3 live in one matrix (one product, packed rows for ops.swiglu); state dicts keep
+    the two names.
+    """
 
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
@@ -111,8 +120,9 @@ def _join_w13(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: obje
 
 
 class Block(nn.Module):
-    """x + Attn(RMSNorm(x)), then x + FFN(RMSNorm(x)). The norm that opens a block runs in the caller, fused with the addition that
-    closes the block before: so a block takes its normed input and returns its last branch, not yet added."""
+    """x + Attn(RMSNorm(x)), then x + FFN(RMSNorm(x)). The norm that opens a block runs in the caller, fused with the
+    addition that closes the block before: so a block takes its normed input and returns its last branch, not yet
+    added."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,8 +132,16 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width)
         self.heads = config.heads
 
-    def forward(self, normed_BTD: Tensor, residual_BTD: Tensor, keep_BT: Tensor | None, rotary: Tensor, dropout: float = 0.0,
-                seed: int = 0, recompute_rest: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        normed_BTD: Tensor,
+        residual_BTD: Tensor,
+        keep_BT: Tensor | None,
+        rotary: Tensor,
+        dropout: float = 0.0,
+        seed: int = 0,
+        recompute_rest: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """-> (what the feed-forward adds, the residual stream it is added to), both (B, T, D).
 
         With `recompute_rest` backward computes anew all but attention, whose input and output are kept.
@@ -132,15 +150,25 @@ class Block(nn.Module):
         qkv = self.attention.wqkv(normed_BTD).view(B, T, 3, self.heads, D // self.heads)
         attended_BTD = masked_attention_qkv(qkv, keep_BT, rotary=rotary, overwrite=True).reshape(B, T, D)
         if recompute_rest:
-            return checkpoint(self._rest, attended_BTD, residual_BTD, dropout, seed, use_reentrant=False, preserve_rng_state=False,
-                              context_fn=same_choice_again)
+            return checkpoint(
+                self._rest,
+                attended_BTD,
+                residual_BTD,
+                dropout,
+                seed,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=same_choice_again,
+            )
         return self._rest(attended_BTD, residual_BTD, dropout, seed)
 
     def _rest(self, attended_BTD: Tensor, residual_BTD: Tensor, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
         normed_BTD, residual_BTD = self.ffn_norm(self.attention.wo(attended_BTD), residual_BTD, dropout, seed)
         return self.feed_forward(normed_BTD), residual_BTD
 
-    def step(self, normed_RD: Tensor, residual_RD: Tensor, cache: KVCache, position: int | Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, normed_RD: Tensor, residual_RD: Tensor, cache: KVCache, position: int | Tensor, rotary: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`forward` at one position of R rows, reading and extending the block's cache."""
         R, D = normed_RD.shape
         qkv = self.attention.wqkv(normed_RD).view(R, 3, self.heads, D // self.heads)
@@ -150,12 +178,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaGen's class-conditional decoder. Sizes left at 0 in `config` must be filled in before (training.batches.resolve)."""
+    """LlamaGen's class-conditional decoder. Sizes left at 0 in `config` must be filled in before
+    (training.batches.resolve).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if min(config.vocab, config.positions, config.num_classes) < 1:
-            raise ValueError(f"Transformer: vocab, positions and num_classes must be set, got {config.vocab}, {config.positions}, {config.num_classes}")
+            raise ValueError(
+                f"Transformer: vocab, positions and num_classes must be set, got {config.vocab}, "
+                f"{config.positions}, {config.num_classes}"
+            )
         self.config = config
         self.block_checkpointing = False  # recompute blocks in backward
         self.keep_attention = False  # but not their attention
@@ -183,7 +216,9 @@ class Transformer(nn.Module):
                 parameter.fill_(1.0)
 
     def _apply(self, fn, recurse: bool = True) -> Transformer:
-        """Moves and casts as nn.Module does, but the rotary table is computed anew in float32 or float64: its angles survive no other dtype."""
+        """Moves and casts as nn.Module does, but the rotary table is computed anew in float32 or float64: its angles
+        survive no other dtype.
+        """
         before = self.rotary
         super()._apply(fn, recurse)
         if self.rotary.dtype != before.dtype or before.is_meta:
@@ -195,17 +230,28 @@ class Transformer(nn.Module):
         """Class and token embeddings: (B, n) and (B,) int64 -> (B, n+1, D)."""
         return torch.cat([self.cls_embedding.embedding_table(label)[:, None], self.tok_embeddings(tokens)], dim=1)
 
-    def forward(self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, *, blocks: Collection[int] = (),
-                logits: bool = True, last_block: int = 0) -> TransformerOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        label: Tensor,
+        keep: Tensor | None = None,
+        *,
+        blocks: Collection[int] = (),
+        logits: bool = True,
+        last_block: int = 0,
+    ) -> TransformerOutput:
         """Features and, if asked, logits of image tokens 0 ... n.
 
         Args:
             tokens: (B, n) int64 image tokens 0 ... n-1, 0 <= n < T.
             label: (B,) int64 in 0 ... num_classes; num_classes is the null class.
-            keep: (B, n+1) bool, False where a position is hidden as attention key; None hides nothing. keep[:, 0] is True.
+            keep: (B, n+1) bool, False where a position is hidden as attention key; None hides nothing. keep[:, 0] is
+                True.
             blocks: numbers (from 1) of the blocks whose outputs to return.
-            logits: whether to multiply by the output matrix; training never does (ops.linear_cross_entropy does it in chunks).
-            last_block: number of the block to stop after, 0: the last. After an earlier one `last` is its output, and `hidden` is no model's.
+            logits: whether to multiply by the output matrix; training never does (ops.linear_cross_entropy does it in
+                chunks).
+            last_block: number of the block to stop after, 0: the last. After an earlier one `last` is its output, and
+                `hidden` is no model's.
 
         Raises:
             ValueError: too many tokens, rows of `label` and `tokens` differ, a block number that does not exist.
@@ -224,19 +270,29 @@ class Transformer(nn.Module):
         norms = [*(block.attention_norm for block in self.layers[1:]), self.norm]
         normed_BTD, residual_BTD = self.layers[0].attention_norm(self.embed(tokens, label), None, dropout, seeds[-1])
         features = {}
-        for index, (block, closing_norm) in enumerate(zip(self.layers[: last_block or None], norms[: last_block or None], strict=True)):
+        for index, (block, closing_norm) in enumerate(
+            zip(self.layers[: last_block or None], norms[: last_block or None], strict=True)
+        ):
             arguments = (normed_BTD, residual_BTD, keep, rotary, dropout, seeds[2 * index])
             if recompute and not self.keep_attention:
-                branch_BTD, residual_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=same_choice_again)
+                branch_BTD, residual_BTD = checkpoint(
+                    block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=same_choice_again
+                )
             else:
                 branch_BTD, residual_BTD = block(*arguments, recompute_rest=recompute)
             normed_BTD, residual_BTD = closing_norm(branch_BTD, residual_BTD, dropout, seeds[2 * index + 1])
             if index + 1 in blocks:
                 features[index + 1] = residual_BTD
-        return TransformerOutput(self.output(normed_BTD).float() if logits else None, residual_BTD, normed_BTD, features)
+        return TransformerOutput(
+            self.output(normed_BTD).float() if logits else None, residual_BTD, normed_BTD, features
+        )
 
-    def features(self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, *, block: int = 0, last: bool = True) -> Features:
-        """What the method asks of a model (model/features.py): `forward` without logits; with `last` False the blocks after `block` do not run."""
+    def features(
+        self, tokens: Tensor, label: Tensor, keep: Tensor | None = None, *, block: int = 0, last: bool = True
+    ) -> Features:
+        """What the method asks of a model (model/features.py): `forward` without logits; with `last` False the blocks
+        after `block` do not run.
+        """
         out = self(tokens, label, keep, blocks=(block,) if block else (), logits=False, last_block=0 if last else block)
         return Features(out.hidden, out.last, out.features.get(block))
 

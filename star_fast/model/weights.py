@@ -2,9 +2,9 @@
 
     model.safetensors     the student
     teacher.safetensors   the EMA teacher, where there is one
-    config.json           ModelConfig, class names, sha256 of the weights, and the record of the run (method, step, images seen ...)
-    tokenizer/            the VQ tokenizer that made the codes, where it is known
-    README.md             a card for people, where the folder is to be shown
+    config.json           ModelConfig, class names, sha256 of the weights, and the record of the run (method, step,
+    images seen ...) tokenizer/            the VQ tokenizer that made the codes, where it is known README.md
+    a card for people, where the folder is to be shown
 
 A folder is whole or absent: it is written beside its place, then renamed.
 """
@@ -27,12 +27,26 @@ from star_fast.config import ModelConfig
 from star_fast.errors import UserError
 from star_fast.model.bounded_file import read_small_json, shown
 from star_fast.model.class_table import match_classes
-from star_fast.model.llamagen import CLASS_TABLE, Checkpoint, checkpoint_config, open_checkpoint, read_transformer, safetensors_bytes
+from star_fast.model.llamagen import (
+    CLASS_TABLE,
+    Checkpoint,
+    checkpoint_config,
+    open_checkpoint,
+    read_transformer,
+    safetensors_bytes,
+)
 from star_fast.model.tensor_files import require_finite, require_fit
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.records import require, to_dict
-from star_fast.storage import atomic_write_bytes, atomic_write_json, explain_write_errors, sha256_of_bytes, sync_folder, to_record
+from star_fast.storage import (
+    atomic_write_bytes,
+    atomic_write_json,
+    explain_write_errors,
+    sha256_of_bytes,
+    sync_folder,
+    to_record,
+)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -95,12 +109,24 @@ class _About:
         for name in ("vocab", "positions", "num_classes"):
             require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
         expected = self.model.num_classes
-        require(len(self.class_names) == expected, "class_names", len(self.class_names), f"{expected} class names (model.num_classes)")
+        require(
+            len(self.class_names) == expected,
+            "class_names",
+            len(self.class_names),
+            f"{expected} class names (model.num_classes)",
+        )
 
 
-def save_model(folder: str | Path, transformer: Transformer, *, class_names: Sequence[str], teacher: Transformer | Mapping[str, Tensor] | None = None,
-               tokenizer: VQTokenizer | str | Path | None = None, record: Mapping[str, Any] | None = None,
-               card: str = "") -> None:
+def save_model(
+    folder: str | Path,
+    transformer: Transformer,
+    *,
+    class_names: Sequence[str],
+    teacher: Transformer | Mapping[str, Tensor] | None = None,
+    tokenizer: VQTokenizer | str | Path | None = None,
+    record: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> None:
     """Write a model folder, whole or not at all; an older model folder in its place is replaced.
 
     Args:
@@ -112,12 +138,14 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
         record: anything JSON can hold: method settings, step, images_seen, tokenizer hash ...
         card: README.md, in Markdown (hub.model_card); "": none.
 
-    Leftovers of saves to `folder` that were killed are cleared (a model that such a save had moved out of the way comes back first); so there must be
-    one writer of a folder at a time, as a run's lock provides.
+    Leftovers of saves to `folder` that were killed are cleared (a model that such a save had moved out of the way comes
+    back first); so there must be one writer of a folder at a time, as a run's lock provides.
 
     Raises:
-        ValueError: number of class names, or teacher's weights, do not fit. UserError: other files are in `folder`; weights that are not finite.
-        StorageError: the disk is full, or the place cannot be written. After all of them the older model, if any, is in its place.
+        ValueError: number of class names, or teacher's weights, do not fit. UserError: other files are in `folder`;
+            weights that are not finite.
+        StorageError: the disk is full, or the place cannot be written. After all of them the older model, if any, is in
+            its place.
     """
     folder, config = Path(folder), transformer.config
     if len(class_names) != config.num_classes:
@@ -125,10 +153,18 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
     states = {"student": transformer.state_dict()}
     if teacher is not None:
         states["teacher"] = teacher.state_dict() if isinstance(teacher, Transformer) else dict(teacher)
-        shapes, teacher_shapes = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (states["student"], states["teacher"]))
+        shapes, teacher_shapes = (
+            {name: tuple(tensor.shape) for name, tensor in state.items()}
+            for state in (states["student"], states["teacher"])
+        )
         if shapes != teacher_shapes:
-            differing = sorted(name for name in {*shapes, *teacher_shapes} if shapes.get(name) != teacher_shapes.get(name))
-            raise ValueError(f"save_model: teacher must have the student's weights, names and shapes; differing: {', '.join(differing[:6])}")
+            differing = sorted(
+                name for name in {*shapes, *teacher_shapes} if shapes.get(name) != teacher_shapes.get(name)
+            )
+            raise ValueError(
+                "save_model: teacher must have the student's weights, names and shapes; differing: "
+                f"{', '.join(differing[:6])}"
+            )
     for name, state in states.items():
         require_finite(state, f"{folder}: not saved: of the {name}")
     if tokenizer is not None and not isinstance(tokenizer, VQTokenizer):
@@ -148,8 +184,16 @@ def save_model(folder: str | Path, transformer: Transformer, *, class_names: Seq
             tokenizer.save(staging / TOKENIZER_FOLDER)
         if card:
             atomic_write_bytes(staging / CARD_FILE, card.encode())
-        atomic_write_json(staging / CONFIG_FILE, {"format_version": FORMAT_VERSION, "model": to_dict(config), "class_names": list(class_names),
-                                                  "weights_sha256": hashes, "record": dict(record or {})})
+        atomic_write_json(
+            staging / CONFIG_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "model": to_dict(config),
+                "class_names": list(class_names),
+                "weights_sha256": hashes,
+                "record": dict(record or {}),
+            },
+        )
         with explain_write_errors(folder):
             if folder.exists():
                 os.rename(folder, replaced)
@@ -174,32 +218,54 @@ def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.d
         dtype: of the transformer's weights; None keeps the file's.
 
     Raises:
-        UserError: something is missing, truncated, mixed up, not finite or of another size, or there is no teacher. One line.
+        UserError: something is missing, truncated, mixed up, not finite or of another size, or there is no teacher. One
+            line.
     """
     folder = _model_folder(path, weights)
     if folder is None:
         path = Path(path)
         with open_checkpoint(path) as checkpoint:
             transformer = read_transformer(path, checkpoint, checkpoint_config(path, checkpoint), dtype)
-            return LoadedModel(transformer, [str(label) for label in range(transformer.config.num_classes)], None, {}, checkpoint.file.sha256())
+            return LoadedModel(
+                transformer,
+                [str(label) for label in range(transformer.config.num_classes)],
+                None,
+                {},
+                checkpoint.file.sha256(),
+            )
     about = _read_config(folder)
     with _open_weights(folder, weights, about) as (checkpoint, sha256):
         transformer = read_transformer(checkpoint.file.path, checkpoint, about.model, dtype)
     tokenizer_folder = folder / TOKENIZER_FOLDER
-    return LoadedModel(transformer, about.class_names, tokenizer_folder if os.path.isdir(tokenizer_folder) else None, about.record, sha256)
+    return LoadedModel(
+        transformer,
+        about.class_names,
+        tokenizer_folder if os.path.isdir(tokenizer_folder) else None,
+        about.record,
+        sha256,
+    )
 
 
-def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", tokenizer_hash: str = "", class_names: Sequence[str] | None = None,
-              class_names_there: Sequence[str] | None = None) -> list[str]:
-    """Copy the weights at `path` (as for load_model) into `transformer`, casting to its dtype: how a run starts from given weights.
+def load_into(
+    transformer: Transformer,
+    path: str | Path,
+    *,
+    weights: str = "",
+    tokenizer_hash: str = "",
+    class_names: Sequence[str] | None = None,
+    class_names_there: Sequence[str] | None = None,
+) -> list[str]:
+    """Copy the weights at `path` (as for load_model) into `transformer`, casting to its dtype: how a run starts from
+    given weights.
 
-    Class embeddings are matched by name (class_table.match_classes); rows that find no match stay as they are in `transformer`. The number of positions
-    may differ: the rotary table is computed, not stored.
+    Class embeddings are matched by name (class_table.match_classes); rows that find no match stay as they are in
+    `transformer`. The number of positions may differ: the rotary table is computed, not stored.
 
     Args:
-        weights: of a model folder "student" or "teacher"; of a LlamaGen file what its weights sit under, say "model" or "ema"; "": the student, or the
-            file's first of llamagen.WRAPPERS.
-        tokenizer_hash: names the tokenizer whose codes will be trained on; a model folder that names another one is refused.
+        weights: of a model folder "student" or "teacher"; of a LlamaGen file what its weights sit under, say "model" or
+            "ema"; "": the student, or the file's first of llamagen.WRAPPERS.
+        tokenizer_hash: names the tokenizer whose codes will be trained on; a model folder that names another one is
+            refused.
         class_names: of the classes that `transformer` will learn; None where not known.
         class_names_there: of the classes that the weights have learnt, where the file cannot say or says otherwise.
 
@@ -207,8 +273,9 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", 
         What was done to make the weights fit, a line each.
 
     Raises:
-        UserError: as load_model; or the weights know the codes of another tokenizer, are of another size (which tensor, expected and found
-            shapes) or another number of heads, or the classes cannot be matched. Then `transformer` is as it was.
+        UserError: as load_model; or the weights know the codes of another tokenizer, are of another size (which tensor,
+            expected and found shapes) or another number of heads, or the classes cannot be matched. Then `transformer`
+            is as it was.
     """
     path, here = Path(path), transformer.config
     folder = _model_folder(path, "student")
@@ -216,7 +283,8 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", 
         if folder is None:
             checkpoint = stack.enter_context(open_checkpoint(path, weights))
             _require_fit_but_classes(transformer, checkpoint, path)
-            config = checkpoint_config(path, checkpoint, here.heads, default_positions=here.positions)  # raises where the file contradicts ours
+            # Raises where the file contradicts ours
+            config = checkpoint_config(path, checkpoint, here.heads, default_positions=here.positions)
         else:
             about = _read_config(folder)
             _require_same_codes(folder, about, tokenizer_hash)
@@ -228,9 +296,14 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", 
             config, class_names_there = about.model, class_names_there or about.class_names
         file = checkpoint.file.path
         if config.heads != here.heads:
-            raise UserError(f"{file}: model.heads is {config.heads} there and {here.heads} here; the weights cannot be used")
+            raise UserError(
+                f"{file}: model.heads is {config.heads} there and {here.heads} here; the weights cannot be used"
+            )
         if class_names_there is not None and len(class_names_there) != config.num_classes:
-            raise UserError(f"{file}: has {config.num_classes} classes, got {len(class_names_there)} names of them; give one name for each")
+            raise UserError(
+                f"{file}: has {config.num_classes} classes, got {len(class_names_there)} names of them; give one "
+                "name for each"
+            )
         match = match_classes(file, config.num_classes, class_names_there, here.num_classes, class_names)
         stored = read_transformer(file, checkpoint, config)
     state = stored.state_dict()
@@ -238,7 +311,9 @@ def load_into(transformer: Transformer, path: str | Path, *, weights: str = "", 
     transformer.load_state_dict(state)
     told = [match.told] if match.told else []
     if config.positions != here.positions:
-        told.append(f"positions: trained with {config.positions}, here {here.positions}; the rotary table is computed anew")
+        told.append(
+            f"positions: trained with {config.positions}, here {here.positions}; the rotary table is computed anew"
+        )
     return told
 
 
@@ -253,8 +328,12 @@ def _require_fit_but_classes(transformer: Transformer, checkpoint: Checkpoint, f
 def _require_same_codes(folder: Path, about: _About, tokenizer_hash: str) -> None:
     trained_on = about.record.get("tokenizer_hash") or ""
     if tokenizer_hash and trained_on and trained_on != tokenizer_hash:
-        raise UserError(f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer {tokenizer_hash[:12]}: the same "
-                        f"code means another image patch; prepare the codes with star-fast prepare --tokenizer {folder / TOKENIZER_FOLDER}")
+        raise UserError(
+            f"{folder}: trained on codes of tokenizer {trained_on[:12]}, the code store here is of tokenizer "
+            f"{tokenizer_hash[:12]}: the same "
+            "code means another image patch; prepare the codes with star-fast prepare --tokenizer "
+            f"{folder / TOKENIZER_FOLDER}"
+        )
 
 
 def _model_folder(path: str | Path, weights: str) -> Path | None:
@@ -265,7 +344,9 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
     if not os.path.lexists(path) and (moved := _moved_away(path)):
         raise _interrupted(path, moved)
     if not os.path.exists(path):  # of os.path: unlike Path.exists it raises for no name
-        raise UserError(f"{path}: not found; expected a model folder (with {CONFIG_FILE}), a run folder or a LlamaGen file")
+        raise UserError(
+            f"{path}: not found; expected a model folder (with {CONFIG_FILE}), a run folder or a LlamaGen file"
+        )
     if os.path.isdir(path):
         if os.path.exists(path / CONFIG_FILE):
             return path
@@ -273,7 +354,9 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
             raise _interrupted(path / "model", moved)
         return path / "model" if os.path.exists(path / "model" / CONFIG_FILE) else path
     if path.name in WEIGHTS_FILES.values() and os.path.exists(path.parent / CONFIG_FILE):
-        raise UserError(f"{path}: part of a model folder; give the folder {path.parent} (and weights student or teacher)")
+        raise UserError(
+            f"{path}: part of a model folder; give the folder {path.parent} (and weights student or teacher)"
+        )
     if weights == "teacher":
         raise UserError(f"{path}: a LlamaGen file holds no teacher; use weights student")
     return None
@@ -283,7 +366,10 @@ def _read_config(folder: Path) -> _About:
     file = folder / CONFIG_FILE
     values = read_small_json(file, _HINT, _MOST_CONFIG_BYTES)
     if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; not a model folder of this version")
+        raise UserError(
+            f"{file}: expected format_version {FORMAT_VERSION}, got {shown(values.get('format_version'))}; not a "
+            "model folder of this version"
+        )
     about = to_record(values, file, _About, _HINT)
     to_record({"record": about.record}, file, _Recorded, _HINT, ignore_unknown=True)
     return about
@@ -295,17 +381,24 @@ def _open_weights(folder: Path, weights: str, about: _About) -> Iterator[tuple[C
     file = folder / WEIGHTS_FILES[weights]
     if not os.path.lexists(file):
         if weights == "teacher":
-            raise UserError(f"{folder}: holds no teacher (no {file.name}): trained without one, or not saved; use weights student")
+            raise UserError(
+                f"{folder}: holds no teacher (no {file.name}): trained without one, or not saved; use weights student"
+            )
         raise UserError(f"{file}: not found; a model folder holds {file.name} and {CONFIG_FILE}")
     with open_checkpoint(file) as checkpoint:
         if (sha256 := checkpoint.file.sha256()) != about.weights_sha256.get(weights):
-            raise UserError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy the folder again or "
-                            "resume the run")
+            raise UserError(
+                f"{file}: its sha256 is not the one in {CONFIG_FILE}: damaged, or files of two models mixed; copy "
+                "the folder again or "
+                "resume the run"
+            )
         yield checkpoint, sha256
 
 
 def _leftovers(folder: Path) -> dict[Path, str]:
-    """What earlier saves to `folder` left beside it, each with its suffix: "tmp" (half written) or "old" (the model that was being replaced)."""
+    """What earlier saves to `folder` left beside it, each with its suffix: "tmp" (half written) or "old" (the model
+    that was being replaced).
+    """
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9]+\.(tmp|old)")
     try:
         return {entry: match[1] for entry in folder.parent.iterdir() if (match := pattern.fullmatch(entry.name))}
@@ -315,13 +408,18 @@ def _leftovers(folder: Path) -> dict[Path, str]:
 
 def _moved_away(folder: Path) -> Path | None:
     """The model that a save, killed between its two renames, had moved out of its place; of several the newest."""
-    kept = [entry for entry, suffix in _leftovers(folder).items() if suffix == "old" and os.path.isfile(entry / CONFIG_FILE)]
+    kept = [
+        entry for entry, suffix in _leftovers(folder).items() if suffix == "old" and os.path.isfile(entry / CONFIG_FILE)
+    ]
     return max(kept, key=os.path.getmtime, default=None)
 
 
 def _interrupted(folder: Path, moved: Path) -> UserError:
-    return UserError(f"{folder}: not found: a save was killed while it replaced this model; the older one is in {moved.name}: rename that to "
-                     f"{folder.name}, or resume the run, which saves again")
+    return UserError(
+        f"{folder}: not found: a save was killed while it replaced this model; the older one is in {moved.name}: "
+        "rename that to "
+        f"{folder.name}, or resume the run, which saves again"
+    )
 
 
 def _recover(folder: Path) -> None:
@@ -338,4 +436,7 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise UserError(f"{folder}: a file; expected a folder to save the model in")
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MEMBERS) if folder.exists() else []
     if foreign:
-        raise UserError(f"{folder}: holds other files than a model's ({', '.join(foreign[:6])}); save the model in a folder of its own")
+        raise UserError(
+            f"{folder}: holds other files than a model's ({', '.join(foreign[:6])}); save the model in a folder "
+            "of its own"
+        )

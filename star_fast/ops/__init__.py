@@ -15,5 +15,21 @@ from star_fast.ops.sample_tokens import sample_tokens
 from star_fast.ops.slot_contrast import slot_contrast
 from star_fast.ops.swiglu import swiglu
 
-__all__ = ["Int8Weight", "KVCache", "add_rms_norm", "all_slots_contrast", "decode_attention", "ema_update", "feature_distance", "group_norm_silu",
-           "int8_linear", "linear_cross_entropy", "masked_attention", "masked_attention_qkv", "sample_tokens", "slot_contrast", "swiglu", "use_backend"]
+__all__ = [
+    "Int8Weight",
+    "KVCache",
+    "add_rms_norm",
+    "all_slots_contrast",
+    "decode_attention",
+    "ema_update",
+    "feature_distance",
+    "group_norm_silu",
+    "int8_linear",
+    "linear_cross_entropy",
+    "masked_attention",
+    "masked_attention_qkv",
+    "sample_tokens",
+    "slot_contrast",
+    "swiglu",
+    "use_backend",
+]

@@ -30,7 +30,9 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_2_cuda"))
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
+def why_not(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> str | None:
     """None if flash-attn's compiled module is there and takes this call."""
     if keep is not None:
         return "a key mask is given, which flash-attn has no argument for"
@@ -39,13 +41,20 @@ def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = 
     if qkv.device.type != "cuda" or qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 or bfloat16 on CUDA, got {qkv.dtype} on {qkv.device}"
     if qkv.shape[-1] > 256 or qkv.stride(-1) != 1:
-        return f"flash-attn takes head sizes up to 256 with unit stride, got {qkv.shape[-1]} with stride {qkv.stride(-1)}"
+        return (
+            f"flash-attn takes head sizes up to 256 with unit stride, got {qkv.shape[-1]} with stride {qkv.stride(-1)}"
+        )
     return None
 
 
 fake, moved_bytes = attention_by_sdpa.fake, attention_by_sdpa.moved_bytes
 
 
-def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> list[Launch]:
+def launches(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> list[Launch]:
     """Rotary's launches where it is wanted, then the fused attention kernel."""
-    return [*attention_by_sdpa.eager_rotary_launches(qkv, rotary), Launch("flash_attn_func", (qkv.shape[0], qkv.shape[3]))]
+    return [
+        *attention_by_sdpa.eager_rotary_launches(qkv, rotary),
+        Launch("flash_attn_func", (qkv.shape[0], qkv.shape[3])),
+    ]

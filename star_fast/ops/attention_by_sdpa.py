@@ -1,4 +1,6 @@
-"""Causal attention by torch's scaled_dot_product_attention, where no key is hidden: torch brings a fused kernel for that on CUDA."""
+"""Causal attention by torch's scaled_dot_product_attention, where no key is hidden: torch brings a fused kernel for
+that on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,15 @@ def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None
     return reference(qkv, keep, rotary=rotary)
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
+def why_not(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> str | None:
     """None if this call has no key mask (with one, torch would read a (B, T, T) mask from memory)."""
-    return None if keep is None else "a key mask is given, and scaled_dot_product_attention would need it as a (B, T, T) matrix"
+    return (
+        None
+        if keep is None
+        else "a key mask is given, and scaled_dot_product_attention would need it as a (B, T, T) matrix"
+    )
 
 
 def fake(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -25,18 +33,33 @@ def fake(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = Non
     return qkv.new_empty(batch, positions, heads, size)
 
 
-def launches(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> list[Launch]:
+def launches(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> list[Launch]:
     """Rotary's launches where it is wanted, then the fused attention kernel."""
-    return [*eager_rotary_launches(qkv, rotary), Launch("torch scaled_dot_product_attention", (qkv.shape[0], qkv.shape[3]))]
+    return [
+        *eager_rotary_launches(qkv, rotary),
+        Launch("torch scaled_dot_product_attention", (qkv.shape[0], qkv.shape[3])),
+    ]
 
 
-def moved_bytes(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> int:
-    """q, k, v read and the result written, one float32 a query (its statistic); rotary of q and k comes before and moves several times as much."""
+def moved_bytes(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> int:
+    """q, k, v read and the result written, one float32 a query (its statistic); rotary of q and k comes before and
+    moves several times as much.
+    """
     batch, positions, _, heads, size = qkv.shape
     rows = batch * positions * heads
-    return rows * (4 * size * qkv.element_size() + 4) + (0 if rotary is None else 2 * rotate_bytes(rows * size, qkv.dtype))
+    return rows * (4 * size * qkv.element_size() + 4) + (
+        0 if rotary is None else 2 * rotate_bytes(rows * size, qkv.dtype)
+    )
 
 
 def eager_rotary_launches(qkv: Tensor, rotary: Tensor | None) -> list[Launch]:
     """Torch's launches that turn q and k, none without rotary."""
-    return [] if rotary is None else [launch for name in "qk" for launch in rotate_launches(name, qkv.numel() // 3, qkv.dtype)]
+    return (
+        []
+        if rotary is None
+        else [launch for name in "qk" for launch in rotate_launches(name, qkv.numel() // 3, qkv.dtype)]
+    )

@@ -1,4 +1,6 @@
-"""Backend "cpp" of decode_attention, on the CPU: rotary, append and attention in one pass over a cache in blocks (csrc/decode_attention_cpu.cpp)."""
+"""Backend "cpp" of decode_attention, on the CPU: rotary, append and attention in one pass over a cache in blocks
+(csrc/decode_attention_cpu.cpp).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from star_fast.ops.dispatch import Launch
 from star_fast.ops.kv_cache import KVCache, new_blocks
 
 if not hasattr(torch.ops.star_fast, "large_pages"):
-    raise ImportError("star_fast._C is an older build without decode_attention in blocks: build it again (python setup.py build_ext --inplace)")
+    raise ImportError(
+        "star_fast._C is an older build without decode_attention in blocks: build it again (python setup.py "
+        "build_ext --inplace)"
+    )
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LARGEST_HEAD = 512  # so many products of 8 and 16 bits fit 32
@@ -29,14 +34,28 @@ def run(qkv: Tensor, cache: KVCache, position: int, *, rotary: Tensor | None) ->
     out = qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
     rotary = None if rotary is None else rotary.float().contiguous()
-    torch.ops.star_fast.decode_attention_blocks(qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, position, rotary, out)
+    torch.ops.star_fast.decode_attention_blocks(
+        qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, position, rotary, out
+    )
     return out
 
 
-def new_cache(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str,
-              qkv_dtype: torch.dtype | None) -> KVCache | None:
+def new_cache(
+    rows: int,
+    heads: int,
+    positions: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    qkv_dtype: torch.dtype | None,
+) -> KVCache | None:
     """A cache in blocks; None where `run` will not be called: another device, dtype or head size than it takes."""
-    if torch.device(device).type != "cpu" or dtype not in (*_DTYPES, torch.int8) or (qkv_dtype or torch.float32) not in _DTYPES or _why_not_size(head_size):
+    if (
+        torch.device(device).type != "cpu"
+        or dtype not in (*_DTYPES, torch.int8)
+        or (qkv_dtype or torch.float32) not in _DTYPES
+        or _why_not_size(head_size)
+    ):
         return None
     return new_blocks(rows, heads, positions, head_size, dtype, device, zeros=_zeros_in_large_pages)
 
@@ -52,8 +71,12 @@ def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tens
     if qkv.device.type != "cpu":
         return f"it runs on the CPU, qkv is on {qkv.device}"
     if qkv.dtype not in _DTYPES or cache.k.dtype not in (qkv.dtype, torch.int8):
-        return f"it takes float32 or bfloat16 with a cache of the same dtype or int8, got {qkv.dtype} and {cache.k.dtype}"
-    return _why_not_size(qkv.shape[3]) or ("the cache is in rows; it reads blocks, which new_cache makes for it" if cache.layout is None else None)
+        return (
+            f"it takes float32 or bfloat16 with a cache of the same dtype or int8, got {qkv.dtype} and {cache.k.dtype}"
+        )
+    return _why_not_size(qkv.shape[3]) or (
+        "the cache is in rows; it reads blocks, which new_cache makes for it" if cache.layout is None else None
+    )
 
 
 def _why_not_size(size: int) -> str | None:

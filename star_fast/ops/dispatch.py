@@ -1,22 +1,24 @@
 """The registry of ops and the one switch that chooses a backend.
 
-An op is a public function in `star_fast/ops/<name>.py`. Its `reference` is plain torch. Further backends are modules, loaded by
-name at first use, that define functions with the op's own arguments:
+An op is a public function in `star_fast/ops/<name>.py`. Its `reference` is plain torch. Further backends are modules,
+loaded by name at first use, that define functions with the op's own arguments:
 
     run(...)       computes the op (with gradients, where the op has them)
     why_not(...)   None, or one sentence saying why this call cannot be served
     fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
     new_cache(...)     optional, decode_attention: a cache in the layout that `run` reads (see ops/kv_cache.py)
-    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel included
+    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel
+        included
 
-`fake` and `launches` are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes FakeTensors, and the one place that
-launches (ops/triton/launching.py) then notes what it would launch.
+`fake` and `launches` are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes
+FakeTensors, and the one place that launches (ops/triton/launching.py) then notes what it would launch.
 
-Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order for the
-device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A backend that was asked for
-and cannot serve the call raises with the reason; one that was merely first in the order gives way to the next, logged once. Every backend
-meets the same error bound, so giving way never changes the numerics.
+Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order
+    for the
+device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A backend
+that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives way to
+the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
 """
 
 from __future__ import annotations
@@ -42,11 +44,14 @@ class Launch:
 
     kernel: str
     grid: tuple[int, ...]
-    call: Any = field(default=None, compare=False, repr=False)  # a Triton launch with its arguments: ops/triton/launching.Call
+    # A Triton launch with its arguments: ops/triton/launching.Call
+    call: Any = field(default=None, compare=False, repr=False)
 
 
 class Cost(NamedTuple):
-    """What one call must do at least: bytes read and written (each input and output once) and floating-point operations."""
+    """What one call must do at least: bytes read and written (each input and output once) and floating-point
+    operations.
+    """
 
     bytes_moved: int
     flops: int
@@ -90,9 +95,16 @@ _recorder: list[Recorded] | None = None
 _noted: list[Launch] | None = None
 
 
-def register(name: str, reference: Callable[..., Any], *, modules: dict[str, str] | None = None,
-             order: dict[str, tuple[str, ...]] | None = None) -> None:
-    """Make an op known: `modules` maps backend names to module paths, `order` lists per device type what to try before the reference."""
+def register(
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    modules: dict[str, str] | None = None,
+    order: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Make an op known: `modules` maps backend names to module paths, `order` lists per device type what to try before
+    the reference.
+    """
     _OPS[name] = _Op(name, reference, modules or {}, order or {})
 
 
@@ -118,7 +130,8 @@ def module_paths(name: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def use_backend(backend: str, **of_op: str) -> Iterator[None]:
-    """Within the block every op runs on `backend`, an op named in `of_op` on its own; an op without a backend of that name raises.
+    """Within the block every op runs on `backend`, an op named in `of_op` on its own; an op without a backend of that
+    name raises.
 
     Example: use_backend("triton", sample_tokens="cpp").
     """
@@ -147,7 +160,9 @@ class _AsThen:
 
 
 def same_choice_again() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """`context_fn` of torch.utils.checkpoint: what backward computes anew, often after the block of `use_backend`, chooses as the first time."""
+    """`context_fn` of torch.utils.checkpoint: what backward computes anew, often after the block of `use_backend`,
+    chooses as the first time.
+    """
     return contextlib.nullcontext(), _AsThen()
 
 
@@ -185,11 +200,15 @@ def note(launch: Launch) -> None:
     _noted.append(launch)
 
 
-def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | None = None, *, backend: str | None = None) -> Any:
-    """Run op `name` on the backend chosen for this call. Called by the public functions only, after they checked their arguments.
+def call(
+    name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | None = None, *, backend: str | None = None
+) -> Any:
+    """Run op `name` on the backend chosen for this call. Called by the public functions only, after they checked their
+    arguments.
 
     Raises:
-        BackendUnavailable: `backend`, `use_backend` or STAR_FAST_BACKEND names one that does not exist or cannot serve the call.
+        BackendUnavailable: `backend`, `use_backend` or STAR_FAST_BACKEND names one that does not exist or cannot serve
+            the call.
     """
     op, kwargs = _OPS[name], kwargs or {}
     asked = _asked(name, backend)
@@ -199,7 +218,8 @@ def call(name: str, device: torch.device, args: tuple, kwargs: dict[str, Any] | 
 
 
 def module_for(name: str, device: torch.device, *, backend: str | None = None) -> ModuleType | None:
-    """The module that calls on this device will go to first: of the backend asked for, else the first of the op's order that is there. None: the reference.
+    """The module that calls on this device will go to first: of the backend asked for, else the first of the op's order
+    that is there. None: the reference.
 
     For data that is laid out before the first call. A backend asked for that does not exist is the call's to report.
     """
@@ -217,8 +237,12 @@ def _asked(name: str, backend: str | None) -> str | None:
     return backend or overridden or os.environ.get("STAR_FAST_BACKEND")
 
 
-def _first_or_cheapest(op: _Op, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ModuleType | None]:
-    """Of the op's order the first backend that serves the call; of several that count their bytes the cheapest, the earlier where equal."""
+def _first_or_cheapest(
+    op: _Op, device: torch.device, args: tuple, kwargs: dict[str, Any]
+) -> tuple[str, ModuleType | None]:
+    """Of the op's order the first backend that serves the call; of several that count their bytes the cheapest, the
+    earlier where equal.
+    """
     best: tuple[str, ModuleType | None] = ("reference", None)
     fewest = None
     for candidate in op.order.get(device.type, ()):
@@ -270,5 +294,7 @@ def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: 
 
 
 def _fake(first: Any) -> bool:
-    """Whether a call is on FakeTensors, told by its first argument, a tensor or a list of some: a call has all its data, or a trace has none of it."""
+    """Whether a call is on FakeTensors, told by its first argument, a tensor or a list of some: a call has all its
+    data, or a trace has none of it.
+    """
     return isinstance(first[0] if isinstance(first, list) else first, FakeTensor)

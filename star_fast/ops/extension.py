@@ -1,4 +1,6 @@
-"""Backend "cpp": the compiled operators of star_fast._C (csrc/, built by setup.py). Importing this module fails where they were not built."""
+"""Backend "cpp": the compiled operators of star_fast._C (csrc/, built by setup.py). Importing this module fails where
+they were not built.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,40 @@ def _(*arguments: Any) -> None:
     """Writes `out` and returns nothing: no shape to tell."""
 
 
-def run(logits: Tensor, *, seed: int | Tensor, image_index: Tensor, position: int | Tensor, temperature: float, top_k: int, top_p: float,
-        uncond: Tensor | None, guidance: float, out: Tensor | None) -> Tensor:
+def run(
+    logits: Tensor,
+    *,
+    seed: int | Tensor,
+    image_index: Tensor,
+    position: int | Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    uncond: Tensor | None,
+    guidance: float,
+    out: Tensor | None,
+) -> Tensor:
     """See ops/sample_tokens.py."""
     if out is None:
         out = image_index.new_empty(logits.shape[0])
     bad_rows = None if logits.device.type == "cpu" else bad_rows_flag(logits.device)
     seed_at, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
     position_at, position = (position, 0) if isinstance(position, Tensor) else (None, position)
-    torch.ops.star_fast.sample_tokens(_unit_stride(logits), None if uncond is None else _unit_stride(uncond), image_index.contiguous(), seed_at, seed,
-                                      position_at, position, temperature, top_k, top_p, guidance, out, bad_rows)
+    torch.ops.star_fast.sample_tokens(
+        _unit_stride(logits),
+        None if uncond is None else _unit_stride(uncond),
+        image_index.contiguous(),
+        seed_at,
+        seed,
+        position_at,
+        position,
+        temperature,
+        top_k,
+        top_p,
+        guidance,
+        out,
+        bad_rows,
+    )
     return out
 
 

@@ -15,7 +15,8 @@ _ROWS = 512  # rows handled at once on the CPU: a few MB in float32
 def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = None) -> Tensor:
     """mean over n of 1 - cos(student[n], teacher[n]); a vector of norm < 1e-12 has cosine 0 and gradient 0.
 
-    Backward, with s, t one row each and c their cosine: ds = -dout / N * (t / |t| - c s / |s|) / |s|. No gradient goes to the teacher.
+    Backward, with s, t one row each and c their cosine: ds = -dout / N * (t / |t| - c s / |s|) / |s|. No gradient goes
+        to the teacher.
 
     Args:
         student: (N, D) float, N, D >= 1. Norms below 1e19, so that their squares fit float32.
@@ -29,8 +30,9 @@ def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = 
         Products, norms, cosines and the mean in float32 (float64 for float64). Deterministic.
 
     Memory:
-        Where a gradient is wanted the forward pass computes it up to the factor dout / N, in the dtype of `student`; nothing else is
-        saved, so the teacher's features can be freed after it. No (N, D) tensor of another dtype exists.
+        Where a gradient is wanted the forward pass computes it up to the factor dout / N, in the dtype of `student`;
+        nothing else is saved, so the teacher's features can be freed after it. No (N, D) tensor of another dtype
+        exists.
 
     Raises:
         TypeError: not floating point. ValueError: shapes, dtypes or devices that do not fit.
@@ -43,8 +45,11 @@ def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = 
     if student.ndim != 2 or 0 in student.shape:
         raise ValueError(f"feature_distance: student must be (N, D) with N, D >= 1, got shape {tuple(student.shape)}")
     if teacher.shape != student.shape or teacher.dtype != student.dtype or teacher.device != student.device:
-        raise ValueError(f"feature_distance: teacher must be {tuple(student.shape)} {student.dtype} on {student.device} like student, "
-                         f"got {tuple(teacher.shape)} {teacher.dtype} on {teacher.device}")
+        raise ValueError(
+            f"feature_distance: teacher must be {tuple(student.shape)} {student.dtype} on {student.device} like "
+            "student, "
+            f"got {tuple(teacher.shape)} {teacher.dtype} on {teacher.device}"
+        )
     return dispatch.call("feature_distance", student.device, (student, teacher.detach()), backend=backend)
 
 
@@ -72,7 +77,8 @@ class _FeatureDistance(torch.autograd.Function):
 def scaled(gradient: Tensor, dout: Tensor) -> Tensor:
     """gradient * dout / N in the dtype of `gradient`, the factor in the dtype of `dout`."""
     out, factor = torch.empty_like(gradient), (dout / gradient.shape[0]).view(1, 1)
-    for block, rows in zip(out.split(_ROWS), gradient.split(_ROWS), strict=True):  # the CPU computes with a float32 copy
+    # The CPU computes with a float32 copy
+    for block, rows in zip(out.split(_ROWS), gradient.split(_ROWS), strict=True):
         torch.mul(rows, factor, out=block)
     return out
 
@@ -98,7 +104,9 @@ def inverse_norm(x: Tensor) -> Tensor:
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    """Arguments for one call at a preset's training shape: student and teacher (N, D), correlated as after some training."""
+    """Arguments for one call at a preset's training shape: student and teacher (N, D), correlated as after some
+    training.
+    """
     shape = SHAPES[preset]
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(shape.rows, shape.D, generator=generator)
@@ -107,11 +115,18 @@ def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
 
 
 def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
-    """Least bytes and FLOPs of one call without gradient, or if `backward` of what the gradient adds: written forward, scaled backward."""
+    """Least bytes and FLOPs of one call without gradient, or if `backward` of what the gradient adds: written forward,
+    scaled backward.
+    """
     numbers, size = call["student"].numel(), call["student"].element_size()
     if backward:  # forward writes the gradient; backward reads it and writes it scaled
         return dispatch.Cost(3 * numbers * size, 4 * numbers)
     return dispatch.Cost(2 * numbers * size + 4, 6 * numbers)
 
 
-dispatch.register("feature_distance", reference, modules={"triton": "star_fast.ops.triton.feature_distance"}, order={"cuda": ("triton",)})
+dispatch.register(
+    "feature_distance",
+    reference,
+    modules={"triton": "star_fast.ops.triton.feature_distance"},
+    order={"cuda": ("triton",)},
+)

@@ -12,11 +12,21 @@ from star_fast.ops.shapes import SHAPES
 _SIDE = 16  # of the images that `inputs` makes: the lowest level of a 256-pixel tokenizer
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, silu: bool = True, out: Tensor | None = None,
-                    backend: str | None = None) -> Tensor:
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    *,
+    silu: bool = True,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """silu(n) with n = (x - mean) / sqrt(var + eps) * weight + bias; n itself without `silu`.
 
-    Mean and (biased) variance are taken for each image over all pixels of a group of C / groups neighbouring channels. Backward is autograd's.
+    Mean and (biased) variance are taken for each image over all pixels of a group of C / groups neighbouring channels.
+    Backward is autograd's.
 
     Args:
         x: (B, C, H, W) float, in any layout; channels last is the fast one on the CPU.
@@ -24,15 +34,17 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         groups: a divisor of C.
         eps: added to the variance; > 0.
         silu: whether n goes through n * sigmoid(n).
-        out: where to write, like `x` in all; it may be `x`, which saves a pass over memory and the pages of a new tensor. Without gradients only.
+        out: where to write, like `x` in all; it may be `x`, which saves a pass over memory and the pages of a new
+            tensor. Without gradients only.
         backend: name of a backend; None chooses (see dispatch).
 
     Returns:
         (B, C, H, W), dtype, device and layout of `x`.
 
     Numerics:
-        Kernels take both sums in float32 about each channel's first pixel, part by part, and add up the parts in float64; n and silu(n) are computed in
-        float32 and rounded once (the reference rounds n, too). Deterministic, on any number of threads; an image's numbers do not depend on the others.
+        Kernels take both sums in float32 about each channel's first pixel, part by part, and add up the parts in
+        float64; n and silu(n) are computed in float32 and rounded once (the reference rounds n, too). Deterministic, on
+        any number of threads; an image's numbers do not depend on the others.
 
     Memory:
         Inference alone has a kernel: it saves nothing, and only the result is as large as `x`.
@@ -41,27 +53,46 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         TypeError: not floating point, or dtypes differ. ValueError: shapes or devices differ, a number out of range.
 
     Source:
-        Wu & He 2018 (arXiv 1803.08494); Elfwing et al. 2017 (arXiv 1702.03118); LlamaGen (arXiv 2406.06525), VQ tokenizer.
+        Wu & He 2018 (arXiv 1803.08494); Elfwing et al. 2017 (arXiv 1702.03118); LlamaGen (arXiv 2406.06525), VQ
+        tokenizer.
     """
     if not x.is_floating_point():
         raise TypeError(f"group_norm_silu: x must be floating point, got {x.dtype}")
     if x.ndim != 4 or groups < 1 or x.shape[1] == 0 or x.shape[1] % groups:
-        raise ValueError(f"group_norm_silu: x must be (B, C, H, W) with C a multiple of groups, got shape {tuple(x.shape)} and {groups} groups")
+        raise ValueError(
+            f"group_norm_silu: x must be (B, C, H, W) with C a multiple of groups, got shape {tuple(x.shape)} and "
+            f"{groups} groups"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype != x.dtype:
             raise TypeError(f"group_norm_silu: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.shape != x.shape[1:2] or tensor.device != x.device:
-            raise ValueError(f"group_norm_silu: {name} must be {tuple(x.shape[1:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device or out.stride() != x.stride()):
-        raise ValueError(f"group_norm_silu: out must be like x, {tuple(x.shape)} {x.dtype} of strides {x.stride()} on {x.device}, got {tuple(out.shape)} "
-                         f"{out.dtype} of strides {out.stride()} on {out.device}")
+            raise ValueError(
+                f"group_norm_silu: {name} must be {tuple(x.shape[1:2])} on {x.device}, got {tuple(tensor.shape)} "
+                f"on {tensor.device}"
+            )
+    if out is not None and (
+        out.shape != x.shape or out.dtype != x.dtype or out.device != x.device or out.stride() != x.stride()
+    ):
+        raise ValueError(
+            f"group_norm_silu: out must be like x, {tuple(x.shape)} {x.dtype} of strides {x.stride()} on "
+            f"{x.device}, got {tuple(out.shape)} "
+            f"{out.dtype} of strides {out.stride()} on {out.device}"
+        )
     if not eps > 0:
         raise ValueError(f"group_norm_silu: eps must be more than 0, got {eps}")
     return dispatch.call("group_norm_silu", x.device, (x, weight, bias, groups, eps, silu, out), backend=backend)
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, silu: bool = True,
-              out: Tensor | None = None) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
     """The formula, in plain torch."""
     normed = F.group_norm(x, groups, weight, bias, eps)
     result = F.silu(normed) if silu else normed
@@ -69,7 +100,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float =
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | int]:
-    """Arguments for one call: the images of a preset as 16 x 16 pixels of its width D, channels last, in groups of 4 channels or more."""
+    """Arguments for one call: the images of a preset as 16 x 16 pixels of its width D, channels last, in groups of 4
+    channels or more.
+    """
     shape = SHAPES[preset]
     generator = torch.Generator().manual_seed(seed)
     x = (0.5 + torch.randn(shape.B, _SIDE, _SIDE, shape.D, generator=generator)).to(device, dtype).permute(0, 3, 1, 2)
@@ -85,4 +118,6 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
     return dispatch.Cost(size * (2 * numbers + 2 * call["weight"].numel()), 10 * numbers)
 
 
-dispatch.register("group_norm_silu", reference, modules={"cpp": "star_fast.ops.group_norm_silu_cpp"}, order={"cpu": ("cpp",)})
+dispatch.register(
+    "group_norm_silu", reference, modules={"cpp": "star_fast.ops.group_norm_silu_cpp"}, order={"cpu": ("cpp",)}
+)

@@ -1,4 +1,6 @@
-"""Backend "cpp" of group_norm_silu: two passes over channels-last images on the CPU, for inference (csrc/group_norm_cpu.cpp)."""
+"""Backend "cpp" of group_norm_silu: two passes over channels-last images on the CPU, for inference
+(csrc/group_norm_cpu.cpp).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from star_fast.ops.dispatch import Launch
 _BLOCK = 32  # a row of whole pixels fills so many entries, or a multiple
 
 if not hasattr(torch.ops.star_fast, "group_norm_silu"):
-    raise ImportError("star_fast._C is an older build without group_norm_silu: build it again (python setup.py build_ext --inplace)")
+    raise ImportError(
+        "star_fast._C is an older build without group_norm_silu: build it again (python setup.py build_ext --inplace)"
+    )
 
 
 @torch.library.register_fake("star_fast::group_norm_silu")
@@ -35,11 +39,21 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, *settings: object) -> str |
         return f"it runs on the CPU, the call is on {x.device}"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return "it has no gradient: it is for inference"
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return f"it takes float32 or bfloat16, channels last and nothing else, got {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}"
+    if (
+        x.dtype not in (torch.float32, torch.bfloat16)
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return (
+            f"it takes float32 or bfloat16, channels last and nothing else, got {x.dtype} of shape {tuple(x.shape)} "
+            f"and strides {x.stride()}"
+        )
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     if not x.numel() or channels * pixels % math.lcm(channels, _BLOCK):
-        return f"it takes images whose pixels fill whole rows of a multiple of {_BLOCK} entries, got shape {tuple(x.shape)}"
+        return (
+            f"it takes images whose pixels fill whole rows of a multiple of {_BLOCK} entries, got shape "
+            f"{tuple(x.shape)}"
+        )
     return None
 
 

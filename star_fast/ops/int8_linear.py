@@ -18,12 +18,14 @@ _CPU = torch.device("cpu")
 
 
 class Int8Weight:
-    """A matrix W (N, K) in 8 bits, H w ~ code * scale of its row, in the order in which csrc/int8_cpu.cpp reads it: N is padded to 16, K to 256, with zeros.
+    """A matrix W (N, K) in 8 bits, H w ~ code * scale of its row, in the order in which csrc/int8_cpu.cpp reads it: N
+    is padded to 16, K to 256, with zeros.
 
     Attributes:
         packed: (N / 16, K / 4, 16, 4) int8: N * K bytes, and nothing beside them but 8 a row.
         scale: (N padded,) float32, the largest of each rotated row / 127; a row of zeros has 0.
-        correction: (N padded,) int32, 128 times the sum of each row's codes: what a batch's codes count too much, since 128 stands for 0 in them.
+        correction: (N padded,) int32, 128 times the sum of each row's codes: what a batch's codes count too much, since
+            128 stands for 0 in them.
         shape: N and K.
     """
 
@@ -34,7 +36,10 @@ class Int8Weight:
             ValueError: another shape or device, or an entry that is not finite.
         """
         if weight.ndim != 2 or not weight.numel() or weight.shape[1] > MOST_INNER or weight.device.type != "cpu":
-            raise ValueError(f"Int8Weight: expected (N, K) with K <= {MOST_INNER} on the CPU, got {tuple(weight.shape)} on {weight.device}")
+            raise ValueError(
+                f"Int8Weight: expected (N, K) with K <= {MOST_INNER} on the CPU, got {tuple(weight.shape)} on "
+                f"{weight.device}"
+            )
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"Int8Weight: the weights {tuple(weight.shape)} hold NaN or infinity")
         codes, scale = rounded(rotated(weight.detach()) / LANES)
@@ -52,10 +57,12 @@ class Int8Weight:
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) -> Tensor:
-    """x W^T with x rotated and rounded as W is: y[r, n] = (sum over k of codes_x[r, k] * codes_w[n, k]) * scale_w[n] * scale_x[r].
+    """x W^T with x rotated and rounded as W is: y[r, n] = (sum over k of codes_x[r, k] * codes_w[n, k]) * scale_w[n] *
+    scale_x[r].
 
-    Before rounding, every 16 entries of a row that lie 16 apart are multiplied by the Hadamard matrix H of size 16, and W's by H / 16, which undoes it: a few
-    large entries, as a gate or attention makes them, are spread over sixteen, and the row's scale falls. It costs four additions an entry.
+    Before rounding, every 16 entries of a row that lie 16 apart are multiplied by the Hadamard matrix H of size 16, and
+    W's by H / 16, which undoes it: a few large entries, as a gate or attention makes them, are spread over sixteen, and
+    the row's scale falls. It costs four additions an entry.
 
     Args:
         x: (R, K) float32 or bfloat16 on the CPU, R >= 1, any strides.
@@ -66,10 +73,11 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) ->
         (R, N), dtype of `x`.
 
     Numerics:
-        Rotated in float32; scale = a row's largest / 127, codes rounded to nearest, ties to even: at most half a scale off. Sums are exact; they and the
-        scales are multiplied in float32, and the result is rounded once to x's dtype. Deterministic, the same bits on every backend and instruction set;
-        a row's result depends on no other row. A row that holds NaN or infinity (or comes to it, above 2e37) comes out as NaN whole, one whose rotated
-        entries are all below 1e-35 as zeros.
+        Rotated in float32; scale = a row's largest / 127, codes rounded to nearest, ties to even: at most half a scale
+        off. Sums are exact; they and the scales are multiplied in float32, and the result is rounded once to x's dtype.
+        Deterministic, the same bits on every backend and instruction set; a row's result depends on no other row. A row
+        that holds NaN or infinity (or comes to it, above 2e37) comes out as NaN whole, one whose rotated entries are
+        all below 1e-35 as zeros.
 
     Memory:
         R * K bytes of codes, R rounded up to 16 and K to 256; sums stay in registers.
@@ -79,7 +87,9 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: str | None = None) ->
     """
     shape = x.shape
     if len(shape) != 2 or not shape[0] or shape[1] != weight.shape[1] or not x.is_cpu:
-        raise ValueError(f"int8_linear: x must be (R, {weight.shape[1]}) with R >= 1 on the CPU, got {tuple(shape)} on {x.device}")
+        raise ValueError(
+            f"int8_linear: x must be (R, {weight.shape[1]}) with R >= 1 on the CPU, got {tuple(shape)} on {x.device}"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"int8_linear: x must be float32 or bfloat16, got {x.dtype}")
     return dispatch.call("int8_linear", _CPU, (x, weight), backend=backend)
@@ -93,7 +103,9 @@ def reference(x: Tensor, weight: Int8Weight) -> Tensor:
 
 
 def rotated(x: Tensor) -> Tensor:
-    """(R, K) float -> (R, K padded to 256) float32, H times every 16 entries 16 apart: sums and differences at distance 1, 2, 4, 8, in this order."""
+    """(R, K) float -> (R, K padded to 256) float32, H times every 16 entries 16 apart: sums and differences at distance
+    1, 2, 4, 8, in this order.
+    """
     parts = F.pad(x.float(), (0, -x.shape[1] % GROUP)).view(-1, GROUP // LANES, LANES)
     for distance in (1, 2, 4, 8):
         first, second = parts.view(len(parts), -1, 2, distance, LANES).unbind(2)
@@ -102,18 +114,25 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, K) float32 -> whole numbers in -127 ... 127 (R, K) float32 and scales (R,), x ~ codes * scale; the scale of a row that is not finite is NaN."""
+    """(R, K) float32 -> whole numbers in -127 ... 127 (R, K) float32 and scales (R,), x ~ codes * scale; the scale of a
+    row that is not finite is NaN.
+    """
     most = x.abs().amax(1)
     finite, tiny = most.isfinite(), most < TAKEN_FOR_ZERO
-    inverse = torch.where(finite & ~tiny, torch.full_like(most, LARGEST_CODE) / most, 0.0)  # number / tensor would round twice
+    # Number / tensor would round twice
+    inverse = torch.where(finite & ~tiny, torch.full_like(most, LARGEST_CODE) / most, 0.0)
     scale = torch.where(finite, torch.where(tiny, 0.0, most / LARGEST_CODE), torch.nan)
     return torch.where(finite[:, None], (x * inverse[:, None]).round_(), 0.0), scale
 
 
 def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | Int8Weight]:
-    """Arguments for one call at a preset's feed-forward: rows = its sequences. Weights as they start, Normal(0, 0.02)."""
+    """Arguments for one call at a preset's feed-forward: rows = its sequences. Weights as they
+    start, Normal(0, 0.02).
+    """
     if torch.device(device).type != "cpu":
-        raise dispatch.BackendUnavailable(f"int8_linear: backends cannot serve this call: 8-bit products are for the CPU, got {device}")
+        raise dispatch.BackendUnavailable(
+            f"int8_linear: backends cannot serve this call: 8-bit products are for the CPU, got {device}"
+        )
     shape, generator = SHAPES[preset], torch.Generator().manual_seed(seed)
     weight = 0.02 * torch.randn(2 * shape.F, shape.D, generator=generator)
     return {"x": torch.randn(shape.sequences, shape.D, generator=generator).to(dtype), "weight": Int8Weight(weight)}

@@ -1,4 +1,6 @@
-"""Backend "cpp" of int8_linear: one pass that rounds the rows, one that multiplies and scales back (csrc/int8_cpu.cpp)."""
+"""Backend "cpp" of int8_linear: one pass that rounds the rows, one that multiplies and scales back
+(csrc/int8_cpu.cpp).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ from star_fast.ops.dispatch import Launch
 from star_fast.ops.int8_linear import Int8Weight
 
 if not hasattr(torch.ops.star_fast, "int8_linear"):
-    raise ImportError("star_fast._C is an older build without int8_linear: build it again (python setup.py build_ext --inplace)")
+    raise ImportError(
+        "star_fast._C is an older build without int8_linear: build it again (python setup.py build_ext --inplace)"
+    )
 
 
 def run(x: Tensor, weight: Int8Weight) -> Tensor:
     """See ops/int8_linear.py."""
-    return torch.ops.star_fast.int8_linear(x.contiguous(), weight.packed, weight.scale, weight.correction, weight.shape[0])
+    return torch.ops.star_fast.int8_linear(
+        x.contiguous(), weight.packed, weight.scale, weight.correction, weight.shape[0]
+    )
 
 
 def why_not(x: Tensor, weight: Int8Weight) -> str | None:

@@ -1,7 +1,8 @@
 """The key-value cache of decoding and how it lies in memory, which is the business of the backend that reads it.
 
-"Rows" is the plain layout: k and v (R, H, T, E), scales (R, H, T). "Blocks" is what the C++ backend reads: its vector lanes are positions, so the scores of
-16 positions come out of a product as one vector, without a sum across lanes. With P = T rounded up to 16 positions, and entries side by side that fill 32 bits:
+"Rows" is the plain layout: k and v (R, H, T, E), scales (R, H, T). "Blocks" is what the C++ backend reads: its vector
+lanes are positions, so the scores of 16 positions come out of a product as one vector, without a sum across lanes. With
+P = T rounded up to 16 positions, and entries side by side that fill 32 bits:
 
     k        (R, H, P/16, ceil(E/g), 16, g)    g entries of a position, g = 1 (float32), 2 (bfloat16), 4 (int8)
     v        (R, H, P/t, W, t)                 t positions, t = 4 (int8), else 1; W = E rounded up to 16
@@ -48,27 +49,56 @@ class KVCache(NamedTuple):
 
     def first_rows(self, count: int) -> KVCache:
         """A view of the first `count` rows."""
-        return self._replace(**{name: None if part is None else part[:count] for name, part in zip(self._fields[:4], self[:4], strict=True)})
+        return self._replace(
+            **{
+                name: None if part is None else part[:count]
+                for name, part in zip(self._fields[:4], self[:4], strict=True)
+            }
+        )
 
 
-def new_rows(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
+def new_rows(
+    rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> KVCache:
     """A cache of zeros in rows; `dtype` int8 or float8_e4m3fn gives an 8-bit cache with its scales."""
-    return _cache((rows, heads, positions, head_size), (rows, heads, positions, head_size), (rows, heads, positions), dtype, device, torch.zeros)
+    return _cache(
+        (rows, heads, positions, head_size),
+        (rows, heads, positions, head_size),
+        (rows, heads, positions),
+        dtype,
+        device,
+        torch.zeros,
+    )
 
 
-def new_blocks(rows: int, heads: int, positions: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
-               zeros: Callable[..., Tensor] = torch.zeros) -> KVCache:
-    """A cache of zeros in blocks; `dtype` float32, bfloat16 or int8; `zeros` as torch.zeros makes its keys and values."""
+def new_blocks(
+    rows: int,
+    heads: int,
+    positions: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    zeros: Callable[..., Tensor] = torch.zeros,
+) -> KVCache:
+    """A cache of zeros in blocks; `dtype` float32, bfloat16 or int8; `zeros` as torch.zeros makes
+    its keys and values.
+    """
     layout = Blocks(positions, head_size)
     return _cache(*blocked_shapes(rows, heads, layout, dtype), dtype, device, zeros)._replace(layout=layout)
 
 
-def blocked_shapes(rows: int, heads: int, layout: Blocks, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def blocked_shapes(
+    rows: int, heads: int, layout: Blocks, dtype: torch.dtype
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of k, v and a scale of a blocked cache."""
     group, together = _side_by_side(dtype)
     padded = _rounded_up(layout.positions, BLOCK)
-    return ((rows, heads, padded // BLOCK, -(-layout.size // group), BLOCK, group),
-            (rows, heads, padded // together, _rounded_up(layout.size, BLOCK), together), (rows, heads, padded))
+    return (
+        (rows, heads, padded // BLOCK, -(-layout.size // group), BLOCK, group),
+        (rows, heads, padded // together, _rounded_up(layout.size, BLOCK), together),
+        (rows, heads, padded),
+    )
 
 
 def in_rows(cache: KVCache) -> KVCache:
@@ -78,7 +108,9 @@ def in_rows(cache: KVCache) -> KVCache:
     positions, size = cache.layout
     k = cache.k.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :positions, :size].contiguous()
     v = cache.v.transpose(3, 4).flatten(2, 3)[:, :, :positions, :size].contiguous()
-    scales = (None if scale is None else scale[:, :, :positions].contiguous() for scale in (cache.k_scale, cache.v_scale))
+    scales = (
+        None if scale is None else scale[:, :, :positions].contiguous() for scale in (cache.k_scale, cache.v_scale)
+    )
     return KVCache(k, v, *scales)
 
 
@@ -96,7 +128,9 @@ def in_blocks(cache: KVCache) -> KVCache:
         out[:, :, :positions, :size] = x
         return out
 
-    blocked.k.copy_(padded_to(_rounded_up(size, group), cache.k).unflatten(3, (-1, group)).unflatten(2, (-1, BLOCK)).transpose(3, 4))
+    blocked.k.copy_(
+        padded_to(_rounded_up(size, group), cache.k).unflatten(3, (-1, group)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
+    )
     blocked.v.copy_(padded_to(_rounded_up(size, BLOCK), cache.v).unflatten(2, (-1, together)).transpose(3, 4))
     for mine, theirs in ((blocked.k_scale, cache.k_scale), (blocked.v_scale, cache.v_scale)):
         if mine is not None:
@@ -107,8 +141,11 @@ def in_blocks(cache: KVCache) -> KVCache:
 def refuse_blocks(cache: KVCache) -> None:
     """Raise ValueError for a cache in blocks: called by what reads rows."""
     if cache.layout is not None:
-        raise ValueError("decode_attention: this cache is in blocks, which only backend \"cpp\" reads, for float32 or bfloat16 qkv; make it by new_cache with "
-                         "the backend and qkv_dtype of the calls, or convert it by kv_cache.in_rows")
+        raise ValueError(
+            'decode_attention: this cache is in blocks, which only backend "cpp" reads, for float32 or bfloat16 '
+            "qkv; make it by new_cache with "
+            "the backend and qkv_dtype of the calls, or convert it by kv_cache.in_rows"
+        )
 
 
 def _side_by_side(dtype: torch.dtype) -> tuple[int, int]:
@@ -122,8 +159,14 @@ def _rounded_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _cache(k: tuple[int, ...], v: tuple[int, ...], scale: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
-           zeros: Callable[..., Tensor]) -> KVCache:
+def _cache(
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    scale: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    zeros: Callable[..., Tensor],
+) -> KVCache:
     cache = KVCache(zeros(k, dtype=dtype, device=device), zeros(v, dtype=dtype, device=device))
     if dtype not in LARGEST_CODE:
         return cache

@@ -1,4 +1,6 @@
-"""The current CUDA device: Triton launches, graph captures and events happen on it, whatever device their tensors are on."""
+"""The current CUDA device: Triton launches, graph captures and events happen on it, whatever device their tensors are
+on.
+"""
 
 from __future__ import annotations
 

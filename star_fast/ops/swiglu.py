@@ -16,7 +16,8 @@ def swiglu(w1w3: Tensor, *, backend: str | None = None) -> Tensor:
     Backward, with s = sigmoid(a): da = dout * b * s * (1 + a * (1 - s)), db = dout * a * s.
 
     Args:
-        w1w3: (..., 2F) float; a = w1w3[..., :F] (the product with w1), b = w1w3[..., F:] (with w3). Any strides; F >= 1.
+        w1w3: (..., 2F) float; a = w1w3[..., :F] (the product with w1), b = w1w3[..., F:] (with w3). Any strides; F >=
+            1.
         backend: name of a backend; None chooses (see dispatch).
 
     Returns:
@@ -63,5 +64,9 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
     return dispatch.Cost(rows * width * 3 * size, rows * width * 5)
 
 
-dispatch.register("swiglu", reference, modules={"triton": "star_fast.ops.triton.swiglu", "cpp": "star_fast.ops.swiglu_cpp"},
-                  order={"cuda": ("triton",), "cpu": ("cpp",)})
+dispatch.register(
+    "swiglu",
+    reference,
+    modules={"triton": "star_fast.ops.triton.swiglu", "cpp": "star_fast.ops.swiglu_cpp"},
+    order={"cuda": ("triton",), "cpu": ("cpp",)},
+)

@@ -1,1 +1,3 @@
-"""What a run will need before it starts: memory, arithmetic, time. Everything here is predicted by formulas, nothing is measured."""
+"""What a run will need before it starts: memory, arithmetic, time. Everything here is predicted by formulas, nothing is
+measured.
+"""

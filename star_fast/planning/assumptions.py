@@ -1,4 +1,6 @@
-"""What the plans of sampling and preparation assume of the machines: every number a setting, written out beside what is predicted from it."""
+"""What the plans of sampling and preparation assume of the machines: every number a setting, written out beside what is
+predicted from it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ class SamplingAssumptions:
     storage_gb_per_s: float = 1.0  # of the file system, all processes together
 
     def __post_init__(self) -> None:
-        _check(self, shares=("read_share", "product_share", "convolution_share", "fp32_share"), positive=("launch_us", "storage_gb_per_s"),
-               others=("start_s",))
+        _check(
+            self,
+            shares=("read_share", "product_share", "convolution_share", "fp32_share"),
+            positive=("launch_us", "storage_gb_per_s"),
+            others=("start_s",),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,28 +37,49 @@ class PreparationAssumptions:
 
     fp32_share: float = 0.5  # of the float32 peak without tensor cores, that the encoder's convolutions reach in fp32
     convolution_share: float = 0.4  # of the bf16 peak, that they reach in bf16
-    cpu_ms_per_image: float = 0.0  # one core's time to decode and crop a file; 0: 1.4 + 2.8 for each crop range (measured, benchmarks/results/loading.md)
+    # One core's time to decode and crop a file; 0: 1.4 + 2.8 for each crop range (measured,
+    # benchmarks/results/loading.md)
+    cpu_ms_per_image: float = 0.0
     cores_per_gpu: int = 12  # that decode and crop for it
     file_kb: float = 110.0  # of an image file
     start_s: float = 60.0  # of every process
     storage_gb_per_s: float = 1.0  # of the file system, all processes together
 
     def __post_init__(self) -> None:
-        _check(self, shares=("fp32_share", "convolution_share"), positive=("cores_per_gpu", "file_kb", "storage_gb_per_s"),
-               others=("cpu_ms_per_image", "start_s"))
+        _check(
+            self,
+            shares=("fp32_share", "convolution_share"),
+            positive=("cores_per_gpu", "file_kb", "storage_gb_per_s"),
+            others=("cpu_ms_per_image", "start_s"),
+        )
 
 
 def _check(assumed: object, shares: tuple[str, ...], positive: tuple[str, ...], others: tuple[str, ...]) -> None:
     """Raise ConfigError naming the first field of `assumed` that is no share in (0, 1], not above 0, or below 0."""
     require_finite(assumed, "assume")
     for name in shares:
-        require(0 < getattr(assumed, name) <= 1, f"assume.{name}", getattr(assumed, name), "a share of the peak, more than 0 and at most 1")
+        require(
+            0 < getattr(assumed, name) <= 1,
+            f"assume.{name}",
+            getattr(assumed, name),
+            "a share of the peak, more than 0 and at most 1",
+        )
     for name in positive:
-        require(1e-9 <= getattr(assumed, name) <= 1e12, f"assume.{name}", getattr(assumed, name), "a number from 1e-9 to 1e12")
+        require(
+            1e-9 <= getattr(assumed, name) <= 1e12,
+            f"assume.{name}",
+            getattr(assumed, name),
+            "a number from 1e-9 to 1e12",
+        )
     for name in others:
-        require(0 <= getattr(assumed, name) <= 1e12, f"assume.{name}", getattr(assumed, name), "a number from 0 to 1e12")
+        require(
+            0 <= getattr(assumed, name) <= 1e12, f"assume.{name}", getattr(assumed, name), "a number from 0 to 1e12"
+        )
 
 
 def listed(assumed: object) -> str:
     """The settings of an assumptions' dataclass with their values, as they are typed: --assume.read-share 0.8 ..."""
-    return " ".join(f"--assume.{field.name.replace('_', '-')} {getattr(assumed, field.name):g}" for field in dataclasses.fields(assumed))
+    return " ".join(
+        f"--assume.{field.name.replace('_', '-')} {getattr(assumed, field.name):g}"
+        for field in dataclasses.fields(assumed)
+    )

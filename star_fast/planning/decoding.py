@@ -1,7 +1,9 @@
-"""One step of cached decoding: what it reads, computes and launches, and how long a GPU takes for it at the shares that are assumed.
+"""One step of cached decoding: what it reads, computes and launches, and how long a GPU takes for it at the shares that
+are assumed.
 
-Weights are read once a step whatever the batch; keys and values of every row up to its length. Both together are what `benchmarks/sampling.py` divides
-by the bandwidth for its ceilings. Guidance is applied to hidden states, so the output matrix runs on images, everything else on rows.
+Weights are read once a step whatever the batch; keys and values of every row up to its length. Both together are what
+`benchmarks/sampling.py` divides by the bandwidth for its ceilings. Guidance is applied to hidden states, so the output
+matrix runs on images, everything else on rows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from star_fast.planning.sizes import block_weights
 
 CACHES = ("model", "int8", "fp8")
 SCALE_BYTES = 4  # of an 8-bit cache: a float32 for each key and value of each head
-# Kernels of a step on CUDA, as generation/launch_count.py traces them: a block's products, its attention, and its two norms and gate; and outside.
+# Kernels of a step on CUDA, as generation/launch_count.py traces them: a block's products, its attention, and its two
+# norms and gate; and outside.
 PRODUCTS_A_BLOCK, ATTENTION_A_BLOCK, OTHERS_A_BLOCK, OUTSIDE = 4, 1, 3, 9
 
 
@@ -48,7 +51,9 @@ def held_cache_bytes(model: ModelConfig, rows: int, cache: str, number_bytes: in
     return int(2 * model.blocks * rows * model.positions * _cached_bytes(model, cache, number_bytes))
 
 
-def step_traffic(model: ModelConfig, images: int, *, guided: bool = True, cache: str = "model", number_bytes: int = 2) -> Traffic:
+def step_traffic(
+    model: ModelConfig, images: int, *, guided: bool = True, cache: str = "model", number_bytes: int = 2
+) -> Traffic:
     """Bytes of one step of `images`; a step at position t reads t + 1 of T cached positions, (T + 1) / 2 on average."""
     seen = (model.positions + 1) / 2
     cached = 2 * model.blocks * rows_of(images, guided) * seen * _cached_bytes(model, cache, number_bytes)
@@ -62,12 +67,19 @@ def step_flops(model: ModelConfig, images: int, *, guided: bool = True) -> int:
     return 2 * rows * model.blocks * block_weights(model) + attention + 2 * images * model.vocab * model.width
 
 
-def step_s(model: ModelConfig, images: int, rates: Rates, *, guided: bool = True, cache: str = "model", number_bytes: int = 2) -> float:
+def step_s(
+    model: ModelConfig, images: int, rates: Rates, *, guided: bool = True, cache: str = "model", number_bytes: int = 2
+) -> float:
     """Seconds of one step: each part takes the longest of its reads, its arithmetic and its launches."""
-    rows, traffic = rows_of(images, guided), step_traffic(model, images, guided=guided, cache=cache, number_bytes=number_bytes)
+    rows, traffic = (
+        rows_of(images, guided),
+        step_traffic(model, images, guided=guided, cache=cache, number_bytes=number_bytes),
+    )
     weights = block_weights(model)
     products = _longest(rates, number_bytes * weights, 2 * rows * weights, PRODUCTS_A_BLOCK)
-    attention = _longest(rates, traffic.cache / model.blocks, 2 * rows * model.width * (model.positions + 1), ATTENTION_A_BLOCK)
+    attention = _longest(
+        rates, traffic.cache / model.blocks, 2 * rows * model.width * (model.positions + 1), ATTENTION_A_BLOCK
+    )
     head = model.vocab * model.width
     outside = _longest(rates, number_bytes * head, 2 * images * head, 1) + (OUTSIDE - 1) * rates.launch_s
     return model.blocks * (products + attention + OTHERS_A_BLOCK * rates.launch_s) + outside

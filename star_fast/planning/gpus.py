@@ -20,7 +20,8 @@ class Gpu(NamedTuple):
     nvlink_bytes_per_s: float  # to the other GPUs of its machine, in one direction
 
 
-# NVIDIA's data sheets: A100 80GB (2021), H100 (2022), H200 (2023), DGX/HGX B200 (2024; an eighth of the eight-GPU figures).
+# NVIDIA's data sheets: A100 80GB (2021), H100 (2022), H200 (2023), DGX/HGX B200 (2024; an eighth of the eight-GPU
+# figures).
 GPUS = {gpu.name: gpu for gpu in (
     Gpu("a100", 312e12, 2.039e12, 79, 19.5e12, 300e9),
     Gpu("h100", 989e12, 3.35e12, 79, 67e12, 450e9),

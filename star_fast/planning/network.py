@@ -1,7 +1,8 @@
-"""Training over many GPUs: what they send each other in a step, how long that takes, and what becomes of the speed. Predicted, not measured.
+"""Training over many GPUs: what they send each other in a step, how long that takes, and what becomes of the speed.
+Predicted, not measured.
 
-All sums go round a ring of the GPUs, so what one GPU sends crosses each link between two neighbours: NVLink inside a machine, the network between machines,
-whose whole rate counts, since rings run side by side over all its cards.
+All sums go round a ring of the GPUs, so what one GPU sends crosses each link between two neighbours: NVLink inside a
+machine, the network between machines, whose whole rate counts, since rings run side by side over all its cards.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def check(network: Network) -> Network:
 def stage_bytes(config: RunConfig, stage: int, gpus: int, accumulation: int) -> int:
     """Bytes that one GPU sends in a step under ZeRO `stage`.
 
-    Stage 0: gradients summed everywhere, twice their size in a ring. Stage 1: that, and the new weights of student and teacher. Stage 2: gradients only to
-    their owner, after each micro-batch. Stage 3: that, and in each micro-batch the student's weights forward and back, the teacher's forward.
+    Stage 0: gradients summed everywhere, twice their size in a ring. Stage 1: that, and the new weights of student and
+    teacher. Stage 2: gradients only to their owner, after each micro-batch. Stage 3: that, and in each micro-batch the
+    student's weights forward and back, the teacher's forward.
     """
     found, size = parameters(config), number_bytes(config)
     wide = 4 if float32_gradients(config) and stage else size  # without ZeRO DeepSpeed reduces in the weights' type
@@ -80,8 +82,27 @@ def network_s(sent: int, gpus: int, gpu: Gpu, network: Network) -> float:
     return sent / min(gpu.nvlink_bytes_per_s, network.gbit_per_s * 1e9 / 8)
 
 
-def reach(config: RunConfig, gpus: int, stage: int, micro_images: int, accumulation: int, compute_s: float, gpu: Gpu, network: Network) -> Reach:
+def reach(
+    config: RunConfig,
+    gpus: int,
+    stage: int,
+    micro_images: int,
+    accumulation: int,
+    compute_s: float,
+    gpu: Gpu,
+    network: Network,
+) -> Reach:
     """One row of the curve."""
     sent = stage_bytes(config, stage, gpus, accumulation)
     sending_s, images = network_s(sent, gpus, gpu, network), config.train.images_per_step
-    return Reach(gpus, stage, micro_images, accumulation, compute_s, sent, sending_s, images / (compute_s + sending_s), images / max(compute_s, sending_s))
+    return Reach(
+        gpus,
+        stage,
+        micro_images,
+        accumulation,
+        compute_s,
+        sent,
+        sending_s,
+        images / (compute_s + sending_s),
+        images / max(compute_s, sending_s),
+    )

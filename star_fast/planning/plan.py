@@ -14,7 +14,8 @@ from star_fast.planning.sizes import Parameters, cache_bytes, micro, parameters
 from star_fast.planning.states import STAGES, States, states
 from star_fast.planning.work import Flops, Speed, sent_bytes, speed, step_bytes, step_flops
 
-RESERVED_GIB = 2.0  # CUDA context, libraries' workspaces, NCCL's buffers, what the allocator cannot use: an assumption, not in the tables
+# CUDA context, libraries' workspaces, NCCL's buffers, what the allocator cannot use: an assumption, not in the tables
+RESERVED_GIB = 2.0
 SHARES = (0.4, 0.5, 0.6)  # of the peak: what trainers of such models report
 SAMPLED_IMAGES = 64  # `star-fast sample --batch-images`, its default
 _MOST_GIB = 2**20  # no GPU will have more for a while; floats overflow far above
@@ -69,7 +70,8 @@ def peak_bytes(held: States, work: Activations, *, accumulating: bool = True) ->
     """The most memory at any moment: when backward begins, when it ends, or in the optimizer step.
 
     Args:
-        accumulating: whether gradients of earlier micro-batches are there when backward begins. Assumed of a GPU: the worse case.
+        accumulating: whether gradients of earlier micro-batches are there when backward begins. Assumed of a GPU: the
+            worse case.
     """
     lasting = held.weights + held.optimizer + held.teacher
     begins = (held.gradients if accumulating or held.gradients_stay else 0) + held.buffers + work.total
@@ -85,7 +87,8 @@ def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu, network
     """Plan a run whose sizes are set.
 
     Args:
-        gpus: how many; R of the formulas. memory_gib: of each. gpu: whose peaks count. network: between them; None: as network.Network assumes.
+        gpus: how many; R of the formulas. memory_gib: of each. gpu: whose peaks count. network: between them; None: as
+            network.Network assumes.
 
     Raises:
         UserError, ConfigError: contradictions, or nothing fits.
@@ -95,19 +98,42 @@ def make_plan(config: RunConfig, gpus: int, memory_gib: float, gpu: Gpu, network
     share = config.train.images_per_step // gpus
     asked = config.train.micro_batch_images or share
     if share % asked:
-        raise ConfigError(f"train.micro_batch_images: {gpus} GPUs x {asked} images must divide train.images_per_step = {config.train.images_per_step}")
+        raise ConfigError(
+            f"train.micro_batch_images: {gpus} GPUs x {asked} images must divide train.images_per_step = "
+            f"{config.train.images_per_step}"
+        )
     limit = int((memory_gib - RESERVED_GIB) * GIB)
     stages = [_stage(config, stage, gpus, asked, limit) for stage in STAGES]
     advice = _advice(config, stages, gpus, share, memory_gib)
     flops = step_flops(config, gpus, advice.micro_images)
-    return Plan(config, gpus, memory_gib, gpu, parameters(config), asked, stages, advice, flops,
-                step_flops(config, gpus, advice.micro_images, causal=False), step_bytes(config, gpus, advice.micro_images), sent_bytes(config, gpus),
-                [speed(config, flops, gpus * gpu.bf16_flops_per_s, share) for share in SHARES if config.train.precision == "bf16"],
-                cache_bytes(config, 2 * SAMPLED_IMAGES), network, _curve(config, gpus, limit, memory_gib, gpu, network))
+    return Plan(
+        config,
+        gpus,
+        memory_gib,
+        gpu,
+        parameters(config),
+        asked,
+        stages,
+        advice,
+        flops,
+        step_flops(config, gpus, advice.micro_images, causal=False),
+        step_bytes(config, gpus, advice.micro_images),
+        sent_bytes(config, gpus),
+        [
+            speed(config, flops, gpus * gpu.bf16_flops_per_s, share)
+            for share in SHARES
+            if config.train.precision == "bf16"
+        ],
+        cache_bytes(config, 2 * SAMPLED_IMAGES),
+        network,
+        _curve(config, gpus, limit, memory_gib, gpu, network),
+    )
 
 
 def _curve(config: RunConfig, asked: int, limit: int, memory_gib: float, gpu: Gpu, network: Network) -> list[Reach]:
-    """The run on every number of GPUs of the tables (and those asked for, and on two machines) that divides its images and holds it, each at its best."""
+    """The run on every number of GPUs of the tables (and those asked for, and on two machines) that divides its images
+    and holds it, each at its best.
+    """
     rows = []
     for gpus in sorted({*COUNTS, 2 * network.gpus_a_machine, asked}):
         if config.train.precision != "bf16" or config.train.images_per_step % gpus:
@@ -129,16 +155,31 @@ def _check(config: RunConfig, gpus: int, memory_gib: float) -> None:
     if memory_gib > _MOST_GIB:
         raise UserError(f"--gpu-memory-gib: expected at most {_MOST_GIB}, got {memory_gib:g}")
     if not memory_gib > RESERVED_GIB:
-        raise UserError(f"--gpu-memory-gib: expected more than the {RESERVED_GIB:g} GiB that CUDA and its libraries take, got {memory_gib:g}")
+        raise UserError(
+            f"--gpu-memory-gib: expected more than the {RESERVED_GIB:g} GiB that CUDA and its libraries take, got "
+            f"{memory_gib:g}"
+        )
     if config.train.images_per_step % gpus:
-        raise ConfigError(f"train.images_per_step: expected a multiple of the {gpus} GPUs, got {config.train.images_per_step}")
+        raise ConfigError(
+            f"train.images_per_step: expected a multiple of the {gpus} GPUs, got {config.train.images_per_step}"
+        )
 
 
 def _stage(config: RunConfig, stage: int, gpus: int, images: int, limit: int) -> Stage:
-    recomputed = dataclasses.replace(config, train=dataclasses.replace(config.train, block_checkpointing=True, keep_attention=False))
+    recomputed = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, block_checkpointing=True, keep_attention=False)
+    )
     peak = gpu_bytes(config, stage, gpus, images)
-    return Stage(stage, _offered(config, stage), states(config, stage, gpus), activations(config, micro(config, images, gpus)), peak, peak <= limit,
-                 _largest(config, stage, gpus, limit), _largest(recomputed, stage, gpus, limit))
+    return Stage(
+        stage,
+        _offered(config, stage),
+        states(config, stage, gpus),
+        activations(config, micro(config, images, gpus)),
+        peak,
+        peak <= limit,
+        _largest(config, stage, gpus, limit),
+        _largest(recomputed, stage, gpus, limit),
+    )
 
 
 def _offered(config: RunConfig, stage: int) -> bool:
@@ -162,7 +203,9 @@ def _largest(config: RunConfig, stage: int, gpus: int, limit: int) -> int:
 
 
 def _advice(config: RunConfig, stages: list[Stage], gpus: int, share: int, memory_gib: float) -> Advice:
-    """The fewest micro-batches a step (the most negatives, the least traffic); then the settings' own stage, then the lowest."""
+    """The fewest micro-batches a step (the most negatives, the least traffic); then the settings' own stage, then the
+    lowest.
+    """
     fitting = [row for row in stages if row.offered and row.largest_images]
     if not fitting:
         raise UserError(_nothing_fits(config, stages, gpus, memory_gib))
@@ -173,7 +216,13 @@ def _advice(config: RunConfig, stages: list[Stage], gpus: int, share: int, memor
     best = min(fitting, key=rank)
     images = _divisor(share, best.largest_images)
     recomputed = share // _divisor(share, max(row.largest_images_recomputed for row in fitting))
-    return Advice(best.stage, images, share // images, gpu_bytes(config, best.stage, gpus, images), recomputed if recomputed < share // images else 0)
+    return Advice(
+        best.stage,
+        images,
+        share // images,
+        gpu_bytes(config, best.stage, gpus, images),
+        recomputed if recomputed < share // images else 0,
+    )
 
 
 def _divisor(number: int, most: int) -> int:
@@ -184,7 +233,10 @@ def _divisor(number: int, most: int) -> int:
 def _nothing_fits(config: RunConfig, stages: list[Stage], gpus: int, memory_gib: float) -> str:
     needs = {row.stage: gpu_bytes(config, row.stage, gpus, 1) / GIB + RESERVED_GIB for row in stages}
     least = min((need, stage) for stage, need in needs.items() if stages[stage].offered)
-    found = f"nothing fits: one image on each of {gpus} GPUs needs {least[0]:.1f} GiB at best (ZeRO-{least[1]}), they have {memory_gib:g}"
+    found = (
+        f"nothing fits: one image on each of {gpus} GPUs needs {least[0]:.1f} GiB at best (ZeRO-{least[1]}), they "
+        f"have {memory_gib:g}"
+    )
     if any(row.offered and row.largest_images_recomputed for row in stages):
         return f"{found}; --train.block-checkpointing True makes it fit"
     return f"{found}; take more or larger GPUs, or a smaller model"
@@ -198,15 +250,23 @@ def as_record(plan: Plan) -> dict[str, Any]:
 def record_of(plan: Any, config: RunConfig, sections: tuple[str, ...]) -> dict[str, Any]:
     """Any plan (a named tuple) as plain data for JSON, with these sections of `config` in place of its own."""
     record = {name: _plain(value) for name, value in plan._asdict().items() if name != "config"}
-    return {"predicted": True, "measured": False, "reserved_gib": RESERVED_GIB, **record,
-            "config": {name: dataclasses.asdict(getattr(config, name)) for name in sections}}
+    return {
+        "predicted": True,
+        "measured": False,
+        "reserved_gib": RESERVED_GIB,
+        **record,
+        "config": {name: dataclasses.asdict(getattr(config, name)) for name in sections},
+    }
 
 
 def _plain(value: Any) -> Any:
     """Tuples by name and their properties, dataclasses, lists and mappings, down to numbers and strings."""
     if hasattr(value, "_asdict"):
         derived = [name for name, found in vars(type(value)).items() if isinstance(found, property)]
-        return {name: _plain(item) for name, item in (*value._asdict().items(), *((name, getattr(value, name)) for name in derived))}
+        return {
+            name: _plain(item)
+            for name, item in (*value._asdict().items(), *((name, getattr(value, name)) for name in derived))
+        }
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)
     if isinstance(value, dict):

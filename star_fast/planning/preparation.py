@@ -1,4 +1,6 @@
-"""The plan of turning images into codes: files read, JPEGs decoded and cropped on CPU cores, crops encoded on GPUs, codes written. Predicted, not measured."""
+"""The plan of turning images into codes: files read, JPEGs decoded and cropped on CPU cores, crops encoded on GPUs,
+codes written. Predicted, not measured.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from star_fast.planning.tokenizer_work import Half, encoder, live_bytes, search_
 from star_fast.records import require
 
 CHUNK_IMAGES = 64  # dealt to a process at once: data/prepare.py
-# One core of a 2023 Xeon, Pillow in threads (benchmarks/results/loading.md): 4.2 ms an image for ten crops, 7.0 for twenty.
+# One core of a 2023 Xeon, Pillow in threads (benchmarks/results/loading.md): 4.2 ms an image for ten crops, 7.0 for
+# twenty.
 DECODE_MS, RANGE_MS = 1.4, 2.8
 CODE_BYTES = 2
 _MOST = 2**20  # views encoded at once: where the search ends
@@ -65,12 +68,22 @@ def views_of(data: DataConfig) -> int:
     return 10 * len(data.crop_ranges) if data.views == "ten-crop" else data.affine_views
 
 
-def make_preparation_plan(tokenizer: TokenizerConfig, data: DataConfig, images: int, gpus: int, gpu: Gpu, assumed: PreparationAssumptions, *,
-                          precision: str = "fp32", batch_views: int = 64) -> PreparationPlan:
+def make_preparation_plan(
+    tokenizer: TokenizerConfig,
+    data: DataConfig,
+    images: int,
+    gpus: int,
+    gpu: Gpu,
+    assumed: PreparationAssumptions,
+    *,
+    precision: str = "fp32",
+    batch_views: int = 64,
+) -> PreparationPlan:
     """Plan encoding all views of `images`.
 
     Args:
-        batch_views: encoded at once. gpus, gpu: what the closing line is about; the tables show every kind and COUNTS as well.
+        batch_views: encoded at once. gpus, gpu: what the closing line is about; the tables show every kind and COUNTS
+            as well.
 
     Raises:
         ConfigError: a number out of range.
@@ -79,21 +92,51 @@ def make_preparation_plan(tokenizer: TokenizerConfig, data: DataConfig, images: 
         require(1 <= value <= most, f"--{name.replace('_', '-')}", value, f"1 ... {most}")
     require(precision in ("fp32", "bf16"), "--precision", precision, "fp32 or bf16")
     views, half = views_of(data), encoder(tokenizer)
-    cpu_ms = assumed.cpu_ms_per_image or DECODE_MS + RANGE_MS * (len(data.crop_ranges) if data.views == "ten-crop" else 1)
+    cpu_ms = assumed.cpu_ms_per_image or DECODE_MS + RANGE_MS * (
+        len(data.crop_ranges) if data.views == "ten-crop" else 1
+    )
     read, codes = int(images * 1e3 * assumed.file_kb), images * views * tokenizer.positions * CODE_BYTES
     kinds = []
     for kind in GPUS.values():
         largest = _largest(tokenizer, half, precision, kind)
-        kinds.append(OneGpu(kind, batch_views <= largest, largest, assumed.fp32_share * kind.fp32_flops_per_s / (views * half.flops),
-                            assumed.convolution_share * kind.bf16_flops_per_s / (views * half.flops)))
-    durations = {kind.gpu.name: [_duration(kind, count, images, precision, cpu_ms, read, codes, assumed) for count in sorted({*COUNTS, gpus})]
-                 for kind in kinds}
-    return PreparationPlan(tokenizer, images, views, precision, batch_views, gpus, gpu, assumed, cpu_ms, half.flops,
-                           memory_bytes(tokenizer, half, precision, batch_views), read, codes, kinds, durations)
+        kinds.append(
+            OneGpu(
+                kind,
+                batch_views <= largest,
+                largest,
+                assumed.fp32_share * kind.fp32_flops_per_s / (views * half.flops),
+                assumed.convolution_share * kind.bf16_flops_per_s / (views * half.flops),
+            )
+        )
+    durations = {
+        kind.gpu.name: [
+            _duration(kind, count, images, precision, cpu_ms, read, codes, assumed) for count in sorted({*COUNTS, gpus})
+        ]
+        for kind in kinds
+    }
+    return PreparationPlan(
+        tokenizer,
+        images,
+        views,
+        precision,
+        batch_views,
+        gpus,
+        gpu,
+        assumed,
+        cpu_ms,
+        half.flops,
+        memory_bytes(tokenizer, half, precision, batch_views),
+        read,
+        codes,
+        kinds,
+        durations,
+    )
 
 
 def memory_bytes(tokenizer: TokenizerConfig, half: Half, precision: str, views: int) -> int:
-    """Of encoding `views` at once: the tokenizer twice (the job's own in float32, the encoder's copy), the tensors alive, the search, the views themselves."""
+    """Of encoding `views` at once: the tokenizer twice (the job's own in float32, the encoder's copy), the tensors
+    alive, the search, the views themselves.
+    """
     size = 2 if precision == "bf16" else 4
     pictures = views * tokenizer.image_channels * tokenizer.image_size**2 * (1 + 4)  # bytes and float32
     return (4 + size) * half.weights + live_bytes(half, views, size) + search_bytes(tokenizer, views) + pictures
@@ -110,11 +153,29 @@ def _largest(tokenizer: TokenizerConfig, half: Half, precision: str, kind: Gpu) 
     return fits
 
 
-def _duration(kind: OneGpu, gpus: int, images: int, precision: str, cpu_ms: float, read: int, codes: int, assumed: PreparationAssumptions) -> Duration:
-    """Chunks are dealt whole. Every process but the first hands its codes over in files, which the first one reads and writes again into the store."""
+def _duration(
+    kind: OneGpu,
+    gpus: int,
+    images: int,
+    precision: str,
+    cpu_ms: float,
+    read: int,
+    codes: int,
+    assumed: PreparationAssumptions,
+) -> Duration:
+    """Chunks are dealt whole. Every process but the first hands its codes over in files, which the first one reads and
+    writes again into the store.
+    """
     share = min(math.ceil(math.ceil(images / CHUNK_IMAGES) / gpus) * CHUNK_IMAGES, images)
     encoding_s = share / (kind.fp32_per_s if precision == "fp32" else kind.bf16_per_s)
     cpu_s = share * cpu_ms / 1e3 / assumed.cores_per_gpu
     storage_s = (read + codes + 2 * codes * (gpus - 1) / gpus) / (1e9 * assumed.storage_gb_per_s)
     parts = {"encoder": encoding_s, "CPU": cpu_s, "storage": storage_s, "starting": assumed.start_s}
-    return Duration(gpus, encoding_s, cpu_s, storage_s, assumed.start_s + max(encoding_s, cpu_s, storage_s), max(parts, key=parts.__getitem__))
+    return Duration(
+        gpus,
+        encoding_s,
+        cpu_s,
+        storage_s,
+        assumed.start_s + max(encoding_s, cpu_s, storage_s),
+        max(parts, key=parts.__getitem__),
+    )

@@ -1,4 +1,6 @@
-"""The plan of drawing and scoring images: memory of a batch, images a second, time on any number of GPUs. Predicted, not measured."""
+"""The plan of drawing and scoring images: memory of a batch, images a second, time on any number of GPUs. Predicted,
+not measured.
+"""
 
 from __future__ import annotations
 
@@ -87,12 +89,22 @@ class SamplingPlan(NamedTuple):
     durations: dict[str, list[Duration]]  # by the GPU's name
 
 
-def make_sampling_plan(config: RunConfig, images: int, batch_images: int, gpus: int, gpu: Gpu, assumed: SamplingAssumptions, *, guided: bool = True,
-                       cache: str = "model") -> SamplingPlan:
+def make_sampling_plan(
+    config: RunConfig,
+    images: int,
+    batch_images: int,
+    gpus: int,
+    gpu: Gpu,
+    assumed: SamplingAssumptions,
+    *,
+    guided: bool = True,
+    cache: str = "model",
+) -> SamplingPlan:
     """Plan `images` of a model whose sizes are set.
 
     Args:
-        batch_images: drawn together. gpus, gpu: what the closing line is about; the tables show every kind and COUNTS as well.
+        batch_images: drawn together. gpus, gpu: what the closing line is about; the tables show every kind and COUNTS
+            as well.
 
     Raises:
         ConfigError: a number out of range, or a model whose codes an image are no square.
@@ -101,14 +113,32 @@ def make_sampling_plan(config: RunConfig, images: int, batch_images: int, gpus: 
         require(1 <= value <= most, f"--{name.replace('_', '-')}", value, f"1 ... {most}")
     require(cache in decoding.CACHES, "--cache", cache, " or ".join(decoding.CACHES))
     if math.isqrt(config.model.positions) ** 2 != config.model.positions:
-        raise ConfigError(f"model.positions: {config.model.positions} codes an image fill no square, and no image can be made of them")
+        raise ConfigError(
+            f"model.positions: {config.model.positions} codes an image fill no square, and no image can be made of them"
+        )
     pixels = decoder(tokenizer_at(config))
     file_bytes = images * _picture_bytes(config)
     kinds = [_one_gpu(kind, config, batch_images, pixels, assumed, guided, cache) for kind in GPUS.values()]
     counts = sorted({*COUNTS, gpus})
-    durations = {kind.gpu.name: [_duration(kind, count, images, file_bytes, assumed) for count in counts] for kind in kinds}
-    return SamplingPlan(config, images, batch_images, guided, cache, gpus, gpu, assumed, memory(config, batch_images, pixels, guided, cache), pixels.flops,
-                        decoding.step_traffic(config.model, batch_images, guided=guided, cache=cache), file_bytes, kinds, durations)
+    durations = {
+        kind.gpu.name: [_duration(kind, count, images, file_bytes, assumed) for count in counts] for kind in kinds
+    }
+    return SamplingPlan(
+        config,
+        images,
+        batch_images,
+        guided,
+        cache,
+        gpus,
+        gpu,
+        assumed,
+        memory(config, batch_images, pixels, guided, cache),
+        pixels.flops,
+        decoding.step_traffic(config.model, batch_images, guided=guided, cache=cache),
+        file_bytes,
+        kinds,
+        durations,
+    )
 
 
 def memory(config: RunConfig, images: int, pixels: Half, guided: bool, cache: str) -> Memory:
@@ -116,11 +146,18 @@ def memory(config: RunConfig, images: int, pixels: Half, guided: bool, cache: st
     model, rows = config.model, decoding.rows_of(images, guided)
     step = 2 * rows * (8 * model.width + 3 * model.feed_forward) + images * model.vocab * (2 + 4)
     picture = live_bytes(pixels, min(images, PIECE_IMAGES), 2) + images * _picture_bytes(config)
-    return Memory(2 * (parameters(config).transformer + pixels.weights), decoding.held_cache_bytes(model, rows, cache), step, picture)
+    return Memory(
+        2 * (parameters(config).transformer + pixels.weights),
+        decoding.held_cache_bytes(model, rows, cache),
+        step,
+        picture,
+    )
 
 
 def tokenizer_at(config: RunConfig) -> TokenizerConfig:
-    """The tokenizer at the size that the model's codes make: a model of more positions draws larger images with the same one."""
+    """The tokenizer at the size that the model's codes make: a model of more positions draws larger images with the
+    same one.
+    """
     side = math.isqrt(config.model.positions) * config.tokenizer.downsampling
     return replace(config.tokenizer, image_size=side, codebook=config.model.vocab)
 
@@ -129,7 +166,15 @@ def _picture_bytes(config: RunConfig) -> int:
     return 3 * tokenizer_at(config).image_size ** 2
 
 
-def _one_gpu(kind: Gpu, config: RunConfig, batch_images: int, pixels: Half, assumed: SamplingAssumptions, guided: bool, cache: str) -> OneGpu:
+def _one_gpu(
+    kind: Gpu,
+    config: RunConfig,
+    batch_images: int,
+    pixels: Half,
+    assumed: SamplingAssumptions,
+    guided: bool,
+    cache: str,
+) -> OneGpu:
     limit = (kind.memory_gib - RESERVED_GIB) * GIB
     fits, too_many = 0, _MOST
     while fits + 1 < too_many:  # memory only grows with them
@@ -143,18 +188,32 @@ def _one_gpu(kind: Gpu, config: RunConfig, batch_images: int, pixels: Half, assu
     batches = sorted({*SHOWN_BATCHES, batch_images, *([fits] if fits else [])})
     speeds = [_speed(config.model, images, reached, pixels_per_s, guided, cache) for images in batches]
     chosen = next(speed for speed in speeds if speed.batch_images == batch_images)
-    return OneGpu(kind, batch_images <= fits, fits, speeds, chosen, pixels_per_s, assumed.fp32_share * kind.fp32_flops_per_s / INCEPTION_FLOPS)
+    return OneGpu(
+        kind,
+        batch_images <= fits,
+        fits,
+        speeds,
+        chosen,
+        pixels_per_s,
+        assumed.fp32_share * kind.fp32_flops_per_s / INCEPTION_FLOPS,
+    )
 
 
-def _speed(model: ModelConfig, images: int, reached: decoding.Rates, pixels_per_s: float, guided: bool, cache: str) -> Speed:
-    """Codes, then pixels: on the GPU they run beside each other, which may hide some of one behind the other; none of it is assumed to."""
+def _speed(
+    model: ModelConfig, images: int, reached: decoding.Rates, pixels_per_s: float, guided: bool, cache: str
+) -> Speed:
+    """Codes, then pixels: on the GPU they run beside each other, which may hide some of one behind the other; none of
+    it is assumed to.
+    """
     step_s = decoding.step_s(model, images, reached, guided=guided, cache=cache)
     codes_per_s = images / (model.positions * step_s)
     return Speed(images, step_s, codes_per_s, 1 / (1 / codes_per_s + 1 / pixels_per_s))
 
 
 def _duration(kind: OneGpu, gpus: int, images: int, file_bytes: int, assumed: SamplingAssumptions) -> Duration:
-    """Batches are dealt whole. Every process but the first hands its batches over in files, which the first one reads and writes again into the one."""
+    """Batches are dealt whole. Every process but the first hands its batches over in files, which the first one reads
+    and writes again into the one.
+    """
     batches = math.ceil(images / kind.chosen.batch_images)
     drawing_s = min(math.ceil(batches / gpus) * kind.chosen.batch_images, images) / kind.chosen.images_per_s
     handed_over = file_bytes * (gpus - 1) / gpus

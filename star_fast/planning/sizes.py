@@ -24,12 +24,19 @@ class Parameters(NamedTuple):
 
 
 def sized(config: RunConfig) -> tuple[RunConfig, str]:
-    """`config` with the sizes that a code store would fill in taken from its tokenizer and ImageNet, and a sentence that says so (or nothing)."""
+    """`config` with the sizes that a code store would fill in taken from its tokenizer and ImageNet, and a sentence
+    that says so (or nothing).
+    """
     model, tokenizer = config.model, config.tokenizer
     found = {"vocab": tokenizer.codebook, "positions": tokenizer.positions, "num_classes": IMAGENET_CLASSES}
     taken = {name: value for name, value in found.items() if not getattr(model, name)}
     config = dataclasses.replace(config, model=dataclasses.replace(model, **taken))
-    return config, f"assumed, since the code store decides: {', '.join(f'model.{name} {value}' for name, value in taken.items())}" if taken else ""
+    return (
+        config,
+        f"assumed, since the code store decides: {', '.join(f'model.{name} {value}' for name, value in taken.items())}"
+        if taken
+        else "",
+    )
 
 
 class Projector(NamedTuple):
@@ -56,12 +63,15 @@ def block_weights(model: ModelConfig) -> int:
 
 
 def parameters(config: RunConfig) -> Parameters:
-    """Parameters of a run whose sizes are set: exactly those of model.transformer.Transformer and method.student.Projector."""
+    """Parameters of a run whose sizes are set: exactly those of model.transformer.Transformer and
+    method.student.Projector.
+    """
     model, D = config.model, config.model.width
     embeddings = (model.num_classes + 1 + model.vocab) * D
     transformer = embeddings + model.blocks * (block_weights(model) + 2 * D) + D + model.vocab * D
     own = projector(model, config.method)
-    biases = own.hidden + D if own.matrices else 0  # with batch norm the hidden ones are its biases, and it has as many weights
+    # With batch norm the hidden ones are its biases, and it has as many weights
+    biases = own.hidden + D if own.matrices else 0
     normed = own.hidden if config.method.projector_norm == "batch" else 0
     largest = max(model.vocab * D, (model.num_classes + 1) * D, 2 * model.feed_forward * D, 3 * D * D, own.largest)
     return Parameters(transformer, own.matrices + biases + normed, largest)
@@ -85,7 +95,14 @@ def micro(config: RunConfig, images: int, gpus: int) -> Micro:
     pairs = 0
     if method.contrasts:  # L_step: ordered pairs of positions in a view; L_view: ordered pairs of views at a position
         pairs = (M * K * (K - 1) if method.step_contrast else 0) + (K * M * (M - 1) if method.view_contrast else 0)
-    return Micro(images, images * M, images * M * config.model.positions, images * M * K if method.contrasts else 0, pairs, images * gpus)
+    return Micro(
+        images,
+        images * M,
+        images * M * config.model.positions,
+        images * M * K if method.contrasts else 0,
+        pairs,
+        images * gpus,
+    )
 
 
 def cache_bytes(config: RunConfig, rows: int) -> int:

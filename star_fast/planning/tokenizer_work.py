@@ -1,7 +1,9 @@
-"""Arithmetic and memory of the VQ tokenizer, layer by layer as model/tokenizer_blocks.py builds it: what encoding and decoding an image costs.
+"""Arithmetic and memory of the VQ tokenizer, layer by layer as model/tokenizer_blocks.py builds it: what encoding and
+decoding an image costs.
 
-A product or convolution counts 2 FLOPs a multiplication; norms, activations and changes of size count none. Attention is counted in full.
-Letters: C image channels, Z latent channels of the encoder, V codebook; "places" are pixels of the resolution at hand.
+A product or convolution counts 2 FLOPs a multiplication; norms, activations and changes of size count none. Attention
+is counted in full. Letters: C image channels, Z latent channels of the encoder, V codebook; "places" are pixels of the
+resolution at hand.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ class Half(NamedTuple):
 
 def encoder(config: TokenizerConfig) -> Half:
     """Encoder, quant_conv and the search for the nearest entry."""
-    layers, before = [_convolution(config.image_channels, config.base_channels, 3, _places(config, 0))], config.base_channels
+    layers, before = (
+        [_convolution(config.image_channels, config.base_channels, 3, _places(config, 0))],
+        config.base_channels,
+    )
     lowest = len(config.multipliers) - 1
     for level, width in enumerate(_widths(config)):
         places = _places(config, level)
@@ -41,8 +46,12 @@ def encoder(config: TokenizerConfig) -> Half:
             layers.append(_convolution(width, width, 3, after, (before + 2 * width) * places + width * after))
         before = width
     places = _places(config, lowest)
-    layers += [*_middle(before, places), _norm(before), _convolution(before, config.z_channels, 3, places),
-               _convolution(config.z_channels, config.code_channels, 1, places)]
+    layers += [
+        *_middle(before, places),
+        _norm(before),
+        _convolution(before, config.z_channels, 3, places),
+        _convolution(config.z_channels, config.code_channels, 1, places),
+    ]
     search = Layer(2 * places * config.code_channels * config.codebook, config.codebook * config.code_channels, 0)
     return _together([*layers, search])
 
@@ -51,8 +60,12 @@ def decoder(config: TokenizerConfig) -> Half:
     """Look-up (no arithmetic), post_quant_conv and decoder."""
     lowest = len(config.multipliers) - 1
     places, widths = _places(config, lowest), _widths(config)[::-1]
-    layers = [Layer(0, config.codebook * config.code_channels, 0), _convolution(config.code_channels, config.z_channels, 1, places),
-              _convolution(config.z_channels, widths[0], 3, places), *_middle(widths[0], places)]
+    layers = [
+        Layer(0, config.codebook * config.code_channels, 0),
+        _convolution(config.code_channels, config.z_channels, 1, places),
+        _convolution(config.z_channels, widths[0], 3, places),
+        *_middle(widths[0], places),
+    ]
     before = widths[0]
     for step, width in enumerate(widths):
         places = _places(config, lowest - step)
@@ -61,11 +74,19 @@ def decoder(config: TokenizerConfig) -> Half:
             after = _places(config, lowest - step - 1)
             layers.append(_convolution(width, width, 3, after, (before + width) * places + 2 * width * after))
         before = width
-    return _together([*layers, _norm(before), _convolution(before, config.image_channels, 3, places, (3 * before + config.image_channels) * places)])
+    return _together(
+        [
+            *layers,
+            _norm(before),
+            _convolution(before, config.image_channels, 3, places, (3 * before + config.image_channels) * places),
+        ]
+    )
 
 
 def live_bytes(half: Half, images: int, number_bytes: int) -> int:
-    """Most memory of the tensors of `images` at once; weights, and what convolutions and attention take for themselves, not counted."""
+    """Most memory of the tensors of `images` at once; weights, and what convolutions and attention take for themselves,
+    not counted.
+    """
     return half.alive * images * number_bytes
 
 
@@ -97,19 +118,34 @@ def _middle(width: int, places: int) -> list[Layer]:
 
 
 def _residual(before: int, width: int, places: int, held: int = 0) -> list[Layer]:
-    """At its widest: the input, the first convolution's result, that activated, and the second's norm or result, or skip path and sum."""
+    """At its widest: the input, the first convolution's result, that activated, and the second's norm or result, or
+    skip path and sum.
+    """
     skip = [_convolution(before, width, 1, places)] if before != width else []
-    return [_norm(before), _convolution(before, width, 3, places), _norm(width),
-            _convolution(width, width, 3, places, held + (before + 3 * width) * places), *skip]
+    return [
+        _norm(before),
+        _convolution(before, width, 3, places),
+        _norm(width),
+        _convolution(width, width, 3, places, held + (before + 3 * width) * places),
+        *skip,
+    ]
 
 
 def _attention(width: int, places: int, held: int = 0) -> list[Layer]:
-    """At its widest: the input, its norm, q, k, v, their mixture, that as an image, and what the last product makes of it."""
-    return [_norm(width), *[_convolution(width, width, 1, places)] * 4, Layer(4 * places * places * width, 0, held + 8 * width * places)]
+    """At its widest: the input, its norm, q, k, v, their mixture, that as an image, and what the last product makes of
+    it.
+    """
+    return [
+        _norm(width),
+        *[_convolution(width, width, 1, places)] * 4,
+        Layer(4 * places * places * width, 0, held + 8 * width * places),
+    ]
 
 
 def _convolution(before: int, width: int, side: int, places: int, alive: int = 0) -> Layer:
-    return Layer(2 * side * side * before * width * places, side * side * before * width + width, alive or width * places)
+    return Layer(
+        2 * side * side * before * width * places, side * side * before * width + width, alive or width * places
+    )
 
 
 def _norm(width: int) -> Layer:
@@ -117,4 +153,8 @@ def _norm(width: int) -> Layer:
 
 
 def _together(layers: list[Layer]) -> Half:
-    return Half(sum(layer.flops for layer in layers), sum(layer.weights for layer in layers), max(layer.alive for layer in layers))
+    return Half(
+        sum(layer.flops for layer in layers),
+        sum(layer.weights for layer in layers),
+        max(layer.alive for layer in layers),
+    )

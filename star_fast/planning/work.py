@@ -1,7 +1,8 @@
 """Arithmetic and memory traffic of one optimizer step, and how long it takes at a share of a GPU's peak.
 
-A product of (m, k) and (k, n) counts 2mkn FLOPs; norms, activations, softmax and optimizer count none (under 1 % together). Attention is counted
-causally, T(T+1)/2 pairs a head, hidden keys included; in full (as FLOP counters and some papers do) where asked.
+A product of (m, k) and (k, n) counts 2mkn FLOPs; norms, activations, softmax and optimizer count none (under 1 %
+together). Attention is counted causally, T(T+1)/2 pairs a head, hidden keys included; in full (as FLOP counters and
+some papers do) where asked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ class Flops(NamedTuple):
 
     student: int  # forward and backward: three times the forward products
     teacher: int  # forward, without the output matrix
-    recomputed: int  # with block checkpointing: the blocks' forward once more (or what keep_attention leaves), but for the last product: nothing needs it
+    # With block checkpointing: the blocks' forward once more (or what keep_attention leaves), but for the last product:
+    # nothing needs it
+    recomputed: int
 
     @property
     def total(self) -> int:
@@ -45,8 +48,8 @@ def contrast_flops(config: RunConfig, size: Micro) -> int:
 def step_flops(config: RunConfig, gpus: int, micro_images: int, *, causal: bool = True) -> Flops:
     """FLOPs of one optimizer step of train.images_per_step images.
 
-    Backward counts twice the forward; what attention recomputes inside its kernels is not counted. The teacher's keys need no gradient: the
-    contrastive product counts 2 in 3.
+    Backward counts twice the forward; what attention recomputes inside its kernels is not counted. The teacher's keys
+    need no gradient: the contrastive product counts 2 in 3.
     """
     size = micro(config, micro_images, gpus)
     blocks, rest = forward_flops(config, size, causal=causal)
@@ -57,31 +60,46 @@ def step_flops(config: RunConfig, gpus: int, micro_images: int, *, causal: bool 
     recomputed = a_number * (D * D + 2 * D * F) if config.train.keep_attention else blocks - a_number * D * F
     # Without L_MIM the teacher stops at the contrasted block.
     teacher = blocks if config.method.mim_weight else blocks * config.contrast_depth // config.model.blocks
-    return Flops(times * (3 * (blocks + rest) - keys), times * teacher if config.method.has_teacher else 0,
-                 times * recomputed if config.train.block_checkpointing else 0)
+    return Flops(
+        times * (3 * (blocks + rest) - keys),
+        times * teacher if config.method.has_teacher else 0,
+        times * recomputed if config.train.block_checkpointing else 0,
+    )
 
 
 def step_bytes(config: RunConfig, gpus: int, micro_images: int) -> int:
-    """Least bytes that one GPU reads and writes in its memory in a step: every op's inputs and outputs once (the ops' own `cost`), logits none.
+    """Least bytes that one GPU reads and writes in its memory in a step: every op's inputs and outputs once (the ops'
+    own `cost`), logits none.
 
-    Per row and block, forward: norms 2 x 4D, wqkv 4D, attention 4D, wo 2D, packed product D + 2F, gate 3F, w2 F + D. Backward: norms 2 x 5D, attention
-    8D, gate 5F, and each product's operands twice. Weights: read once a pass, their gradient written once; then AdamW on this GPU's share.
+    Per row and block, forward: norms 2 x 4D, wqkv 4D, attention 4D, wo 2D, packed product D + 2F, gate 3F, w2 F + D.
+    Backward: norms 2 x 5D, attention 8D, gate 5F, and each product's operands twice. Weights: read once a pass, their
+    gradient written once; then AdamW on this GPU's share.
     """
     found, s, model = parameters(config), number_bytes(config), config.model
     rows = micro(config, micro_images, gpus).rows
     D, F = model.width, model.feed_forward
     forward, backward = 20 * D + 6 * F, 34 * D + 11 * F
     passes = 1 + (config.method.has_teacher) + config.train.block_checkpointing
-    a_micro = s * rows * model.blocks * (forward * passes + backward) + s * found.student * (passes + 1) + 4 * found.student * 2
+    a_micro = (
+        s * rows * model.blocks * (forward * passes + backward)
+        + s * found.student * (passes + 1)
+        + 4 * found.student * 2
+    )
     optimizer = found.student * 30 + (found.transformer * 14 if config.method.has_teacher else 0)
     return config.train.images_per_step // (gpus * micro_images) * a_micro + optimizer // gpus
 
 
 def sent_bytes(config: RunConfig, gpus: int) -> int:
-    """Bytes that one GPU sends for each step under ZeRO-1: gradients reduced (twice their size in a ring), new weights of student and teacher."""
+    """Bytes that one GPU sends for each step under ZeRO-1: gradients reduced (twice their size in a ring), new weights
+    of student and teacher.
+    """
     found, s = parameters(config), number_bytes(config)
     wide = 4 if config.train.gradient_precision == "fp32" else s
-    return (2 * wide * found.student + s * (found.student + (found.transformer if config.method.has_teacher else 0))) * (gpus - 1) // gpus
+    return (
+        (2 * wide * found.student + s * (found.student + (found.transformer if config.method.has_teacher else 0)))
+        * (gpus - 1)
+        // gpus
+    )
 
 
 class Speed(NamedTuple):
@@ -100,7 +118,14 @@ def speed(config: RunConfig, flops: Flops, flops_per_s: float, share: float) -> 
     step_s = flops.total / (flops_per_s * share)
     images = config.train.images_per_step / step_s
     day = images * 86400
-    return Speed(share, step_s, images, images * config.method.views * config.model.positions, 50 * IMAGENET_IMAGES / day, 300 * IMAGENET_IMAGES / day)
+    return Speed(
+        share,
+        step_s,
+        images,
+        images * config.method.views * config.model.positions,
+        50 * IMAGENET_IMAGES / day,
+        300 * IMAGENET_IMAGES / day,
+    )
 
 
 def training_days(config: RunConfig, flops: Flops, flops_per_s: float, share: float) -> float:

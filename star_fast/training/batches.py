@@ -1,4 +1,6 @@
-"""From the code store to micro-batches: which images, which views, which masks, in one fixed order for any number of ranks."""
+"""From the code store to micro-batches: which images, which views, which masks, in one fixed order for any number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
+        return MicroBatch(
+            *(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self)
+        )
 
     def pinned(self) -> MicroBatch:
         """The same in memory that a GPU copies from without waiting; without a GPU as it is."""
@@ -44,18 +48,27 @@ def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
     """`config` with the sizes that follow from the codes filled in.
 
     Raises:
-        ConfigError: a size that is given contradicts the code store, or the store holds fewer views or images than a step needs.
+        ConfigError: a size that is given contradicts the code store, or the store holds fewer views or images than a
+            step needs.
     """
     found = {"vocab": store.codebook, "positions": store.positions, "num_classes": len(store.class_names)}
     for name, value in found.items():
         given = getattr(config.model, name)
         if given not in (0, value):
-            raise ConfigError(f"model.{name}: expected {value} (the code store {store.path}), got {given}; leave it at 0 to take the store's")
+            raise ConfigError(
+                f"model.{name}: expected {value} (the code store {store.path}), got {given}; leave it at 0 to "
+                "take the store's"
+            )
     if config.method.views > len(store.views) and not config.data.online:
-        raise ConfigError(f"method.views: expected at most {len(store.views)}, the views that {store.path} holds of each image, got {config.method.views}")
+        raise ConfigError(
+            f"method.views: expected at most {len(store.views)}, the views that {store.path} holds of each image, "
+            f"got {config.method.views}"
+        )
     if config.train.images_per_step > len(store.train_indices):
-        raise ConfigError(f"train.images_per_step: expected at most {len(store.train_indices)}, the training images of {store.path}, "
-                          f"got {config.train.images_per_step}")
+        raise ConfigError(
+            f"train.images_per_step: expected at most {len(store.train_indices)}, the training images of {store.path}, "
+            f"got {config.train.images_per_step}"
+        )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 
@@ -63,17 +76,25 @@ class Batches:
     """The micro-batches of a run, addressed by optimizer step, so that a resumed run continues where it stopped.
 
     Args:
-        codes: (epoch, rows (B,), M) -> (B, M, T) int64, codes of M views of each row in that epoch; None: different ones of the store's views.
+        codes: (epoch, rows (B,), M) -> (B, M, T) int64, codes of M views of each row in that epoch; None: different
+            ones of the store's views.
     """
 
-    def __init__(self, store: CodeStore, config: RunConfig, rank: int = 0, ranks: int = 1, codes: Codes | None = None) -> None:
+    def __init__(
+        self, store: CodeStore, config: RunConfig, rank: int = 0, ranks: int = 1, codes: Codes | None = None
+    ) -> None:
         train = config.train
         if train.images_per_step % ranks:
-            raise ConfigError(f"train.images_per_step: expected a multiple of the {ranks} ranks, got {train.images_per_step}")
+            raise ConfigError(
+                f"train.images_per_step: expected a multiple of the {ranks} ranks, got {train.images_per_step}"
+            )
         self.micro_images = train.micro_batch_images or train.images_per_step // ranks
         if train.images_per_step % (ranks * self.micro_images):
-            raise ConfigError(f"train.micro_batch_images: {ranks} ranks x {self.micro_images} images must divide train.images_per_step = "
-                              f"{train.images_per_step}")
+            raise ConfigError(
+                f"train.micro_batch_images: {ranks} ranks x {self.micro_images} images must divide "
+                "train.images_per_step = "
+                f"{train.images_per_step}"
+            )
         self.store, self.config, self.rank, self.ranks = store, config, rank, ranks
         self._codes = codes or self._stored_codes
         self.seconds: Mapping[str, float] = getattr(codes, "seconds", {})  # that making them has taken so far, by part
@@ -85,25 +106,37 @@ class Batches:
         self._order: tuple[int, np.ndarray] | None = None
 
     def images_of(self, step: int) -> np.ndarray:
-        """Rows of the store that optimizer step `step` (counted from 0) trains on: (micro-batches, ranks, images) int64."""
+        """Rows of the store that optimizer step `step` (counted from 0) trains on: (micro-batches, ranks, images)
+        int64.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         order = self._order
         if order is None or order[0] != epoch:
             self._order = order = epoch, masking.epoch_order(self.config.train.seed, epoch, self.images)
         start = within * self.config.train.images_per_step
-        return order[1][start : start + self.config.train.images_per_step].reshape(self.accumulation, self.ranks, self.micro_images)
+        return order[1][start : start + self.config.train.images_per_step].reshape(
+            self.accumulation, self.ranks, self.micro_images
+        )
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step `step` (counted from 0)."""
         config, seed = self.config, self.config.train.seed
         epoch, global_batch = step // self.steps_per_epoch, self.images_of(step)
-        positions = torch.from_numpy(masking.position_set(seed, step, config.model.positions, config.method.contrast_positions))
+        positions = torch.from_numpy(
+            masking.position_set(seed, step, config.model.positions, config.method.contrast_positions)
+        )
         seen = step * config.train.images_per_step
-        return [self._micro_batch(epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images).pinned()
-                for index, images in enumerate(global_batch)]
+        return [
+            self._micro_batch(
+                epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images
+            ).pinned()
+            for index, images in enumerate(global_batch)
+        ]
 
     def _stored_codes(self, epoch: int, images: np.ndarray, views: int) -> Tensor:
-        return self.store.codes(images, masking.choose_views(self.config.train.seed, epoch, images, views, len(self.store.views)))
+        return self.store.codes(
+            images, masking.choose_views(self.config.train.seed, epoch, images, views, len(self.store.views))
+        )
 
     def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:
         model, method, seed = self.config.model, self.config.method, self.config.train.seed

@@ -1,7 +1,8 @@
 """Saving and resuming a run exactly.
 
-A checkpoint is a folder checkpoints/step-XXXXXXX, complete or absent: it is written under a temporary name, flushed to disk, listed with the size and
-sha256 of each file in complete.json, and renamed last. Before anything of it is loaded all that is checked, and nothing in it is ever executed.
+A checkpoint is a folder checkpoints/step-XXXXXXX, complete or absent: it is written under a temporary name, flushed to
+disk, listed with the size and sha256 of each file in complete.json, and renamed last. Before anything of it is loaded
+all that is checked, and nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from star_fast.config import RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.errors import ConfigError, UserError
 from star_fast.records import require, to_dict
-from star_fast.storage import atomic_write_json, explain_write_errors, read_record, require_regular, sha256_of_file, sync_folder
+from star_fast.storage import (
+    atomic_write_json,
+    explain_write_errors,
+    read_record,
+    require_regular,
+    sha256_of_file,
+    sync_folder,
+)
 from star_fast.training import shards
 from star_fast.training.engine import Engine
 from star_fast.training.export import export
@@ -56,7 +64,8 @@ class CodesRecord:
 class TelemetryRecord:
     """What the losses were, so that a resumed run judges and logs the next ones as an unbroken run does."""
 
-    rows: list[list[float]] = field(default_factory=list)  # of the steps since the last log line, in the order of telemetry.TERMS
+    # Of the steps since the last log line, in the order of telemetry.TERMS
+    rows: list[list[float]] = field(default_factory=list)
     window: list[float] = field(default_factory=list)  # see watch.LossWatch
     episode: int | None = None
 
@@ -89,11 +98,19 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def finished(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. What has another name (a `.tmp` that a full disk or a kill left) is none."""
+    """The complete checkpoints of a run, oldest first. What has another name (a `.tmp` that a full disk or a kill left)
+    is none.
+    """
     try:
-        found = [(int(match[1]), folder) for folder in (run / "checkpoints").glob("step-*") if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()]
+        found = [
+            (int(match[1]), folder)
+            for folder in (run / "checkpoints").glob("step-*")
+            if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()
+        ]
     except (OSError, ValueError) as error:  # an over-long name, a null byte
-        raise UserError(f"{run}: cannot be a run's folder: {getattr(error, 'strerror', None) or error}; choose another --run") from error
+        raise UserError(
+            f"{run}: cannot be a run's folder: {getattr(error, 'strerror', None) or error}; choose another --run"
+        ) from error
     return [folder for _, folder in sorted(found)]
 
 
@@ -122,13 +139,23 @@ def codes_identity(store: CodeStore) -> CodesRecord:
     return CodesRecord(store.tokenizer_hash, len(store), store.manifest["files"]["codes.bin"]["sha256"])
 
 
-def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int, telemetry: TelemetryRecord | None = None, spare: Path | None = None) -> Path:
+def save(
+    engine: Engine,
+    store: CodeStore,
+    run: Path,
+    step: int,
+    keep: int,
+    telemetry: TelemetryRecord | None = None,
+    spare: Path | None = None,
+) -> Path:
     """Save everything a resume needs, as of `step` finished steps. A collective.
 
-    Older complete checkpoints beyond the newest `keep` are removed once this one is safe; `spare`, the last one known to be good, is not.
+    Older complete checkpoints beyond the newest `keep` are removed once this one is safe; `spare`, the last one known
+    to be good, is not.
 
     Raises:
-        Diverged: the weights are not finite: nothing is written. AgreedError: the disk is full or cannot be written; earlier checkpoints are as they were.
+        Diverged: the weights are not finite: nothing is written. AgreedError: the disk is full or cannot be written;
+            earlier checkpoints are as they were.
     """
     final = step_folder(run, step)
     if final.exists():
@@ -140,9 +167,18 @@ def save(engine: Engine, store: CodeStore, run: Path, step: int, keep: int, tele
         together(lambda: empty(temporary) if main else None)
         together(lambda: shards.save(engine, temporary))
         export(engine, store, temporary / MODEL_FOLDER, step)
-        files = _gather(together(lambda: _describe(temporary, _listing(temporary)[engine.rank::engine.ranks])))
-        record = CheckpointRecord(FORMAT, step, engine.ranks, engine.config.train.zero_stage, torch.__version__, to_dict(engine.config),
-                                  codes_identity(store), files, telemetry or TelemetryRecord())
+        files = _gather(together(lambda: _describe(temporary, _listing(temporary)[engine.rank :: engine.ranks])))
+        record = CheckpointRecord(
+            FORMAT,
+            step,
+            engine.ranks,
+            engine.config.train.zero_stage,
+            torch.__version__,
+            to_dict(engine.config),
+            codes_identity(store),
+            files,
+            telemetry or TelemetryRecord(),
+        )
         together(lambda: complete(temporary, final, record) if main else None)
     except UserError:
         if main:  # a full disk gets its room back
@@ -161,29 +197,47 @@ def check(folder: Path, engine: Engine, store: CodeStore) -> CheckpointRecord:
     """The record of a complete, fitting checkpoint. Every rank calls it; each reads only its share of the files whole.
 
     Raises:
-        UserError: a file is missing, foreign or not the one that was saved, or the checkpoint belongs to another model, code store, ZeRO stage or number
-            of ranks.
+        UserError: a file is missing, foreign or not the one that was saved, or the checkpoint belongs to another model,
+            code store, ZeRO stage or number of ranks.
     """
-    record = read_record(folder / RECORD_FILE, CheckpointRecord, "not a complete checkpoint: remove this folder to resume from the one before")
+    record = read_record(
+        folder / RECORD_FILE,
+        CheckpointRecord,
+        "not a complete checkpoint: remove this folder to resume from the one before",
+    )
     if record.format != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}; go on with the version that saved it, or start "
-                        f"another run from its weights with --init {folder.parent.parent / 'model'}")
+        raise UserError(
+            f"{folder}: checkpoint format {record.format}, this version reads {FORMAT}; go on with the version "
+            "that saved it, or start "
+            f"another run from its weights with --init {folder.parent.parent / 'model'}"
+        )
     check_files(folder, record, engine.rank, engine.ranks)
-    if record.ranks != ANY_RANKS and (record.ranks, record.zero_stage) != (engine.ranks, engine.config.train.zero_stage):
+    if record.ranks != ANY_RANKS and (record.ranks, record.zero_stage) != (
+        engine.ranks,
+        engine.config.train.zero_stage,
+    ):
         run = folder.parent.parent
-        raise UserError(f"{folder}: saved by {record.ranks} ranks with ZeRO stage {record.zero_stage}, this run has {engine.ranks} ranks with stage "
-                        f"{engine.config.train.zero_stage}; resume with the same, or make it fit any number with: star-fast convert {run} --out {run}-any")
+        raise UserError(
+            f"{folder}: saved by {record.ranks} ranks with ZeRO stage {record.zero_stage}, this run has "
+            f"{engine.ranks} ranks with stage "
+            f"{engine.config.train.zero_stage}; resume with the same, or make it fit any number with: star-fast "
+            f"convert {run} --out {run}-any"
+        )
     _same_run(record.config, to_dict(engine.config), folder, any_ranks=record.ranks == ANY_RANKS)
     found = codes_identity(store)
     if record.codes != found:
         what = "tokenizer" if record.codes.tokenizer != found.tokenizer else "codes"
-        raise UserError(f"{folder}: trained on a code store of {what} {getattr(record.codes, what)[:12]}, {store.path} has {getattr(found, what)[:12]}; "
-                        "give the code store that the run began with")
+        raise UserError(
+            f"{folder}: trained on a code store of {what} {getattr(record.codes, what)[:12]}, {store.path} has "
+            f"{getattr(found, what)[:12]}; "
+            "give the code store that the run began with"
+        )
     return record
 
 
 def load(engine: Engine, store: CodeStore, folder: Path) -> CheckpointRecord:
-    """Put a checkpoint back; returns its record. Weights, optimizer state and teacher are bit-identical after. A collective.
+    """Put a checkpoint back; returns its record. Weights, optimizer state and teacher are bit-identical after. A
+    collective.
 
     Raises:
         AgreedError: see check; or its weights are not finite.
@@ -209,7 +263,9 @@ def empty(folder: Path) -> None:
 
 def _listing(folder: Path) -> list[str]:
     """The files below `folder`, by path within it, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
 
 
 def _describe(folder: Path, names: list[str]) -> dict[str, FileRecord]:
@@ -242,7 +298,10 @@ def check_files(folder: Path, record: CheckpointRecord, rank: int = 0, ranks: in
     """Names and sizes of all files, and the content of every ranks-th: together the ranks read all of it."""
     there = set(_listing(folder)) - {RECORD_FILE}
     for name in sorted(there - set(record.files)):
-        raise UserError(f"{folder}: {name} is not part of the checkpoint; remove that file, or this folder to resume from the one before")
+        raise UserError(
+            f"{folder}: {name} is not part of the checkpoint; remove that file, or this folder to resume from the "
+            "one before"
+        )
     for index, (name, file) in enumerate(record.files.items()):
         size = require_regular(folder / name, shards.DAMAGED)
         if size != file.bytes:
@@ -252,11 +311,28 @@ def check_files(folder: Path, record: CheckpointRecord, rank: int = 0, ranks: in
 
 
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path, any_ranks: bool = False) -> None:
-    """Settings that would make a resume something else than the same run must agree. How long it lasts, what is logged and the optimizer's settings may
-    change: the latter is how a run goes on that has diverged, and it is said."""
-    free = {"train": {"epochs", "max_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps", "log_every_steps", "validate_every_steps",
-                      "tensorboard", "spike_deviations", "stop_on_spike", "hang_minutes", "block_checkpointing", "keep_attention"},
-            "data": {"codes"}, "tokenizer": None, "optim": None}
+    """Settings that would make a resume something else than the same run must agree. How long it lasts, what is logged
+    and the optimizer's settings may change: the latter is how a run goes on that has diverged, and it is said."""
+    free = {
+        "train": {
+            "epochs",
+            "max_steps",
+            "save_every_steps",
+            "keep_checkpoints",
+            "keep_every_steps",
+            "log_every_steps",
+            "validate_every_steps",
+            "tensorboard",
+            "spike_deviations",
+            "stop_on_spike",
+            "hang_minutes",
+            "block_checkpointing",
+            "keep_attention",
+        },
+        "data": {"codes"},
+        "tokenizer": None,
+        "optim": None,
+    }
     unsaid = to_dict(RunConfig())  # a setting that did not exist yet had the value that is its default now
     if any_ranks:  # how the work is dealt out may change too
         free["train"] |= {"zero_stage", "gradient_precision", "offload_optimizer", "micro_batch_images"}
@@ -265,11 +341,15 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path, any_ra
         for name, value in values.items() if ignored is not None else ():
             before = found.get(section, {}).get(name, unsaid[section][name])
             if name not in ignored and before != value:
-                raise UserError(f"{where}: it was saved with {section}.{name} = {before!r}, this run has {value!r}; "
-                                "resume with the same settings, or start another run with --init")
+                raise UserError(
+                    f"{where}: it was saved with {section}.{name} = {before!r}, this run has {value!r}; "
+                    "resume with the same settings, or start another run with --init"
+                )
 
 
 def changed_settings(record: CheckpointRecord, config: RunConfig) -> list[str]:
     """The optimizer's settings that this resume changes, in words."""
     before, now = record.config.get("optim", {}), to_dict(config.optim)
-    return [f"optim.{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value]
+    return [
+        f"optim.{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value
+    ]

@@ -21,7 +21,9 @@ _CARRIED = ("config.yaml", "metrics.jsonl")  # of the run: what it was told, and
 
 @dataclass(frozen=True)
 class ConvertCommand:
-    """Put a run's checkpoint together, so that it goes on with another number of ranks or another ZeRO stage: as a new run, the old one stays as it is."""
+    """Put a run's checkpoint together, so that it goes on with another number of ranks or another ZeRO stage: as a new
+    run, the old one stays as it is.
+    """
 
     run: tyro.conf.Positional[str]  # the run's folder
     out: str = ""  # the new run's folder
@@ -38,7 +40,9 @@ def convert(command: ConvertCommand) -> Path:
     source = checkpoint.step_folder(run, command.step) if command.step else checkpoint.latest(run)
     if source is None or not source.is_dir():
         there = ", ".join(str(checkpoint.step_of(folder)) for folder in checkpoint.finished(run)) or "none"
-        raise UserError(f"{run}: no checkpoint {f'of step {command.step}' if command.step else 'is'} there; complete ones: {there}")
+        raise UserError(
+            f"{run}: no checkpoint {f'of step {command.step}' if command.step else 'is'} there; complete ones: {there}"
+        )
     if not command.out:
         raise UserError("--out: expected the folder of a new run, got nothing")
     record = read_record(source / RECORD_FILE, CheckpointRecord, shards.DAMAGED)
@@ -88,14 +92,22 @@ def run_convert(command: ConvertCommand) -> None:
     """Convert, and say what a resume on other ranks changes."""
     folder = convert(command)
     record = read_record(folder / RECORD_FILE, CheckpointRecord, shards.DAMAGED)
-    before = read_record(checkpoint.step_folder(Path(command.run), record.step) / RECORD_FILE, CheckpointRecord, shards.DAMAGED)
+    before = read_record(
+        checkpoint.step_folder(Path(command.run), record.step) / RECORD_FILE, CheckpointRecord, shards.DAMAGED
+    )
     micro = before.config["train"]["micro_batch_images"]
-    negatives = f"{micro} images of each rank: {micro * before.ranks} until now, with R ranks {micro} x R" if micro else \
-        "images_per_step, whatever the number of ranks, while train.micro_batch_images is 0"
+    negatives = (
+        f"{micro} images of each rank: {micro * before.ranks} until now, with R ranks {micro} x R"
+        if micro
+        else "images_per_step, whatever the number of ranks, while train.micro_batch_images is 0"
+    )
     for line in (
-            f"{folder}: step {record.step}, saved by {before.ranks} ranks with ZeRO-{before.zero_stage}, now for any number and stage.",
-            "Unchanged: weights, teacher, AdamW's moments, order of the images, views, masks, positions and learning rate.",
-            f"Changes with the number of ranks: which activations dropout drops; the rounding of sums over ranks; a contrast sees {negatives}.",
-            f"Go on: deepspeed star_fast/train.py --config {Path(command.out) / 'config.yaml'} --resume --run {command.out}   [--train.zero-stage N]"):
+        f"{folder}: step {record.step}, saved by {before.ranks} ranks with ZeRO-{before.zero_stage}, now for any "
+        "number and stage.",
+        "Unchanged: weights, teacher, AdamW's moments, order of the images, views, masks, positions and learning rate.",
+        "Changes with the number of ranks: which activations dropout drops; the rounding of sums over ranks; a "
+        f"contrast sees {negatives}.",
+        f"Go on: deepspeed star_fast/train.py --config {Path(command.out) / 'config.yaml'} --resume --run "
+        f"{command.out}   [--train.zero-stage N]",
+    ):
         print(printable(line))
-

@@ -12,14 +12,30 @@ from star_fast.errors import printable
 # A gradient bucket of ZeRO-2 and 3: 128 MiB of float32.
 _BUCKET_ELEMENTS = 2**25
 # What the config's fields decide; a JSON may repeat it or say "auto".
-_DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16.enabled", "data_types.grad_accum_dtype",
-            "communication_data_type", "zero_optimization.stage", "zero_optimization.offload_optimizer")
-_REFUSED = {"optimizer": "--optim.*", "scheduler": "--optim.schedule", "fp16": "--train.precision bf16", "amp": "--train.precision bf16",
-            "torch_autocast": "--train.precision bf16", "activation_checkpointing": "--train.block-checkpointing"}
+_DECIDED = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "data_types.grad_accum_dtype",
+    "communication_data_type",
+    "zero_optimization.stage",
+    "zero_optimization.offload_optimizer",
+)
+_REFUSED = {
+    "optimizer": "--optim.*",
+    "scheduler": "--optim.schedule",
+    "fp16": "--train.precision bf16",
+    "amp": "--train.precision bf16",
+    "torch_autocast": "--train.precision bf16",
+    "activation_checkpointing": "--train.block-checkpointing",
+}
 
 
 def clips_outside(config: RunConfig) -> bool:
-    """Whether the gradient norm is taken and clipped by us: DeepSpeed clips float32 gradients without ZeRO too, but does not tell the norm."""
+    """Whether the gradient norm is taken and clipped by us: DeepSpeed clips float32 gradients without ZeRO too, but
+    does not tell the norm.
+    """
     return config.train.precision == "fp32" and config.train.zero_stage == 0
 
 
@@ -31,7 +47,8 @@ def derived(config: RunConfig, micro_images: int, accumulation: int) -> dict[str
     if train.zero_stage == 2:
         zero |= {"overlap_comm": True, "reduce_bucket_size": _BUCKET_ELEMENTS, "contiguous_gradients": True}
     if train.zero_stage == 3:
-        # A persistent weight would be gathered after the student's step, before the teacher's: the teacher's would stand still.
+        # A persistent weight would be gathered after the student's step, before the teacher's: the teacher's would
+        # stand still.
         zero |= {"overlap_comm": True, "reduce_bucket_size": _BUCKET_ELEMENTS, "stage3_param_persistence_threshold": 0}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -39,7 +56,8 @@ def derived(config: RunConfig, micro_images: int, accumulation: int) -> dict[str
         "train_micro_batch_size_per_gpu": micro_images,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clips_outside(config) else config.optim.clip_norm,
-        # A gradient goes into its float32 place as soon as it is made; infinities are looked for on the device (zero1.py) and where numbers are read anyway.
+        # A gradient goes into its float32 place as soon as it is made; infinities are looked for on the device
+        # (zero1.py) and where numbers are read anyway.
         "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True, "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": gradients},
         "communication_data_type": gradients,
@@ -65,9 +83,13 @@ def _read(path: str) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"train.deepspeed: {printable(path)} cannot be read as JSON: {printable(str(error))}") from error
+        raise ConfigError(
+            f"train.deepspeed: {printable(path)} cannot be read as JSON: {printable(str(error))}"
+        ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"train.deepspeed: {printable(path)} must hold one JSON object, it holds a {type(found).__name__}")
+        raise ConfigError(
+            f"train.deepspeed: {printable(path)} must hold one JSON object, it holds a {type(found).__name__}"
+        )
     return found
 
 
@@ -75,17 +97,28 @@ def _laid_over(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[
     for name, instead in _REFUSED.items():
         part = theirs.get(name)
         if part and not (isinstance(part, dict) and part.get("enabled") is False):
-            raise ConfigError(f"train.deepspeed: {printable(path)} sets {name}, which this project decides: leave it out and use {instead}")
+            raise ConfigError(
+                f"train.deepspeed: {printable(path)} sets {name}, which this project decides: leave it out and "
+                f"use {instead}"
+            )
     for name in _DECIDED:
         wanted, found = _at(ours, name), _at(theirs, name)
         if found not in (None, "auto", wanted):
-            raise ConfigError(f"train.deepspeed: {printable(path)} sets {name} = {printable(str(found))}, the run's config gives {wanted!r}: "
-                              "change one of them")
+            raise ConfigError(
+                f"train.deepspeed: {printable(path)} sets {name} = {printable(str(found))}, the run's config "
+                f"gives {wanted!r}: "
+                "change one of them"
+            )
     ranks_times = theirs.get("train_batch_size")
     if ranks_times not in (None, "auto"):
-        raise ConfigError(f"train.deepspeed: {printable(path)} sets train_batch_size: leave it out, --train.images-per-step says it")
+        raise ConfigError(
+            f"train.deepspeed: {printable(path)} sets train_batch_size: leave it out, --train.images-per-step says it"
+        )
     if _at(theirs, "zero_optimization.stage3_param_persistence_threshold") not in (None, "auto", 0):
-        raise ConfigError(f"train.deepspeed: {printable(path)} sets stage3_param_persistence_threshold: only 0 keeps the teacher moving")
+        raise ConfigError(
+            f"train.deepspeed: {printable(path)} sets stage3_param_persistence_threshold: only 0 keeps the "
+            "teacher moving"
+        )
     return _merged(ours, theirs)
 
 
@@ -102,5 +135,7 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     for name, value in theirs.items():
         if value == "auto":
             continue
-        merged[name] = _merged(ours[name], value) if isinstance(value, dict) and isinstance(ours.get(name), dict) else value
+        merged[name] = (
+            _merged(ours[name], value) if isinstance(value, dict) and isinstance(ours.get(name), dict) else value
+        )
     return merged

@@ -37,15 +37,26 @@ def build_student(config: RunConfig) -> Student:
     generator = torch.Generator().manual_seed(config.train.seed)
     transformer = Transformer(config.model)
     transformer.init_weights(generator)
-    transformer.block_checkpointing, transformer.keep_attention = config.train.block_checkpointing, config.train.keep_attention
+    transformer.block_checkpointing, transformer.keep_attention = (
+        config.train.block_checkpointing,
+        config.train.keep_attention,
+    )
     if config.train.compile:
-        for block in transformer.layers:  # what is left between our own ops; a block's dropout seeds would compile it anew each step
+        # What is left between our own ops; a block's dropout seeds would compile it anew each step
+        for block in transformer.layers:
             block.feed_forward.compile()
-    return Student(transformer, Projector.of_method(config.model.width, config.method, generator), config.method, config.contrast_depth)
+    return Student(
+        transformer,
+        Projector.of_method(config.model.width, config.method, generator),
+        config.method,
+        config.contrast_depth,
+    )
 
 
 class Inside(nn.Module):
-    """What DeepSpeed is given: its forward runs a job among its own modules. Under ZeRO-3 a weight exists in there only, the teacher's too."""
+    """What DeepSpeed is given: its forward runs a job among its own modules. Under ZeRO-3 a weight exists in there
+    only, the teacher's too.
+    """
 
     def __init__(self, student: Student, teacher: Transformer | None = None) -> None:
         super().__init__()
@@ -64,7 +75,9 @@ class Inside(nn.Module):
 
 
 def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
-    """Transformer with and without weight decay (rank >= 2 decays), then projector likewise; empty groups are left out."""
+    """Transformer with and without weight decay (rank >= 2 decays), then projector likewise; empty
+    groups are left out.
+    """
     groups = []
     for part in (student.transformer, student.projector):
         parameters = list(part.parameters()) if part is not None else []
@@ -83,6 +96,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: tor
         try:
             import amp_C  # noqa: F401  apex's compiled module: `apex` on PyPI is something else
             from apex.optimizers import FusedAdam
+
             return FusedAdam(groups, adam_w_mode=True, **settings)
         except ImportError:
             pass
@@ -92,7 +106,9 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: tor
 class Engine:
     """Student and teacher under DeepSpeed: one call an optimizer step."""
 
-    def __init__(self, config: RunConfig, student: Student, device: torch.device, micro_images: int, accumulation: int) -> None:
+    def __init__(
+        self, config: RunConfig, student: Student, device: torch.device, micro_images: int, accumulation: int
+    ) -> None:
         deepspeed = import_deepspeed()
         if device.type == "cpu":
             keep_freed_memory()
@@ -105,7 +121,8 @@ class Engine:
         self.teacher: Teacher | None = None
         module = Inside(student)
         if config.train.zero_stage == 3:
-            # The output matrix is read by the student's forward, not by the layer's own. The teacher is sharded with the student.
+            # The output matrix is read by the student's forward, not by the layer's own. The teacher is sharded with
+            # the student.
             deepspeed.zero.register_external_parameter(student, student.transformer.output.weight)
             self._make_teacher()
             module.teacher = self.teacher.model if self.teacher is not None else None
@@ -113,7 +130,9 @@ class Engine:
         optimizer = build_optimizer(parameter_groups(student, config.optim.weight_decay), config, device)
         self.optimizer_name = f"{type(optimizer).__module__.split('.')[0]} {type(optimizer).__name__}"
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
-            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.settings, dist_init_required=False)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
+            )
         zero1.take_over(self.deepspeed.optimizer)
         self.masters = masters_of(self.deepspeed.optimizer, student)
         if self.teacher is None:
@@ -126,9 +145,16 @@ class Engine:
             self.teacher = Teacher(self.student.transformer, self.config.method, self.config.contrast_depth)
 
     def state_bytes(self) -> int:
-        """Bytes of this rank's weights, masters, optimizer moments and teacher: what stays between two steps, gradients left out."""
+        """Bytes of this rank's weights, masters, optimizer moments and teacher: what stays between two steps, gradients
+        left out.
+        """
         tensors = [*self.student.parameters(), *(shard.tensor for shard in self.masters.shards())]
-        tensors += [value for state in self.deepspeed.basic_optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors += [
+            value
+            for state in self.deepspeed.basic_optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
         if self.teacher is not None:
             tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
         tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
@@ -148,14 +174,23 @@ class Engine:
             teacher_last, keys = self.teacher.features(batch.tokens, label, batch.positions)
             keys = self._of_all_ranks(keys)
         images = batch.label.shape[0] // self.config.method.views
-        return self.student(batch.tokens, batch.label, batch.targets, batch.keep, teacher_last, keys, batch.positions, self.rank * images)
+        return self.student(
+            batch.tokens,
+            batch.label,
+            batch.targets,
+            batch.keep,
+            teacher_last,
+            keys,
+            batch.positions,
+            self.rank * images,
+        )
 
     def step(self, batches: list[MicroBatch], step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches.
 
         Returns:
-            The losses (total, ar, mim, step, view), this rank's means over the micro-batches, (5,) float32 on the device; the gradient
-            norm before clipping, 0-d.
+            The losses (total, ar, mim, step, view), this rank's means over the micro-batches, (5,) float32 on the
+            device; the gradient norm before clipping, 0-d.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -175,7 +210,9 @@ class Engine:
             collected.append(torch.stack([term.detach().float() for term in losses]))
         if self.teacher is not None:
             self.teacher.update(self.masters.tensors(), step)
-        return torch.stack(collected).mean(0), torch.as_tensor(self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm)
+        return torch.stack(collected).mean(0), torch.as_tensor(
+            self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm
+        )
 
     def any_rank(self, flag: bool) -> bool:
         """Whether it is so on any rank. A collective of the hosts."""
@@ -186,8 +223,8 @@ class Engine:
         return bool(found.item())
 
     def raise_if_noted(self) -> None:
-        """Raise IndexError on every rank if a kernel on any rank noted a bad value (ops/error_flag.py): one that stopped alone would leave the others
-        waiting in their next collective. A collective of the hosts."""
+        """Raise IndexError on every rank if a kernel on any rank noted a bad value (ops/error_flag.py): one that
+        stopped alone would leave the others waiting in their next collective. A collective of the hosts."""
         own = error_flag.noted(self.device)
         if self.any_rank(bool(own)):
             raise IndexError(own or "a kernel on another rank noted a bad value; that rank says which")
@@ -200,7 +237,9 @@ class Engine:
             self.teacher.settle()
 
     def publish(self) -> None:
-        """After the masters of student and teacher were loaded: make the weights that work equal to them. A collective."""
+        """After the masters of student and teacher were loaded: make the weights that work equal to
+        them. A collective.
+        """
         self.masters.publish()
         if self.teacher is not None:
             self.teacher.refresh()
@@ -208,9 +247,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:
-        """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches of all ranks.
+        """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches
+        of all ranks.
 
-        Under ZeRO-3, where a forward pass is a collective, a rank with fewer batches joins in with one that does not count.
+        Under ZeRO-3, where a forward pass is a collective, a rank with fewer batches joins in with one that does not
+        count.
         """
         self.settle()
         self.deepspeed.eval()
@@ -218,10 +259,16 @@ class Engine:
         idle = torch.zeros(1, self.config.model.positions, dtype=torch.int64)
         for index in range(self._most(len(batches))):
             counted = index < len(batches)
-            batch = (batches[index] if counted else MicroBatch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(self.device)
-            losses = self.deepspeed(lambda batch=batch: self.student(batch.tokens, batch.label, batch.targets, only_ar=True))
+            batch = (batches[index] if counted else MicroBatch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(
+                self.device
+            )
+            losses = self.deepspeed(
+                lambda batch=batch: self.student(batch.tokens, batch.label, batch.targets, only_ar=True)
+            )
             if counted:
-                total += torch.tensor([losses.ar.item() * batch.targets.numel(), batch.targets.numel()], dtype=torch.float64)
+                total += torch.tensor(
+                    [losses.ar.item() * batch.targets.numel(), batch.targets.numel()], dtype=torch.float64
+                )
         self.deepspeed.train()
         total = total.to(self.device)
         dist.all_reduce(total)
@@ -229,7 +276,8 @@ class Engine:
 
     @torch.no_grad()
     def require_finite(self, step: int, what: str = "") -> None:
-        """A collective, before anything is saved or exported: raises Diverged if a master weight of student or teacher is not finite.
+        """A collective, before anything is saved or exported: raises Diverged if a master weight of student or teacher
+        is not finite.
 
         `what` stands before the message in place of the step.
         """
@@ -248,7 +296,9 @@ class Engine:
             raise Diverged(f"{what or f'step {step}'}: {' and '.join(named)} weights are not finite", step)
 
     def _of_all_ranks(self, keys: Tensor | None) -> Tensor | Callable[[], Tensor] | None:
-        """(S, B, D) -> (S, B_all, D), rank 0's images first; on several ranks a function that waits for them, as they travel while the student runs."""
+        """(S, B, D) -> (S, B_all, D), rank 0's images first; on several ranks a function that waits for them, as they
+        travel while the student runs.
+        """
         if keys is None or self.ranks == 1:
             return keys
         gathered = keys.new_empty(self.ranks * keys.shape[0], *keys.shape[1:])

@@ -17,16 +17,31 @@ from star_fast.training.ranks import together
 
 
 def export(engine: Engine, store: CodeStore, folder: Path, step: int) -> Path:
-    """Write a model folder: student and teacher from their float32 masters, config, class names, tokenizer. A collective; rank 0 writes."""
+    """Write a model folder: student and teacher from their float32 masters, config, class names, tokenizer. A
+    collective; rank 0 writes.
+    """
     student = _whole(engine, engine.masters.tensors())
     teacher = _whole(engine, engine.teacher.masters) if engine.teacher is not None else None
 
     def write() -> None:
-        record = {"step": step, "images_seen": step * engine.config.train.images_per_step, "contrast_depth": engine.config.contrast_depth,
-                  "method": to_dict(engine.config.method), "tokenizer_hash": store.tokenizer_hash, "precision": engine.config.train.precision,
-                  "environment": environment(engine)}
+        record = {
+            "step": step,
+            "images_seen": step * engine.config.train.images_per_step,
+            "contrast_depth": engine.config.contrast_depth,
+            "method": to_dict(engine.config.method),
+            "tokenizer_hash": store.tokenizer_hash,
+            "precision": engine.config.train.precision,
+            "environment": environment(engine),
+        }
         tokenizer = store.path / "tokenizer"  # absent where codes were imported: then sampling asks for one
-        save_model(folder, student, class_names=store.class_names, teacher=teacher, tokenizer=tokenizer if tokenizer.exists() else None, record=record)
+        save_model(
+            folder,
+            student,
+            class_names=store.class_names,
+            teacher=teacher,
+            tokenizer=tokenizer if tokenizer.exists() else None,
+            record=record,
+        )
 
     together(lambda: write() if engine.rank == 0 else None)
     return folder
@@ -35,9 +50,17 @@ def export(engine: Engine, store: CodeStore, folder: Path, step: int) -> Path:
 def environment(engine: Engine) -> dict[str, str]:
     """What the run trained on, for the report."""
     cuda = engine.device.type == "cuda"
-    device = torch.cuda.get_device_name(engine.device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": f"{engine.ranks} x {device}", "torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed"),
-            "python": platform.python_version()}
+    device = (
+        torch.cuda.get_device_name(engine.device)
+        if cuda
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "device": f"{engine.ranks} x {device}",
+        "torch": torch.__version__,
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        "python": platform.python_version(),
+    }
 
 
 def _whole(engine: Engine, masters: list) -> Transformer | None:

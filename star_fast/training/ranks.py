@@ -1,4 +1,6 @@
-"""Joining the ranks of one job, and agreeing on what went wrong: an error of one rank ends all of them with its words."""
+"""Joining the ranks of one job, and agreeing on what went wrong: an error of one rank ends all of
+them with its words.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,15 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def import_deepspeed() -> Any:
     """DeepSpeed, loaded at use. Raises UserError naming the extra if it is missing."""
     try:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
+        # A CUDA toolkit without a GPU is no news here
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its accelerator search
             import deepspeed
     except ImportError as error:
-        raise UserError(f"Training needs DeepSpeed, which cannot be imported ({error}): install it with "
-                        "pip install --no-build-isolation 'star_fast[train]'") from error
+        raise UserError(
+            f"Training needs DeepSpeed, which cannot be imported ({error}): install it with "
+            "pip install --no-build-isolation 'star_fast[train]'"
+        ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The names that came instead do not exist in all versions of torch that are supported.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -44,8 +49,8 @@ def import_deepspeed() -> Any:
 def start_ranks() -> tuple[int, int, torch.device]:
     """Join the process group the launcher describes, or make one of a single rank: (rank, ranks, device).
 
-    Where all ranks run on this machine rank 0 takes any free port and tells the others: two jobs started at once do not meet on the launcher's
-    default one.
+    Where all ranks run on this machine rank 0 takes any free port and tells the others: two jobs started at once do not
+    meet on the launcher's default one.
 
     Raises:
         UserError: the launcher's environment does not make sense, or rank 0 does not appear.
@@ -61,12 +66,13 @@ def start_ranks() -> tuple[int, int, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks == 1 or _all_ranks_are_here():
             dist.init_process_group(backend, store=_local_store(rank, ranks), rank=rank, world_size=ranks)
-        # An op for inference that training never calls: compiling it takes a minute in silence, and a start that is killed meanwhile leaves a lock file on
-        # which every later one waits for good.
+        # An op for inference that training never calls: compiling it takes a minute in silence, and a start that is
+        # killed meanwhile leaves a lock file on which every later one waits for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        atexit.register(_leave)  # not earlier: DeepSpeed keeps groups for good, so a process that trains twice keeps its ranks
+        # Not earlier: DeepSpeed keeps groups for good, so a process that trains twice keeps its ranks
+        atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -87,7 +93,9 @@ def agree(problem: str | None) -> None:
 
 
 def together(job: Callable[[], Result]) -> Result:
-    """A collective: run `job` here, and if it failed on any rank raise that error on all. `job` itself must not be a collective."""
+    """A collective: run `job` here, and if it failed on any rank raise that error on all. `job` itself must not be a
+    collective.
+    """
     result, problem = None, None
     try:
         result = job()
@@ -102,23 +110,32 @@ def _environment() -> tuple[int, int, int]:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     try:
-        rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        rank, ranks, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
         if not 0 <= rank < ranks or local_rank < 0:
             raise ValueError
     except ValueError as error:
         told = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _RENDEZVOUS)
-        raise UserError(f"environment: expected 0 <= RANK < WORLD_SIZE and LOCAL_RANK as a launcher sets them, got {told}; "
-                        "start with deepspeed, torchrun or srun, or unset them") from error
+        raise UserError(
+            f"environment: expected 0 <= RANK < WORLD_SIZE and LOCAL_RANK as a launcher sets them, got {told}; "
+            "start with deepspeed, torchrun or srun, or unset them"
+        ) from error
     return rank, ranks, local_rank
 
 
 def _all_ranks_are_here() -> bool:
-    """Whether DeepSpeed's launcher started all ranks on this one machine. torchrun's agent keeps a store of its own: nothing to mend there."""
+    """Whether DeepSpeed's launcher started all ranks on this one machine. torchrun's agent keeps a store of its own:
+    nothing to mend there.
+    """
     return os.environ.get("CROSS_SIZE") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _local_store(rank: int, ranks: int) -> dist.Store:
-    """A store on a port that was free: rank 0 opens it, the others learn its number from a file that the launcher's process id names."""
+    """A store on a port that was free: rank 0 opens it, the others learn its number from a file that the launcher's
+    process id names.
+    """
     note = _private_folder() / f"{os.getppid()}-{_start_time(os.getppid())}.port" if ranks > 1 else None
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
@@ -142,11 +159,16 @@ def _wait_for_port(note: Path) -> int:
         with contextlib.suppress(OSError, ValueError):
             return int(note.read_bytes())
         time.sleep(0.05)
-    raise UserError(f"rank {os.environ['RANK']}: rank 0 of this job has not appeared for {_PATIENCE_S} s; see what it said, then start again")
+    raise UserError(
+        f"rank {os.environ['RANK']}: rank 0 of this job has not appeared for {_PATIENCE_S} s; see what it said, "
+        "then start again"
+    )
 
 
 def _private_folder() -> Path:
-    """A folder for this user's notes in the place for temporary files, which others may write to: it must be ours alone."""
+    """A folder for this user's notes in the place for temporary files, which others may write to: it must be ours
+    alone.
+    """
     folder = Path(tempfile.gettempdir()) / f"star_fast-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

@@ -1,7 +1,9 @@
 """A run's state as plain safetensors: what each rank holds, and the same put together for any number of ranks.
 
-As saved: `optimizer-R.safetensors` (rank R's float32 masters and AdamW's moments, by shard) and `teacher-R.safetensors`. Each names in its metadata which
-elements of which parameters its shards hold. Put together: one file a kind, whole tensors by parameter name, which any layout can be filled from.
+As saved: `optimizer-R.safetensors` (rank R's float32 masters and AdamW's moments, by shard) and
+    `teacher-R.safetensors`. Each names in its metadata which
+elements of which parameters its shards hold. Put together: one file a kind, whole tensors by parameter name, which any
+    layout can be filled from.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from star_fast.training.masters import Piece, Shard
 DAMAGED = "the checkpoint is damaged: remove this folder to resume from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"  # how many steps AdamW has taken
-_WHOLE = {"master": "optimizer", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "teacher": "teacher"}  # kind put together: which files it comes from
+# Kind put together: which files it comes from
+_WHOLE = {"master": "optimizer", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "teacher": "teacher"}
 
 
 def save(engine: Engine, folder: Path) -> None:
@@ -39,17 +42,26 @@ def save(engine: Engine, folder: Path) -> None:
     tensors = {}
     for index, shard in enumerate(shards):
         state = _state(optimizer, shard.tensor)
-        tensors |= {f"{index}.master": shard.tensor.detach(), f"{index}.{STEP}": torch.as_tensor(state[STEP], dtype=torch.float32)}
+        tensors |= {
+            f"{index}.master": shard.tensor.detach(),
+            f"{index}.{STEP}": torch.as_tensor(state[STEP], dtype=torch.float32),
+        }
         tensors |= {f"{index}.{moment}": state[moment] for moment in MOMENTS}
     shapes = {name: list(shape) for name, shape in engine.masters.shapes().items()}
     _write(tensors, _file(folder, "optimizer", engine), shards, shapes)
     if engine.teacher is not None:
         shards = engine.masters.teacher_shards(engine.teacher)
-        _write({f"{index}.teacher": shard.tensor for index, shard in enumerate(shards)}, _file(folder, "teacher", engine), shards, shapes)
+        _write(
+            {f"{index}.teacher": shard.tensor for index, shard in enumerate(shards)},
+            _file(folder, "teacher", engine),
+            shards,
+            shapes,
+        )
 
 
 def read(engine: Engine, folder: Path, whole: bool) -> Callable[[], None]:
-    """Read what this rank needs and check its names, shapes and dtypes; returns what puts it in place (see also engine.publish).
+    """Read what this rank needs and check its names, shapes and dtypes; returns what puts it in place (see also
+    engine.publish).
 
     Args:
         whole: the folder's files are put together; else they are this very layout's.
@@ -75,7 +87,8 @@ def read(engine: Engine, folder: Path, whole: bool) -> Callable[[], None]:
 
 
 def put_together(source: Path, target: Path) -> list[str]:
-    """Write the whole tensors of `source`, a checkpoint's folder, into `target`, one kind at a time; returns the files' names.
+    """Write the whole tensors of `source`, a checkpoint's folder, into `target`, one kind at a time; returns the files'
+    names.
 
     Raises:
         UserError: a file is missing or damaged, or the files do not cover a parameter. StorageError: the disk is full.
@@ -90,8 +103,12 @@ def put_together(source: Path, target: Path) -> list[str]:
                     tensors = _joined(opened, files, kind)
                     if kind == "master":
                         tensors[STEP] = opened[0].get_tensor(f"0.{STEP}")
-                except (SafetensorError, RuntimeError, KeyError) as error:  # a missing tensor, one of another size, a shape that fits no memory
-                    raise UserError(f"{source}: its {prefix} files do not fit together ({' '.join(str(error).split())[:120]}); {DAMAGED}") from error
+                except (SafetensorError, RuntimeError, KeyError) as error:
+                    # A missing tensor, one of another size, a shape that fits no memory
+                    raise UserError(
+                        f"{source}: its {prefix} files do not fit together "
+                        f"({' '.join(str(error).split())[:120]}); {DAMAGED}"
+                    ) from error
                 names.append(f"{kind}.safetensors")
                 _save(tensors, target / names[-1], None)
     return names
@@ -111,7 +128,9 @@ def _joined(opened: list[Any], files: list[Path], kind: str) -> dict[str, Tensor
                 covered[name] = covered.get(name, 0) + count
     for name, whole in tensors.items():
         if covered.get(name, 0) != whole.numel():
-            raise UserError(f"{files[0].parent}: {covered.get(name, 0)} of {whole.numel()} elements of {name} are there; {DAMAGED}")
+            raise UserError(
+                f"{files[0].parent}: {covered.get(name, 0)} of {whole.numel()} elements of {name} are there; {DAMAGED}"
+            )
     return tensors
 
 
@@ -120,7 +139,10 @@ def _layout(file: Any, path: Path) -> tuple[list[list[tuple[str, int, int, int]]
     try:
         found = json.loads((file.metadata() or {})["layout"])
         shapes = {str(name): [int(size) for size in shape] for name, shape in found["shapes"].items()}
-        layout = [[(str(name), int(first), int(count), int(place)) for name, first, count, place in pieces] for pieces in found["shards"]]
+        layout = [
+            [(str(name), int(first), int(count), int(place)) for name, first, count, place in pieces]
+            for pieces in found["shards"]
+        ]
         for name, first, count, place in (piece for pieces in layout for piece in pieces):
             if min(first, count, place) < 0 or first + count > math.prod(shapes[name]):
                 raise ValueError(name)
@@ -129,23 +151,34 @@ def _layout(file: Any, path: Path) -> tuple[list[list[tuple[str, int, int, int]]
     return layout, shapes
 
 
-def _from_own(engine: Engine, folder: Path, prefix: str, shards: list[Shard], kinds: Iterable[str]) -> list[dict[str, Tensor]]:
+def _from_own(
+    engine: Engine, folder: Path, prefix: str, shards: list[Shard], kinds: Iterable[str]
+) -> list[dict[str, Tensor]]:
     path = _file(folder, prefix, engine)
     require_regular(path, DAMAGED)
     try:
         saved = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file; {DAMAGED}") from error
-    wanted = {f"{index}.{kind}": torch.Size() if kind == STEP else shard.tensor.shape for index, shard in enumerate(shards) for kind in kinds}
+    wanted = {
+        f"{index}.{kind}": torch.Size() if kind == STEP else shard.tensor.shape
+        for index, shard in enumerate(shards)
+        for kind in kinds
+    }
     if saved.keys() != wanted.keys():
         raise UserError(f"{path}: expected {len(wanted)} tensors, it holds {len(saved)} or others; {DAMAGED}")
     for name, shape in wanted.items():
         if saved[name].shape != shape or saved[name].dtype != torch.float32:
-            raise UserError(f"{path}: tensor {name} should be torch.float32 {tuple(shape)}, it is {saved[name].dtype} {tuple(saved[name].shape)}; {DAMAGED}")
+            raise UserError(
+                f"{path}: tensor {name} should be torch.float32 {tuple(shape)}, it is {saved[name].dtype} "
+                f"{tuple(saved[name].shape)}; {DAMAGED}"
+            )
     return [{kind: saved[f"{index}.{kind}"] for kind in kinds} for index in range(len(shards))]
 
 
-def _from_whole(engine: Engine, folder: Path, prefix: str, shards: list[Shard], kinds: Iterable[str]) -> list[dict[str, Tensor]]:
+def _from_whole(
+    engine: Engine, folder: Path, prefix: str, shards: list[Shard], kinds: Iterable[str]
+) -> list[dict[str, Tensor]]:
     shapes = engine.masters.shapes()
     filled: list[dict[str, Tensor]] = [{} for _ in shards]
     for kind in (kind for kind in kinds if kind != STEP):
@@ -155,7 +188,9 @@ def _from_whole(engine: Engine, folder: Path, prefix: str, shards: list[Shard], 
             for shard, found in zip(shards, filled, strict=True):
                 found[kind] = torch.zeros(shard.tensor.numel(), dtype=torch.float32)
                 for piece in shard.pieces:
-                    found[kind][piece.place : piece.place + piece.count] = _part(file, path, names, piece, shapes[piece.name])
+                    found[kind][piece.place : piece.place + piece.count] = _part(
+                        file, path, names, piece, shapes[piece.name]
+                    )
                 found[kind] = found[kind].view(shard.tensor.shape)
             if kind == "master":
                 if STEP not in names:
@@ -171,7 +206,9 @@ def _part(file: Any, path: Path, names: set[str], piece: Piece, shape: torch.Siz
     if found is None or list(found.get_shape()) != list(shape) or found.get_dtype() != "F32":
         is_there = "is missing" if found is None else f"is {found.get_dtype()} {tuple(found.get_shape())}"
         raise UserError(f"{path}: tensor {piece.name} should be F32 {tuple(shape)}, it {is_there}; {DAMAGED}")
-    return file.get_tensor(piece.name).view(-1)[piece.first : piece.first + piece.count] if piece.count else torch.empty(0)
+    return (
+        file.get_tensor(piece.name).view(-1)[piece.first : piece.first + piece.count] if piece.count else torch.empty(0)
+    )
 
 
 def _state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:
@@ -194,7 +231,10 @@ def _set_state(optimizer: torch.optim.Optimizer, tensor: Tensor, found: dict[str
 
 
 def _group(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:
-    return next((group for group in optimizer.param_groups if any(parameter is tensor for parameter in group["params"])), optimizer.param_groups[0])
+    return next(
+        (group for group in optimizer.param_groups if any(parameter is tensor for parameter in group["params"])),
+        optimizer.param_groups[0],
+    )
 
 
 def _file(folder: Path, prefix: str, engine: Engine) -> Path:
@@ -211,8 +251,10 @@ def _open(path: Path) -> Any:
 
 def _write(tensors: dict[str, Tensor], path: Path, shards: list[Shard], shapes: dict[str, list[int]]) -> None:
     held = {piece.name for shard in shards for piece in shard.pieces}
-    layout = {"shards": [[list(piece) for piece in shard.pieces if piece.count] for shard in shards],
-              "shapes": {name: shape for name, shape in shapes.items() if name in held}}
+    layout = {
+        "shards": [[list(piece) for piece in shard.pieces if piece.count] for shard in shards],
+        "shapes": {name: shape for name, shape in shapes.items() if name in held},
+    }
     _save(tensors, path, {"layout": json.dumps(layout)})
 
 
@@ -224,4 +266,3 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
             raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
         with path.open("rb") as file:
             os.fsync(file.fileno())
-

@@ -1,4 +1,6 @@
-"""What a run says while it trains: a progress bar, metrics.jsonl, TensorBoard; and where it reads the losses it sees whether they are sound."""
+"""What a run says while it trains: a progress bar, metrics.jsonl, TensorBoard; and where it reads the losses it sees
+whether they are sound.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,35 @@ TERMS = ("loss", "ar", "mim", "step_contrast", "view_contrast")
 
 
 class Telemetry:
-    """Collects losses without reading them back each step; every `log_every` steps averages them over steps and ranks and writes.
+    """Collects losses without reading them back each step; every `log_every` steps averages them over steps and ranks
+    and writes.
 
     metrics.jsonl is cut back to the resumed step first, so that a resumed run's file reads like an unbroken one's.
 
     Args:
         folder: the run's. first_step, total_steps: where the run begins and ends. main: whether this rank writes.
-        watch: judges every loss that is read. rows: losses of the steps since the last log line, of a checkpoint that is resumed.
+        watch: judges every loss that is read. rows: losses of the steps since the last log line, of a checkpoint that
+            is resumed.
         stop_on_spike: whether a jump of the loss ends the run.
-        background: seconds spent so far, by name, on what is made in the background; each line says how many a step took.
+        background: seconds spent so far, by name, on what is made in the background; each line says how many a step
+            took.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, images_per_step: int, *, log_every: int, main: bool, tensorboard: bool,
-                 watch: LossWatch, rows: list[list[float]] | None = None, stop_on_spike: bool = False, background: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        images_per_step: int,
+        *,
+        log_every: int,
+        main: bool,
+        tensorboard: bool,
+        watch: LossWatch,
+        rows: list[list[float]] | None = None,
+        stop_on_spike: bool = False,
+        background: Mapping[str, float] | None = None,
+    ) -> None:
         self.folder, self.images_per_step, self.log_every, self.main = folder, images_per_step, log_every, main
         self.watch, self.stop_on_spike, self.spike = watch, stop_on_spike, 0.0
         self.rows, self.pending, self.norms, self.done = list(rows or []), [], [], first_step
@@ -46,7 +64,9 @@ class Telemetry:
         self.waited_s = 0.0  # for batches, since `since`
         self.background, self.told = background or {}, dict(background or {})
         self.earlier_s = 0.0
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not main, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", desc="training", disable=not main, dynamic_ncols=True
+        )
         self.board = None
         if not main:
             return
@@ -55,16 +75,20 @@ class Telemetry:
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
             except ImportError:
-                tqdm.write("TensorBoard is not installed: metrics go to metrics.jsonl only (pip install 'star_fast[train]')", file=sys.stderr)
+                tqdm.write(
+                    "TensorBoard is not installed: metrics go to metrics.jsonl only (pip install 'star_fast[train]')",
+                    file=sys.stderr,
+                )
 
     def step(self, step: int, losses: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Note one step: `losses` (5,) in the order of TERMS, this rank's; `step` counts from 0.
 
         Raises:
-            Diverged: at a log line, of any step since the last: a loss or the gradient's norm was not finite, or the loss has jumped and the run is set
-                to stop.
+            Diverged: at a log line, of any step since the last: a loss or the gradient's norm was not finite, or the
+                loss has jumped and the run is set to stop.
         """
         self.pending.append(losses)
         self.norms.append(torch.as_tensor(grad_norm))
@@ -74,20 +98,39 @@ class Telemetry:
             self.bar.update(1)
             return
         self.read()
-        values = {name: statistics.fmean(column) for name, column in zip(TERMS, zip(*self.rows, strict=True), strict=True)}
+        values = {
+            name: statistics.fmean(column) for name, column in zip(TERMS, zip(*self.rows, strict=True), strict=True)
+        }
         self.rows.clear()
         now = time.perf_counter()
         images_per_s = self.timed * self.images_per_step / (now - self.since)
-        seconds = {"data_s": self.waited_s / self.timed} | {name: (value - self.told[name]) / self.timed for name, value in self.background.items()}
+        seconds = {"data_s": self.waited_s / self.timed} | {
+            name: (value - self.told[name]) / self.timed for name, value in self.background.items()
+        }
         share = self.waited_s / (now - self.since)
         waits = f", waits for data {share:.0%}" if share >= 0.01 else ""
         self._start_interval(now)
-        self.bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in values.items()) + f" | {images_per_s:.0f} images/s{waits}", refresh=False)
+        self.bar.set_postfix_str(
+            " ".join(f"{name} {value:.3f}" for name, value in values.items())
+            + f" | {images_per_s:.0f} images/s{waits}",
+            refresh=False,
+        )
         self.bar.update(1)
         spike = {"spike_deviations": self.spike} if self.spike else {}
         self.spike = 0.0
-        self._write({"step": self.done, "images": self.done * self.images_per_step, **values, "lr": lr, "grad_norm": float(self.grad_norm), **spike,
-                     "images_per_s": images_per_s, **seconds, "time_s": self.earlier_s + now - self.begun})
+        self._write(
+            {
+                "step": self.done,
+                "images": self.done * self.images_per_step,
+                **values,
+                "lr": lr,
+                "grad_norm": float(self.grad_norm),
+                **spike,
+                "images_per_s": images_per_s,
+                **seconds,
+                "time_s": self.earlier_s + now - self.begun,
+            }
+        )
 
     def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; counts the time that each is waited for."""
@@ -104,7 +147,9 @@ class Telemetry:
         self.since, self.timed, self.waited_s, self.told = now, 0, 0.0, dict(self.background)
 
     def read(self) -> None:
-        """Read the losses noted since the last time, averaged over ranks: a collective, and the one host sync of an interval. Raises Diverged."""
+        """Read the losses noted since the last time, averaged over ranks: a collective, and the one host sync of an
+        interval. Raises Diverged.
+        """
         if not self.pending:
             return
         means, norms = torch.stack(self.pending), torch.stack(self.norms)
@@ -132,7 +177,10 @@ class Telemetry:
 
     def _report_spike(self, step: int, loss: float, above: float) -> None:
         self.spike = above
-        told = f"step {step}: loss {loss:.4g} lies {above:.1f} standard deviations above the mean of the last {len(self.watch.window)} steps"
+        told = (
+            f"step {step}: loss {loss:.4g} lies {above:.1f} standard deviations above the mean of the last "
+            f"{len(self.watch.window)} steps"
+        )
         if self.stop_on_spike:
             raise Diverged(f"{told}, and train.stop_on_spike is set", step)
         if self.main:
@@ -173,7 +221,9 @@ def _cut_back(file: Path, step: int) -> float:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """The whole lines of an ordinary file, none where there is none; what is too long to be one of ours is passed over without holding it."""
+    """The whole lines of an ordinary file, none where there is none; what is too long to be one of ours is passed over
+    without holding it.
+    """
     if not file.is_file():
         return
     with file.open("rb") as stream:

@@ -1,7 +1,8 @@
 """What a tokenizer is trained to minimise, and one optimizer step of it.
 
-loss = L1 + L2 in pixels + w_p LPIPS + codebook + commitment + w_d (-mean D(reconstruction)). The perceptual distance and the discriminator D are options:
-small images do well without, large natural ones need them to look sharp (VQGAN, LlamaGen).
+loss = L1 + L2 in pixels + w_p LPIPS + codebook + commitment + w_d (-mean D(reconstruction)). The perceptual distance
+and the discriminator D are options: small images do well without, large natural ones need them to look sharp (VQGAN,
+LlamaGen).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Stepped(NamedTuple):
     measured: Tensor  # (2,) the loss and its gradient's norm
 
 
-def backward(training: Training, target: Tensor, perceptual: Perceptual | None, adversary: PatchDiscriminator | None) -> Stepped:
+def backward(
+    training: Training, target: Tensor, perceptual: Perceptual | None, adversary: PatchDiscriminator | None
+) -> Stepped:
     """Fill the tokenizer's gradients, clipped, for images (B, C, H, W) float32 in [-1, 1]."""
     tokenizer, config = training.tokenizer, training.tokenizer.config
     with _products(training):
@@ -41,17 +44,27 @@ def backward(training: Training, target: Tensor, perceptual: Perceptual | None, 
         if adversary is not None:
             adversary.requires_grad_(False)
             adversarial = adversarial_loss(adversary(reconstruction).float())
-            factor = adaptive_factor(seen, adversarial, tokenizer.decoder.conv_out.weight) if config.discriminator_adaptive else 1.0
+            factor = (
+                adaptive_factor(seen, adversarial, tokenizer.decoder.conv_out.weight)
+                if config.discriminator_adaptive
+                else 1.0
+            )
             loss = loss + config.discriminator_weight * factor * adversarial
             adversary.requires_grad_(True)
     training.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), MOST_GRADIENT)
-    return Stepped(output._replace(reconstruction=reconstruction.detach()), pixels.detach(), torch.stack([loss.detach(), norm]))
+    return Stepped(
+        output._replace(reconstruction=reconstruction.detach()), pixels.detach(), torch.stack([loss.detach(), norm])
+    )
 
 
-def step_discriminator(training: Training, target: Tensor, reconstruction: Tensor, check: Callable[[Tensor], None]) -> None:
-    """One step of the discriminator on images and their reconstructions (B, C, H, W), both detached; `check` sees its loss and norm before it moves."""
+def step_discriminator(
+    training: Training, target: Tensor, reconstruction: Tensor, check: Callable[[Tensor], None]
+) -> None:
+    """One step of the discriminator on images and their reconstructions (B, C, H, W), both detached; `check` sees its
+    loss and norm before it moves.
+    """
     discriminator, optimizer = training.discriminator, training.discriminator_optimizer
     with _products(training):
         loss = hinge_loss(discriminator(target).float(), discriminator(reconstruction).float())
@@ -64,4 +77,6 @@ def step_discriminator(training: Training, target: Tensor, reconstruction: Tenso
 
 def _products(training: Training) -> torch.autocast:
     """bfloat16 products where the settings ask for them."""
-    return torch.autocast(training.used.device.type, dtype=torch.bfloat16, enabled=training.tokenizer.config.precision == "bf16")
+    return torch.autocast(
+        training.used.device.type, dtype=torch.bfloat16, enabled=training.tokenizer.config.precision == "bf16"
+    )

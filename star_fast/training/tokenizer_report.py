@@ -25,7 +25,9 @@ class TokenizerReport:
     """What a tokenizer does to images that it was not trained on (where such images were given)."""
 
     psnr_db: float  # 10 log10(255^2 / mean squared error) over all pixels of the uint8 reconstructions
-    ssim: float | None = None  # mean over images, see structural_similarity; None: images smaller than its window, or a record older than this field
+    # Mean over images, see structural_similarity; None: images smaller than its window, or a record older than this
+    # field
+    ssim: float | None = None
     codes_used: int  # codebook entries that occur
     codebook: int  # entries there are
     perplexity: float  # exp(entropy) of the codes: how many entries a uniform use would need
@@ -61,15 +63,26 @@ def measure_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> TokenizerReport
     error = (made.double() - images.double()).square().mean().item()
     count = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook).double()
     share = count[count > 0] / count.sum()
-    ssim = round(structural_similarity(made, images).mean().item(), 4) if min(images.shape[-2:]) >= SSIM_WINDOW else None
-    return TokenizerReport(psnr_db=round(psnr_of_error(error), 3), ssim=ssim, codes_used=len(share),
-                           codebook=tokenizer.config.codebook, perplexity=round(math.exp(-(share * share.log()).sum().item()), 2), images=len(images))
+    ssim = (
+        round(structural_similarity(made, images).mean().item(), 4) if min(images.shape[-2:]) >= SSIM_WINDOW else None
+    )
+    return TokenizerReport(
+        psnr_db=round(psnr_of_error(error), 3),
+        ssim=ssim,
+        codes_used=len(share),
+        codebook=tokenizer.config.codebook,
+        perplexity=round(math.exp(-(share * share.log()).sum().item()), 2),
+        images=len(images),
+    )
 
 
 def write_reconstructions(tokenizer: VQTokenizer, images: Tensor, path: str | Path) -> None:
-    """Write a PNG: uint8 images (N, C, H, W) in the upper row, their reconstructions below; small images are enlarged to at least 96 pixels."""
+    """Write a PNG: uint8 images (N, C, H, W) in the upper row, their reconstructions below; small images are enlarged
+    to at least 96 pixels.
+    """
     rows = torch.stack([images, reconstruct(tokenizer, images)[0]])  # (2, N, C, H, W)
-    sheet = F.pad(rows, (2, 2, 2, 2), value=128).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()  # (2H, N*W, C)
+    # (2H, N*W, C)
+    sheet = F.pad(rows, (2, 2, 2, 2), value=128).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
     zoom = max(1, math.ceil(96 / images.shape[-1]))
     picture = Image.fromarray(np.ascontiguousarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet))
     with atomic_writer(path) as file:

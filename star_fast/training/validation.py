@@ -1,4 +1,6 @@
-"""The held-out images as fixed batches: the plain view (centre) of each, true labels, nothing hidden, nothing dropped."""
+"""The held-out images as fixed batches: the plain view (centre) of each, true labels, nothing
+hidden, nothing dropped.
+"""
 
 from __future__ import annotations
 
@@ -18,5 +20,9 @@ def held_out_batches(store: CodeStore, config: RunConfig, rank: int, ranks: int)
     for start in range(0, len(images), 64):
         chunk = images[start : start + 64]
         targets = store.codes(chunk, [store.plain_view]).flatten(0, 1)
-        batches.append(MicroBatch(targets[:, :-1].contiguous(), store.labels[chunk], targets, None, torch.zeros(0, dtype=torch.int64), 0))
+        batches.append(
+            MicroBatch(
+                targets[:, :-1].contiguous(), store.labels[chunk], targets, None, torch.zeros(0, dtype=torch.int64), 0
+            )
+        )
     return batches

@@ -15,7 +15,9 @@ _LEAST_DEVIATION = 1e-3  # of the mean: a loss that hardly moves is not a reason
 
 
 class Diverged(AgreedError):
-    """The loss or the weights are not finite, or the loss has jumped and the run is set to stop then. All ranks know it: they read the same sums."""
+    """The loss or the weights are not finite, or the loss has jumped and the run is set to stop then. All ranks know
+    it: they read the same sums.
+    """
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -26,8 +28,8 @@ class Diverged(AgreedError):
 class LossWatch:
     """The last losses of a run, and whether they have jumped.
 
-    A spike is a loss more than `deviations` standard deviations above the mean of the last 200 steps. An episode lasts from there until the loss is back
-    within two deviations of that mean, which stands still meanwhile.
+    A spike is a loss more than `deviations` standard deviations above the mean of the last 200 steps. An episode lasts
+    from there until the loss is back within two deviations of that mean, which stands still meanwhile.
     """
 
     deviations: float  # 0: spikes are not looked for
@@ -59,5 +61,5 @@ class LossWatch:
                     return None
                 self.window.clear()  # the loss stays up here: compare with the new level from now on
             self.episode = None
-        self.window = [*self.window[-(WINDOW_STEPS - 1):], loss]
+        self.window = [*self.window[-(WINDOW_STEPS - 1) :], loss]
         return None

@@ -1,4 +1,6 @@
-"""A hang is said, not endless: a rank without progress tells where it stands, and ends, so that the launcher ends the others."""
+"""A hang is said, not endless: a rank without progress tells where it stands, and ends, so that the launcher ends the
+others.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ HANG_STATUS = 75  # EX_TEMPFAIL: starting again may help
 class Watchdog:
     """Within a `with` block `at` says what begins; if nothing else begins for `minutes`, the process ends.
 
-    A collective waits in compiled code for ranks that may never come, with Python's lock released: another thread watches. Each rank says its own line,
-    so the rank that stands elsewhere than the others is the one that they wait for.
+    A collective waits in compiled code for ranks that may never come, with Python's lock released: another thread
+    watches. Each rank says its own line, so the rank that stands elsewhere than the others is the one that they wait
+    for.
     """
 
     def __init__(self, rank: int, minutes: float) -> None:
@@ -39,10 +42,19 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self.patience_s / 4)):
             if time.monotonic() - self.since > self.patience_s:
-                print(f"\nrank {self.rank}: no progress for {(time.monotonic() - self.since) / 60:.1f} minutes (train.hang_minutes) in step {self.step}: "
-                      f"{self.what}. Ranks that stand elsewhere are the ones to look at; what this one was doing:", file=sys.stderr, flush=True)
+                print(
+                    f"\nrank {self.rank}: no progress for {(time.monotonic() - self.since) / 60:.1f} minutes "
+                    f"(train.hang_minutes) in step {self.step}: "
+                    f"{self.what}. Ranks that stand elsewhere are the ones to look at; what this one was doing:",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 _main_stack()
-                print(f"rank {self.rank}: ends; start again with --resume to go on from the newest checkpoint", file=sys.stderr, flush=True)
+                print(
+                    f"rank {self.rank}: ends; start again with --resume to go on from the newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(HANG_STATUS)
 
 

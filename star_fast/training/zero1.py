@@ -1,8 +1,10 @@
-"""ZeRO-1 with float32 gradients and no waste: what replaces the step of DeepSpeed's BF16_Optimizer, whose layout it keeps.
+"""ZeRO-1 with float32 gradients and no waste: what replaces the step of DeepSpeed's BF16_Optimizer, whose layout it
+keeps.
 
-DeepSpeed's own step reads the gradient norm back to the host, scans and clips the gradients in passes of their own, zeroes their buffers and reduces them only
-after backward. Here a gradient goes straight into its float32 place as backward makes it and travels while backward goes on; norm, clipping and the check for
-infinities stay on the device, fused into AdamW; the new weights travel while the teacher is averaged.
+DeepSpeed's own step reads the gradient norm back to the host, scans and clips the gradients in passes of their own,
+zeroes their buffers and reduces them only after backward. Here a gradient goes straight into its float32 place as
+backward makes it and travels while backward goes on; norm, clipping and the check for infinities stay on the device,
+fused into AdamW; the new weights travel while the teacher is averaged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BUCKET_ELEMENTS = 2**25  # 128 MiB of float32: large enough for full bandwidth, small enough that most travel before backward ends
+# 128 MiB of float32: large enough for full bandwidth, small enough that most travel before backward ends
+_BUCKET_ELEMENTS = 2**25
 
 
 def take_over(optimizer: Any) -> None:
@@ -31,11 +34,15 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
 
 
-def scale_in_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, clip: float, ranks: int = 1) -> None:
-    """Let the optimizer's next step divide its `gradients` by ranks * max(1, (norm + 1e-6) / clip), and skip itself if `norm` is not finite.
+def scale_in_step(
+    optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, clip: float, ranks: int = 1
+) -> None:
+    """Let the optimizer's next step divide its `gradients` by ranks * max(1, (norm + 1e-6) / clip), and skip itself if
+    `norm` is not finite.
 
     Args:
-        norm: of the gradients' mean over ranks, 0-d. clip: largest norm; 0: none. ranks: over how many the gradients are summed.
+        norm: of the gradients' mean over ranks, 0-d. clip: largest norm; 0: none. ranks: over how many the gradients
+            are summed.
     """
     scale = ((norm + 1e-6) / clip).clamp(min=1.0).mul_(ranks) if clip else torch.full_like(norm, ranks)
     if "fused" in optimizer.defaults:  # torch's AdamW
@@ -47,12 +54,15 @@ def scale_in_step(optimizer: torch.optim.Optimizer, gradients: list[Tensor], nor
 class _Steps:
     """Methods laid over BF16_Optimizer's.
 
-    Per parameter group DeepSpeed gives: `fp32_groups_gradients_flat`, the float32 gradients of all its parameters, whole on each rank; slices of it in
-    `fp32_groups_gradients`; `fp32_groups_has_gradients`, which of them this step has written; `fp32_groups_flat_partition`, this rank's masters.
+    Per parameter group DeepSpeed gives: `fp32_groups_gradients_flat`, the float32 gradients of all its parameters,
+    whole on each rank; slices of it in `fp32_groups_gradients`; `fp32_groups_has_gradients`, which of them this step
+    has written; `fp32_groups_flat_partition`, this rank's masters.
     """
 
     def prepare(self) -> None:
-        """Once: buckets of neighbouring gradients, in the order in which backward finishes them (the last parameters first)."""
+        """Once: buckets of neighbouring gradients, in the order in which backward finishes them (the last parameters
+        first).
+        """
         self.ranks, self._boundary = dist.get_world_size(), True
         self._waits: list[Any] = []  # gradients on their way
         self._arrivals: list[Any] = []  # weights on their way
@@ -65,9 +75,13 @@ class _Steps:
                 self._bucket_of[group, index] = len(self._buckets)
                 if elements >= _BUCKET_ELEMENTS or index == 0:
                     start = sum(gradient.numel() for gradient in gradients[:index])
-                    self._buckets.append((self.fp32_groups_gradients_flat[group][start : start + elements], end - index))
+                    self._buckets.append(
+                        (self.fp32_groups_gradients_flat[group][start : start + elements], end - index)
+                    )
                     end, elements = index, 0
-        for partition, gradient in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
+        for partition, gradient in zip(
+            self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
+        ):
             partition.grad = gradient
         self._expect_all()
 
@@ -103,7 +117,9 @@ class _Steps:
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Called after the last backward of a step: parameters that got no gradient have zero, and what has not left yet leaves."""
+        """Called after the last backward of a step: parameters that got no gradient have zero, and what has not left
+        yet leaves.
+        """
         for places, written in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
             for place, there in zip(places, written, strict=True):
                 if not there:
@@ -115,7 +131,8 @@ class _Steps:
     def step(self, closure: Any = None) -> None:
         """One AdamW step on the masters, then the rounded weights to all ranks. Nothing is read back to the host.
 
-        With gradients g summed over R ranks: norm n = ||g|| / R; AdamW sees g / (R * max(1, (n + 1e-6) / clip)), and skips the step if n is not finite.
+        With gradients g summed over R ranks: norm n = ||g|| / R; AdamW sees g / (R * max(1, (n + 1e-6) / clip)), and
+            skips the step if n is not finite.
         """
         for wait in self._waits:
             wait.wait()
@@ -131,7 +148,9 @@ class _Steps:
     @torch.no_grad()
     def update_lp_params(self) -> None:
         """Round the masters into this rank's part of the weights, and start their way to the others."""
-        for flat, parts, masters in zip(self.bf16_groups_flat, self.bf16_partitioned_groups, self.fp32_groups_flat_partition, strict=True):
+        for flat, parts, masters in zip(
+            self.bf16_groups_flat, self.bf16_partitioned_groups, self.fp32_groups_flat_partition, strict=True
+        ):
             mine = parts[dist.get_rank()]
             mine.copy_(masters)
             if self.ranks > 1:

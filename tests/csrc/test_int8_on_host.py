@@ -1,4 +1,6 @@
-"""csrc/int8_*.h on their own under AddressSanitizer and UBSan: every instruction set that this processor has, odd sizes, the loops' bits."""
+"""csrc/int8_*.h on their own under AddressSanitizer and UBSan: every instruction set that this processor has, odd
+sizes, the loops' bits.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,14 @@ from star_fast.ops.int8_linear import Int8Weight
 from tests.ops.test_int8_linear import SIZES, by_loops, code_row, made, rotated_row
 
 HERE = Path(__file__).parent
-SETS = {"baseline": (0, set()), "avx2": (1, {"avx2", "fma"}), "avx512": (2, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-        "vnni": (3, {"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"}), "amx": (4, {"amx_tile", "amx_int8"})}  # number, flags that it needs
+SETS = {
+    "baseline": (0, set()),
+    "avx2": (1, {"avx2", "fma"}),
+    "avx512": (2, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    # Number, flags that it needs
+    "vnni": (3, {"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"}),
+    "amx": (4, {"amx_tile", "amx_int8"}),
+}
 DTYPES = (torch.float32, torch.bfloat16)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -31,8 +39,23 @@ def flags() -> set[str]:
 
 def build(source: Path, binary: Path, *more: str) -> Path:
     """The program, with everything that a sanitizer reports an error."""
-    subprocess.run(["g++", "-std=c++20", "-O1", "-g", "-ffp-contract=off", "-fno-trapping-math", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-                    *more, str(source), "-o", str(binary)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-g",
+            "-ffp-contract=off",
+            "-fno-trapping-math",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            *more,
+            str(source),
+            "-o",
+            str(binary),
+        ],
+        check=True,
+    )
     return binary
 
 
@@ -45,12 +68,16 @@ def packed(number: int, x: Tensor, weight: Tensor) -> bytes:
     """A call as int8_on_host.cpp reads it."""
     ready = Int8Weight(weight)
     header = struct.pack("5q", number, x.dtype == torch.bfloat16, len(x), len(weight), x.shape[1])
-    return header + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, ready.packed, ready.scale, ready.correction))
+    return header + b"".join(
+        t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, ready.packed, ready.scale, ready.correction)
+    )
 
 
 def run(program: Path, call: bytes, into: Path) -> subprocess.CompletedProcess[str]:
     (into / "in").write_bytes(call)
-    return subprocess.run([program, into / "in", into / "out"], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [program, into / "in", into / "out"], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -70,7 +97,11 @@ def test_odd_sizes_touch_nothing_else_and_give_the_loops_bits(program: Path, nam
         assert torch.equal(product, by_loops(x, weight)), (name, x.shape, weight.shape, x.dtype)
     scale, product, answer = taken(answer, bad, made(7, 20, 70, torch.bfloat16)[1])
     assert not answer
-    assert bool(product[3:5].isnan().all()) and bool((product[5] == 0).all()) and bool(product[[0, 1, 2, 6]].isfinite().all())
+    assert (
+        bool(product[3:5].isnan().all())
+        and bool((product[5] == 0).all())
+        and bool(product[[0, 1, 2, 6]].isfinite().all())
+    )
     assert bool(scale[3:5].isnan().all()) and scale[5] == 0
 
 

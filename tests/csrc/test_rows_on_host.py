@@ -1,4 +1,6 @@
-"""csrc/attend_row.h, between_rows.h and group_norm_rows.h without torch, under AddressSanitizer and UBSan, on odd sizes in buffers without a spare byte."""
+"""csrc/attend_row.h, between_rows.h and group_norm_rows.h without torch, under AddressSanitizer and UBSan, on odd sizes
+in buffers without a spare byte.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 # Instruction set -> the compiler's options; what PyTorch found here says which of them can run.
-SETS = {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+SETS = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -20,8 +26,26 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def build(folder: Path, options: list[str]) -> Path:
     """The program, as setup.py compiles these files but for the sanitizers."""
     program = folder / "rows_on_host"
-    subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fsanitize=address,undefined",
-                    "-fno-sanitize-recover=all", "-Wno-psabi", *options, f"-I{CSRC}", str(HERE / "rows_on_host.cpp"), "-o", str(program)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-ffp-contract=off",
+            "-fno-trapping-math",
+            "-fno-math-errno",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            "-Wno-psabi",
+            *options,
+            f"-I{CSRC}",
+            str(HERE / "rows_on_host.cpp"),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
     return program
 
 

@@ -1,4 +1,6 @@
-"""csrc/sample_cuda.cu on the host: the file that nvcc compiles, with real threads for CUDA's, under sanitizers, against the CPU op and the reference."""
+"""csrc/sample_cuda.cu on the host: the file that nvcc compiles, with real threads for CUDA's, under sanitizers, against
+the CPU op and the reference.
+"""
 
 from __future__ import annotations
 
@@ -41,23 +43,59 @@ class Call:
 
     def packed(self) -> bytes:
         """As sample_on_host.cpp reads it."""
-        header = struct.pack("8q3d", *self.logits.shape, TYPES[self.logits.dtype], self.uncond is not None, self.seed, self.position, self.top_k, self.threads,
-                             self.temperature, self.top_p, self.guidance)
+        header = struct.pack(
+            "8q3d",
+            *self.logits.shape,
+            TYPES[self.logits.dtype],
+            self.uncond is not None,
+            self.seed,
+            self.position,
+            self.top_k,
+            self.threads,
+            self.temperature,
+            self.top_p,
+            self.guidance,
+        )
         tensors = [self.logits, *([] if self.uncond is None else [self.uncond]), self.image_index]
         return header + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
 
     def settings(self) -> dict:
         """Arguments of the op."""
-        return {"seed": self.seed, "image_index": self.image_index, "position": self.position, "temperature": self.temperature, "top_k": self.top_k,
-                "top_p": self.top_p, "uncond": self.uncond, "guidance": self.guidance}
+        return {
+            "seed": self.seed,
+            "image_index": self.image_index,
+            "position": self.position,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "uncond": self.uncond,
+            "guidance": self.guidance,
+        }
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The host build of the kernel under one sanitizer."""
     binary = tmp_path_factory.mktemp("sample_on_host") / request.param
-    subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all", "-pthread",
-                    "-x", "c++", f"-I{HERE}", str(HERE / "sample_on_host.cpp"), "-o", str(binary)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-ffp-contract=off",
+            f"-fsanitize={SANITIZERS[request.param]}",
+            "-fno-sanitize-recover=all",
+            "-pthread",
+            "-x",
+            "c++",
+            f"-I{HERE}",
+            str(HERE / "sample_on_host.cpp"),
+            "-o",
+            str(binary),
+        ],
+        check=True,
+    )
     return binary
 
 
@@ -86,7 +124,10 @@ def good_calls() -> list[Call]:
     one_finite[0, 177] = -3.0
     sparse = random_logits(2, 515, 1)
     sparse[:, ::3] = -torch.inf
-    two_values = torch.where(torch.arange(700) % 7 == 0, 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)))[None]  # one bin, two neighbouring floats
+    # One bin, two neighbouring floats
+    two_values = torch.where(torch.arange(700) % 7 == 0, 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)))[
+        None
+    ]
     signed_zeros = torch.tensor([[-0.0, 0.0, -0.0, -1e-40, 1e-40, -5.0]])
     spread = torch.linspace(-80, 80, 1000)[None]
     long = random_logits(1, 16384, 2)
@@ -98,7 +139,13 @@ def good_calls() -> list[Call]:
         Call(random_logits(2, 1021, 6).bfloat16(), top_k=100, top_p=0.9, temperature=1.7),
         Call(random_logits(2, 1021, 7).half(), top_p=0.3, temperature=0.5),
         Call(random_logits(2, 260, 8), uncond=random_logits(2, 260, 9), guidance=3.5, top_k=20),
-        Call(random_logits(2, 261, 8).bfloat16(), uncond=random_logits(2, 261, 9).bfloat16(), guidance=1.5, top_p=0.7, threads=32),
+        Call(
+            random_logits(2, 261, 8).bfloat16(),
+            uncond=random_logits(2, 261, 9).bfloat16(),
+            guidance=1.5,
+            top_p=0.7,
+            threads=32,
+        ),
         Call(torch.zeros(2, 777), top_k=5, top_p=0.5),
         Call(torch.zeros(1, 777), temperature=0.0),
         Call(one_finite, top_k=7, top_p=0.9),
@@ -136,8 +183,14 @@ def test_bad_rows_set_the_flag_and_leave_the_others_alone(program: Path) -> None
     nan[2, 129] = -torch.nan
     infinite[0, 5] = torch.inf
     nothing[3] = -torch.inf
-    calls = [Call(nan, top_k=5), Call(infinite), Call(nothing, top_p=0.5), Call(nothing, temperature=0.0),
-             Call(rows, uncond=infinite, guidance=2.0), Call(rows, top_k=5)]
+    calls = [
+        Call(nan, top_k=5),
+        Call(infinite),
+        Call(nothing, top_p=0.5),
+        Call(nothing, temperature=0.0),
+        Call(rows, uncond=infinite, guidance=2.0),
+        Call(rows, top_k=5),
+    ]
     good = reference(rows, **Call(rows, top_k=5).settings(), out=None)
     answers = run(program, calls)
     assert [bad for _, bad in answers] == [1, 1, 1, 1, 1, 0]
@@ -153,10 +206,30 @@ def test_the_sanitizer_sees_a_missing_barrier(program: Path, tmp_path: Path) -> 
     barrier = "s.low[b] = s.high[b] = 0;\n  __syncthreads();"
     assert source.count(barrier) == 1
     (tmp_path / "sample_cuda.cu").write_text(source.replace(barrier, "s.low[b] = s.high[b] = 0;"))
-    (tmp_path / "driver.cpp").write_text((HERE / "sample_on_host.cpp").read_text().replace("../../csrc/sample_cuda.cu", "sample_cuda.cu"))
+    (tmp_path / "driver.cpp").write_text(
+        (HERE / "sample_on_host.cpp").read_text().replace("../../csrc/sample_cuda.cu", "sample_cuda.cu")
+    )
     csrc = HERE.parent.parent / "csrc"
-    subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fsanitize=thread", "-pthread", "-x", "c++", f"-I{HERE}", f"-I{csrc}",
-                    "driver.cpp", "-o", "racy"], check=True, cwd=tmp_path)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-ffp-contract=off",
+            "-fsanitize=thread",
+            "-pthread",
+            "-x",
+            "c++",
+            f"-I{HERE}",
+            f"-I{csrc}",
+            "driver.cpp",
+            "-o",
+            "racy",
+        ],
+        check=True,
+        cwd=tmp_path,
+    )
     (tmp_path / "in").write_bytes(Call(random_logits(1, 999, 5), top_k=200, top_p=0.8).packed())
     done = subprocess.run(["./racy", "in", "out"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode != 0 and "data race" in done.stderr

@@ -11,7 +11,16 @@ from PIL import Image
 from star_fast.config import TokenizerConfig
 from star_fast.model.tokenizer import VQTokenizer
 
-TINY = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=300, image_channels=3, image_size=16)
+TINY = TokenizerConfig(
+    base_channels=4,
+    multipliers=(1, 2),
+    residual_blocks=1,
+    z_channels=8,
+    code_channels=4,
+    codebook=300,
+    image_channels=3,
+    image_size=16,
+)
 
 
 def tiny_tokenizer(seed: int = 0) -> VQTokenizer:

@@ -1,4 +1,6 @@
-"""One rank of a job that prepares codes, for tests: `python -m tests.data.ranks_main FOLDER OUT PAUSE_S`, rank and ranks as a launcher sets them."""
+"""One rank of a job that prepares codes, for tests: `python -m tests.data.ranks_main FOLDER OUT PAUSE_S`, rank and
+ranks as a launcher sets them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,17 @@ def main(folder: str, out: str, pause_s: float) -> None:
 
     VQTokenizer.encode = slow
     print("begins", flush=True)
-    prepare(ImageFolder(Path(folder)), out, tiny_tokenizer(), DATA, chunk_images=2, batch_views=20, rank=int(os.environ["RANK"]),
-            ranks=int(os.environ["WORLD_SIZE"]), progress=False)
+    prepare(
+        ImageFolder(Path(folder)),
+        out,
+        tiny_tokenizer(),
+        DATA,
+        chunk_images=2,
+        batch_views=20,
+        rank=int(os.environ["RANK"]),
+        ranks=int(os.environ["WORLD_SIZE"]),
+        progress=False,
+    )
     print("done", flush=True)
 
 

@@ -17,8 +17,16 @@ from star_fast.data.store_writer import StoreWriter
 from star_fast.storage import StorageError
 
 LABELS = np.array([0, 1, 2] * 10)
-ABOUT: dict[str, Any] = {"views": ("plain", "mirrored"), "positions": 9, "grid": (3, 3), "image_size": 12, "codebook": 65536,
-                         "class_names": ("ant", "bee", "cat"), "tokenizer_sha256": "ab" * 32, "source": {"kind": "test"}}
+ABOUT: dict[str, Any] = {
+    "views": ("plain", "mirrored"),
+    "positions": 9,
+    "grid": (3, 3),
+    "image_size": 12,
+    "codebook": 65536,
+    "class_names": ("ant", "bee", "cat"),
+    "tokenizer_sha256": "ab" * 32,
+    "source": {"kind": "test"},
+}
 CODES = np.random.RandomState(0).randint(0, 65536, (30, 2, 9))
 CODES[0, 0, :2] = 0, 65535
 
@@ -42,11 +50,16 @@ def test_round_trip_is_bitwise(store: CodeStore) -> None:
     assert len(store) == 29 and store.views == ("plain", "mirrored") and store.grid == (3, 3)
     everything = store.codes(range(29), [0, 1])
     assert everything.dtype == torch.int64 and torch.equal(everything, torch.from_numpy(CODES[rows]))
-    assert torch.equal(store.codes(torch.tensor([5, 28, 5]), torch.tensor([[1, 0], [0, 0], [1, 1]])),
-                       torch.from_numpy(CODES[np.array(rows)[[5, 28, 5]][:, None], [[1, 0], [0, 0], [1, 1]]]))
+    assert torch.equal(
+        store.codes(torch.tensor([5, 28, 5]), torch.tensor([[1, 0], [0, 0], [1, 1]])),
+        torch.from_numpy(CODES[np.array(rows)[[5, 28, 5]][:, None], [[1, 0], [0, 0], [1, 1]]]),
+    )
     assert store.labels.tolist() == LABELS[rows].tolist()
     assert store.keys() == [f"image {i}\n" for i in rows]
-    assert store.manifest["skipped"] == [{"index": 11, "key": "image 11", "reason": "damaged"}] and store.source_indices().tolist() == rows
+    assert (
+        store.manifest["skipped"] == [{"index": 11, "key": "image 11", "reason": "damaged"}]
+        and store.source_indices().tolist() == rows
+    )
     assert (store.path / "skipped.csv").read_text() == "key,reason\nimage 11,damaged\n"
     store.verify()
 
@@ -90,7 +103,13 @@ def test_an_interrupted_store_goes_on_to_the_same_bytes(tmp_path: Path, store: C
     writer = StoreWriter(out, ABOUT)
     assert writer.next_index == stop and not writer.complete
     write(out).finish(LABELS, 0.2)
-    assert sorted(path.name for path in out.iterdir()) == ["codes.bin", "keys.jsonl", "labels.bin", "manifest.json", "skipped.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "codes.bin",
+        "keys.jsonl",
+        "labels.bin",
+        "manifest.json",
+        "skipped.csv",
+    ]
     for path in store.path.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert StoreWriter(out, ABOUT).complete
@@ -133,7 +152,9 @@ def test_damage_says_so(store: CodeStore) -> None:
     (path / "manifest.json").write_text(json.dumps({**json.loads(manifest), "format_version": 2}))
     with pytest.raises(StorageError, match="version 1, got 'star_fast code store' version 2"):
         CodeStore.open(path)
-    (path / "manifest.json").write_text(json.dumps({name: value for name, value in json.loads(manifest).items() if name != "grid"}))
+    (path / "manifest.json").write_text(
+        json.dumps({name: value for name, value in json.loads(manifest).items() if name != "grid"})
+    )
     with pytest.raises(StorageError, match="lacks grid"):
         CodeStore.open(path)
     (path / "manifest.json").write_bytes(manifest[:300])
@@ -158,21 +179,46 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("changes", "field"), [
-    ({"images": 10**18}, "labels.bin: expected 4000000000000000000 bytes|images: expected"), ({"images": -1}, "images: expected at least 1"),
-    ({"images": 0}, "images: expected at least 1"), ({"images": 10**400}, "images: expected a whole number"),
-    ({"images": "29"}, "images: expected a value of type"), ({"images": True}, "images: expected a value"),
-    ({"views": []}, "views: expected at least one"), ({"views": "ab"}, "views: expected a list"),
-    ({"views": [1]}, r"views\[0\]: expected"), ({"positions": 10**15}, "grid: expected"), ({"positions": -9}, "grid: expected"),
-    ({"grid": [9]}, "grid: expected"), ({"grid": [10**9, 10**9], "positions": 10**18}, "expected"), ({"grid": None}, "grid: expected a list"),
-    ({"image_size": 10**9}, "image_size: expected"), ({"image_channels": 0}, "image_channels: expected"), ({"codebook": 65537}, "codebook: expected"),
-    ({"class_names": []}, "class_names: expected at least one"), ({"class_names": {"a": 1}}, "class_names: expected a list"),
-    ({"class_names": ["ant", "bee"]}, r"labels\.bin: labels must lie in 0 \.\.\. 1"), ({"tokenizer_sha256": 7}, "tokenizer_sha256: expected"),
-    ({"source": []}, "source: expected a mapping"), ({"split": None}, "split: expected"), ({"split__held_out": [1, 1]}, "split.held_out: expected rising"),
-    ({"split__held_out": [29]}, "split.held_out"), ({"split__held_out": [-1]}, "split.held_out"), ({"split__held_out": [1.5]}, "split.held_out"),
-    ({"split__held_out": [10**30]}, "split.held_out"), ({"split__held_out": "abc"}, "split.held_out"), ({"split__held_out_share": "x"}, "held_out_share"),
-    ({"skipped": [3]}, "skipped"), ({"files": {}}, "files: expected an entry codes.bin"), ({"files__labels.bin": 3}, "files.labels.bin: expected"),
-    ({"view_settings": 3}, "view_settings"), ({"format": [[1]] * 9}, "expected 'star_fast code store'")])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"images": 10**18}, "labels.bin: expected 4000000000000000000 bytes|images: expected"),
+        ({"images": -1}, "images: expected at least 1"),
+        ({"images": 0}, "images: expected at least 1"),
+        ({"images": 10**400}, "images: expected a whole number"),
+        ({"images": "29"}, "images: expected a value of type"),
+        ({"images": True}, "images: expected a value"),
+        ({"views": []}, "views: expected at least one"),
+        ({"views": "ab"}, "views: expected a list"),
+        ({"views": [1]}, r"views\[0\]: expected"),
+        ({"positions": 10**15}, "grid: expected"),
+        ({"positions": -9}, "grid: expected"),
+        ({"grid": [9]}, "grid: expected"),
+        ({"grid": [10**9, 10**9], "positions": 10**18}, "expected"),
+        ({"grid": None}, "grid: expected a list"),
+        ({"image_size": 10**9}, "image_size: expected"),
+        ({"image_channels": 0}, "image_channels: expected"),
+        ({"codebook": 65537}, "codebook: expected"),
+        ({"class_names": []}, "class_names: expected at least one"),
+        ({"class_names": {"a": 1}}, "class_names: expected a list"),
+        ({"class_names": ["ant", "bee"]}, r"labels\.bin: labels must lie in 0 \.\.\. 1"),
+        ({"tokenizer_sha256": 7}, "tokenizer_sha256: expected"),
+        ({"source": []}, "source: expected a mapping"),
+        ({"split": None}, "split: expected"),
+        ({"split__held_out": [1, 1]}, "split.held_out: expected rising"),
+        ({"split__held_out": [29]}, "split.held_out"),
+        ({"split__held_out": [-1]}, "split.held_out"),
+        ({"split__held_out": [1.5]}, "split.held_out"),
+        ({"split__held_out": [10**30]}, "split.held_out"),
+        ({"split__held_out": "abc"}, "split.held_out"),
+        ({"split__held_out_share": "x"}, "held_out_share"),
+        ({"skipped": [3]}, "skipped"),
+        ({"files": {}}, "files: expected an entry codes.bin"),
+        ({"files__labels.bin": 3}, "files.labels.bin: expected"),
+        ({"view_settings": 3}, "view_settings"),
+        ({"format": [[1]] * 9}, "expected 'star_fast code store'"),
+    ],
+)
 def test_a_manifest_that_contradicts_itself(store: CodeStore, changes: dict[str, Any], field: str) -> None:
     rewrite(store.path / "manifest.json", **changes)
     with pytest.raises(StorageError, match=field) as caught:
@@ -198,10 +244,17 @@ def test_irregular_files(store: CodeStore) -> None:
     CodeStore.open(store.path).verify()
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda lines: lines[:-1], "expected 29 whole lines, got 28"), (lambda lines: [*lines, '"x"\n'], "expected 29 whole lines, got 30"),
-    (lambda lines: ["3\n", *lines[1:]], "line 1: expected the name of an image"), (lambda lines: [*lines[:-1], lines[-1][:-1]], "whole lines"),
-    (lambda lines: [lines[0], "[" * 100000 + "\n", *lines[2:]], "line 2: expected the name"), (lambda lines: ["\xff\n", *lines[1:]], "line 1")])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:-1], "expected 29 whole lines, got 28"),
+        (lambda lines: [*lines, '"x"\n'], "expected 29 whole lines, got 30"),
+        (lambda lines: ["3\n", *lines[1:]], "line 1: expected the name of an image"),
+        (lambda lines: [*lines[:-1], lines[-1][:-1]], "whole lines"),
+        (lambda lines: [lines[0], "[" * 100000 + "\n", *lines[2:]], "line 2: expected the name"),
+        (lambda lines: ["\xff\n", *lines[1:]], "line 1"),
+    ],
+)
 def test_keys_that_are_none(store: CodeStore, damage: Any, message: str) -> None:
     path = store.path / "keys.jsonl"
     path.write_text("".join(damage(path.read_text().splitlines(keepends=True))), encoding="latin-1")
@@ -232,7 +285,9 @@ def test_bytes_that_were_damaged_before_a_resume_are_not_built_upon(tmp_path: Pa
     content = bytearray((tmp_path / name).read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(StorageError, match=rf"{name}: damaged \(its bytes are not the ones that progress\.json recorded\)"):
+    with pytest.raises(
+        StorageError, match=rf"{name}: damaged \(its bytes are not the ones that progress\.json recorded\)"
+    ):
         StoreWriter(tmp_path, ABOUT)
 
 
@@ -246,11 +301,22 @@ def test_bytes_that_were_damaged_before_the_end_are_not_blessed(tmp_path: Path) 
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"rows": -3}, "next_index: expected"), ({"next_index": 10**15}, "next_index: expected"), ({"bytes": {}}, "bytes: expected"), ({"bytes": 3}, "bytes"),
-    ({"bytes__codes.bin": 10**15}, "shorter than"), ({"bytes__codes.bin": -1}, "bytes: expected"), ({"skipped": [{}]}, "skipped"),
-    ({"rows": ...}, "rows: missing"),
-    ({"skipped": [{"index": 10**9, "key": "", "reason": ""}]}, "skipped: expected"), ({"sha256": []}, "sha256"), ({"job_sha256": None}, "job_sha256")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": -3}, "next_index: expected"),
+        ({"next_index": 10**15}, "next_index: expected"),
+        ({"bytes": {}}, "bytes: expected"),
+        ({"bytes": 3}, "bytes"),
+        ({"bytes__codes.bin": 10**15}, "shorter than"),
+        ({"bytes__codes.bin": -1}, "bytes: expected"),
+        ({"skipped": [{}]}, "skipped"),
+        ({"rows": ...}, "rows: missing"),
+        ({"skipped": [{"index": 10**9, "key": "", "reason": ""}]}, "skipped: expected"),
+        ({"sha256": []}, "sha256"),
+        ({"job_sha256": None}, "job_sha256"),
+    ],
+)
 def test_damaged_progress_says_so(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write(tmp_path, stop=14)
     rewrite(tmp_path / "progress.json", **changes)
@@ -267,7 +333,10 @@ def test_a_store_of_other_images_is_not_finished(tmp_path: Path) -> None:
 def test_another_jobs_folder_says_what_differs(tmp_path: Path) -> None:
     write(tmp_path, stop=14)
     about = {**ABOUT, "view_settings": {"kind": "small-affine", "seed": 0}}
-    with pytest.raises(StorageError, match=r"\(tokenizer_sha256: abab\w+\.\.\. there, cdcd\w+\.\.\. here\); choose another folder or delete"):
+    with pytest.raises(
+        StorageError,
+        match=r"\(tokenizer_sha256: abab\w+\.\.\. there, cdcd\w+\.\.\. here\); choose another folder or delete",
+    ):
         StoreWriter(tmp_path, {**ABOUT, "tokenizer_sha256": "cd" * 32})
     with pytest.raises(StorageError, match="other classes"):
         StoreWriter(tmp_path, {**ABOUT, "class_names": ("x", "y", "z")})
@@ -277,7 +346,9 @@ def test_another_jobs_folder_says_what_differs(tmp_path: Path) -> None:
 
 
 def test_stores_of_earlier_versions_stay_whole(tmp_path: Path) -> None:
-    """A finished store without the entry `pixels` is this job's; a begun one is not, since its images were read by another rule. Old progress has no sums."""
+    """A finished store without the entry `pixels` is this job's; a begun one is not, since its images were read by
+    another rule. Old progress has no sums.
+    """
     write(tmp_path / "old").finish(LABELS, 0.2)
     assert StoreWriter(tmp_path / "old", {**ABOUT, "pixels": "upright"}).complete
     write(tmp_path / "begun", stop=14)

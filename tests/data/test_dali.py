@@ -1,4 +1,6 @@
-"""data.dali on the CPU: the same bits as Pillow's path and the same refusals, whatever the file, its neighbours and the batch."""
+"""data.dali on the CPU: the same bits as Pillow's path and the same refusals, whatever the file, its neighbours and the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def speckled(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image
     pixels += random.randint(-20, 21, pixels.shape)
     for _ in range(4):
         x, y = random.randint(width), random.randint(height)
-        pixels[y: y + 9, x: x + 9] = 255 * random.randint(0, 2, 3)
+        pixels[y : y + 9, x : x + 9] = 255 * random.randint(0, 2, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
@@ -52,34 +54,59 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def relabelled(data: bytes) -> bytes:
-    """A YCbCr JPEG whose components call themselves R, G and B and that says nothing else: decoders take it for RGB, or do not."""
+    """A YCbCr JPEG whose components call themselves R, G and B and that says nothing else: decoders take it for RGB, or
+    do not.
+    """
     data = bytearray(data)
     frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
     for number, name in enumerate(b"RGB"):
         data[frame + 10 + 3 * number] = data[scan + 5 + 2 * number] = name
-    del data[2: 2 + 2 + int.from_bytes(data[4:6], "big")]  # the JFIF segment
+    del data[2 : 2 + 2 + int.from_bytes(data[4:6], "big")]  # the JFIF segment
     return bytes(data)
 
 
 BY_DALI = {
-    **{f"4:{kind}": saved(speckled(61, 47), quality=90, subsampling=number) for number, kind in enumerate(("4:4", "2:2", "2:0"))},
-    "gray": saved(speckled(60, 50, mode="L")), "progressive": saved(speckled(50, 66), progressive=True), "optimized": saved(speckled(50, 60), optimize=True),
-    "restarts": saved(speckled(55, 60), restart_marker_blocks=3), "quality 5": saved(speckled(55, 60), quality=5), "enlarged": saved(speckled(20, 17)),
-    "halved": saved(speckled(170, 150)), "halved for the smaller size alone": saved(speckled(90, 68)), "1 x 1": saved(speckled(1, 1)),
-    "tall": saved(speckled(40, 100)), "wide": saved(speckled(100, 40)),
-    "profile": saved(speckled(50, 60), icc_profile=b"\0" * 500), "Adobe's": saved(speckled(50, 60).convert("YCbCr")),
+    **{
+        f"4:{kind}": saved(speckled(61, 47), quality=90, subsampling=number)
+        for number, kind in enumerate(("4:4", "2:2", "2:0"))
+    },
+    "gray": saved(speckled(60, 50, mode="L")),
+    "progressive": saved(speckled(50, 66), progressive=True),
+    "optimized": saved(speckled(50, 60), optimize=True),
+    "restarts": saved(speckled(55, 60), restart_marker_blocks=3),
+    "quality 5": saved(speckled(55, 60), quality=5),
+    "enlarged": saved(speckled(20, 17)),
+    "halved": saved(speckled(170, 150)),
+    "halved for the smaller size alone": saved(speckled(90, 68)),
+    "1 x 1": saved(speckled(1, 1)),
+    "tall": saved(speckled(40, 100)),
+    "wide": saved(speckled(100, 40)),
+    "profile": saved(speckled(50, 60), icc_profile=b"\0" * 500),
+    "Adobe's": saved(speckled(50, 60).convert("YCbCr")),
     "appended": saved(speckled(50, 60)) + b"more",
     **{f"EXIF {number}": saved(speckled(50, 40), exif=turned(number)) for number in range(1, 9)},
 }
 BY_PILLOW = {
-    "PNG": saved(speckled(50, 60), "PNG"), "palette": saved(speckled(50, 60).quantize(16), "PNG", transparency=1), "WebP": saved(speckled(50, 60), "WEBP"),
-    "alpha": saved(speckled(50, 60, mode="RGBA"), "PNG"), "1 bit": saved(speckled(50, 60, mode="1"), "PNG"), "GIF": saved(speckled(50, 60), "GIF"),
-    "16 bits": saved(Image.fromarray((np.arange(3000).reshape(50, 60) * 21).astype(np.uint16)), "PNG"), "BMP": saved(speckled(50, 60), "BMP"),
-    "turned PNG": saved(speckled(50, 40), "PNG", exif=turned(6)), "TIFF": saved(speckled(50, 60), "TIFF"), "CMYK": saved(speckled(50, 60, mode="CMYK")),
+    "PNG": saved(speckled(50, 60), "PNG"),
+    "palette": saved(speckled(50, 60).quantize(16), "PNG", transparency=1),
+    "WebP": saved(speckled(50, 60), "WEBP"),
+    "alpha": saved(speckled(50, 60, mode="RGBA"), "PNG"),
+    "1 bit": saved(speckled(50, 60, mode="1"), "PNG"),
+    "GIF": saved(speckled(50, 60), "GIF"),
+    "16 bits": saved(Image.fromarray((np.arange(3000).reshape(50, 60) * 21).astype(np.uint16)), "PNG"),
+    "BMP": saved(speckled(50, 60), "BMP"),
+    "turned PNG": saved(speckled(50, 40), "PNG", exif=turned(6)),
+    "TIFF": saved(speckled(50, 60), "TIFF"),
+    "CMYK": saved(speckled(50, 60, mode="CMYK")),
     "LAB": saved(Image.new("LAB", (50, 60), (200, 128, 90)), "TIFF"),
     "components R, G, B": relabelled(saved(speckled(50, 60))),
 }
-REFUSED = {"empty": b"", "text": b"no image at all", "cut off": saved(speckled(50, 60))[:-300], "too thin": saved(Image.new("L", (60_000, 1)), "PNG")}
+REFUSED = {
+    "empty": b"",
+    "text": b"no image at all",
+    "cut off": saved(speckled(50, 60))[:-300],
+    "too thin": saved(Image.new("L", (60_000, 1)), "PNG"),
+}
 ALL = BY_DALI | BY_PILLOW | REFUSED
 
 
@@ -94,7 +121,9 @@ def by_pillow(make: Callable[[Image.Image], list[np.ndarray]], data: bytes) -> l
 def same(found: object, expected: object) -> bool:
     if isinstance(expected, Refused) or isinstance(found, Refused):
         return found == expected
-    return len(found) == len(expected) and all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -109,7 +138,9 @@ def test_every_kind_of_file_gives_pillows_bits(channels: int) -> None:
 
 
 def damaged(count: int) -> list[bytes]:
-    """Whole JPEGs with bytes changed, bits flipped, a piece left out or there twice, another header, or the end cut off."""
+    """Whole JPEGs with bytes changed, bits flipped, a piece left out or there twice, another header, or the end cut
+    off.
+    """
     wholes = [BY_DALI[name] for name in ("4:4:4", "4:2:0", "gray", "progressive", "restarts", "optimized")]
     random, made = np.random.RandomState(0), []
     for number in range(count):
@@ -124,12 +155,14 @@ def damaged(count: int) -> list[bytes]:
                 for where in random.randint(2, len(data), 3):
                     data[where] = random.randint(256)
             case 3:
-                del data[place: place + random.randint(1, 100)]
+                del data[place : place + random.randint(1, 100)]
             case 4:
-                data[place:place] = data[random.randint(2, place + 1): place]
+                data[place:place] = data[random.randint(2, place + 1) : place]
             case 5:
-                frame = next(at for at in range(len(data)) if data[at: at + 2] in (b"\xff\xc0", b"\xff\xc2"))
-                data[frame + random.choice([1, 5, 6, 7, 8, 11, 14, 17])] = random.choice([0x11, 0x12, 0x21, 0x41, 0xC1, 0xC2, 0xC9, 60, 200])
+                frame = next(at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xc0", b"\xff\xc2"))
+                data[frame + random.choice([1, 5, 6, 7, 8, 11, 14, 17])] = random.choice(
+                    [0x11, 0x12, 0x21, 0x41, 0xC1, 0xC2, 0xC9, 60, 200]
+                )
         made.append(bytes(data))
     return made
 
@@ -186,7 +219,9 @@ def test_the_graph_for_a_gpu_run_on_the_cpu(channels: int) -> None:
     for number, size in enumerate(SIZES):
         pipeline.feed_input(f"shape {number}", [square_shape(*shape, size) for shape in shapes])
     for number, output in enumerate(pipeline.run()):
-        expected = np.stack([make_squares(decode_image(data), SIZES, channels)[number] for data in files]).transpose(0, 2, 3, 1)
+        expected = np.stack([make_squares(decode_image(data), SIZES, channels)[number] for data in files]).transpose(
+            0, 2, 3, 1
+        )
         largest, share = levels(output.as_array(), expected)
         assert largest <= 3 and share < 1e-3
 
@@ -200,7 +235,9 @@ def test_the_crop_graph_for_a_gpu_run_on_the_cpu() -> None:
     pipeline.feed_input(ENCODED, [np.frombuffer(data, dtype=np.uint8) for data in files])
     for view in range(2):
         pipeline.feed_input(f"crop {view}", [np.array(crop, dtype=np.float32) for crop in crops[view]])
-    expected = np.stack([augment(decode_image(data), settings, 2, 32, 3, 5, 0, index) for index, data in enumerate(files)])
+    expected = np.stack(
+        [augment(decode_image(data), settings, 2, 32, 3, 5, 0, index) for index, data in enumerate(files)]
+    )
     for view, output in enumerate(pipeline.run()):
         largest, share = levels(output.as_array(), expected[:, view].transpose(0, 2, 3, 1))
         assert largest <= 9 and share < 2e-3
@@ -212,8 +249,14 @@ def gpu_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr("torch.Tensor.cuda", lambda tensor: tensor)
-    monkeypatch.setattr(dali, "squares_pipeline", lambda sizes, channels, device, *rest: squares_pipeline(sizes, channels, "cpu", *rest))
-    monkeypatch.setattr(dali, "crops_pipeline", lambda views, size, channels, device, *rest: crops_pipeline(views, size, channels, "cpu", *rest))
+    monkeypatch.setattr(
+        dali, "squares_pipeline", lambda sizes, channels, device, *rest: squares_pipeline(sizes, channels, "cpu", *rest)
+    )
+    monkeypatch.setattr(
+        dali,
+        "crops_pipeline",
+        lambda views, size, channels, device, *rest: crops_pipeline(views, size, channels, "cpu", *rest),
+    )
 
 
 def compare(found: list[object], expected: list[object], most: int) -> None:
@@ -235,17 +278,26 @@ def test_who_decodes_what_for_a_gpu(channels: int) -> None:
     for_gpu, plain = DaliSquares(SIZES, channels, device="mixed", batch_images=5), DaliSquares(SIZES, channels)
     first = for_gpu(list(ALL.values()))
     to_pillow = ["halved", "halved for the smaller size alone", "tall", *(f"EXIF {number}" for number in range(2, 9))]
-    assert for_gpu.counts == {"dali": len(BY_DALI) - len(to_pillow), "pillow": len(BY_PILLOW) + len(to_pillow), "refused": len(REFUSED)}
+    assert for_gpu.counts == {
+        "dali": len(BY_DALI) - len(to_pillow),
+        "pillow": len(BY_PILLOW) + len(to_pillow),
+        "refused": len(REFUSED),
+    }
     compare(for_gpu(files), plain(files), most=6)  # small images that are enlarged the most
     names = list(ALL)
     for name in [*to_pillow, *BY_PILLOW]:
-        assert all(np.array_equal(a, b) for a, b in zip(first[names.index(name)], plain([ALL[name]])[0], strict=True)), name
+        assert all(
+            np.array_equal(a, b) for a, b in zip(first[names.index(name)], plain([ALL[name]])[0], strict=True)
+        ), name
 
 
 @pytest.mark.usefixtures("gpu_on_the_cpu")
 def test_augmentation_for_a_gpu() -> None:
     files, indices = list(ALL.values()), range(100, 100 + len(ALL))
-    for_gpu, plain = (DaliAugment(Augmentation(area=(0.3, 1.0)), 2, 32, 3, seed=5, device=device, batch_images=5) for device in ("mixed", "cpu"))
+    for_gpu, plain = (
+        DaliAugment(Augmentation(area=(0.3, 1.0)), 2, 32, 3, seed=5, device=device, batch_images=5)
+        for device in ("mixed", "cpu")
+    )
     compare(for_gpu(files, indices, 2), plain(files, indices, 2), most=12)
     assert for_gpu.counts["dali"] == plain.counts["dali"] - 7 > 10  # turned by EXIF
 
@@ -259,7 +311,9 @@ def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'mixed' decodes on a GPU, and none was found"):
         DaliSquares(SIZES, 3, device="mixed")
     with monkeypatch.context() as broken:
-        broken.setattr(dali, "decode_pipeline", lambda *_: SimpleNamespace(feed_input=lambda *_: None, run=lambda: 1 / 0))
+        broken.setattr(
+            dali, "decode_pipeline", lambda *_: SimpleNamespace(feed_input=lambda *_: None, run=lambda: 1 / 0)
+        )
         with pytest.raises(ZeroDivisionError):  # not an answer of DALI's: nothing is hidden
             DaliSquares(SIZES, 3)
 
@@ -270,6 +324,8 @@ def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=r"DALI does not work here \(device 'cpu'\): it refuses a sound JPEG"):
             DaliSquares(SIZES, 3)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "nvidia.dali" else find(name, package))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, package=None: None if name == "nvidia.dali" else find(name, package)
+    )
     with pytest.raises(UserError, match=r"DALI is not installed; install it with pip install 'star_fast\[data\]'"):
         DaliSquares(SIZES, 3)

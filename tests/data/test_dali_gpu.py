@@ -1,4 +1,6 @@
-"""data.dali on a GPU: nvJPEG's pixels near libjpeg's, every kind of file accounted for. Run by scripts/gpu_acceptance.sh."""
+"""data.dali on a GPU: nvJPEG's pixels near libjpeg's, every kind of file accounted for. Run by
+scripts/gpu_acceptance.sh.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ from star_fast.data.dali import DaliAugment, DaliSquares, DaliViews, Refused
 from tests.data.test_dali import BY_DALI, BY_PILLOW, REFUSED, damaged, saved, speckled
 
 pytestmark = pytest.mark.gpu
-PHOTOGRAPHS = [saved(speckled(300 + 7 * seed, 290 + 5 * seed, seed), quality=92, subsampling=seed % 3) for seed in range(24)]
-MEAN_LEVELS, MOST_LEVELS = 1.0, 48  # nvJPEG's upsampling of colour and its cosine transform are its own: single values at edges may lie far off
+PHOTOGRAPHS = [
+    saved(speckled(300 + 7 * seed, 290 + 5 * seed, seed), quality=92, subsampling=seed % 3) for seed in range(24)
+]
+# NvJPEG's upsampling of colour and its cosine transform are its own: single values at edges may lie far off
+MEAN_LEVELS, MOST_LEVELS = 1.0, 48
 
 
 def near(on_gpu: DaliViews, found: list[object], expected: list[object]) -> None:

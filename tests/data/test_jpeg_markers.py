@@ -1,4 +1,6 @@
-"""data.jpeg_markers: a JPEG cut off anywhere is not whole, nor one with anything behind its image that a decoder may or may not look at."""
+"""data.jpeg_markers: a JPEG cut off anywhere is not whole, nor one with anything behind its image that a decoder may or
+may not look at.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,17 @@ def jpeg(**options: object) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"comment": b"\xff\xd9 \xff\xda"}, {"exif": b"Exif\0\0\xff\xd9"}],
-                         ids=["plain", "progressive", "restarts", "markers within a comment", "markers within EXIF"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"restart_marker_blocks": 2},
+        {"comment": b"\xff\xd9 \xff\xda"},
+        {"exif": b"Exif\0\0\xff\xd9"},
+    ],
+    ids=["plain", "progressive", "restarts", "markers within a comment", "markers within EXIF"],
+)
 def test_whole_until_a_byte_is_missing(options: dict[str, object]) -> None:
     data = jpeg(**options)
     assert is_whole_jpeg(data)
@@ -39,12 +50,13 @@ def test_what_is_no_marker_where_one_must_be() -> None:
 def test_what_only_some_decoders_look_at() -> None:
     data = jpeg()
     scan, end = data.index(b"\xff\xda"), len(data) - 2
-    length = int.from_bytes(data[data.index(b"\xff\xc0") + 2:][:2], "big") + 2
-    frame = data[data.index(b"\xff\xc0"):][:length]
+    length = int.from_bytes(data[data.index(b"\xff\xc0") + 2 :][:2], "big") + 2
+    frame = data[data.index(b"\xff\xc0") :][:length]
     assert data[end:] == b"\xff\xd9"
     assert not is_whole_jpeg(data[:end] + data[scan:])  # a second scan
     assert not is_whole_jpeg(data[:end] + frame + data[end:])  # a second frame
-    assert not is_whole_jpeg(data[:end] + b"\xff\xc4\x00\x05abc" + data[end:])  # a table that nothing uses, and that is none
+    # A table that nothing uses, and that is none
+    assert not is_whole_jpeg(data[:end] + b"\xff\xc4\x00\x05abc" + data[end:])
     assert not is_whole_jpeg(data[:scan] + frame + data[scan:])
     assert not is_whole_jpeg(data.replace(frame, b""))
     assert not is_whole_jpeg(data.replace(frame, b"\xff\xc9" + frame[2:]))  # arithmetic coding

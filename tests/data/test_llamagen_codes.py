@@ -69,9 +69,14 @@ def test_what_was_imported_is_exported_byte_for_byte(tmp_path: Path, roots: tupl
     assert contents(there) == contents(roots[0]) and contents(tmp_path / "there_ten_crop_105") == contents(roots[1])
     assert len(contents(there)) == 14 and np.load(there / "imagenet256_codes" / "3.npy").dtype == np.int64
     one = take(roots[1], tmp_path / "one")
-    assert export_llamagen_codes(one, tmp_path / "back", sibling=tmp_path / "unused", progress=False) == [tmp_path / "back"]
+    assert export_llamagen_codes(one, tmp_path / "back", sibling=tmp_path / "unused", progress=False) == [
+        tmp_path / "back"
+    ]
     assert contents(tmp_path / "back") == contents(roots[1]) and not (tmp_path / "unused").exists()
-    assert export_llamagen_codes(both, tmp_path / "x", sibling=tmp_path / "y", progress=False) == [tmp_path / "x", tmp_path / "y"]
+    assert export_llamagen_codes(both, tmp_path / "x", sibling=tmp_path / "y", progress=False) == [
+        tmp_path / "x",
+        tmp_path / "y",
+    ]
     assert contents(tmp_path / "y") == contents(roots[1])
     with pytest.raises(DataError, match="already holds codes, of another store or finished"):
         export_llamagen_codes(both, there, progress=False)
@@ -83,7 +88,9 @@ class Killed(Exception):
     pass
 
 
-def test_an_export_goes_on_where_it_was_killed(tmp_path: Path, roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_goes_on_where_it_was_killed(
+    tmp_path: Path, roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = take(roots[0], tmp_path / "store", sibling=roots[1])
     other = take(roots[1], tmp_path / "other")
     monkeypatch.setattr(llamagen_codes, "_EXPORT_CHUNK", 2)
@@ -127,17 +134,28 @@ def test_one_export_at_a_time(tmp_path: Path, roots: tuple[Path, Path], monkeypa
 
 def test_siblings_of_other_images(tmp_path: Path, roots: tuple[Path, Path]) -> None:
     np.save(roots[1] / "imagenet256_labels" / "4.npy", np.array([1]))
-    with pytest.raises(DataError, match=r"_105/imagenet256_labels/4\.npy: label 1, but 0 in .*ten_crop/imagenet256_labels; expected the codes of the same"):
+    with pytest.raises(
+        DataError,
+        match=r"_105/imagenet256_labels/4\.npy: label 1, but 0 in .*ten_crop/imagenet256_labels; expected the codes of "
+        r"the same",
+    ):
         take(roots[0], tmp_path / "store", sibling=roots[1])
     np.save(roots[1] / "imagenet256_labels" / "4.npy", np.array([0]))
     np.save(roots[1] / "imagenet256_codes" / "4.npy", np.zeros((1, 2, 256), dtype=np.int64))
-    with pytest.raises(DataError, match=r"_105/imagenet256_codes/4\.npy: expected shape \(1, 10, 256\) as in .*ten_crop/imagenet256_codes/0\.npy, got"):
+    with pytest.raises(
+        DataError,
+        match=r"_105/imagenet256_codes/4\.npy: expected shape \(1, 10, 256\) as in "
+        r".*ten_crop/imagenet256_codes/0\.npy, "
+        r"got",
+    ):
         take(roots[0], tmp_path / "store", sibling=roots[1])
     with pytest.raises(DataError, match="no code files"):
         take(roots[0], tmp_path / "other", sibling=tmp_path / "absent")
 
 
-def test_extractions_by_other_numbers_of_processes(tmp_path: Path, roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extractions_by_other_numbers_of_processes(
+    tmp_path: Path, roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight processes write eight files for seven images: the first image again."""
     np.save(roots[1] / "imagenet256_codes" / "7.npy", codes_of(1)[:1])
     np.save(roots[1] / "imagenet256_labels" / "7.npy", np.array([LABELS[0]]))

@@ -34,7 +34,9 @@ def test_there_are_enough_kinds(nasty: tuple[Path, list[Nasty]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_every_file_is_in_the_store_or_left_out_with_the_reason(nasty: tuple[Path, list[Nasty]], tmp_path: Path) -> None:
+def test_every_file_is_in_the_store_or_left_out_with_the_reason(
+    nasty: tuple[Path, list[Nasty]], tmp_path: Path
+) -> None:
     folder, made = nasty
     source, tokenizer = ImageFolder(folder), tiny_tokenizer()
     store = prepare(source, tmp_path / "store", tokenizer, DATA, chunk_images=7, progress=False)
@@ -47,7 +49,9 @@ def test_every_file_is_in_the_store_or_left_out_with_the_reason(nasty: tuple[Pat
             assert re.search(one.reason, skipped[f"all/{one.name}"]), (one.name, skipped[f"all/{one.name}"])
     assert all(reason.isprintable() and str(folder) not in reason for reason in skipped.values())
     row = keys.index("all/plain.bmp")
-    views = make_views(source[source.files.index("all/plain.bmp")].image, source.files.index("all/plain.bmp"), DATA, 16, 3)
+    views = make_views(
+        source[source.files.index("all/plain.bmp")].image, source.files.index("all/plain.bmp"), DATA, 16, 3
+    )
     assert torch.equal(store.codes([row], [0, 1])[0], tokenizer.encode(from_uint8(torch.from_numpy(views))))
 
 
@@ -61,7 +65,11 @@ def test_the_good_ones_have_the_right_colours_in_the_right_places(nasty: tuple[P
         place = source.files.index(f"all/{one.name}")
         image = source[place].image
         again = decode_image(source.encoded(place))  # decoders that are given bytes must see the same
-        assert (again.mode, again.size, again.convert("RGB").tobytes()) == (image.mode, image.size, image.convert("RGB").tobytes()), one.name
+        assert (again.mode, again.size, again.convert("RGB").tobytes()) == (
+            image.mode,
+            image.size,
+            image.convert("RGB").tobytes(),
+        ), one.name
         if one.name not in ("one pixel.png", "20000 x 10.png"):
             assert image.size == (WIDTH, HEIGHT), one.name
         view = make_views(image, 0, DATA, 16, 3, only=0).transpose(1, 2, 0)

@@ -1,4 +1,6 @@
-"""data.online and data.origin: codes of fresh crops are those of the crops that augment.py defines, whoever decodes; and a store finds its images again."""
+"""data.online and data.origin: codes of fresh crops are those of the crops that augment.py defines, whoever decodes;
+and a store finds its images again.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def test_the_same_whatever_else_is_asked(store: CodeStore, folder: Path) -> None
 
 def test_dali_draws_the_same_codes(store: CodeStore, folder: Path) -> None:
     pytest.importorskip("nvidia.dali")
-    made = [OnlineCodes(store, ImageFolder(folder), TOKENIZER, replace(DATA, decoder=decoder), 5, CPU)(2, np.arange(8), 2) for decoder in ("pillow", "dali")]
+    made = [
+        OnlineCodes(store, ImageFolder(folder), TOKENIZER, replace(DATA, decoder=decoder), 5, CPU)(2, np.arange(8), 2)
+        for decoder in ("pillow", "dali")
+    ]
     assert torch.equal(*made)
 
 
@@ -80,13 +85,21 @@ def test_what_is_not_there_is_said(store: CodeStore, folder: Path, tmp_path: Pat
         codes = OnlineCodes(store, source, TOKENIZER, replace(DATA, decoder=decoder), 5, CPU)
         with pytest.raises(DataError, match=r"oak/03\.jpg: .*; it could be read when the codes were made"):
             codes(0, np.array([7]), 1)
-    for wrong in ({"crop_area": (0.5, 0.2)}, {"crop_area": (0.0, 0.2)}, {"crop_area": (0.5, 1.5)}, {"crop_aspect": (-1.0, 2.0)}, {"crop_aspect": (1.0,)},
-                  {"crop_area": (0.1, 0.2, 0.3)}):
+    for wrong in (
+        {"crop_area": (0.5, 0.2)},
+        {"crop_area": (0.0, 0.2)},
+        {"crop_area": (0.5, 1.5)},
+        {"crop_aspect": (-1.0, 2.0)},
+        {"crop_aspect": (1.0,)},
+        {"crop_area": (0.1, 0.2, 0.3)},
+    ):
         with pytest.raises(ConfigError, match=rf"data\.{next(iter(wrong))}: expected two rising numbers above 0"):
             DataConfig(**wrong)
 
 
-def test_a_store_finds_its_images(store: CodeStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_finds_its_images(
+    store: CodeStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert images_of(store).description() == ImageFolder(folder).description()
     monkeypatch.chdir(folder.parent)  # named from here, found from anywhere
     write_origin(store, Origin("images"))

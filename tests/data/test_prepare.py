@@ -47,13 +47,21 @@ def run(folder: Path, out: Path, tokenizer: VQTokenizer, data: DataConfig = TEN_
 def test_store_holds_the_codes_of_every_view(tmp_path: Path, folder: Path, data: DataConfig) -> None:
     tokenizer, source = tiny_tokenizer(), ImageFolder(folder)
     store = run(folder, tmp_path / "store", tokenizer, data, seed=5)
-    assert store.class_names == ("elm", "oak") and store.positions == 64 and store.grid == (8, 8) and store.image_size == 16
+    assert (
+        store.class_names == ("elm", "oak")
+        and store.positions == 64
+        and store.grid == (8, 8)
+        and store.image_size == 16
+    )
     good = [1, 2, 3, 4, 5, 7, 8]  # elm/00 and oak/02 are damaged
     assert store.keys() == [source.files[i] for i in good] and store.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     for row, index in enumerate(good):
         views = make_views(source[index].image, index, data, 16, 3, seed=5)
-        assert torch.equal(store.codes([row], range(len(views)))[0], tokenizer.encode(from_uint8(torch.from_numpy(views))))
-    assert store.manifest["pixels"] == "upright by EXIF, 16 bits scaled by the white level"  # the rule: a store without it was made under another
+        assert torch.equal(
+            store.codes([row], range(len(views)))[0], tokenizer.encode(from_uint8(torch.from_numpy(views)))
+        )
+    # The rule: a store without it was made under another
+    assert store.manifest["pixels"] == "upright by EXIF, 16 bits scaled by the white level"
     assert [entry["key"] for entry in store.manifest["skipped"]] == ["elm/00.jpg", "oak/02.jpg"]
     assert "truncated" in store.manifest["skipped"][1]["reason"].lower()
     assert skipped_report(store).splitlines()[0].startswith("skipped elm/00.jpg: UnidentifiedImageError")
@@ -69,7 +77,9 @@ class Killed(Exception):
     pass
 
 
-def test_resume_after_a_kill_gives_the_same_bytes(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_after_a_kill_gives_the_same_bytes(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(folder, tmp_path / "whole", tiny_tokenizer())
     encode = VQTokenizer.encode
     calls = 0
@@ -137,7 +147,7 @@ def write_llamagen(root: Path, codes: np.ndarray, labels: list[int]) -> None:
     (root / "imagenet256_codes").mkdir(parents=True)
     (root / "imagenet256_labels").mkdir()
     for i, label in enumerate(labels):
-        np.save(root / "imagenet256_codes" / f"{i}.npy", codes[i: i + 1])
+        np.save(root / "imagenet256_codes" / f"{i}.npy", codes[i : i + 1])
         np.save(root / "imagenet256_labels" / f"{i}.npy", np.array([label]))
 
 
@@ -147,9 +157,17 @@ def test_llamagen_codes_become_a_store(tmp_path: Path) -> None:
     store = import_llamagen_codes(tmp_path / "llamagen", tmp_path / "store", "ab" * 32, chunk_images=4, progress=False)
     assert torch.equal(store.codes(range(13), range(10)), torch.from_numpy(codes)) and store.grid == (16, 16)
     assert store.labels.tolist() == [2, 0, 1] * 4 + [0] and store.class_names == ("class 0", "class 1", "class 2")
-    assert store.views[5] == "mirrored top left" and len(store.train_indices) == 13 and store.tokenizer_hash == "ab" * 32
-    named = import_llamagen_codes(tmp_path / "llamagen", tmp_path / "named", "ab" * 32, class_names=("tench", "shark", "hen"), held_out_share=0.3,
-                                  progress=False)
+    assert (
+        store.views[5] == "mirrored top left" and len(store.train_indices) == 13 and store.tokenizer_hash == "ab" * 32
+    )
+    named = import_llamagen_codes(
+        tmp_path / "llamagen",
+        tmp_path / "named",
+        "ab" * 32,
+        class_names=("tench", "shark", "hen"),
+        held_out_share=0.3,
+        progress=False,
+    )
     assert named.class_index("hen") == 2 and named.labels[named.held_out_indices].bincount().tolist() == [2, 1, 1]
 
 
@@ -174,10 +192,16 @@ def overflow(root: Path) -> None:
     np.save(root / "imagenet256_codes" / "2.npy", np.full((1, 2, 256), 16384))
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (remove, r"1\.npy is missing although 2\.npy exists"), (truncate, r"2\.npy: missing or not a NumPy file"),
-    (reshape, r"2\.npy: expected shape \(1, 2, 256\) as in 0\.npy, got \(1, 2, 225\)"), (relabel, r"labels must lie in 0 \.\.\. 0"),
-    (overflow, r"codes must lie in 0 \.\.\. 16383, got 0 \.\.\. 16384")])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove, r"1\.npy is missing although 2\.npy exists"),
+        (truncate, r"2\.npy: missing or not a NumPy file"),
+        (reshape, r"2\.npy: expected shape \(1, 2, 256\) as in 0\.npy, got \(1, 2, 225\)"),
+        (relabel, r"labels must lie in 0 \.\.\. 0"),
+        (overflow, r"codes must lie in 0 \.\.\. 16383, got 0 \.\.\. 16384"),
+    ],
+)
 def test_llamagen_damage_says_so(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     write_llamagen(tmp_path / "llamagen", np.zeros((3, 2, 256), dtype=np.int64), [0, 0, 0])
     damage(tmp_path / "llamagen")
@@ -199,12 +223,22 @@ def objects() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [
-    header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1)}"),
-    header("{'descr': '<i8', 'fortran_order': False, 'shape': (-1, -1)}"),
-    header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}"), header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"), objects(),
-    header("(" * 5000), header("{'descr': '<i8', 'fortran_order': False, 'shape': (" + "9" * 8000 + ",)}"), b"PK\3\4 a zip", b"", b"\x93NUMPY\7\7"],
-    ids=["absurd", "negative", "floats", "objects' header", "objects", "nested", "digits", "zip", "empty", "version"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1)}"),
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (-1, -1)}"),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"),
+        objects(),
+        header("(" * 5000),
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (" + "9" * 8000 + ",)}"),
+        b"PK\3\4 a zip",
+        b"",
+        b"\x93NUMPY\7\7",
+    ],
+    ids=["absurd", "negative", "floats", "objects' header", "objects", "nested", "digits", "zip", "empty", "version"],
+)
 def test_llamagen_files_that_ask_for_more_than_they_hold(tmp_path: Path, content: bytes) -> None:
     for folder in ("imagenet256_codes", "imagenet256_labels"):
         root = tmp_path / folder
@@ -243,7 +277,11 @@ def test_one_odd_image_is_skipped_whatever_it_does(tmp_path: Path, monkeypatch: 
     store = run(images, tmp_path / "store", tiny_tokenizer())
     assert store.keys() == ["a/00.png", "a/04.png"]
     reasons = {entry["key"]: entry["reason"] for entry in store.manifest["skipped"]}
-    assert "too long and thin" in reasons["a/01.png"] and "floating-point" in reasons["a/02.png"] and reasons["a/03.png"] == "RuntimeError: odd palette"
+    assert (
+        "too long and thin" in reasons["a/01.png"]
+        and "floating-point" in reasons["a/02.png"]
+        and reasons["a/03.png"] == "RuntimeError: odd palette"
+    )
     assert len(collect_views(ImageFolder(images), np.arange(5), TEN_CROP, TINY, progress=False)) == 20
     with pytest.raises(RefusedImage, match=r"100000 x 1 pixels: too long and thin to be cut into squares of 20 pixels"):
         make_views(Image.new("L", (100_000, 1)), 0, TEN_CROP, 16, 3)
@@ -251,8 +289,10 @@ def test_one_odd_image_is_skipped_whatever_it_does(tmp_path: Path, monkeypatch: 
 
 
 def test_settings_at_fault_are_not_taken_for_bad_images(folder: Path, tmp_path: Path) -> None:
-    for data, field in ((DataConfig(views="small-affine", affine_views=10**15), r"data\.affine_views"),
-                        (DataConfig(crop_ranges=(16000.0,)), r"data\.crop_ranges")):
+    for data, field in (
+        (DataConfig(views="small-affine", affine_views=10**15), r"data\.affine_views"),
+        (DataConfig(crop_ranges=(16000.0,)), r"data\.crop_ranges"),
+    ):
         with pytest.raises(ConfigError, match=field):
             run(folder, tmp_path / "store", tiny_tokenizer(), data)
         with pytest.raises(ConfigError, match=field):
@@ -262,8 +302,15 @@ def test_settings_at_fault_are_not_taken_for_bad_images(folder: Path, tmp_path: 
 
 
 def test_memory_that_does_not_suffice_is_one_line() -> None:
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), torch.OutOfMemoryError("CUDA")):
-        with pytest.raises(UserError, match="not enough memory to think; choose smaller"), explain_out_of_memory("think"):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA"),
+    ):
+        with (
+            pytest.raises(UserError, match="not enough memory to think; choose smaller"),
+            explain_out_of_memory("think"),
+        ):
             raise error
     with pytest.raises(RuntimeError, match="other"), explain_out_of_memory("think"):
         raise RuntimeError("other")
@@ -284,7 +331,14 @@ def test_one_writer_a_store(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (out / name).write_bytes(b"a dead job's")
     (out / ".notes.77.tmp").write_bytes(b"not ours")
     store = run(folder, out, tiny_tokenizer())
-    assert {path.name for path in out.iterdir()} == {"codes.bin", "labels.bin", "keys.jsonl", "skipped.csv", "manifest.json", ".notes.77.tmp"}
+    assert {path.name for path in out.iterdir()} == {
+        "codes.bin",
+        "labels.bin",
+        "keys.jsonl",
+        "skipped.csv",
+        "manifest.json",
+        ".notes.77.tmp",
+    }
     monkeypatch.setattr("star_fast.locks.job_identity", lambda: "process 1 on another")
     with only_writer(out, "preparing codes"):
         monkeypatch.undo()
@@ -295,7 +349,11 @@ def test_names_of_files_reach_the_store_and_no_terminal(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", {os.fsdecode(b"caf\xe9"): 2, "b\n\x1b[31m": 3})
     (images / "b\n\x1b[31m" / "bad\r.png").write_bytes(b"none")
     store = run(images, tmp_path / "store", tiny_tokenizer())
-    assert store.class_names == ("b\n\x1b[31m", "caf\udce9") and store.keys() == [key for key in ImageFolder(images).files if "bad" not in key]
-    assert all(line.isprintable() for line in skipped_report(store).splitlines()) and "b\\n\\x1b[31m/bad\\r.png" in skipped_report(store)
+    assert store.class_names == ("b\n\x1b[31m", "caf\udce9") and store.keys() == [
+        key for key in ImageFolder(images).files if "bad" not in key
+    ]
+    assert all(
+        line.isprintable() for line in skipped_report(store).splitlines()
+    ) and "b\\n\\x1b[31m/bad\\r.png" in skipped_report(store)
     assert json.loads((tmp_path / "store" / "manifest.json").read_bytes())["class_names"][1] == "caf\udce9"
     assert len(run(images, tmp_path / "store", tiny_tokenizer())) == len(store)

@@ -1,4 +1,6 @@
-"""data.prepare on several ranks, killed, and in bfloat16: the same bytes whatever happened, and a store that says how it was made."""
+"""data.prepare on several ranks, killed, and in bfloat16: the same bytes whatever happened, and a store that says how
+it was made.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,18 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 def run(folder: Path, out: Path, rank: int = 0, ranks: int = 1, **more: object) -> CodeStore:
-    return prepare(ImageFolder(folder), out, TOKENIZER, TEN_CROP, chunk_images=2, batch_views=20, rank=rank, ranks=ranks, progress=False, **more)
+    return prepare(
+        ImageFolder(folder),
+        out,
+        TOKENIZER,
+        TEN_CROP,
+        chunk_images=2,
+        batch_views=20,
+        rank=rank,
+        ranks=ranks,
+        progress=False,
+        **more,
+    )
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -58,7 +71,10 @@ def content(out: Path) -> dict[str, bytes]:
 def run_ranks(folder: Path, out: Path, ranks: int) -> list[CodeStore]:
     """All ranks of a job at once, each in a thread of its own."""
     stores: list[CodeStore] = []
-    threads = [threading.Thread(target=lambda rank=rank: stores.append(run(folder, out, rank, ranks)), daemon=True) for rank in range(ranks)]
+    threads = [
+        threading.Thread(target=lambda rank=rank: stores.append(run(folder, out, rank, ranks)), daemon=True)
+        for rank in range(ranks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -67,7 +83,9 @@ def run_ranks(folder: Path, out: Path, ranks: int) -> list[CodeStore]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 15])
-def test_any_number_of_ranks_makes_the_same_store(folder: Path, tmp_path: Path, whole: dict[str, bytes], ranks: int) -> None:
+def test_any_number_of_ranks_makes_the_same_store(
+    folder: Path, tmp_path: Path, whole: dict[str, bytes], ranks: int
+) -> None:
     stores = run_ranks(folder, tmp_path / "store", ranks)  # of 15 ranks three have no chunk
     assert len(stores) == ranks and all(len(store) == 21 for store in stores)
     assert content(tmp_path / "store") == whole
@@ -77,31 +95,52 @@ def test_any_number_of_ranks_makes_the_same_store(folder: Path, tmp_path: Path, 
 
 def test_everything_is_accounted_for(whole: dict[str, bytes], folder: Path) -> None:
     lines = whole["skipped.csv"].decode().splitlines()
-    assert lines[0] == "key,reason" and [line.split(",")[0] for line in lines[1:]] == ["loose.jpg", "elm/07.jpg", "oak/02.jpg"]
+    assert lines[0] == "key,reason" and [line.split(",")[0] for line in lines[1:]] == [
+        "loose.jpg",
+        "elm/07.jpg",
+        "oak/02.jpg",
+    ]
     assert whole["keys.jsonl"].count(b"\n") + len(lines) - 1 == sum(1 for _ in folder.rglob("*.jpg"))
 
 
 def test_a_chunk_in_a_file_of_its_own(tmp_path: Path) -> None:
-    chunk = EncodedChunk(np.arange(2 * 3 * 4).reshape(2, 3, 4) + 65000, [1, 0], ["a\n", "\udcff"], [{"index": 7, "key": "b", "reason": "damaged"}], 6, 9)
+    chunk = EncodedChunk(
+        np.arange(2 * 3 * 4).reshape(2, 3, 4) + 65000,
+        [1, 0],
+        ["a\n", "\udcff"],
+        [{"index": 7, "key": "b", "reason": "damaged"}],
+        6,
+        9,
+    )
     path = tmp_path / "parts" / "part"
     write_part(path, chunk, "job")
     back = read_part(path, "job", 3, 4)
     assert back is not None and np.array_equal(back.codes, chunk.codes) and back[1:] == chunk[1:]
-    assert read_part(path, "other job", 3, 4) is None and read_part(path, "job", 4, 3) is not None and read_part(path, "job", 3, 5) is None
+    assert (
+        read_part(path, "other job", 3, 4) is None
+        and read_part(path, "job", 4, 3) is not None
+        and read_part(path, "job", 3, 5) is None
+    )
     assert read_part(tmp_path / "absent", "job", 3, 4) is None
     whole = path.read_bytes()
     for place in (0, 70, len(whole) - 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert read_part(path, "job", 3, 4) is None
     path.write_bytes(whole[:-1])
     assert read_part(path, "job", 3, 4) is None
 
 
-def test_what_another_number_of_ranks_left_is_used(folder: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 of 2 runs alone first, then one rank finishes: the chunks of rank 1, but a damaged one, are not encoded again."""
+def test_what_another_number_of_ranks_left_is_used(
+    folder: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 of 2 runs alone first, then one rank finishes: the chunks of rank 1, but a damaged one, are not encoded
+    again.
+    """
     monkeypatch.setattr(preparing, "_PATIENCE_S", 0.2)
     out = tmp_path / "store"
-    with pytest.raises(UserError, match=r"rank 0 has not come on for .* hours; see what it said last, and run the same command again"):
+    with pytest.raises(
+        UserError, match=r"rank 0 has not come on for .* hours; see what it said last, and run the same command again"
+    ):
         run(folder, out, 1, 2)
     parts = sorted((out / "parts").iterdir())
     assert len(parts) == 6  # every second of twelve chunks
@@ -125,9 +164,21 @@ def test_killed_ranks_go_on_to_the_same_bytes(folder: Path, tmp_path: Path, whol
     chance = random.Random(seed)
 
     def start(rank: int, ranks: int, pause_s: float) -> subprocess.Popen[str]:
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": "."}
-        return subprocess.Popen([sys.executable, "-m", "tests.data.ranks_main", str(folder), str(tmp_path / "store"), str(pause_s)],
-                                env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost",
+            "OMP_NUM_THREADS": "1",
+            "PATH": "",
+            "PYTHONPATH": ".",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.data.ranks_main", str(folder), str(tmp_path / "store"), str(pause_s)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
 
     both = [start(rank, 2, 0.1) for rank in range(2)]
     for process in both:
@@ -157,12 +208,16 @@ def test_bfloat16_is_asked_for_and_said(folder: Path, tmp_path: Path, whole: dic
 
 
 def test_the_encoder_is_the_tokenizer() -> None:
-    """Channels last changes nothing but the order in which sums are taken; bfloat16 leaves the search for the nearest entry alone."""
+    """Channels last changes nothing but the order in which sums are taken; bfloat16 leaves the search for the nearest
+    entry alone.
+    """
     views = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     codes = Encoder(TOKENIZER, "fp32", 2)(views)
     assert codes.dtype == np.int64 and np.array_equal(codes, TOKENIZER.encode(from_uint8(views)).numpy())
     rounded = Encoder(TOKENIZER, "bf16", 2)
-    assert rounded.tokenizer.quantize.embedding.weight.dtype == torch.float32 and rounded.tokenizer.dtype == torch.bfloat16
+    assert (
+        rounded.tokenizer.quantize.embedding.weight.dtype == torch.float32 and rounded.tokenizer.dtype == torch.bfloat16
+    )
     assert TOKENIZER.dtype == torch.float32
 
 
@@ -189,7 +244,12 @@ def test_no_tf32_while_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_ranks_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
-    for name, told, share in (("LOCAL_WORLD_SIZE", "4", 3), ("LOCAL_WORLD_SIZE", "99", 1), ("LOCAL_WORLD_SIZE", "x", 12), ("WORLD_SIZE", "6", 2)):
+    for name, told, share in (
+        ("LOCAL_WORLD_SIZE", "4", 3),
+        ("LOCAL_WORLD_SIZE", "99", 1),
+        ("LOCAL_WORLD_SIZE", "x", 12),
+        ("WORLD_SIZE", "6", 2),
+    ):
         with monkeypatch.context() as patched:
             patched.delenv("LOCAL_WORLD_SIZE", raising=False)
             patched.setenv(name, told)

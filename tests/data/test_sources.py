@@ -14,7 +14,15 @@ import torch
 
 from star_fast.config import DataConfig
 from star_fast.data.prepare import prepare
-from star_fast.data.sources import BuiltinDigits, DataError, ImageFolder, UnreadableImage, class_sizes, open_source, split_indices
+from star_fast.data.sources import (
+    BuiltinDigits,
+    DataError,
+    ImageFolder,
+    UnreadableImage,
+    class_sizes,
+    open_source,
+    split_indices,
+)
 from tests.data.pictures import make_folder, picture, tiny_tokenizer
 
 
@@ -31,9 +39,17 @@ def test_digits_are_the_packages_own_in_another_order(digits: BuiltinDigits) -> 
     assert len(digits) == 5000 and digits.class_names == tuple("0123456789")
     assert class_sizes(digits.labels, digits.class_names) == dict.fromkeys("0123456789", 500)
     original = sorted((row.astype(np.uint8).tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True))
-    assert sorted((image.tobytes(), int(label)) for image, label in zip(digits.images, digits.labels, strict=True)) == original
+    assert (
+        sorted((image.tobytes(), int(label)) for image, label in zip(digits.images, digits.labels, strict=True))
+        == original
+    )
     sample = digits[17]
-    assert sample.image.size == (28, 28) and sample.image.mode == "L" and sample.key == "digit-0017" and sample.label == digits.labels[17]
+    assert (
+        sample.image.size == (28, 28)
+        and sample.image.mode == "L"
+        and sample.key == "digit-0017"
+        and sample.label == digits.labels[17]
+    )
     assert np.array_equal(np.asarray(sample.image), digits.images[17])
     for part in np.split(digits.labels, 10):  # shuffled: a sorted set would have one class in each tenth
         assert len(np.unique(part)) == 10
@@ -105,7 +121,8 @@ def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", {"a": 1, "b": 1})
     elsewhere = make_folder(tmp_path / "elsewhere", {"z": 2})
     (images / "a" / "inner").mkdir()
-    picture(9, 9, 1).save(images / "a" / "inner" / "1.png")  # beside loose images of the same class: both are its images
+    # Beside loose images of the same class: both are its images
+    picture(9, 9, 1).save(images / "a" / "inner" / "1.png")
     for name in ("loose.png", "another.JPG", ".hidden.png"):
         picture(9, 9, 1).save(images / name, "PNG")
     (images / "read me.txt").write_text("not an image")
@@ -117,11 +134,22 @@ def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
     (images / "all").symlink_to(".")
     (images / "c").symlink_to(elsewhere / "z")
     source = ImageFolder(images)
-    assert source.files == ["a/00.png", "a/file.png", "a/inner/1.png", "b/00.png", "c/00.png", "c/01.png"] and source.class_names == ("a", "b", "c")
+    assert source.files == [
+        "a/00.png",
+        "a/file.png",
+        "a/inner/1.png",
+        "b/00.png",
+        "c/00.png",
+        "c/01.png",
+    ] and source.class_names == ("a", "b", "c")
     reasons = {entry["key"]: entry["reason"] for entry in source.skipped}
     assert set(reasons) == {"loose.png", "another.JPG", "a/pipe.png", "a/gone.png", "a/itself.png", "b/up/", "all/"}
     assert reasons["loose.png"] == reasons["another.JPG"] == "lies beside the class folders, so it has no class"
-    assert "pipe" in reasons["a/pipe.png"] and "No such file" in reasons["a/gone.png"] and "not followed" in reasons["b/up/"]
+    assert (
+        "pipe" in reasons["a/pipe.png"]
+        and "No such file" in reasons["a/gone.png"]
+        and "not followed" in reasons["b/up/"]
+    )
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -143,8 +171,11 @@ def test_a_root_with_train_and_val_is_noticed(tmp_path: Path) -> None:
     root = tmp_path / "my set"
     make_folder(root / "train", {"a": 1, "b": 1})
     make_folder(root / "val", {"a": 1})
-    with pytest.raises(DataError, match=r"holds train/ and val/, which are parts of a data set and not classes; .*: "
-                                        r"star-fast prepare '.*my set/train' --held-out-source '.*my set/val'$"):
+    with pytest.raises(
+        DataError,
+        match=r"holds train/ and val/, which are parts of a data set and not classes; .*: "
+        r"star-fast prepare '.*my set/train' --held-out-source '.*my set/val'$",
+    ):
         open_source(root)
     (root / "val").rename(root / "Validation")
     (root / "test").mkdir()
@@ -167,7 +198,9 @@ def test_the_files_as_they_are_stored(tmp_path: Path, digits: BuiltinDigits) -> 
     make_folder(tmp_path, {"a": 2})
     (tmp_path / "a" / "01.png").write_bytes(b"no image, but bytes")
     source = ImageFolder(tmp_path)
-    assert [source.encoded(index) for index in range(2)] == [(tmp_path / key).read_bytes() for key in ("a/00.png", "a/01.png")]
+    assert [source.encoded(index) for index in range(2)] == [
+        (tmp_path / key).read_bytes() for key in ("a/00.png", "a/01.png")
+    ]
     (tmp_path / "a" / "00.png").unlink()
     with pytest.raises(UnreadableImage, match=r"^a/00\.png: not found; expected an image file$"):
         source.encoded(0)
@@ -181,8 +214,12 @@ def test_a_saved_dataset_without_the_package(tmp_path: Path, monkeypatch: pytest
     find = importlib.util.find_spec
     elsewhere = importlib.machinery.ModuleSpec("datasets", None, is_package=True)  # as for a folder of that name
     for found in (None, elsewhere):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found if name == "datasets" else find(name))
-        with pytest.raises(DataError, match=r"a Hugging Face data set, .* not installed: pip install 'star_fast\[hf\]'"):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, found=found: found if name == "datasets" else find(name)
+        )
+        with pytest.raises(
+            DataError, match=r"a Hugging Face data set, .* not installed: pip install 'star_fast\[hf\]'"
+        ):
             open_source(tmp_path)
     (tmp_path / "state.json").rename(tmp_path / "dataset_dict.json")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
@@ -201,11 +238,30 @@ def test_the_same_images_from_every_kind_of_source_give_the_same_store(tmp_path:
             (tmp_path / "label.cls").write_text(path.parent.name)
             tar.add(path, f"{name}.png")
             tar.add(tmp_path / "label.cls", f"{name}.cls")
-    sources = [open_source(folder), open_source(tmp_path / "flat", labels=tmp_path / "labels.csv"), open_source(tmp_path / "a.tar", progress=False)]
-    stores = [prepare(source, tmp_path / f"store {place}", tiny_tokenizer(), DataConfig(views="small-affine", affine_views=2), progress=False)
-              for place, source in enumerate(sources)]
-    for store, keys in zip(stores, (sources[0].files, [name.replace("/", "-") for name in sources[0].files],
-                                    [f"a.tar/{name.replace('/', '-')}" for name in sources[0].files]), strict=True):
+    sources = [
+        open_source(folder),
+        open_source(tmp_path / "flat", labels=tmp_path / "labels.csv"),
+        open_source(tmp_path / "a.tar", progress=False),
+    ]
+    stores = [
+        prepare(
+            source,
+            tmp_path / f"store {place}",
+            tiny_tokenizer(),
+            DataConfig(views="small-affine", affine_views=2),
+            progress=False,
+        )
+        for place, source in enumerate(sources)
+    ]
+    for store, keys in zip(
+        stores,
+        (
+            sources[0].files,
+            [name.replace("/", "-") for name in sources[0].files],
+            [f"a.tar/{name.replace('/', '-')}" for name in sources[0].files],
+        ),
+        strict=True,
+    ):
         assert store.keys() == keys and store.class_names == ("ash", "elm") and store.labels.tolist() == [0, 0, 0, 1, 1]
         assert torch.equal(store.codes(range(5), range(2)), stores[0].codes(range(5), range(2)))
         assert store.held_out_indices.tolist() == stores[0].held_out_indices.tolist()

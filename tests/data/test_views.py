@@ -1,4 +1,6 @@
-"""data.views: the ten crops and their order, ADM's resize against its arithmetic, the affine views against a closed form."""
+"""data.views: the ten crops and their order, ADM's resize against its arithmetic, the affine views against a closed
+form.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from PIL import Image
 from star_fast.config import DataConfig
 from star_fast.data import views as definition
 from star_fast.data.sources import DataError
-from star_fast.data.views import TEN_CROP_VIEWS, affine_parameters, centre_crop, make_views, plain_view, small_affine, view_names
+from star_fast.data.views import (
+    TEN_CROP_VIEWS,
+    affine_parameters,
+    centre_crop,
+    make_views,
+    plain_view,
+    small_affine,
+    view_names,
+)
 from tests.data.pictures import picture
 
 
@@ -53,25 +63,39 @@ def test_views_of_several_crop_ranges() -> None:
     expected = [crop for side in (281, 268) for crop in transforms.ten_crop(centre_crop(image, side), [256, 256])]
     for view, crop in zip(views, expected, strict=True):
         assert np.array_equal(view.transpose(1, 2, 0), np.asarray(crop))
-    assert names[0] == "top left, range 1.1" and names[14] == "centre, range 1.05" and names[19] == "mirrored centre, range 1.05"
-    assert plain_view(names) == 4 == plain_view(TEN_CROP_VIEWS) and plain_view(("identity", "affine 1")) == 0 == plain_view(("view 0", "view 1"))
+    assert (
+        names[0] == "top left, range 1.1"
+        and names[14] == "centre, range 1.05"
+        and names[19] == "mirrored centre, range 1.05"
+    )
+    assert plain_view(names) == 4 == plain_view(TEN_CROP_VIEWS) and plain_view(
+        ("identity", "affine 1")
+    ) == 0 == plain_view(("view 0", "view 1"))
     assert np.array_equal(make_views(image, 0, data, 256, 3, only=(14, 3)), views[[14, 3]])
 
 
 def test_box_halving_then_bicubic_then_the_middle() -> None:
     image = picture(135, 97, 0)
-    # 97 >= 2 * 20: halved to (67, 48), again to (33, 24); 24 < 40. Then 20 / 24 by bicubic: (round(27.5) = 28, 20); columns 4 ... 23.
-    expected = image.resize((67, 48), Image.Resampling.BOX).resize((33, 24), Image.Resampling.BOX).resize((28, 20), Image.Resampling.BICUBIC)
+    # 97 >= 2 * 20: halved to (67, 48), again to (33, 24); 24 < 40. Then 20 / 24 by bicubic: (round(27.5) = 28, 20);
+    # columns 4 ... 23.
+    expected = (
+        image.resize((67, 48), Image.Resampling.BOX)
+        .resize((33, 24), Image.Resampling.BOX)
+        .resize((28, 20), Image.Resampling.BICUBIC)
+    )
     expected = np.asarray(expected)[:, 4:24]
     assert np.array_equal(np.asarray(centre_crop(image, 20)), expected)
 
     # A halving is the mean of each 2 x 2 block, rounded.
     even = picture(80, 40, 1)
     blocks = np.asarray(even).astype(np.float64).reshape(20, 2, 40, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(centre_crop(even, 20)).astype(int) - blocks[:, 10:30]).max() <= 1  # Pillow rounds after each direction
+    # Pillow rounds after each direction
+    assert np.abs(np.asarray(centre_crop(even, 20)).astype(int) - blocks[:, 10:30]).max() <= 1
 
     below = picture(39, 39, 2)  # under twice the target: no halving
-    assert np.array_equal(np.asarray(centre_crop(below, 20)), np.asarray(below.resize((20, 20), Image.Resampling.BICUBIC)))
+    assert np.array_equal(
+        np.asarray(centre_crop(below, 20)), np.asarray(below.resize((20, 20), Image.Resampling.BICUBIC))
+    )
     assert centre_crop(picture(7, 9, 2), 20).size == (20, 20)  # a small image grows
     same = picture(20, 20, 3)
     assert np.array_equal(np.asarray(centre_crop(same, 20)), np.asarray(same))
@@ -84,7 +108,11 @@ def test_ten_crop_views_of_any_mode(mode: str) -> None:
     views = make_views(image, 0, data, 16, 3)
     assert views.shape == (10, 3, 16, 16) and views.dtype == np.uint8 and len(view_names(data)) == 10
     whole = np.asarray(centre_crop(image.convert("RGB"), 17)).transpose(2, 0, 1)
-    assert np.array_equal(views[0], whole[:, :16, :16]) and np.array_equal(views[3], whole[:, 1:, 1:]) and np.array_equal(views[8], views[2][:, :, ::-1])
+    assert (
+        np.array_equal(views[0], whole[:, :16, :16])
+        and np.array_equal(views[3], whole[:, 1:, 1:])
+        and np.array_equal(views[8], views[2][:, :, ::-1])
+    )
     for view in (0, 4, 9):
         assert np.array_equal(make_views(image, 0, data, 16, 3, only=view), views[view])
     assert make_views(image, 0, data, 16, 1).shape == (10, 1, 16, 16)
@@ -105,10 +133,22 @@ def test_affine_views_depend_on_seed_image_and_view_alone() -> None:
     assert len({view.tobytes() for view in views}) == 5
     longer = DataConfig(views="small-affine", affine_views=8)
     assert np.array_equal(make_views(image, 12, longer, 28, 1, seed=3)[:5], views)
-    parameters = np.array([affine_parameters(0, image_index, view) for image_index in range(100) for view in range(1, 5)])
-    limits = np.array([math.radians(definition.MAX_ROTATION_DEGREES), math.log(definition.MAX_SCALING), *[definition.MAX_SHIFT_SHARE] * 2])
+    parameters = np.array(
+        [affine_parameters(0, image_index, view) for image_index in range(100) for view in range(1, 5)]
+    )
+    limits = np.array(
+        [
+            math.radians(definition.MAX_ROTATION_DEGREES),
+            math.log(definition.MAX_SCALING),
+            *[definition.MAX_SHIFT_SHARE] * 2,
+        ]
+    )
     parameters[:, 1] = np.log(parameters[:, 1])
-    assert (np.abs(parameters) <= limits).all() and (np.abs(parameters).max(0) > 0.95 * limits).all() and (np.abs(parameters.mean(0)) < 0.1 * limits).all()
+    assert (
+        (np.abs(parameters) <= limits).all()
+        and (np.abs(parameters).max(0) > 0.95 * limits).all()
+        and (np.abs(parameters.mean(0)) < 0.1 * limits).all()
+    )
 
 
 def test_affine_moves_a_blob_to_where_the_parameters_say() -> None:

@@ -1,4 +1,6 @@
-"""Weights for Inception that nothing was learnt with: drawn so that the last features of two images differ, and written where a test wants them."""
+"""Weights for Inception that nothing was learnt with: drawn so that the last features of two images differ, and written
+where a test wants them.
+"""
 
 from __future__ import annotations
 

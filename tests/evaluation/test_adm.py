@@ -1,4 +1,6 @@
-"""The five metrics against formulas written here: numpy and scipy in float64, plain loops, torch-fidelity's own functions, closed forms."""
+"""The five metrics against formulas written here: numpy and scipy in float64, plain loops, torch-fidelity's own
+functions, closed forms.
+"""
 
 from __future__ import annotations
 
@@ -60,28 +62,38 @@ def test_moments_refuse_what_is_no_feature() -> None:
 def test_fid_is_the_one_of_scipy_and_of_torch_fidelity() -> None:
     a, b = feature_sets(400, 40, 1), feature_sets(350, 40, 2)
     own = frechet_distance(*streamed(a, (100,) * 4).result(), *streamed(b, (350,)).result())
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b)
+    )
     root = scipy_linalg.sqrtm(cov_a @ cov_b).real
     expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
     assert own == pytest.approx(expected, rel=1e-9)
     fidelity = pytest.importorskip("torch_fidelity.metric_fid")
-    theirs = fidelity.fid_statistics_to_metric(*(fidelity.fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False)
+    theirs = fidelity.fid_statistics_to_metric(
+        *(fidelity.fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False
+    )
     assert own == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
 
 
 def test_fid_of_known_sets() -> None:
-    """Identical sets; a shift, even of sets with fewer images than features, whose covariances are singular; a scaling in closed form."""
+    """Identical sets; a shift, even of sets with fewer images than features, whose covariances are singular; a scaling
+    in closed form.
+    """
     rows = feature_sets(15, 40).double()  # rank 14
     moments = streamed(rows, (15,)).result()
     assert frechet_distance(*moments, *moments) == pytest.approx(0, abs=1e-8)
     shifted = streamed(rows + 0.25, (5, 10)).result()
     assert frechet_distance(*moments, *shifted) == pytest.approx(40 * 0.25**2, rel=1e-7)
     doubled = streamed(2 * rows, (15,)).result()  # of S and 4 S: |m|^2 + tr(S + 4 S - 2 * 2 S) = |m|^2 + tr S
-    assert frechet_distance(*moments, *doubled) == pytest.approx((moments[0] ** 2).sum() + np.trace(moments[1]), rel=1e-9)
+    assert frechet_distance(*moments, *doubled) == pytest.approx(
+        (moments[0] ** 2).sum() + np.trace(moments[1]), rel=1e-9
+    )
 
 
 def test_fid_of_disjoint_subspaces() -> None:
-    """Covariances with nothing in common, each singular: the roots' product is 0, and the distance is the sum of both traces."""
+    """Covariances with nothing in common, each singular: the roots' product is 0, and the distance is the sum of both
+    traces.
+    """
     a, b = np.diag([3.0, 2.0, 0.0, 0.0]), np.diag([0.0, 0.0, 5.0, 0.5])
     assert frechet_distance(np.zeros(4), a, np.zeros(4), b) == pytest.approx(10.5, rel=1e-12)
 
@@ -89,9 +101,14 @@ def test_fid_of_disjoint_subspaces() -> None:
 def plain_inception_score(logits: np.ndarray, split: int) -> list[float]:
     scores = []
     for start in range(0, len(logits), split):
-        rows = [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in logits[start : start + split].astype(np.float64)]
+        rows = [
+            np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            for row in logits[start : start + split].astype(np.float64)
+        ]
         mean = sum(rows) / len(rows)
-        scores.append(np.exp(np.mean([sum(p * np.log(p / q) for p, q in zip(row, mean, strict=True) if p > 0) for row in rows])))
+        scores.append(
+            np.exp(np.mean([sum(p * np.log(p / q) for p, q in zip(row, mean, strict=True) if p > 0) for row in rows]))
+        )
     return scores
 
 
@@ -137,13 +154,20 @@ def plain_precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int) ->
 
 @pytest.mark.parametrize("blocks", [(2048, 4096), (7, 13)], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_precision_and_recall_equal_a_double_loop(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int], offset: float) -> None:
-    """At an offset of 1000 a squared distance of about 10 is a difference of numbers near 10^7, and float32 alone decides nothing: float64 does."""
+def test_precision_and_recall_equal_a_double_loop(
+    monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int], offset: float
+) -> None:
+    """At an offset of 1000 a squared distance of about 10 is a difference of numbers near 10^7, and float32 alone
+    decides nothing: float64 does.
+    """
     monkeypatch.setattr(manifolds, "_ROWS", blocks[0])
     monkeypatch.setattr(manifolds, "_COLUMNS", blocks[1])
     monkeypatch.setattr(manifolds, "_MOST_WAITING", 500 if blocks[0] == 7 else 2**22)
     generator = torch.Generator().manual_seed(3)
-    samples, real = torch.randn(60, 6, generator=generator) * 0.8 + offset, torch.randn(75, 6, generator=generator) + 0.4 + offset
+    samples, real = (
+        torch.randn(60, 6, generator=generator) * 0.8 + offset,
+        torch.randn(75, 6, generator=generator) + 0.4 + offset,
+    )
     found = precision_recall(samples, real)
     assert tuple(found) == pytest.approx(plain_precision_recall(samples, real, 3), abs=1e-12)
     assert 0.05 < found.recall < found.precision < 0.99
@@ -154,14 +178,18 @@ def test_precision_and_recall_of_copies_and_ties() -> None:
     grid = torch.cartesian_prod(*[torch.arange(4.0)] * 3)
     copies = torch.cat([grid[:20], grid[:20], grid[:20], grid[:20] + 0.1, grid[5:6].repeat(30, 1)])
     for samples, real in ((grid, copies), (copies, grid), (copies, copies)):
-        assert tuple(precision_recall(samples, real, 3)) == pytest.approx(plain_precision_recall(samples, real, 3), abs=1e-12)
+        assert tuple(precision_recall(samples, real, 3)) == pytest.approx(
+            plain_precision_recall(samples, real, 3), abs=1e-12
+        )
     constant = torch.full((50, 8), 0.3)
     assert precision_recall(constant, constant.clone()) == (1, 1)
     assert precision_recall(constant, torch.full((50, 8), 0.3000001)) == (0, 0)
 
 
 def test_precision_and_recall_of_clusters_of_near_copies() -> None:
-    """As of a model that knows few images: within a cluster distances are far below float32's error, and more points are near than are kept."""
+    """As of a model that knows few images: within a cluster distances are far below float32's error, and more points
+    are near than are kept.
+    """
     generator = torch.Generator().manual_seed(7)
     places = 40 * torch.randn(4, 6, generator=generator)
     samples = places.repeat(25, 1) + 1e-4 * torch.randn(100, 6, generator=generator)
@@ -182,7 +210,9 @@ def test_precision_and_recall_known_sets_and_torch_fidelity() -> None:
 
 
 def test_half_distances_are_adms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float16 roundings step by step in numpy: features, squares, norms, products, sums; a block that overflows goes in float32."""
+    """Float16 roundings step by step in numpy: features, squares, norms, products, sums; a block that overflows goes in
+    float32.
+    """
     monkeypatch.setattr(manifolds, "ADM_BLOCK", 32)
     generator = torch.Generator().manual_seed(5)
     samples, real = torch.randn(50, 6, generator=generator) * 3, torch.randn(70, 6, generator=generator) * 3 + 1
@@ -206,7 +236,9 @@ def test_half_distances_are_adms(monkeypatch: pytest.MonkeyPatch) -> None:
             u_radii, v_radii = (np.sort(distances(x, x), 1)[:, 3] for x in (u, v))
             between = distances(u, v)
         expected = ((between <= v_radii[None]).any(1).mean(), (between <= u_radii[:, None]).any(0).mean())
-        assert tuple(precision_recall(torch.from_numpy(u), torch.from_numpy(v), distances="float16")) == pytest.approx(expected, abs=1e-12)
+        assert tuple(precision_recall(torch.from_numpy(u), torch.from_numpy(v), distances="float16")) == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_precision_needs_enough_images_of_one_width() -> None:
@@ -222,7 +254,9 @@ def test_the_suite_gives_each_metric_its_features(monkeypatch: pytest.MonkeyPatc
     sets = []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
-        sets.append(Features(*(torch.randn(60, width, generator=generator) * (1 + 0.2 * seed) for width in (10, 8, 12))))
+        sets.append(
+            Features(*(torch.randn(60, width, generator=generator) * (1 + 0.2 * seed) for width in (10, 8, 12)))
+        )
     samples, reference = FeatureStatistics(split_images=25), FeatureStatistics(keep_every=7, keep_most=6)
     for start in range(0, 60, 16):
         samples.add(Features(*(part[start : start + 16] for part in sets[0])))
@@ -240,7 +274,9 @@ def test_the_suite_gives_each_metric_its_features(monkeypatch: pytest.MonkeyPatc
     scores = plain_inception_score(sets[0].logits.numpy(), 25)
     assert found.fid == pytest.approx(fid(sets[0].pool, sets[1].pool), rel=1e-9)
     assert found.sfid == pytest.approx(fid(sets[0].spatial, sets[1].spatial), rel=1e-9)
-    assert (found.inception_score, found.inception_score_spread) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+    assert (found.inception_score, found.inception_score_spread) == pytest.approx(
+        (np.mean(scores), np.std(scores)), rel=1e-9
+    )
     assert (found.precision, found.recall) == pytest.approx(plain_precision_recall(sets[0].pool, sets[1].pool, 3))
     alone = adm_metrics(samples, reference.gaussians(), None)
     assert (alone.precision, alone.recall) == (None, None)
@@ -254,9 +290,13 @@ def test_a_gpu_finds_what_the_cpu_finds() -> None:
         for part in rows.split(150):
             found.add(part)
     for found, rows in zip(on_gpu, (a, b), strict=True):
-        np.testing.assert_allclose(found.result()[1], np.cov(rows.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            found.result()[1], np.cov(rows.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12
+        )
     moments = [found.result() for found in on_gpu]
-    assert frechet_distance(*moments[0], *moments[1], device="cuda") == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-9)
+    assert frechet_distance(*moments[0], *moments[1], device="cuda") == pytest.approx(
+        frechet_distance(*moments[0], *moments[1]), rel=1e-9
+    )
     assert precision_recall(a.cuda(), b.cuda()) == precision_recall(a, b)  # exact on both, TF32 or not
     halves = [precision_recall(x, y, distances="float16") for x, y in ((a.cuda(), b.cuda()), (a, b))]
     assert tuple(halves[0]) == pytest.approx(tuple(halves[1]), abs=0.02)

@@ -33,13 +33,18 @@ def small_model(blocks: int) -> Transformer:
 
 
 def by_loops(model: Transformer, codes: list[int], label: int, number: int) -> list[list[list[float]]]:
-    """[head][query][key] in float64, from the residual stream that enters block `number`, with method.md's rotary written out."""
+    """[head][query][key] in float64, from the residual stream that enters block `number`, with method.md's rotary
+    written out.
+    """
     config, block = model.config, model.layers[number - 1]
     head_size, grid, width = config.head_size, math.isqrt(config.positions), config.width
     with torch.no_grad():
         tokens = torch.tensor([codes[:-1]])
-        inputs = (model(tokens, torch.tensor([label]), blocks=(number - 1,), logits=False).features[number - 1] if number > 1
-                  else model.embed(tokens, torch.tensor([label])))[0].double()
+        inputs = (
+            model(tokens, torch.tensor([label]), blocks=(number - 1,), logits=False).features[number - 1]
+            if number > 1
+            else model.embed(tokens, torch.tensor([label]))
+        )[0].double()
     weight, gain = block.attention.wqkv.weight.detach().double(), block.attention_norm.weight.detach().double()
     vectors: dict[str, list[list[list[float]]]] = {"q": [], "k": []}
     for t in range(config.positions):
@@ -65,7 +70,11 @@ def by_loops(model: Transformer, codes: list[int], label: int, number: int) -> l
     for h in range(config.heads):
         rows = []
         for query in range(config.positions):
-            scores = [sum(a * b for a, b in zip(vectors["q"][query][h], vectors["k"][key][h], strict=True)) / math.sqrt(head_size) for key in range(query + 1)]
+            scores = [
+                sum(a * b for a, b in zip(vectors["q"][query][h], vectors["k"][key][h], strict=True))
+                / math.sqrt(head_size)
+                for key in range(query + 1)
+            ]
             total = sum(math.exp(score) for score in scores)
             rows.append([math.exp(score) / total for score in scores] + [0.0] * (config.positions - query - 1))
         result.append(rows)
@@ -87,8 +96,14 @@ def test_equals_plain_loops(blocks: int) -> None:
 
 
 def test_every_block_in_numbers_by_loops() -> None:
-    """Shares, distance and entropy from probabilities that plain loops computed: no sum of the code under test is used."""
-    model, codes, labels = small_model(3), torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(2)), [0, 3, 4]
+    """Shares, distance and entropy from probabilities that plain loops computed: no sum of the code
+    under test is used.
+    """
+    model, codes, labels = (
+        small_model(3),
+        torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(2)),
+        [0, 3, 4],
+    )
     got = attention_by_block(model, codes, torch.tensor(labels), batch_images=2)
     assert [block.block for block in got] == [1, 2, 3]
     for block in got:
@@ -109,7 +124,9 @@ def test_every_block_in_numbers_by_loops() -> None:
                             near += share
                         else:
                             far += share
-        assert (block.shares.to_class, block.shares.near, block.shares.far) == pytest.approx((to_class / rows, near / rows, far / rows), rel=1e-4)
+        assert (block.shares.to_class, block.shares.near, block.shares.far) == pytest.approx(
+            (to_class / rows, near / rows, far / rows), rel=1e-4
+        )
         assert block.shares.mean_distance == pytest.approx(weighted / (near + far), rel=1e-4)
         assert block.entropy == pytest.approx(entropy / rows, rel=1e-4)
 

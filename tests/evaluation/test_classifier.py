@@ -42,8 +42,17 @@ def test_learns_and_survives_a_save(side: int, channels: int, tmp_path: Path) ->
 def test_same_seed_same_classifier() -> None:
     images, labels = bars(64, 12, 1, 0)
     state = torch.random.get_rng_state()
-    first, second = (train_classifier(images, labels, 2, ClassifierConfig(epochs=2, images_per_step=16, channels=4)).judge(images).probs for _ in range(2))
-    other = train_classifier(images, labels, 2, ClassifierConfig(epochs=2, images_per_step=16, channels=4, seed=1)).judge(images).probs
+    first, second = (
+        train_classifier(images, labels, 2, ClassifierConfig(epochs=2, images_per_step=16, channels=4))
+        .judge(images)
+        .probs
+        for _ in range(2)
+    )
+    other = (
+        train_classifier(images, labels, 2, ClassifierConfig(epochs=2, images_per_step=16, channels=4, seed=1))
+        .judge(images)
+        .probs
+    )
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is left alone
 

@@ -23,7 +23,9 @@ def test_rotated_commuting_covariances() -> None:
     basis, _ = np.linalg.qr(rng.normal(size=(9, 9)))
     spread_a, spread_b = rng.uniform(0.0, 2.0, size=(2, 9))
     spread_a[:3] = 0  # rank-deficient
-    got = frechet_distance(np.zeros(9), basis @ np.diag(spread_a**2) @ basis.T, np.zeros(9), basis @ np.diag(spread_b**2) @ basis.T)
+    got = frechet_distance(
+        np.zeros(9), basis @ np.diag(spread_a**2) @ basis.T, np.zeros(9), basis @ np.diag(spread_b**2) @ basis.T
+    )
     assert got == pytest.approx(((spread_a - spread_b) ** 2).sum(), rel=1e-7)
 
 
@@ -61,7 +63,11 @@ def test_bad_input_says_what_came() -> None:
         frechet_distance(np.zeros(2), -np.eye(2), np.zeros(2), np.eye(2))
 
 
-@pytest.mark.parametrize(("mean", "cov"), [(1e200, 1.0), (0.0, 1.7e308), (0.0, 1e300)], ids=["mean", "sum of the covariance", "product of the roots"])
+@pytest.mark.parametrize(
+    ("mean", "cov"),
+    [(1e200, 1.0), (0.0, 1.7e308), (0.0, 1e300)],
+    ids=["mean", "sum of the covariance", "product of the roots"],
+)
 def test_numbers_beyond_float64_are_an_error_and_no_infinite_distance(mean: float, cov: float) -> None:
     huge = np.full((3, 3), cov)
     with pytest.raises(ValueError, match=r"frechet_distance: .*float64"):

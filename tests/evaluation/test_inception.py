@@ -1,4 +1,6 @@
-"""The network with random weights: one pass against direct calls, sFID's layer by hand, and which files of weights are let in."""
+"""The network with random weights: one pass against direct calls, sFID's layer by hand, and which files of weights are
+let in.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,22 @@ def images() -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, size=(40, 52), mode="bilinear").to(torch.uint8)
 
 
-def test_one_pass_gives_what_torch_fidelitys_own_extractor_gives(network: Inception, weights: Path, images: torch.Tensor) -> None:
+def test_one_pass_gives_what_torch_fidelitys_own_extractor_gives(
+    network: Inception, weights: Path, images: torch.Tensor
+) -> None:
     """Truth is its own network in float64; ours may be twice as far from it as its float32 is."""
     found = network(images)
     assert [tuple(part.shape) for part in found] == [(5, 2048), (5, 2023), (5, 1008)]
     assert {part.dtype for part in found} == {torch.float32}
-    theirs, truth = (fidelity.FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights),
-                                                          feature_extractor_internal_dtype=dtype)(images[:2]) for dtype in ("float32", "float64"))
+    theirs, truth = (
+        fidelity.FeatureExtractorInceptionV3(
+            "theirs",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=str(weights),
+            feature_extractor_internal_dtype=dtype,
+        )(images[:2])
+        for dtype in ("float32", "float64")
+    )
     for own, plain, exact in zip((found.pool, found.logits), theirs, truth, strict=True):
         scale = exact.abs().max()
         assert (own[:2] - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * scale
@@ -59,7 +70,9 @@ def test_batches_change_nothing_but_rounding(network: Inception, images: torch.T
     whole = network(images)
     parts = [network(part) for part in images.split((1, 3, 1))]
     for number, name in enumerate(whole._fields):
-        torch.testing.assert_close(torch.cat([part[number] for part in parts]), whole[number], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            torch.cat([part[number] for part in parts]), whole[number], rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 def test_logits_are_the_last_product_without_its_bias(network: Inception, images: torch.Tensor) -> None:
@@ -68,8 +81,12 @@ def test_logits_are_the_last_product_without_its_bias(network: Inception, images
     np.testing.assert_allclose(found.logits.numpy(), found.pool.double().numpy() @ weight.T, rtol=1e-4, atol=1e-4)
 
 
-def test_spatial_features_are_seven_channels_of_one_convolution_place_by_place(network: Inception, images: torch.Tensor) -> None:
-    """The input of Mixed_6d, by a hook, times the 1 x 1 kernel by hand: feature (17 y + x) 7 + c is channel c at row y, column x, no batch norm, no ReLU."""
+def test_spatial_features_are_seven_channels_of_one_convolution_place_by_place(
+    network: Inception, images: torch.Tensor
+) -> None:
+    """The input of Mixed_6d, by a hook, times the 1 x 1 kernel by hand: feature (17 y + x) 7 + c is channel c at row y,
+    column x, no batch norm, no ReLU.
+    """
     seen = []
     handle = network.network.Mixed_6c.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
@@ -87,7 +104,9 @@ def test_spatial_features_are_seven_channels_of_one_convolution_place_by_place(n
 
 
 def test_images_are_resized_as_tensorflow_1_did(network: Inception) -> None:
-    """Source place of target pixel i is i * scale, not (i + 0.5) * scale - 0.5: an image already resized so, by hand, gives the same features."""
+    """Source place of target pixel i is i * scale, not (i + 0.5) * scale - 0.5: an image already resized so, by hand,
+    gives the same features.
+    """
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (13, 13)).astype(np.float64)
     place = np.arange(299) * np.float64(np.float32(13 / 299))
@@ -105,14 +124,20 @@ def test_images_are_resized_as_tensorflow_1_did(network: Inception) -> None:
 
 
 def test_other_shapes_and_dtypes_are_refused(network: Inception) -> None:
-    for wrong in (torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+    for wrong in (
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+    ):
         with pytest.raises(ValueError, match=r"expected uint8 \(N, 3, H, W\)"):
             network(wrong)
 
 
 def test_weights_that_are_not_there_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **more: pytest.fail("downloaded without being asked"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *args, **more: pytest.fail("downloaded without being asked")
+    )
     with pytest.raises(UserError, match="--inception FILE, or --download"):
         open_inception()
     with pytest.raises(StorageError, match="not found"):
@@ -121,7 +146,9 @@ def test_weights_that_are_not_there_say_how_to_get_them(monkeypatch: pytest.Monk
         open_inception("some.pth", download=True)
 
 
-def test_a_download_goes_where_torch_hub_looks_and_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_download_goes_where_torch_hub_looks_and_is_checked_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = []
 
     def fetch(url: str, path: str, hash_prefix: str) -> None:
@@ -152,7 +179,8 @@ def test_nothing_is_unpickled_before_the_hash_or_run_after_it(tmp_path: Path, mo
     with pytest.raises(UserError, match="not a file of tensors"):
         open_inception(str(path), digest)
     assert not loads
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", digest)  # the one file that torch itself reads, and that by no means runs
+    # The one file that torch itself reads, and that by no means runs
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", digest)
     with pytest.raises(pickle.UnpicklingError, match="pytest"):
         open_inception(str(path))
     assert loads[-1]["weights_only"] is True
@@ -161,8 +189,11 @@ def test_nothing_is_unpickled_before_the_hash_or_run_after_it(tmp_path: Path, mo
 
 
 def test_other_networks_weights_are_named(tmp_path: Path) -> None:
-    for content, message in (({"fc.weight": torch.zeros(2, 2)}, "not the weights of torch-fidelity's Inception: .*Conv2d_1a_3x3"), ([1, 2], "got list"),
-                             ({"fc.weight": 3}, "expected a state dict of tensors")):
+    for content, message in (
+        ({"fc.weight": torch.zeros(2, 2)}, "not the weights of torch-fidelity's Inception: .*Conv2d_1a_3x3"),
+        ([1, 2], "got list"),
+        ({"fc.weight": 3}, "expected a state dict of tensors"),
+    ):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = tmp_path / "other.pth"
@@ -171,18 +202,29 @@ def test_other_networks_weights_are_named(tmp_path: Path) -> None:
             open_inception(str(path), hashlib.sha256(buffer.getvalue()).hexdigest())
 
 
-def test_what_a_file_asks_for_is_held_against_its_size_and_its_numbers_must_be_numbers(tmp_path: Path, weights: Path) -> None:
+def test_what_a_file_asks_for_is_held_against_its_size_and_its_numbers_must_be_numbers(
+    tmp_path: Path, weights: Path
+) -> None:
     """Their hash may come with the weights: it proves that nothing was damaged, not that nothing is meant."""
-    bomb = archive(tmp_path / "bomb.pth", pickled({"fc.bias": Described(Run("0", 6 * 10**7), 0, (6 * 10**7,), (1,))}), {"data/0": bytes(24 * 10**7)},
-                   compression=zipfile.ZIP_DEFLATED)
+    bomb = archive(
+        tmp_path / "bomb.pth",
+        pickled({"fc.bias": Described(Run("0", 6 * 10**7), 0, (6 * 10**7,), (1,))}),
+        {"data/0": bytes(24 * 10**7)},
+        compression=zipfile.ZIP_DEFLATED,
+    )
     assert bomb.stat().st_size < 10**6
     with at_most(200), pytest.raises(UserError, match="not a file of tensors"):
         open_inception(str(bomb), hashlib.sha256(bomb.read_bytes()).hexdigest())
     state = torch.load(weights, weights_only=True)
-    for content, message in (({True: torch.zeros(1)}, "neither text"), ({**state, "fc.bias": torch.full((1008,), torch.nan)}, "fc.bias is not finite")):
+    for content, message in (
+        ({True: torch.zeros(1)}, "neither text"),
+        ({**state, "fc.bias": torch.full((1008,), torch.nan)}, "fc.bias is not finite"),
+    ):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(UserError, match=message):
-            open_inception(str(tmp_path / "other.pth"), hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest())
+            open_inception(
+                str(tmp_path / "other.pth"), hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()
+            )
 
 
 def test_what_the_record_says(network: Inception, weights: Path) -> None:

@@ -1,4 +1,6 @@
-"""The paper's tables as commands: the values are those of docs/method.md, every option exists, every run has a folder of its own."""
+"""The paper's tables as commands: the values are those of docs/method.md, every option exists, every run has a folder
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def test_every_option_is_understood(name: str, capsys: pytest.CaptureFixture) ->
     helps: dict[str, str] = {}
     for line in lines:
         words = shlex.split(line)
-        words = words[words.index("--") + 1:] if words[0] == "torchrun" else words
+        words = words[words.index("--") + 1 :] if words[0] == "torchrun" else words
         command = "train" if words[0] == "deepspeed" else words[1]
         if command not in helps:
             with pytest.raises(SystemExit):
@@ -46,7 +48,12 @@ def test_every_option_is_understood(name: str, capsys: pytest.CaptureFixture) ->
 
 def test_tables_without_guidance_say_so_and_others_sweep() -> None:
     for name, exhibit in EXHIBITS.items():
-        scales = {match for row in exhibit.rows for line in commands(row, exhibit) for match in re.findall(r"--guidance (\S+)", line)}
+        scales = {
+            match
+            for row in exhibit.rows
+            for line in commands(row, exhibit)
+            for match in re.findall(r"--guidance (\S+)", line)
+        }
         expected = {"table2": {"1.5", "1.75", "2"}}.get(name, {"1"} if "samples" in exhibit.measures else set())
         assert scales == expected, name
 
@@ -58,7 +65,9 @@ def test_rows_and_their_runs() -> None:
         for row in exhibit.rows:
             lines = list(commands(row, exhibit))
             if row.preset:
-                assert preset(row.preset).model.num_classes == 1000 and lines[0].startswith(f"deepspeed star_fast/train.py --preset {row.preset} ")
+                assert preset(row.preset).model.num_classes == 1000 and lines[0].startswith(
+                    f"deepspeed star_fast/train.py --preset {row.preset} "
+                )
                 both = "samples" in exhibit.measures and "--plain" not in row.options  # a baseline has no teacher
                 assert any("--weights teacher" in line for line in lines) == both
             else:

@@ -30,7 +30,9 @@ class FakeStore:
         return self.array[rows][:, views]
 
 
-def predictions(train: list[torch.Tensor], labels: torch.Tensor, held_out: torch.Tensor, classes: int, config: ProbeConfig) -> torch.Tensor:
+def predictions(
+    train: list[torch.Tensor], labels: torch.Tensor, held_out: torch.Tensor, classes: int, config: ProbeConfig
+) -> torch.Tensor:
     """(P, N' + N): the classes named of the held-out images, then of the training images' first view."""
     probes = train_probes(InMemory(train), labels, classes, config.schedule)
     return torch.cat([probes.predict(held_out)[0], probes.predict(train[0])[0]], dim=1)
@@ -59,7 +61,8 @@ def test_planted_class_is_found_where_it_is_and_only_there(tmp_path: Path) -> No
     directions = torch.randn(classes, width, generator=generator)
     features = torch.randn(count, 4, width, generator=generator)
     features[:, 1] += 3 * directions[labels]  # position 1: plain to see
-    features[:, 3] = 1000 + 1e-3 * (features[:, 3] + 3 * directions[labels])  # position 3: the same under another scale and mean
+    # Position 3: the same under another scale and mean
+    features[:, 3] = 1000 + 1e-3 * (features[:, 3] + 3 * directions[labels])
     predicted = predictions([features[:500]], labels[:500], features[500:], classes, ProbeConfig(tmp_path))
     held_out = (predicted[:, :300] == labels[500:]).double().mean(1)
     assert held_out[1] > 0.95 and held_out[3] > 0.95
@@ -105,14 +108,38 @@ def test_features_are_the_full_models_under_the_null_class() -> None:
     with torch.no_grad():
         null = model(codes[rows, 1, :8], torch.full((3,), 4), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
         other = model(codes[rows, 1, :8], torch.full((3,), 0), blocks=(2,), logits=False).features[2][:, [2, 5, 8]]
-    torch.testing.assert_close(got, null, rtol=1e-4, atol=1e-5)  # batches of 2 and of 3: with several threads a product may round otherwise
+    # Batches of 2 and of 3: with several threads a product may round otherwise
+    torch.testing.assert_close(got, null, rtol=1e-4, atol=1e-5)
     assert (got - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("points", 0), ("points", 10**15), ("epochs", 0), ("warmup_epochs", 90), ("warmup_epochs", -1), ("lr", (0.0,)), ("lr", (math.nan,)),
-    ("lr", (1.0, math.inf)), ("lr", (1e30,)), ("lr", ()), ("lr", (1.0, 1.0)), ("depths", (-1,)), ("depths", (2, 2)), ("knn", -1), ("features", "a\0b"),
-    ("train_views", 0), ("train_views", 10**15), ("max_train_images", -1), ("images_per_step", 0), ("batch_images", 10**15), ("seed", -1), ("seed", 10**30)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("points", 0),
+        ("points", 10**15),
+        ("epochs", 0),
+        ("warmup_epochs", 90),
+        ("warmup_epochs", -1),
+        ("lr", (0.0,)),
+        ("lr", (math.nan,)),
+        ("lr", (1.0, math.inf)),
+        ("lr", (1e30,)),
+        ("lr", ()),
+        ("lr", (1.0, 1.0)),
+        ("depths", (-1,)),
+        ("depths", (2, 2)),
+        ("knn", -1),
+        ("features", "a\0b"),
+        ("train_views", 0),
+        ("train_views", 10**15),
+        ("max_train_images", -1),
+        ("images_per_step", 0),
+        ("batch_images", 10**15),
+        ("seed", -1),
+        ("seed", 10**30),
+    ],
+)
 def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected .* got "):
         ProbeConfig(tmp_path, **{field: value})
@@ -121,8 +148,15 @@ def test_bad_settings_say_what_came(field: str, value: float, tmp_path: Path) ->
 def test_the_papers_curves_stand_behind_what_can_be_compared() -> None:
     """Only where every run has 1000 classes and 256 codes an image; then the panel is wider, for their names."""
     ours = {"positions": probe_positions(256), "held_out": [0.3] * 8, "chance": 0.001, "classes": 1000, "sequence": 256}
-    others = [{**ours, "classes": 10}, {**ours, "sequence": 576}, {key: ours[key] for key in ("positions", "held_out", "chance")}]
-    sizes = [Image.open(io.BytesIO(plots.probe_curves(results, dark=False))).size for results in ({"a": ours}, *({"a": ours, "b": other} for other in others))]
+    others = [
+        {**ours, "classes": 10},
+        {**ours, "sequence": 576},
+        {key: ours[key] for key in ("positions", "held_out", "chance")},
+    ]
+    sizes = [
+        Image.open(io.BytesIO(plots.probe_curves(results, dark=False))).size
+        for results in ({"a": ours}, *({"a": ours, "b": other} for other in others))
+    ]
     assert sizes[0] > sizes[1] == sizes[2] == sizes[3]
     for positions, shares in plots.PAPER_FIGURE_4.values():
         assert list(positions) == probe_positions(256) and len(shares) == 8

@@ -1,4 +1,6 @@
-"""Features on disk: the same as in memory but for bfloat16, mixed whole, finished by whoever comes, and nobody else's."""
+"""Features on disk: the same as in memory but for bfloat16, mixed whole, finished by whoever comes,
+and nobody else's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import torch
 from star_fast.errors import UserError
 from star_fast.evaluation import probe_features
 from star_fast.evaluation.probe import ProbeConfig, ProbeResult, probe, run_probe, table
-from star_fast.evaluation.probe_features import OnDisk, Wanted, await_all, extract_features, remove_features, store_features
+from star_fast.evaluation.probe_features import (
+    OnDisk,
+    Wanted,
+    await_all,
+    extract_features,
+    remove_features,
+    store_features,
+)
 from star_fast.evaluation.runs import open_run
 from star_fast.model.transformer import Transformer
 
@@ -50,10 +59,14 @@ def test_chunks_hold_the_features_in_bfloat16(run: Path, tmp_path: Path) -> None
     codes = torch.from_numpy(opened.store._codes[opened.store.train_indices, 0, :15].astype("int64"))
     with torch.no_grad():
         features = opened.model.transformer(codes, torch.full((30,), 3), blocks=(1, 2), logits=False).features
-    torch.testing.assert_close(whole[0], torch.cat([features[2][:, [3, 15]], features[1][:, [3, 15]]], 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whole[0], torch.cat([features[2][:, [3, 15]], features[1][:, [3, 15]]], 1), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_an_epoch_is_every_image_once_in_one_view_and_a_function_of_the_seed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_is_every_image_once_in_one_view_and_a_function_of_the_seed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (train, _), _, whole = stored(run, tmp_path / "features")
     monkeypatch.setattr(probe_features, "_WINDOW_BYTES", 2 * train.size_bytes(0))  # two chunks are mixed at once
     epochs = [list(train.epoch(4, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
@@ -72,7 +85,9 @@ def test_an_epoch_is_every_image_once_in_one_view_and_a_function_of_the_seed(run
     assert len(set(buffers)) == len(buffers)  # a batch is the caller's
 
 
-def test_ranks_share_the_work_and_a_killed_job_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_work_and_a_killed_job_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "features"
     sets, *_ = stored(run, folder, rank=1, ranks=3)
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bf16")}
@@ -81,7 +96,9 @@ def test_ranks_share_the_work_and_a_killed_job_goes_on(run: Path, tmp_path: Path
         await_all(sets, patience_s=0.3)
     seen = []
     extract = probe_features.extract_features
-    monkeypatch.setattr(probe_features, "extract_features", lambda *args, **options: seen.append(args) or extract(*args, **options))
+    monkeypatch.setattr(
+        probe_features, "extract_features", lambda *args, **options: seen.append(args) or extract(*args, **options)
+    )
     sets, *_ = stored(run, folder)
     assert len(seen) == 8 and all((folder / name).stat().st_mtime_ns == time for name, time in done.items())
     await_all(sets, patience_s=0.3)
@@ -92,7 +109,9 @@ def test_ranks_share_the_work_and_a_killed_job_goes_on(run: Path, tmp_path: Path
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
-def test_other_features_and_damaged_ones_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_features_and_damaged_ones_are_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "features"
     sets, wanted, _ = stored(run, folder)
     opened = open_run(run)
@@ -117,7 +136,9 @@ def test_other_features_and_damaged_ones_are_refused(run: Path, tmp_path: Path, 
 
 
 def test_from_disk_as_from_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 and another order of the images: the same figures but for a few images; the folder is gone afterwards, or kept when asked."""
+    """bfloat16 and another order of the images: the same figures but for a few images; the folder is gone afterwards,
+    or kept when asked.
+    """
     monkeypatch.setattr(probe_features, "BLOCK_IMAGES", 4096)
     options = {**QUICK, "depths": (2, 1), "lr": (2.0, 8.0)}
     memory = run_probe(ProbeConfig(run, **options))
@@ -135,14 +156,20 @@ def test_a_rate_is_chosen_on_images_kept_aside(run: Path) -> None:
     opened = open_run(run)
     result = probe(opened.model.transformer, opened.store, 1, ProbeConfig(run, lr=(1e-9, 5.0), depths=(1, 2), **QUICK))
     assert isinstance(result, ProbeResult)
-    assert (result.train_images, result.kept_aside_images, result.held_out_images) == (27, 3, 12)  # a tenth of each class of 10
+    # A tenth of each class of 10
+    assert (result.train_images, result.kept_aside_images, result.held_out_images) == (27, 3, 12)
     for each in result.depths:
         kept = {row["lr"]: sum(row["kept_aside"]) for row in each.by_lr}
         assert kept[each.lr] == max(kept.values())
         assert each.held_out == next(row["held_out"] for row in each.by_lr if row["lr"] == each.lr)
     assert result.held_out == result.depths[0].held_out and result.depth == 1
     shown = table(result)
-    assert "after block 2" in shown and "k-NN" in shown and "learning rate 1e-09: mean" in shown and "27, 3 kept aside" in shown
+    assert (
+        "after block 2" in shown
+        and "k-NN" in shown
+        and "learning rate 1e-09: mean" in shown
+        and "27, 3 kept aside" in shown
+    )
 
 
 def test_other_ranks_extract_and_leave(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,4 +207,6 @@ def test_a_model_is_not_changed_by_extraction(run: Path) -> None:
     model: Transformer = opened.model.transformer
     before = {name: value.clone() for name, value in model.state_dict().items()}
     extract_features(model, opened.store, torch.tensor([0, 1]), 0, [1], [3])
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()) and model.config.blocks == 2
+    assert (
+        all(torch.equal(before[name], value) for name, value in model.state_dict().items()) and model.config.blocks == 2
+    )

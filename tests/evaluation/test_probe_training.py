@@ -1,4 +1,6 @@
-"""Training and judging of probes against arithmetic written out here: one layer at a time, float64 where rounding matters, loops for neighbours."""
+"""Training and judging of probes against arithmetic written out here: one layer at a time, float64 where rounding
+matters, loops for neighbours.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def planted(count: int, heads: int, width: int, seed: int) -> tuple[torch.Tensor
     return torch.randn(count, heads, width, generator=generator) + 0.7 * directions[labels][:, None], labels
 
 
-def by_hand(features: torch.Tensor, labels: torch.Tensor, schedule: Schedule, lr: float, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def by_hand(
+    features: torch.Tensor, labels: torch.Tensor, schedule: Schedule, lr: float, head: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One layer in float64: weight with the bias as its last row (D+1, C), running mean and variance (D,)."""
     count, heads, width = features.shape
     generator = torch.Generator().manual_seed(schedule.seed)
@@ -47,8 +51,12 @@ def by_hand(features: torch.Tensor, labels: torch.Tensor, schedule: Schedule, lr
             gradient = x.t() @ error / batch
             velocity = 0.9 * velocity + gradient * 0.001 * weight.norm() / gradient.norm()
             at = epoch + step / (count // batch)
-            warm = at / schedule.warmup_epochs if at < schedule.warmup_epochs else 0.5 * (
-                1 + math.cos(math.pi * (at - schedule.warmup_epochs) / (schedule.epochs - schedule.warmup_epochs)))
+            warm = (
+                at / schedule.warmup_epochs
+                if at < schedule.warmup_epochs
+                else 0.5
+                * (1 + math.cos(math.pi * (at - schedule.warmup_epochs) / (schedule.epochs - schedule.warmup_epochs)))
+            )
             weight = weight - lr * warm * velocity
     return weight, mean, variance
 
@@ -80,7 +88,10 @@ def test_layers_are_what_plain_arithmetic_gives(group_bytes: int, monkeypatch: p
 
 def test_learning_rates_share_the_features_and_nothing_else() -> None:
     features, labels = planted(200, 2, 6, seed=3)
-    alone = [train_probes(InMemory([features]), labels, CLASSES, Schedule((lr,), 4, 1, 64, 0)).weight[0] for lr in (1.0, 20.0)]
+    alone = [
+        train_probes(InMemory([features]), labels, CLASSES, Schedule((lr,), 4, 1, 64, 0)).weight[0]
+        for lr in (1.0, 20.0)
+    ]
     together = train_probes(InMemory([features]), labels, CLASSES, Schedule((1.0, 20.0), 4, 1, 64, 0)).weight
     assert torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1])
 
@@ -94,7 +105,9 @@ def test_one_learning_rate_may_run_away() -> None:
 
 
 def test_neighbours_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DINO's vote, pair by pair in float64; blocks and pieces smaller than the sets, so that candidates meet across them."""
+    """DINO's vote, pair by pair in float64; blocks and pieces smaller than the sets, so that candidates meet across
+    them.
+    """
     train, labels = planted(90, 2, 4, seed=4)
     judged, truth = planted(50, 2, 4, seed=5)
     expected = []
@@ -113,9 +126,11 @@ def test_neighbours_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
             yield from self.views[0].split(13)
 
     monkeypatch.setattr(probe_training, "BLOCK_IMAGES", 8)
-    monkeypatch.setattr(probe_training, "_QUERY_BYTES", 2 * 13 * (2 * 4 * 4 + 12 * 20 * 2))  # two blocks: the judged ones are gone through in two turns
+    # Two blocks: the judged ones are gone through in two turns
+    monkeypatch.setattr(probe_training, "_QUERY_BYTES", 2 * 13 * (2 * 4 * 4 + 12 * 20 * 2))
     got = neighbour_accuracies(InBlocks([train]), labels, InBlocks([judged]), truth, CLASSES)
     assert got.tolist() == pytest.approx(expected)
     assert all(0.4 < share < 1 for share in expected)
-    few = neighbour_accuracies(InMemory([train[:3]]), labels[:3], InMemory([judged]), truth, CLASSES)  # fewer than 20 there are
+    # Fewer than 20 there are
+    few = neighbour_accuracies(InMemory([train[:3]]), labels[:3], InMemory([judged]), truth, CLASSES)
     assert few.shape == (2,)

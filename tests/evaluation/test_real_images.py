@@ -31,7 +31,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b"):
         (folder / name).mkdir()
         for index in range(6):
-            Image.fromarray(rng.integers(0, 255, (5, 6), dtype=np.uint8)).resize((18, 15), Image.Resampling.BICUBIC).save(folder / name / f"{index}.png")
+            Image.fromarray(rng.integers(0, 255, (5, 6), dtype=np.uint8)).resize(
+                (18, 15), Image.Resampling.BICUBIC
+            ).save(folder / name / f"{index}.png")
     return folder
 
 
@@ -46,14 +48,20 @@ def test_the_stores_own_views(data: DataConfig, seed: int, view: int, pictures: 
     real = open_real_images(store, str(pictures))
     rows = torch.arange(len(store))
     source = open_source(pictures)
-    expected = np.stack([make_views(source[index].image, index, data, 8, 1, seed, only=view) for index in range(len(source))])
+    expected = np.stack(
+        [make_views(source[index].image, index, data, 8, 1, seed, only=view) for index in range(len(source))]
+    )
     assert np.array_equal(real.read(rows).numpy(), expected)
     real.view = 1  # any other view as well: seed and crop range are the store's
-    expected = np.stack([make_views(source[index].image, index, data, 8, 1, seed, only=1) for index in range(len(source))])
+    expected = np.stack(
+        [make_views(source[index].image, index, data, 8, 1, seed, only=1) for index in range(len(source))]
+    )
     assert np.array_equal(real.read(rows).numpy(), expected)
 
 
-def test_codes_of_an_earlier_version_are_named(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_codes_of_an_earlier_version_are_named(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = store_of(pictures, tmp_path / "codes", AFFINE, 0)
     open_real_images(store, str(pictures))
     assert not caplog.records
@@ -73,10 +81,17 @@ def test_imported_codes_have_no_images(tmp_path: Path) -> None:
         open_real_images(store, str(tmp_path))
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"kind": "no such views"}, "kind: expected 'ten-crop' or 'small-affine'"), (None, "expected a mapping"),
-    ({"kind": "ten-crop", "crop_ranges": [1e300]}, "crop_range"), ({"kind": "ten-crop", "crop_ranges": [16000.0]}, "crop_range"),
-    ({"kind": "ten-crop", "crop_ranges": [10**400]}, "crop_range"), ({"kind": "small-affine", "seed": -1}, "seed")])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kind": "no such views"}, "kind: expected 'ten-crop' or 'small-affine'"),
+        (None, "expected a mapping"),
+        ({"kind": "ten-crop", "crop_ranges": [1e300]}, "crop_range"),
+        ({"kind": "ten-crop", "crop_ranges": [16000.0]}, "crop_range"),
+        ({"kind": "ten-crop", "crop_ranges": [10**400]}, "crop_range"),
+        ({"kind": "small-affine", "seed": -1}, "seed"),
+    ],
+)
 def test_view_settings_that_cannot_be(settings: object, says: str, pictures: Path, tmp_path: Path) -> None:
     store = store_of(pictures, tmp_path / "codes", AFFINE, 0)
     store.manifest["view_settings"] = settings

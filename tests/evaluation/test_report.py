@@ -1,4 +1,6 @@
-"""The report of a small run: whole, self-contained, true to its JSON; and one clear line for each thing that can be missing."""
+"""The report of a small run: whole, self-contained, true to its JSON; and one clear line for each thing that can be
+missing.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,25 @@ from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import load_model, save_model
 
-QUICK = {"samples_per_class": 3, "attention_images": 2, "attention_queries": 2, "classifier": ClassifierConfig(epochs=2, channels=4), "device": "cpu"}
-SECTIONS = ("What was trained", "Loss curves", "Samples beside real images", "What a small classifier says", "Linear probe", "With guidance and without",
-            "Attention maps", "Tokenizer", "How this was measured", "What it cost")
+QUICK = {
+    "samples_per_class": 3,
+    "attention_images": 2,
+    "attention_queries": 2,
+    "classifier": ClassifierConfig(epochs=2, channels=4),
+    "device": "cpu",
+}
+SECTIONS = (
+    "What was trained",
+    "Loss curves",
+    "Samples beside real images",
+    "What a small classifier says",
+    "Linear probe",
+    "With guidance and without",
+    "Attention maps",
+    "Tokenizer",
+    "How this was measured",
+    "What it cost",
+)
 VOID = {"meta", "img", "source"}
 
 
@@ -79,22 +97,35 @@ def test_every_section_and_nothing_from_elsewhere(reported: Path) -> None:
 
 
 def test_json_holds_the_pages_figures(reported: Path) -> None:
-    figures = json.loads((reported / "run" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    figures = json.loads(
+        (reported / "run" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     html = (reported / "run" / "report.html").read_text()
     assert len(figures["probe"]["positions"]) == len(figures["probe"]["held_out"]) == 8
     assert f"{100 * figures['probe']['held_out'][-1]:.1f}\N{NO-BREAK SPACE}%" in html
-    assert figures["probe"]["held_out_images"] == 12 and figures["probe"]["train_images"] == 30  # 4 of 14 of each class held out
+    # 4 of 14 of each class held out
+    assert figures["probe"]["held_out_images"] == 12 and figures["probe"]["train_images"] == 30
     assert set(figures["samples"]["classes"]) == {"cat <b>", "dog", "fox"}
     shares = [entry["agreement"] for entry in figures["samples"]["classes"].values()]
     assert figures["samples"]["agreement"] == pytest.approx(sum(shares) / 3)
     assert figures["classifier"]["classifier_frechet_distance"]["sample_images"] == 9
     attention = figures["attention"]
     assert attention["to_class"] + attention["near"] + attention["far"] == pytest.approx(1, abs=1e-5)
-    assert figures["trained"]["step"] == 20 and figures["trained"]["last_val_ar"] == 2.5 and figures["losses"]["validation"][0]["val_ar"] == 2.5
+    assert (
+        figures["trained"]["step"] == 20
+        and figures["trained"]["last_val_ar"] == 2.5
+        and figures["losses"]["validation"][0]["val_ar"] == 2.5
+    )
     store, tokenizer = CodeStore.open(reported / "codes"), VQTokenizer.load(reported / "run" / "model" / "tokenizer")
     back = to_uint8(tokenizer.decode(store.codes(store.held_out_indices, [0])[:, 0]))
-    real = torch.stack([torch.frombuffer(bytearray(Image.open(reported / "images" / key).tobytes()), dtype=torch.uint8).view(1, 8, 8)
-                        for key in (store.keys()[row] for row in store.held_out_indices.tolist())])
+    real = torch.stack(
+        [
+            torch.frombuffer(bytearray(Image.open(reported / "images" / key).tobytes()), dtype=torch.uint8).view(
+                1, 8, 8
+            )
+            for key in (store.keys()[row] for row in store.held_out_indices.tolist())
+        ]
+    )
     assert figures["tokenizer"]["psnr_db"] == pytest.approx(psnr_db(real, back))
 
 
@@ -123,8 +154,14 @@ def run_with_teacher(reported: Path, tmp_path_factory: pytest.TempPathFactory) -
     teacher.init_weights(torch.Generator().manual_seed(7))
     with torch.no_grad():
         teacher.output.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))
-    save_model(run / "model", student.transformer, teacher=teacher, class_names=student.class_names, tokenizer=reported / "run/model/tokenizer",
-               record=student.record)
+    save_model(
+        run / "model",
+        student.transformer,
+        teacher=teacher,
+        class_names=student.class_names,
+        tokenizer=reported / "run/model/tokenizer",
+        record=student.record,
+    )
     return run
 
 
@@ -146,10 +183,17 @@ def test_student_beside_teacher(run_with_teacher: Path, reported: Path) -> None:
         model = load_model(run_with_teacher, weights=weights).transformer
         with torch.inference_mode():
             logits = model(codes[:, :-1], labels).logits.double()
-        losses = [-torch.log_softmax(logits[image, position], 0)[codes[image, position]].item() for image in range(len(codes)) for position in range(16)]
+        losses = [
+            -torch.log_softmax(logits[image, position], 0)[codes[image, position]].item()
+            for image in range(len(codes))
+            for position in range(16)
+        ]
         assert both[weights]["held_out_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert found[weights]["samples"]["agreement"] == both[weights]["samples"]["2"]["agreement"]
-        assert set(both[weights]["samples"]) == {"1", "2"} and both[weights]["samples"]["1"] != both[weights]["samples"]["2"]
+        assert (
+            set(both[weights]["samples"]) == {"1", "2"}
+            and both[weights]["samples"]["1"] != both[weights]["samples"]["2"]
+        )
         assert found[weights]["probe"]["held_out"] == both[weights]["probe"]["held_out"]
 
 
@@ -165,18 +209,40 @@ def test_without_guidance_is_guidance_1(reported: Path, run_with_teacher: Path) 
 def test_protocol_and_cost(reported: Path) -> None:
     figures = json.loads((reported / "run" / "report.json").read_text())
     protocol, html = figures["protocol"], (reported / "run" / "report.html").read_text()
-    assert protocol["samples"]["guidance"] == 2 and protocol["samples"]["seed"] == 0 and protocol["samples"]["precision"] == "float32"
+    assert (
+        protocol["samples"]["guidance"] == 2
+        and protocol["samples"]["seed"] == 0
+        and protocol["samples"]["precision"] == "float32"
+    )
     assert protocol["images judged on"]["images"] == 12 and protocol["Fréchet distance"]["real_images"] == 12
-    assert protocol["classifier"]["epochs"] == 2 and protocol["tokenizer"]["sha256"] == CodeStore.open(reported / "codes").tokenizer_hash
-    assert set(figures["report"]["parts_s"]) == {"samples", "tokenizer", "classifier", "linear probe", "attention", "student and teacher"}
-    assert "guidance 2, temperature 1, top k 0" in html and "30 images/s, 2 views of each" in html and "@media print" in html
+    assert (
+        protocol["classifier"]["epochs"] == 2
+        and protocol["tokenizer"]["sha256"] == CodeStore.open(reported / "codes").tokenizer_hash
+    )
+    assert set(figures["report"]["parts_s"]) == {
+        "samples",
+        "tokenizer",
+        "classifier",
+        "linear probe",
+        "attention",
+        "student and teacher",
+    }
+    assert (
+        "guidance 2, temperature 1, top k 0" in html
+        and "30 images/s, 2 views of each" in html
+        and "@media print" in html
+    )
 
 
 def test_nothing_held_out_trains_anything(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classifier reads training rows only; other codes of the held-out images leave the probe's weights (so its training predictions) as they were."""
+    """The classifier reads training rows only; other codes of the held-out images leave the probe's weights (so its
+    training predictions) as they were.
+    """
     shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "classifier"))
     read, reads = RealImages.read, {}
-    monkeypatch.setattr(RealImages, "read", lambda self, rows, title: reads.update({title: rows}) or read(self, rows, title))
+    monkeypatch.setattr(
+        RealImages, "read", lambda self, rows, title: reads.update({title: rows}) or read(self, rows, title)
+    )
     write_report(ReportConfig(tmp_path / "run", source=str(finished_run / "images"), **QUICK))
     run = open_run(tmp_path / "run")
     assert reads["training images"].tolist() == run.store.train_indices.tolist()
@@ -204,8 +270,16 @@ def test_without_the_images_it_says_so(finished_run: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "report.json").read_text())["classifier"] is None
 
 
-@pytest.mark.parametrize(("missing", "says"), [("metrics.jsonl", "metrics.jsonl: not found"), ("model", "holds no model"),
-                                               ("config.yaml", r"holds no config\.yaml"), ("model/tokenizer", "holds no tokenizer"), (".", "not a folder")])
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("metrics.jsonl", "metrics.jsonl: not found"),
+        ("model", "holds no model"),
+        ("config.yaml", r"holds no config\.yaml"),
+        ("model/tokenizer", "holds no tokenizer"),
+        (".", "not a folder"),
+    ],
+)
 def test_a_missing_piece_is_one_line(missing: str, says: str, finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run / "run", run)
@@ -239,14 +313,25 @@ def test_other_things_that_do_not_fit(finished_run: Path, tmp_path: Path) -> Non
 def test_a_single_sample_is_too_few(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
     with pytest.raises(UserError, match=r"samples-per-class: expected at least 2 images of a single class.*, got 1"):
-        write_report(ReportConfig(tmp_path / "run", source=str(finished_run / "images"), classes=("fox",), **{**QUICK, "samples_per_class": 1}))
+        write_report(
+            ReportConfig(
+                tmp_path / "run",
+                source=str(finished_run / "images"),
+                classes=("fox",),
+                **{**QUICK, "samples_per_class": 1},
+            )
+        )
 
 
 def test_probe_command_writes_its_files(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "run", tmp_path / "run")
     result = run_probe(ProbeConfig(tmp_path / "run", epochs=12, warmup_epochs=2, train_views=2, device="cpu"))
     written = json.loads((tmp_path / "run" / "probe.json").read_text())
-    assert written["positions"] == result.positions == [1, 3, 5, 7, 9, 11, 13, 15] and written["depth"] == 1 and written["step"] == 20
+    assert (
+        written["positions"] == result.positions == [1, 3, 5, 7, 9, 11, 13, 15]
+        and written["depth"] == 1
+        and written["step"] == 20
+    )
     assert result.chance == pytest.approx(1 / 3) and all(0 <= share <= 1 for share in result.held_out)
     Image.open(tmp_path / "run" / "probe.png").verify()
     with pytest.raises(UserError, match=r"block number 1 \.\.\. 2, got 3"):
@@ -255,7 +340,9 @@ def test_probe_command_writes_its_files(finished_run: Path, tmp_path: Path) -> N
 
 def test_counting() -> None:
     labels = torch.tensor([4, 4, 4, 7, 7])
-    samples = SampleSet(labels, torch.tensor([[1, 2], [1, 2], [2, 1], [5, 5], [5, 5]]), torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
+    samples = SampleSet(
+        labels, torch.tensor([[1, 2], [1, 2], [2, 1], [5, 5], [5, 5]]), torch.zeros(5, 1, 2, 2, dtype=torch.uint8)
+    )
     assert distinct_sequences(samples) == {4: 2, 7: 1}
     probs = torch.nn.functional.one_hot(torch.tensor([4, 4, 0, 7, 4]), 8).float()
     assert class_agreement(Verdict(torch.zeros(5, 3), probs), labels) == pytest.approx({4: 2 / 3, 7: 1 / 2})

@@ -1,4 +1,6 @@
-"""A result among other files: one job writes it at a time, and what a killed one left half-written is removed by the next."""
+"""A result among other files: one job writes it at a time, and what a killed one left half-written is removed by the
+next.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ def test_the_lock_goes_with_a_job_that_fails_and_stays_with_one_that_runs(tmp_pa
         other.write(json.dumps({"job": "evaluating", "holder": "process 1 on another machine"}))
         other.flush()
         fcntl.flock(other, fcntl.LOCK_SH)
-        with pytest.raises(Busy, match="evaluating is writing there"), only_result(tmp_path / "m.json", "evaluating", ["m.json"]):
+        with (
+            pytest.raises(Busy, match="evaluating is writing there"),
+            only_result(tmp_path / "m.json", "evaluating", ["m.json"]),
+        ):
             pass
     assert lock.exists()
-    with only_result(tmp_path / "m.json", "evaluating", ["m.json"]), only_result(tmp_path / "n.json", "evaluating", ["n.json"]):
+    with (
+        only_result(tmp_path / "m.json", "evaluating", ["m.json"]),
+        only_result(tmp_path / "n.json", "evaluating", ["n.json"]),
+    ):
         pass  # another result in the same folder is no hindrance

@@ -35,7 +35,13 @@ def photographs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
             coarse.resize((22, 22), Image.Resampling.BICUBIC).save(root / "images" / label / f"{index}.png")
     torch.manual_seed(3)
     tokenizer = VQTokenizer(replace(TOKENIZER, image_size=20)).eval()
-    store = prepare(open_source(root / "images"), root / "codes", tokenizer, DataConfig(codes=str(root / "codes"), held_out_share=0.5), progress=False)
+    store = prepare(
+        open_source(root / "images"),
+        root / "codes",
+        tokenizer,
+        DataConfig(codes=str(root / "codes"), held_out_share=0.5),
+        progress=False,
+    )
     tokenizer.save(store.path / "tokenizer")
     return root / "images", store.path, tokenizer
 
@@ -48,9 +54,16 @@ def codes_by_hand(tokenizer: VQTokenizer, crop: Image.Image) -> np.ndarray:
 
 def test_shares_by_hand(photographs: tuple[Path, Path, VQTokenizer], tmp_path: Path) -> None:
     images, store, tokenizer = photographs
-    shown = run_stability(StabilityConfig(codes=str(store), source=str(images), out=str(tmp_path), shifts=(1, 2), device="cpu"))
+    shown = run_stability(
+        StabilityConfig(codes=str(store), source=str(images), out=str(tmp_path), shifts=(1, 2), device="cpu")
+    )
     written = json.loads((tmp_path / "stability.json").read_text())
-    assert written["images"] == 4 and written["unmoved_as_stored"] == 1.0 and written["cell_pixels"] == 2 and written["skipped"] == []
+    assert (
+        written["images"] == 4
+        and written["unmoved_as_stored"] == 1.0
+        and written["cell_pixels"] == 2
+        and written["skipped"] == []
+    )
     held_out = CodeStore.open(store).held_out_indices.tolist()
     files = [path for label in "ab" for path in sorted((images / label).iterdir())]
     plain, stay, worst, follow, ranges, every = [], {1: [], 2: []}, {1: 1.0, 2: 1.0}, [], [], []
@@ -66,7 +79,16 @@ def test_shares_by_hand(photographs: tuple[Path, Path, VQTokenizer], tmp_path: P
                 after = codes_by_hand(tokenizer, padded.crop((left, top, left + 20, top + 20)))
                 same.append(np.mean([before[r, c] == after[r, c] for r in range(10) for c in range(10)]))
                 if shift == 2:  # one cell: new cell (r, c) shows what (r + y, c + x) did
-                    follow += [np.mean([before[r + y, c + x] == after[r, c] for r in range(10) for c in range(10) if 0 <= r + y < 10 and 0 <= c + x < 10])]
+                    follow += [
+                        np.mean(
+                            [
+                                before[r + y, c + x] == after[r, c]
+                                for r in range(10)
+                                for c in range(10)
+                                if 0 <= r + y < 10 and 0 <= c + x < 10
+                            ]
+                        )
+                    ]
             stay[shift].append(np.mean(same))
             worst[shift] = min(worst[shift], np.mean(same))
         smaller = whole.resize((21, 21), Image.Resampling.BICUBIC)
@@ -104,7 +126,9 @@ def test_crops_and_cells() -> None:
         assert followed(plain, moved, -right, -down) < 0.6
 
 
-def test_of_a_run_and_images_that_cannot_be_read(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_of_a_run_and_images_that_cannot_be_read(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     read, broken = ImageFolder.__getitem__, []
 
     def damaged(self: ImageFolder, index: int) -> object:
@@ -114,19 +138,43 @@ def test_of_a_run_and_images_that_cannot_be_read(finished_run: Path, monkeypatch
         return read(self, index)
 
     monkeypatch.setattr(ImageFolder, "__getitem__", damaged)
-    arguments = ["stability", "--run", str(finished_run / "run"), "--source", str(finished_run / "images"), "--out", str(tmp_path), "--device", "cpu"]
+    arguments = [
+        "stability",
+        "--run",
+        str(finished_run / "run"),
+        "--source",
+        str(finished_run / "images"),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     assert cli.main(arguments) == 0
     assert "left out: fox/3.png: cut short" in capsys.readouterr().out
     written = json.loads((tmp_path / "stability.json").read_text())
-    assert written["images"] == 11 and [move["shift"] for move in written["moves"]] == [1, 2]  # 8 x 8: both crop ranges are the same
+    # 8 x 8: both crop ranges are the same
+    assert written["images"] == 11 and [move["shift"] for move in written["moves"]] == [1, 2]
     monkeypatch.setattr(ImageFolder, "__getitem__", lambda *_: (_ for _ in ()).throw(UnreadableImage("all", "gone")))
     with pytest.raises(UserError, match="expected at least two images that can be read, got 0; all: gone"):
-        run_stability(StabilityConfig(codes=str(finished_run / "codes"), source=str(finished_run / "images"),
-                                      tokenizer=str(finished_run / "run/model/tokenizer"), out=str(tmp_path), device="cpu"))
+        run_stability(
+            StabilityConfig(
+                codes=str(finished_run / "codes"),
+                source=str(finished_run / "images"),
+                tokenizer=str(finished_run / "run/model/tokenizer"),
+                out=str(tmp_path),
+                device="cpu",
+            )
+        )
 
 
-@pytest.mark.parametrize(("options", "says"), [({}, "--run: expected a run folder, or --codes"), ({"codes": "x", "shifts": (0,)}, "--shifts: expected pixels"),
-                                               ({"codes": "x", "images": 1}, "--images: expected 2")])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "--run: expected a run folder, or --codes"),
+        ({"codes": "x", "shifts": (0,)}, "--shifts: expected pixels"),
+        ({"codes": "x", "images": 1}, "--images: expected 2"),
+    ],
+)
 def test_bad_settings(options: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         StabilityConfig(**options)
@@ -134,4 +182,8 @@ def test_bad_settings(options: dict, says: str) -> None:
 
 def test_unknown_images(finished_run: Path) -> None:
     with pytest.raises(UserError, match="does not say where its images are; give --source"):
-        run_stability(StabilityConfig(codes=str(finished_run / "codes"), tokenizer=str(finished_run / "run/model/tokenizer"), device="cpu"))
+        run_stability(
+            StabilityConfig(
+                codes=str(finished_run / "codes"), tokenizer=str(finished_run / "run/model/tokenizer"), device="cpu"
+            )
+        )

@@ -12,7 +12,8 @@ import torch
 
 from star_fast.generation.sample import SampleConfig, sample_images
 
-# Children come from a server that has imported everything once (torch._dynamo is what building a module on the meta device imports).
+# Children come from a server that has imported everything once (torch._dynamo is what building a module on the meta
+# device imports).
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.generation.processes", "torch._dynamo"])
 _PATIENCE_S = 120

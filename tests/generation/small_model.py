@@ -1,4 +1,6 @@
-"""A model folder small enough that a hundred images take a second: random weights, 16 codes an image, 3 classes, a grey 16-pixel tokenizer."""
+"""A model folder small enough that a hundred images take a second: random weights, 16 codes an image, 3 classes, a grey
+16-pixel tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,16 @@ from star_fast.model.weights import save_model
 
 CLASS_NAMES = ["ash", "birch", "7"]  # the last is named like a number
 MODEL = ModelConfig(blocks=2, heads=2, width=32, vocab=32, positions=16, num_classes=3)
-TOKENIZER = TokenizerConfig(base_channels=16, multipliers=(1, 2, 2), residual_blocks=1, z_channels=16, code_channels=4, codebook=32, image_channels=1,
-                            image_size=16)
+TOKENIZER = TokenizerConfig(
+    base_channels=16,
+    multipliers=(1, 2, 2),
+    residual_blocks=1,
+    z_channels=16,
+    code_channels=4,
+    codebook=32,
+    image_channels=1,
+    image_size=16,
+)
 
 
 def save_small_model(folder: Path) -> tuple[Transformer, VQTokenizer]:

@@ -1,4 +1,6 @@
-"""The decoder's CUDA path drawn on the CPU (tests/cuda_double.py): graphs, streams and devices as on a GPU, with real numbers."""
+"""The decoder's CUDA path drawn on the CPU (tests/cuda_double.py): graphs, streams and devices as on a GPU, with real
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,19 @@ def drawn(decoder: Decoder, label: Tensor, **settings: Any) -> Tensor:
     return codes.cpu()
 
 
-@pytest.mark.parametrize("settings", [{"guidance": 2.0}, {"guidance": 1.0, "top_k": 9}, {"guidance": 3.0, "cfg_interval": 1, "top_p": 0.9}],
-                         ids=["guided", "unguided", "interval"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance": 2.0}, {"guidance": 1.0, "top_k": 9}, {"guidance": 3.0, "cfg_interval": 1, "top_p": 0.9}],
+    ids=["guided", "unguided", "interval"],
+)
 def test_whole_images_by_graphs_are_bit_equal_to_eager(cuda: CudaDouble, settings: dict[str, Any]) -> None:
     decoder, without_graphs = Decoder(on_gpu(torch.float32), 6), Decoder(on_gpu(torch.float32), 6)
     for seed in (4, 5):  # the second batch replays what the first captured
         expected = eager(without_graphs, LABEL, Sampling(**settings, seed=seed))
         assert torch.equal(drawn(decoder, LABEL, seed=seed, **settings), expected)
-    assert len(decoder._graphs._graphs) == (3 if "cfg_interval" in settings else 2), "the first step, and one a kind of later step"
+    assert len(decoder._graphs._graphs) == (3 if "cfg_interval" in settings else 2), (
+        "the first step, and one a kind of later step"
+    )
     assert len(expected.unique()) > 3
 
 
@@ -74,7 +81,11 @@ def test_our_own_kernels_are_captured_and_start_on_their_tensors_device() -> Non
         assert torch.equal(codes, drawn(decoder, label, guidance=2.0, seed=1))
         assert len(double.launches) == started, "replays only, from the first position on"
         assert torch.equal(codes, eager(Decoder(model, 2), label, Sampling(guidance=2.0, seed=1)))
-        assert {name for name, _ in double.launches} == {"add_rms_norm_forward", "decode_attention_step", "swiglu_forward"}
+        assert {name for name, _ in double.launches} == {
+            "add_rms_norm_forward",
+            "decode_attention_step",
+            "swiglu_forward",
+        }
         assert {device for _, device in double.launches} == {1} and double.current == 0
 
 
@@ -94,6 +105,7 @@ def on_cpu(seed: int) -> Tensor:
 
 def drawing_with(change: Any) -> Any:
     """`advance` with `change(state, sampling)` giving what the draw gets instead of (seed, position)."""
+
     def wrong(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool) -> None:
         seed, position = change(state, sampling)
         embedded_RD = decoder.embed_label(state.label, guided) if first else decoder.embed_tokens(state.tokens, guided)
@@ -148,12 +160,18 @@ def test_a_state_that_the_capture_replaces_is_noticed(monkeypatch: pytest.Monkey
     def wrong(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool) -> None:
         if first:
             return right(decoder, state, sampling, guided, first)
-        logits_BV = decoder.logits(decoder.embed_tokens(state.tokens, guided), state.position, sampling.guidance if guided else 1.0)
+        logits_BV = decoder.logits(
+            decoder.embed_tokens(state.tokens, guided), state.position, sampling.guidance if guided else 1.0
+        )
         state.tokens = draw(logits_BV, sampling, state.seed, state.image_index, state.position, None)
         state.keep_tokens()
 
     monkeypatch.setattr(step_graph, "advance", wrong)
-    with pytest.raises(Dangling, match="memory that was freed after the capture"), CudaDouble(), dispatch.use_backend("reference"):
+    with (
+        pytest.raises(Dangling, match="memory that was freed after the capture"),
+        CudaDouble(),
+        dispatch.use_backend("reference"),
+    ):
         draws_other_codes()
 
 
@@ -181,7 +199,11 @@ def test_an_output_that_is_not_copied_is_noticed(cuda: CudaDouble, monkeypatch: 
 
 
 def test_a_flag_made_inside_the_capture_is_refused(cuda: CudaDouble) -> None:
-    with cuda.on(DEVICE), torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="must exist before a CUDA graph is captured"):
+    with (
+        cuda.on(DEVICE),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(RuntimeError, match="must exist before a CUDA graph is captured"),
+    ):
         error_flag.flag(torch.device(DEVICE))
 
 
@@ -191,7 +213,10 @@ def test_a_removed_guard_is_noticed(where: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(f"{module}.on_device", lambda device: contextlib.nullcontext())
     with CudaDouble(), dispatch.use_backend("reference" if where == "capture" else "triton", sample_tokens="reference"):
         decoder = Decoder(on_gpu(torch.float32, blocks=1, positions=4), 2)
-        draw_all = {"capture": lambda: decoder.generate(LABEL[:1], guidance=2.0),
-                    "launch": lambda: eager(decoder, LABEL[:1], Sampling(guidance=2.0))}  # a capture holds the guard for the launches in it
+        draw_all = {
+            "capture": lambda: decoder.generate(LABEL[:1], guidance=2.0),
+            # A capture holds the guard for the launches in it
+            "launch": lambda: eager(decoder, LABEL[:1], Sampling(guidance=2.0)),
+        }
         with pytest.raises(WrongDevice):
             draw_all[where]()

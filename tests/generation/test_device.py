@@ -22,7 +22,10 @@ def test_names_where_there_are_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     for name, device in (("", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         assert pick_device(name) == torch.device(device)
     for name in ("cuda:2", "cuda:99"):
-        with pytest.raises(UserError, match=rf"device: {name} was asked for, but torch finds 2 CUDA devices: expected cuda:0 \.\.\. cuda:1"):
+        with pytest.raises(
+            UserError,
+            match=rf"device: {name} was asked for, but torch finds 2 CUDA devices: expected cuda:0 \.\.\. cuda:1",
+        ):
             pick_device(name)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"LOCAL_RANK: expected a whole number in 0 \.\.\. 1"):
@@ -44,6 +47,7 @@ def test_names_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_no_gpu
 def test_a_rank_starts_on_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Sampling on rank 1 must not find GPU 0 current when it loads its model."""
+
     class Loading(Exception):
         """The model is asked for."""
 
@@ -59,8 +63,13 @@ def test_a_rank_starts_on_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_whoever_picks_a_device_takes_it() -> None:
     package = Path(star_fast.__file__).parent
-    picking = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "pick_device(" in path.read_text()}
-    # The probe looks before it reads anything, and takes the device afterwards; a caller of the API keeps the current device that was his.
+    picking = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if "pick_device(" in path.read_text()
+    }
+    # The probe looks before it reads anything, and takes the device afterwards; a caller of the API keeps the current
+    # device that was his.
     assert picking == {"generation/device.py", "evaluation/probe.py", "api.py"}
-    taking = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "take_device(" in path.read_text()}
+    taking = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if "take_device(" in path.read_text()
+    }
     assert taking >= {"generation/sample.py", "evaluation/probe.py", "evaluation/evaluate.py", "data_commands.py"}

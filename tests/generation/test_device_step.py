@@ -1,4 +1,6 @@
-"""The CUDA path of a decoding step, traced on fake CUDA tensors: backends, devices, shapes and the number of launches."""
+"""The CUDA path of a decoding step, traced on fake CUDA tensors: backends, devices, shapes and the
+number of launches.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ XL = ModelConfig(blocks=36, heads=20, width=1280, vocab=16384, positions=256, nu
 def test_at_most_eight_launches_a_block_all_by_kernels(cache_dtype: torch.dtype | None) -> None:
     counted = step_launches(XL, cache_dtype=cache_dtype)
     assert {name: backend for name, backend in counted.backends.items() if name != "sample_tokens"} == {
-        "add_rms_norm": "triton", "decode_attention": "triton", "swiglu": "triton"}
+        "add_rms_norm": "triton",
+        "decode_attention": "triton",
+        "swiglu": "triton",
+    }
     assert counted.per_block == 8
     assert counted.by_kernel["aten.mm"] == 4 * 36 + 1
     if counted.backends["sample_tokens"] == "cpp":  # built with CUDA
@@ -41,7 +46,12 @@ def test_a_traced_step_keeps_devices_shapes_and_dtypes() -> None:
         state = DeviceState.empty(3, CONFIG.positions, decoder.device)
         logits = decoder.logits(decoder.embed_tokens(state.tokens, True), state.position, 2.0)
         advance(decoder, state, Sampling(guidance=2.0), True)
-    assert decoder.device.type == "cuda" and logits.device.type == "cuda" and logits.shape == (3, CONFIG.vocab) and logits.dtype == torch.float32
+    assert (
+        decoder.device.type == "cuda"
+        and logits.device.type == "cuda"
+        and logits.shape == (3, CONFIG.vocab)
+        and logits.dtype == torch.float32
+    )
     assert state.codes_TB.shape == (CONFIG.positions, 3) and state.tokens.device.type == "cuda"
 
 
@@ -66,10 +76,16 @@ def test_the_device_step_draws_what_the_loop_draws(guidance: float, cfg_interval
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("guidance", "cfg_interval"), [(2.0, -1), (3.0, 5), (1.0, -1)])
-def test_graphs_draw_what_eager_steps_draw_on_the_same_device(guidance: float, cfg_interval: int, dtype: torch.dtype) -> None:
-    """Bit for bit: a graph replays the very kernels of the eager step. (Another device rounds otherwise, which may turn a draw.)"""
+def test_graphs_draw_what_eager_steps_draw_on_the_same_device(
+    guidance: float, cfg_interval: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit: a graph replays the very kernels of the eager step. (Another device rounds otherwise, which may turn
+    a draw.)
+    """
     model = small_model(dtype).cuda()
     decoder = Decoder(model, 6)
     for seed in (4, 5):  # capture, then replay only
         expected = eager(Decoder(model, 6), LABEL, Sampling(guidance, cfg_interval, seed=seed))
-        assert torch.equal(decoder.generate(LABEL, guidance=guidance, cfg_interval=cfg_interval, seed=seed).cpu(), expected)
+        assert torch.equal(
+            decoder.generate(LABEL, guidance=guidance, cfg_interval=cfg_interval, seed=seed).cpu(), expected
+        )

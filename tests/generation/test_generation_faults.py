@@ -1,4 +1,6 @@
-"""Mistakes that are easily made between a sampling job's settings and its files: a setting that never reaches the draw, or one job taken for another."""
+"""Mistakes that are easily made between a sampling job's settings and its files: a setting that never reaches the draw,
+or one job taken for another.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a teacher that is not the student."""
     folder = tmp_path_factory.mktemp("faults") / "model"
     student, tokenizer = save_small_model(folder)
-    teacher = {name: value + 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for name, value in student.state_dict().items()}
+    teacher = {
+        name: value + 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+        for name, value in student.state_dict().items()
+    }
     save_model(folder, student, class_names=CLASS_NAMES, teacher=teacher, tokenizer=tokenizer, record={})
     return folder
 
@@ -46,8 +51,19 @@ def other_tokenizer(folder: Path) -> Path:
 
 
 def settings(model: Path, out: Path, **changes: Any) -> SampleConfig:
-    return dataclasses.replace(SampleConfig(model=str(model), out=str(out), images=IMAGES, batch_images=BATCH, precision="fp32", products="plain", seed=3,
-                                            grid=False), **changes)
+    return dataclasses.replace(
+        SampleConfig(
+            model=str(model),
+            out=str(out),
+            images=IMAGES,
+            batch_images=BATCH,
+            precision="fp32",
+            products="plain",
+            seed=3,
+            grid=False,
+        ),
+        **changes,
+    )
 
 
 def drawn(config: SampleConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -64,9 +80,19 @@ def by_hand(config: SampleConfig, tokenizer: VQTokenizer | None = None) -> np.nd
     made = []
     for first in range(0, config.images, config.batch_images):
         index = torch.arange(first, min(first + config.batch_images, config.images))
-        decoder = Decoder(transformer, 2 * config.batch_images, torch.int8 if config.cache == "int8" else None, config.products)
-        codes = decoder.generate(index % 3, guidance=config.guidance, cfg_interval=config.cfg_interval, temperature=config.temperature, top_k=config.top_k,
-                                 top_p=config.top_p, seed=config.seed, image_index=index)
+        decoder = Decoder(
+            transformer, 2 * config.batch_images, torch.int8 if config.cache == "int8" else None, config.products
+        )
+        codes = decoder.generate(
+            index % 3,
+            guidance=config.guidance,
+            cfg_interval=config.cfg_interval,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            image_index=index,
+        )
         if config.precision == "bf16":  # tests/generation/test_render.py says what these pixels are
             made.append(Renderer(tokenizer, torch.device("cpu"), config.pixels).start(codes).wait())
             continue
@@ -86,10 +112,27 @@ def test_the_usual_draw(model: Path, tmp_path: Path, usual: np.ndarray) -> None:
     assert np.array_equal(usual, by_hand(settings(model, tmp_path / "images.npz")))
 
 
-@pytest.mark.parametrize("changes", [
-    {"temperature": 0.5}, {"top_p": 0.6}, {"top_k": 4}, {"cfg_interval": 3}, {"guidance": 1.0}, {"guidance": 3.5}, {"seed": 4}, {"weights": "teacher"},
-    {"precision": "bf16"}, {"products": "int8"}, {"cache": "int8"}, {"pixels": 24}], ids=lambda changes: next(iter(changes)))
-def test_every_setting_reaches_the_draw(model: Path, tmp_path: Path, usual: np.ndarray, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.5},
+        {"top_p": 0.6},
+        {"top_k": 4},
+        {"cfg_interval": 3},
+        {"guidance": 1.0},
+        {"guidance": 3.5},
+        {"seed": 4},
+        {"weights": "teacher"},
+        {"precision": "bf16"},
+        {"products": "int8"},
+        {"cache": "int8"},
+        {"pixels": 24},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_setting_reaches_the_draw(
+    model: Path, tmp_path: Path, usual: np.ndarray, changes: dict[str, Any]
+) -> None:
     config = settings(model, tmp_path / "images.npz", **changes)
     images, _ = drawn(config)
     assert np.array_equal(images, by_hand(config))
@@ -99,7 +142,9 @@ def test_every_setting_reaches_the_draw(model: Path, tmp_path: Path, usual: np.n
 def test_the_tokenizer_asked_for_goes_before_the_models_own(model: Path, tmp_path: Path, usual: np.ndarray) -> None:
     config = settings(model, tmp_path / "images.npz", tokenizer=str(other_tokenizer(tmp_path / "tokenizer")))
     images, _ = drawn(config)
-    assert np.array_equal(images, by_hand(config, VQTokenizer.load(tmp_path / "tokenizer"))) and not np.array_equal(images, usual)
+    assert np.array_equal(images, by_hand(config, VQTokenizer.load(tmp_path / "tokenizer"))) and not np.array_equal(
+        images, usual
+    )
 
 
 def test_the_seed_names_random_labels_too(model: Path, tmp_path: Path) -> None:
@@ -109,12 +154,17 @@ def test_the_seed_names_random_labels_too(model: Path, tmp_path: Path) -> None:
     assert not np.array_equal(found[3], found[4])
 
 
-def test_the_precision_recorded_is_the_one_that_was_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_recorded_is_the_one_that_was_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for native, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         result = sample_images(settings(model, tmp_path / f"{precision}.npz", precision="auto"))
         pixels = precision if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
-        assert all(line in result.record.read_text() for line in (f'"precision": "{precision}"', f'"pixels_precision": "{pixels}"'))
+        assert all(
+            line in result.record.read_text()
+            for line in (f'"precision": "{precision}"', f'"pixels_precision": "{pixels}"')
+        )
         with np.load(result.npz) as file:
             assert np.array_equal(file["arr_0"], by_hand(settings(model, tmp_path / "x.npz", precision=precision)))
 
@@ -129,12 +179,19 @@ def test_exact_mode_is_float32_in_fixed_blocks(model: Path, tmp_path: Path, monk
         return generate(decoder, label, **more)
 
     monkeypatch.setattr(Decoder, "generate", watched)
-    result = sample_images(settings(model, tmp_path / "images.npz", exact=True, precision="auto", products="auto", batch_images=5))
-    assert all(index == list(range(index[0], index[0] + 8)) and index[0] % 8 == 0 and dtype == torch.float32 for index, dtype in asked)
+    result = sample_images(
+        settings(model, tmp_path / "images.npz", exact=True, precision="auto", products="auto", batch_images=5)
+    )
+    assert all(
+        index == list(range(index[0], index[0] + 8)) and index[0] % 8 == 0 and dtype == torch.float32
+        for index, dtype in asked
+    )
     assert '"precision": "fp32"' in result.record.read_text() and '"products": "plain"' in result.record.read_text()
 
 
-def test_without_guidance_the_caches_hold_one_row_an_image(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_guidance_the_caches_hold_one_row_an_image(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     born, rows = Decoder.__init__, []
 
     def watched(decoder: Decoder, model: Transformer, count: int, *more: Any, **named: Any) -> None:
@@ -147,9 +204,24 @@ def test_without_guidance_the_caches_hold_one_row_an_image(model: Path, tmp_path
     assert rows == [BATCH, 2 * BATCH]
 
 
-OTHERS = [{"images": 20}, {"labels": "random"}, {"guidance": 1.5}, {"cfg_interval": 5}, {"temperature": 0.9}, {"top_k": 7}, {"top_p": 0.9}, {"seed": 4},
-          {"batch_images": 8}, {"exact": True}, {"pixels": 20}, {"classes": ("ash", "7")}, {"precision": "bf16"}, {"products": "int8"}, {"cache": "int8"},
-          {"weights": "teacher"}]
+OTHERS = [
+    {"images": 20},
+    {"labels": "random"},
+    {"guidance": 1.5},
+    {"cfg_interval": 5},
+    {"temperature": 0.9},
+    {"top_k": 7},
+    {"top_p": 0.9},
+    {"seed": 4},
+    {"batch_images": 8},
+    {"exact": True},
+    {"pixels": 20},
+    {"classes": ("ash", "7")},
+    {"precision": "bf16"},
+    {"products": "int8"},
+    {"cache": "int8"},
+    {"weights": "teacher"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +245,9 @@ def test_a_file_of_other_weights_is_not_taken_for_ours(finished: SampleConfig, t
     loaded = load_model(finished.model)
     with torch.no_grad():
         loaded.transformer.output.weight += 0.01
-    save_model(tmp_path / "model", loaded.transformer, class_names=CLASS_NAMES, tokenizer=loaded.tokenizer_folder, record={})
+    save_model(
+        tmp_path / "model", loaded.transformer, class_names=CLASS_NAMES, tokenizer=loaded.tokenizer_folder, record={}
+    )
     with pytest.raises(UserError, match=r"of another sampling job \(.*weights_sha256 "):
         sample_images(dataclasses.replace(finished, model=str(tmp_path / "model")))
 
@@ -190,7 +264,9 @@ def test_ranks_share_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(np.load(config.out)["arr_0"][:4], by_hand(dataclasses.replace(config, images=4)))
 
 
-def test_pictures_asked_for_later_are_drawn_from_the_finished_file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_asked_for_later_are_drawn_from_the_finished_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(model, tmp_path / "images.npz", grid=True, grid_rows=2, grid_columns=3)
     result = sample_images(config)
     picture = result.grid.read_bytes()
@@ -220,13 +296,22 @@ def test_classes_are_found_by_name_then_by_number() -> None:
 
 
 def test_what_counts_as_drawn_is_on_the_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part goes when its images are flushed; the file gets its name when it is flushed and its record is there; then the name is flushed."""
+    """A part goes when its images are flushed; the file gets its name when it is flushed and its record is there; then
+    the name is flushed.
+    """
     events = watch_disk(monkeypatch)
     config = settings(model, tmp_path / "images.npz")
     sample_images(config)
-    unfinished, parts = str(tmp_path / "images.npz.parts" / "unfinished.npz"), str(tmp_path / "images.npz.parts" / "batch-")
-    removals = [number for number, event in enumerate(events) if event.kind == "remove" and event.path.startswith(parts)]
-    arrivals = [number for number, event in enumerate(events) if event.kind == "rename" and event.target.startswith(parts)]
+    unfinished, parts = (
+        str(tmp_path / "images.npz.parts" / "unfinished.npz"),
+        str(tmp_path / "images.npz.parts" / "batch-"),
+    )
+    removals = [
+        number for number, event in enumerate(events) if event.kind == "remove" and event.path.startswith(parts)
+    ]
+    arrivals = [
+        number for number, event in enumerate(events) if event.kind == "rename" and event.target.startswith(parts)
+    ]
     assert len(removals) == len(arrivals) == 2
     for arrived, removed in zip(arrivals, removals, strict=True):
         assert DiskEvent("sync", unfinished) in events[arrived:removed]

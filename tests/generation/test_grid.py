@@ -31,20 +31,40 @@ def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_system_fonts")
 def test_no_name_is_drawn_as_boxes() -> None:
     written = fonts.write_with(NAMES, 14)
-    assert [text for text, _ in written] == ["größe", "кот", r"\u732b", r"a\nb", "plain", r"mixed \u732b кот", r"\x1b[31mred", "كلب", r"\udcff.png", ""]
+    assert [text for text, _ in written] == [
+        "größe",
+        "кот",
+        r"\u732b",
+        r"a\nb",
+        "plain",
+        r"mixed \u732b кот",
+        r"\x1b[31mred",
+        "كلب",
+        r"\udcff.png",
+        "",
+    ]
     for text, font in written:
         assert all(has(font, letter) for letter in text), text
     assert not has(written[0][1], "猫")  # the test can tell
 
 
 def test_letters_of_other_scripts_come_from_the_machines_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A font that has the letters is found, after one that cannot be read; a font of pictures that cannot be drawn with is passed over."""
-    monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: ["/c/good.ttf", "/a/broken.ttf", "/b/LastResort.otf"])
+    """A font that has the letters is found, after one that cannot be read; a font of pictures that cannot be drawn with
+    is passed over.
+    """
+    monkeypatch.setattr(
+        matplotlib.font_manager, "findSystemFonts", lambda: ["/c/good.ttf", "/a/broken.ttf", "/b/LastResort.otf"]
+    )
     fonts._system_fonts.cache_clear()
     letters, carried = fonts._letters, next(fonts._font_files())
     try:
-        monkeypatch.setattr(fonts, "_letters", lambda file: {"/c/good.ttf": frozenset(map(ord, "猫a"))}.get(file, letters(file) if file == carried else
-                                                                                                              frozenset()))
+        monkeypatch.setattr(
+            fonts,
+            "_letters",
+            lambda file: {"/c/good.ttf": frozenset(map(ord, "猫a"))}.get(
+                file, letters(file) if file == carried else frozenset()
+            ),
+        )
         opened = []
         monkeypatch.setattr(fonts, "_open", lambda file, size: opened.append(file) or f"font {file}")
         assert fonts.write_with(["猫", "犬"], 14) == [("猫", "font /c/good.ttf"), (r"\u72ac", f"font {carried}")]

@@ -39,7 +39,9 @@ def test_the_weights_as_they_were_are_let_go() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Products keep rows apart to the last bit, attention too: the codes of one image are the same alone and among others."""
+    """Products keep rows apart to the last bit, attention too: the codes of one image are the same alone and among
+    others.
+    """
     decoder = Decoder(small_model(dtype), 6, products="int8")
     together = decoder.generate(LABEL, guidance=2.0, seed=3)
     for image in range(3):

@@ -1,4 +1,6 @@
-"""The renderer's own stream (tests/cuda_double.py): right numbers, and an order in which nothing that is needed for it can be left out."""
+"""The renderer's own stream (tests/cuda_double.py): right numbers, and an order in which nothing that is needed for it
+can be left out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def tokenizer() -> VQTokenizer:
 
 
 def two_batches(tokenizer: VQTokenizer) -> list[Tensor]:
-    """As sampling does: codes drawn on the current stream, their images on the way while the next codes are drawn. Not on the current device."""
+    """As sampling does: codes drawn on the current stream, their images on the way while the next codes are drawn. Not
+    on the current device.
+    """
     device = torch.device("cuda:1")
     with CudaDouble() as double:
         renderer, on_their_way = Renderer(tokenizer, device), []
@@ -48,20 +52,28 @@ def test_images_are_those_of_one_stream(tokenizer: VQTokenizer) -> None:
     for got, same, codes in zip(two_batches(tokenizer), expected, batches, strict=True):
         assert torch.equal(got, same)
         in_float32 = plain.start(codes).wait()
-        assert (got.int() - in_float32.int()).abs().max() <= 4 < in_float32.float().std()  # bfloat16 rounds a level or two away
+        # bfloat16 rounds a level or two away
+        assert (got.int() - in_float32.int()).abs().max() <= 4 < in_float32.float().std()
 
 
-@pytest.mark.parametrize(("removed", "message"), [
-    ((Stream, "wait_stream"), "while stream 1 may not be done with it: a wait is missing"),
-    ((Event, "synchronize"), "by the host uses memory .* a wait is missing"),
-])
-def test_a_missing_wait_is_noticed(tokenizer: VQTokenizer, removed: tuple[type, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ((Stream, "wait_stream"), "while stream 1 may not be done with it: a wait is missing"),
+        ((Event, "synchronize"), "by the host uses memory .* a wait is missing"),
+    ],
+)
+def test_a_missing_wait_is_noticed(
+    tokenizer: VQTokenizer, removed: tuple[type, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(*removed, lambda *arguments: None)
     with pytest.raises(Race, match=message):
         two_batches(tokenizer)
 
 
-def test_memory_that_the_other_stream_still_reads_is_noticed(tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_the_other_stream_still_reads_is_noticed(
+    tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Memory, "record", lambda self, stream: None)
     with pytest.raises(Race, match="is freed while stream 2 may still use it"):
         two_batches(tokenizer)

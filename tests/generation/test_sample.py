@@ -30,7 +30,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Transformer, 
 
 
 def settings(folder: Path, where: Path, **changes: object) -> SampleConfig:
-    return replace(SampleConfig(model=str(folder), out=str(where), images=43, batch_images=8, precision="fp32", seed=3, top_k=20, grid=False), **changes)
+    return replace(
+        SampleConfig(
+            model=str(folder), out=str(where), images=43, batch_images=8, precision="fp32", seed=3, top_k=20, grid=False
+        ),
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,9 @@ def test_the_file_holds_what_generate_and_the_tokenizer_make(small: tuple, tmp_p
     assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / "000041.png")), images[41])
     assert not (tmp_path / "images.npz.parts").exists()
     record = json.loads(result.record.read_text())
-    assert len(record["plan"]["weights_sha256"]) == 64 and record["plan"]["tokenizer_sha256"] == tokenizer.weights_hash()
+    assert (
+        len(record["plan"]["weights_sha256"]) == 64 and record["plan"]["tokenizer_sha256"] == tokenizer.weights_hash()
+    )
     assert (record["plan"]["seed"], record["plan"]["labels"], record["plan"]["batch_images"]) == (3, "balanced", 8)
 
 
@@ -99,7 +106,9 @@ def test_after_three_kills_the_file_is_that_of_an_unbroken_run(small: tuple, tmp
 
 
 def test_a_batch_written_by_half_is_drawn_or_copied_again(small: tuple, tmp_path: Path, unbroken: Path) -> None:
-    """Every place a kill can leave the files in, made by hand: the unfinished file and its journal cut at each kind of byte. The shorter one counts."""
+    """Every place a kill can leave the files in, made by hand: the unfinished file and its journal cut at each kind of
+    byte. The shorter one counts.
+    """
     config = settings(small[0], tmp_path / "images.npz")
     whole, lines = unbroken.read_bytes(), journal_of(unbroken)
     image, batch = 16 * 16 * 3, 8 * 16 * 16 * 3
@@ -107,9 +116,21 @@ def test_a_batch_written_by_half_is_drawn_or_copied_again(small: tuple, tmp_path
     data_end = header + 43 * image
     everything = len(whole), len(lines)
     for cut, journal_cut, drawn in (
-        (0, len(lines), 43), (10, len(lines), 43), (header, len(lines), 43), (header + 3 * image + 5, len(lines), 43), (header + batch, len(lines), 35),
-        (header + 5 * batch + 7, len(lines), 3), (data_end, len(lines), 0), (data_end + 100, len(lines), 0), (len(whole) - 1, len(lines), 0), (*everything, 0),
-        (len(whole), 0, 43), (len(whole), 38, 43), (header + 2 * batch, 39, 35), (header + 2 * batch, 39 + 20, 35), (data_end, 6 * 39 - 1, 3),
+        (0, len(lines), 43),
+        (10, len(lines), 43),
+        (header, len(lines), 43),
+        (header + 3 * image + 5, len(lines), 43),
+        (header + batch, len(lines), 35),
+        (header + 5 * batch + 7, len(lines), 3),
+        (data_end, len(lines), 0),
+        (data_end + 100, len(lines), 0),
+        (len(whole) - 1, len(lines), 0),
+        (*everything, 0),
+        (len(whole), 0, 43),
+        (len(whole), 38, 43),
+        (header + 2 * batch, 39, 35),
+        (header + 2 * batch, 39 + 20, 35),
+        (data_end, 6 * 39 - 1, 3),
     ):
         for file in tmp_path.glob("images.*"):
             if file.is_file():
@@ -124,7 +145,9 @@ def test_a_batch_written_by_half_is_drawn_or_copied_again(small: tuple, tmp_path
     assert sample_images(config).drawn == 0  # a finished job draws nothing
 
 
-def test_exact_mode_gives_the_same_bytes_for_any_batch_size(small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_exact_mode_gives_the_same_bytes_for_any_batch_size(
+    small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     contents = set()
     for batch in (1, 8, 13, 64):
         config = settings(small[0], tmp_path / f"{batch}.npz", batch_images=batch, exact=True)
@@ -136,7 +159,9 @@ def test_exact_mode_gives_the_same_bytes_for_any_batch_size(small: tuple, tmp_pa
 
 def test_random_labels_are_uniform_and_named_by_the_seed(small: tuple, tmp_path: Path) -> None:
     labels = plan_labels(3000, [0, 1, 2], "random", 0)
-    assert np.array_equal(labels, plan_labels(3000, [0, 1, 2], "random", 0)) and not np.array_equal(labels, plan_labels(3000, [0, 1, 2], "random", 1))
+    assert np.array_equal(labels, plan_labels(3000, [0, 1, 2], "random", 0)) and not np.array_equal(
+        labels, plan_labels(3000, [0, 1, 2], "random", 1)
+    )
     counts = np.bincount(labels)
     assert ((counts - 1000) ** 2 / 1000).sum() < 13.8  # chi-square, 2 degrees of freedom, p 0.001
     assert np.bincount(plan_labels(3001, [2, 0], "balanced", 0)).tolist() == [1500, 0, 1501]
@@ -145,10 +170,14 @@ def test_random_labels_are_uniform_and_named_by_the_seed(small: tuple, tmp_path:
 def test_bad_settings_and_foreign_files_get_one_clear_line(small: tuple, tmp_path: Path) -> None:
     folder, out = small[0], tmp_path / "images.npz"
     for changes, message in (
-        ({"classes": ("oak",)}, r"no class 'oak'.*there are ash, birch, 7, or numbers 0 \.\.\. 2"), ({"classes": ("brich",)}, r"near: birch"),
-        ({"classes": ("birch", "1")}, "birch more than once"), ({"images": 0}, "images: expected at least 1"), ({"guidance": 0.2}, "guidance must be"),
+        ({"classes": ("oak",)}, r"no class 'oak'.*there are ash, birch, 7, or numbers 0 \.\.\. 2"),
+        ({"classes": ("brich",)}, r"near: birch"),
+        ({"classes": ("birch", "1")}, "birch more than once"),
+        ({"images": 0}, "images: expected at least 1"),
+        ({"guidance": 0.2}, "guidance must be"),
         ({"exact": True, "precision": "bf16"}, "exact: needs precision fp32"),
-        ({"model": str(tmp_path / "nowhere")}, "nowhere"), ({"device": "cuda"}, "no CUDA device"),
+        ({"model": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"device": "cuda"}, "no CUDA device"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             sample_images(settings(folder, out, **changes))

@@ -30,9 +30,15 @@ def loss(weights: dict[str, Tensor], tokens: Tensor, label: Tensor, blocks: int,
     total = 0.0
     for sequence, cls in zip(tokens, label, strict=True):
         T = len(sequence)
-        x = torch.stack([weights["cls_embedding.embedding_table.weight"][cls], *weights["tok_embeddings.weight"][sequence[:-1]]])
+        x = torch.stack(
+            [weights["cls_embedding.embedding_table.weight"][cls], *weights["tok_embeddings.weight"][sequence[:-1]]]
+        )
         for n in range(blocks):
-            w = {name.removeprefix(f"layers.{n}."): value for name, value in weights.items() if name.startswith(f"layers.{n}.")}
+            w = {
+                name.removeprefix(f"layers.{n}."): value
+                for name, value in weights.items()
+                if name.startswith(f"layers.{n}.")
+            }
             q, k, v = (rms_norm(x, w["attention_norm.weight"]) @ w["attention.wqkv.weight"].T).chunk(3, dim=1)
             size, outs = x.shape[1] // heads, []
             for h in range(heads):
@@ -52,7 +58,9 @@ def loss(weights: dict[str, Tensor], tokens: Tensor, label: Tensor, blocks: int,
 class AdamW:
     """Loshchilov and Hutter's update with bias correction, one tensor at a time."""
 
-    def __init__(self, weights: dict[str, Tensor], lr: float, beta1: float, beta2: float, eps: float, decay: float) -> None:
+    def __init__(
+        self, weights: dict[str, Tensor], lr: float, beta1: float, beta2: float, eps: float, decay: float
+    ) -> None:
         self.weights, self.lr, self.betas, self.eps, self.decay, self.count = weights, lr, (beta1, beta2), eps, decay, 0
         self.m = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.v = {name: torch.zeros_like(w) for name, w in weights.items()}

@@ -36,8 +36,11 @@ def test_every_image_position_is_hidden_equally_often() -> None:
 
 def test_choices_do_not_depend_on_the_batch_they_are_made_in() -> None:
     part = IMAGES[40:60]
-    for draw in (lambda images: masking.key_mask(5, 2, images, 2, 49, 0.25), lambda images: masking.choose_views(5, 2, images, 2, 10),
-                 lambda images: masking.label_drop(5, 2, images, 2, 0.3)):
+    for draw in (
+        lambda images: masking.key_mask(5, 2, images, 2, 49, 0.25),
+        lambda images: masking.choose_views(5, 2, images, 2, 10),
+        lambda images: masking.label_drop(5, 2, images, 2, 0.3),
+    ):
         assert np.array_equal(draw(IMAGES)[40:60], draw(part))
         assert np.array_equal(draw(IMAGES)[::-1], draw(IMAGES[::-1]))
 
@@ -72,7 +75,12 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 def test_labels_are_dropped_for_each_view_and_epoch_anew() -> None:
     images = np.arange(50_000)
     first = masking.label_drop(0, 0, images, 3, 0.4)
-    for other in (first[:, 1], masking.label_drop(0, 1, images, 3, 0.4)[:, 0], masking.label_drop(1, 0, images, 3, 0.4)[:, 0], np.roll(first[:, 0], 1)):
+    for other in (
+        first[:, 1],
+        masking.label_drop(0, 1, images, 3, 0.4)[:, 0],
+        masking.label_drop(1, 0, images, 3, 0.4)[:, 0],
+        np.roll(first[:, 0], 1),
+    ):
         assert agreement(first[:, 0], other) < 5
     assert agreement(first[:, 0], first[:, 0]) > 100  # what it would be if two were the same
 
@@ -87,8 +95,14 @@ def test_one_choice_says_nothing_about_another() -> None:
     hidden = ~masking.key_mask(0, 0, images, 2, 17, 0.25)
     place = np.argsort(masking.epoch_order(0, 0, images))  # of each image in the epoch
     for view in (0, 1):
-        for a, b in ((dropped[:, view], views[:, 0] == 0), (dropped[:, view], hidden[:, view, 1]), (views[:, 0] == view, hidden[:, 0, 1]),
-                     (place < 25_000, views[:, 0] == view), (place < 25_000, dropped[:, view]), (hidden[:, 0, 1], hidden[:, 1, 1])):
+        for a, b in (
+            (dropped[:, view], views[:, 0] == 0),
+            (dropped[:, view], hidden[:, view, 1]),
+            (views[:, 0] == view, hidden[:, 0, 1]),
+            (place < 25_000, views[:, 0] == view),
+            (place < 25_000, dropped[:, view]),
+            (hidden[:, 0, 1], hidden[:, 1, 1]),
+        ):
             assert agreement(a, b) < 5
 
 
@@ -97,7 +111,9 @@ DRAWS = {
     "views": lambda seed, epoch: masking.choose_views(seed, epoch, IMAGES, 2, 10),
     "mask": lambda seed, epoch: masking.key_mask(seed, epoch, IMAGES, 2, 49, 0.25),
     "label": lambda seed, epoch: masking.label_drop(seed, epoch, IMAGES, 2, 0.3),
-    "positions": lambda seed, epoch: np.concatenate([masking.position_set(seed, 100 * epoch + step, 49, 4) for step in range(10)]),
+    "positions": lambda seed, epoch: np.concatenate(
+        [masking.position_set(seed, 100 * epoch + step, 49, 4) for step in range(10)]
+    ),
 }
 
 
@@ -112,7 +128,9 @@ def test_every_choice_depends_on_seed_and_epoch(choice: str) -> None:
 
 
 def test_the_seed_of_dropout_depends_on_seed_rank_and_images_seen() -> None:
-    seeds = [masking.dropout_seed(*where) for where in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1))]
+    seeds = [
+        masking.dropout_seed(*where) for where in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1))
+    ]
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
 
 

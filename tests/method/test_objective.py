@@ -45,7 +45,9 @@ def test_contrastive_losses_and_their_gradient() -> None:
     got = objective.contrastive_losses(objective.slots_first(z), objective.slots_first(k), M, TAU)
     for ours, naive in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(torch.autograd.grad(ours, z, retain_graph=True)[0], torch.autograd.grad(naive, z)[0], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, z, retain_graph=True)[0], torch.autograd.grad(naive, z)[0], rtol=1e-10, atol=1e-13
+        )
 
 
 def test_numbers_of_pairs() -> None:
@@ -68,7 +70,9 @@ def test_each_contrast_can_be_off_alone() -> None:
 
 def small_student(method: MethodConfig, blocks: int = 2) -> Student:
     torch.manual_seed(1)
-    transformer = Transformer(ModelConfig(blocks=blocks, heads=2, width=D, vocab=V, positions=T, num_classes=3, dropout=0.0)).double()
+    transformer = Transformer(
+        ModelConfig(blocks=blocks, heads=2, width=D, vocab=V, positions=T, num_classes=3, dropout=0.0)
+    ).double()
     for parameter in transformer.parameters():  # init leaves the output matrix zero: move everything
         torch.nn.init.normal_(parameter, std=0.3)
     projector = None
@@ -84,13 +88,24 @@ def batch() -> dict[str, Tensor]:
     targets = torch.randint(0, V, (B * M, T), generator=generator)
     keep = torch.rand(B * M, T, generator=generator) > 0.3
     keep[:, 0] = True
-    return {"tokens": targets[:, :-1], "label": torch.randint(0, 4, (B * M,), generator=generator), "targets": targets, "keep": keep}
+    return {
+        "tokens": targets[:, :-1],
+        "label": torch.randint(0, 4, (B * M,), generator=generator),
+        "targets": targets,
+        "keep": keep,
+    }
 
 
 @pytest.mark.parametrize("off", ["nothing", "mim", "step", "view", "contrast"])
 def test_student_forward_is_the_weighted_sum_of_naive_terms(off: str) -> None:
-    method = MethodConfig(mim_weight=0.0 if off == "mim" else 0.7, contrast_weight=0.0 if off == "contrast" else 0.4, step_contrast=off != "step",
-                          view_contrast=off != "view", contrast_positions=K, temperature=TAU)
+    method = MethodConfig(
+        mim_weight=0.0 if off == "mim" else 0.7,
+        contrast_weight=0.0 if off == "contrast" else 0.4,
+        step_contrast=off != "step",
+        view_contrast=off != "view",
+        contrast_positions=K,
+        temperature=TAU,
+    )
     student, data = small_student(method), batch()
     generator = torch.Generator().manual_seed(3)
     teacher_last = torch.randn(B * M, T, D, dtype=torch.float64, generator=generator)
@@ -99,12 +114,28 @@ def test_student_forward_is_the_weighted_sum_of_naive_terms(off: str) -> None:
     losses = student(**data, teacher_last=teacher_last, keys=objective.slots_first(keys), positions=positions)
 
     out = student.transformer(data["tokens"], data["label"], data["keep"], blocks=(1,))
-    ar = sum(-math.log(math.exp(out.logits[s, t, data["targets"][s, t]].item()) / sum(math.exp(x) for x in out.logits[s, t].tolist()))
-             for s in range(B * M) for t in range(T)) / (B * M * T)
+    ar = sum(
+        -math.log(
+            math.exp(out.logits[s, t, data["targets"][s, t]].item())
+            / sum(math.exp(x) for x in out.logits[s, t].tolist())
+        )
+        for s in range(B * M)
+        for t in range(T)
+    ) / (B * M * T)
     mim = sum(1 - cosine(out.last[s, t], teacher_last[s, t]) for s in range(B * M) for t in range(T)) / (B * M * T)
     step = view = torch.zeros(())
     if method.contrasts:
-        z = torch.stack([torch.stack([torch.stack([student.projector(out.features[1][b * M + m, i]) for i in positions]) for m in range(M)]) for b in range(B)])
+        z = torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.stack([student.projector(out.features[1][b * M + m, i]) for i in positions])
+                        for m in range(M)
+                    ]
+                )
+                for b in range(B)
+            ]
+        )
         step, view = naive_contrast(z, keys)
         step, view = (step if method.step_contrast else 0 * step), (view if method.view_contrast else 0 * view)
     torch.testing.assert_close(losses.ar.item(), ar, rtol=1e-6, atol=0)  # logits are float32 by contract
@@ -118,16 +149,22 @@ def test_student_forward_is_the_weighted_sum_of_naive_terms(off: str) -> None:
     gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
     out = student.transformer(data["tokens"], data["label"], data["keep"], blocks=(1,), logits=False)
-    naive = torch.nn.functional.cross_entropy((out.hidden @ student.transformer.output.weight.T).flatten(0, 1), data["targets"].flatten())
+    naive = torch.nn.functional.cross_entropy(
+        (out.hidden @ student.transformer.output.weight.T).flatten(0, 1), data["targets"].flatten()
+    )
     if method.mim_weight:
-        naive = naive + method.mim_weight * sum(1 - cosine(out.last[s, t], teacher_last[s, t]) for s in range(B * M) for t in range(T)) / (B * M * T)
+        naive = naive + method.mim_weight * sum(
+            1 - cosine(out.last[s, t], teacher_last[s, t]) for s in range(B * M) for t in range(T)
+        ) / (B * M * T)
     if method.contrasts:
         slots = objective.gather_slots(out.features[1], positions, M)
         step, view = naive_contrast(student.projector(slots), keys)
         naive = naive + method.contrast_weight * (step * method.step_contrast + view * method.view_contrast) / 2
     naive.backward()
     for name, parameter in student.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-8, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_without_the_method_nothing_of_it_exists() -> None:

@@ -14,7 +14,11 @@ from tests.method import plain_llamagen
 
 def test_plain_training_is_llamagens_to_1e_10() -> None:
     method = MethodConfig(views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0)
-    config = RunConfig(ModelConfig(2, 2, 16, vocab=7, positions=9, num_classes=3, dropout=0.0), method, OptimConfig(lr_per_256_images=0.01))
+    config = RunConfig(
+        ModelConfig(2, 2, 16, vocab=7, positions=9, num_classes=3, dropout=0.0),
+        method,
+        OptimConfig(lr_per_256_images=0.01),
+    )
     transformer = Transformer(config.model).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -9,23 +9,50 @@ from star_fast.errors import UserError
 from star_fast.model.class_table import ClassMatch, match_classes
 
 
-@pytest.mark.parametrize(("theirs", "ours", "rows", "told"), [
-    (["a", "b"], ["a", "b"], (0, 1), ""),
-    (["a", "b", "c"], ["c", "a"], (2, 0), "class embeddings: 2 of 2 taken by name"),
-    (["a", "b"], ["b", "x", "y"], (1, None, None), "class embeddings: 1 of 3 taken by name, 2 fresh: x, y"),
-    (["a"], [str(n) for n in range(9)], (None,) * 9, "class embeddings: 0 of 9 taken by name, 9 fresh: 0, 1, 2, 3, 4, 5, and 3 more"),
-    (["crane", "b", "crane"], ["b", "crane", "crane", "crane"], (1, 0, 2, None), "class embeddings: 3 of 4 taken by name, 1 fresh: crane"),
-    (None, ["a", "b"], (0, 1), "class embeddings: all 2 taken by number, since names are not known"),
-    (["class 0", "class 1"], ["a", "b"], (0, 1), "class embeddings: all 2 taken by number, since names are not known"),
-    (["a", "b"], ["class 0", "class 1"], (0, 1), "class embeddings: all 2 taken by number, since names are not known"),
-    (["a", "b"], None, (0, 1), ""),
-])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "rows", "told"),
+    [
+        (["a", "b"], ["a", "b"], (0, 1), ""),
+        (["a", "b", "c"], ["c", "a"], (2, 0), "class embeddings: 2 of 2 taken by name"),
+        (["a", "b"], ["b", "x", "y"], (1, None, None), "class embeddings: 1 of 3 taken by name, 2 fresh: x, y"),
+        (
+            ["a"],
+            [str(n) for n in range(9)],
+            (None,) * 9,
+            "class embeddings: 0 of 9 taken by name, 9 fresh: 0, 1, 2, 3, 4, 5, and 3 more",
+        ),
+        (
+            ["crane", "b", "crane"],
+            ["b", "crane", "crane", "crane"],
+            (1, 0, 2, None),
+            "class embeddings: 3 of 4 taken by name, 1 fresh: crane",
+        ),
+        (None, ["a", "b"], (0, 1), "class embeddings: all 2 taken by number, since names are not known"),
+        (
+            ["class 0", "class 1"],
+            ["a", "b"],
+            (0, 1),
+            "class embeddings: all 2 taken by number, since names are not known",
+        ),
+        (
+            ["a", "b"],
+            ["class 0", "class 1"],
+            (0, 1),
+            "class embeddings: all 2 taken by number, since names are not known",
+        ),
+        (["a", "b"], None, (0, 1), ""),
+    ],
+)
 def test_matching(theirs: list[str] | None, ours: list[str] | None, rows: tuple[int | None, ...], told: str) -> None:
     assert match_classes("x.pt", len(theirs or rows), theirs, len(rows), ours) == ClassMatch(rows, told)
 
 
 def test_what_cannot_be_matched() -> None:
-    with pytest.raises(UserError, match=r"x\.pt: weights of 2 classes, the data here has 3: give the names of its 2 classes with --init-class-names FILE"):
+    with pytest.raises(
+        UserError,
+        match=r"x\.pt: weights of 2 classes, the data here has 3: give the names of its 2 classes with "
+        r"--init-class-names FILE",
+    ):
         match_classes("x.pt", 2, None, 3, ["a", "b", "c"])
     with pytest.raises(UserError, match="the data here has no class names, so none can be matched"):
         match_classes("x.pt", 2, ["a", "b"], 3, ["class 0", "class 1", "class 2"])

@@ -26,10 +26,15 @@ def shapes(blocks: int, width: int, vocab: int = 16384, classes: int = 1000) -> 
     hidden = {32: 256, 64: 256, 200: 768, 768: 2048, 1024: 2816, 1280: 3584, 1536: 4096, 2048: 5632, 3200: 8704}[width]
     listed = {"cls_embedding.embedding_table.weight": (classes + 1, width), "tok_embeddings.weight": (vocab, width)}
     for n in range(blocks):
-        listed |= {f"layers.{n}.attention.wqkv.weight": (3 * width, width), f"layers.{n}.attention.wo.weight": (width, width),
-                   f"layers.{n}.feed_forward.w1.weight": (hidden, width), f"layers.{n}.feed_forward.w3.weight": (hidden, width),
-                   f"layers.{n}.feed_forward.w2.weight": (width, hidden), f"layers.{n}.attention_norm.weight": (width,),
-                   f"layers.{n}.ffn_norm.weight": (width,)}
+        listed |= {
+            f"layers.{n}.attention.wqkv.weight": (3 * width, width),
+            f"layers.{n}.attention.wo.weight": (width, width),
+            f"layers.{n}.feed_forward.w1.weight": (hidden, width),
+            f"layers.{n}.feed_forward.w3.weight": (hidden, width),
+            f"layers.{n}.feed_forward.w2.weight": (width, hidden),
+            f"layers.{n}.attention_norm.weight": (width,),
+            f"layers.{n}.ffn_norm.weight": (width,),
+        }
     return listed | {"norm.weight": (width,), "output.weight": (vocab, width)}
 
 
@@ -38,10 +43,14 @@ def small_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes(2, 32, 37, 5).items()}
 
 
-def config_of(name: str, blocks: int = 12, width: int = 768, freqs: tuple | None = None, args: dict | None = None, **given: int) -> ModelConfig:
+def config_of(
+    name: str, blocks: int = 12, width: int = 768, freqs: tuple | None = None, args: dict | None = None, **given: int
+) -> ModelConfig:
     """What is read off the shapes of a released file of that name, without the file."""
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes(blocks, width).items()}
-    return checkpoint_config(Path(name), Checkpoint(weights, freqs, args or {}), **{"heads": None, "positions": None, **given})
+    return checkpoint_config(
+        Path(name), Checkpoint(weights, freqs, args or {}), **{"heads": None, "positions": None, **given}
+    )
 
 
 def expect_one_line(path: Path, *parts: str, **given: object) -> None:
@@ -53,7 +62,8 @@ def expect_one_line(path: Path, *parts: str, **given: object) -> None:
         assert part in message, message
 
 
-# --- what loads -------------------------------------------------------------------------------------------------------------------
+# --- what loads
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
@@ -61,7 +71,12 @@ def expect_one_line(path: Path, *parts: str, **given: object) -> None:
 def test_every_wrapper(tmp_path: Path, wrapper: str | None, with_freqs: bool) -> None:
     weights, path = small_weights(), tmp_path / "some.pt"
     stored = weights | ({"freqs_cis": torch.full((17, 8, 2), torch.nan)} if with_freqs else {})
-    beside = {"optimizer": {"state": {}}, "steps": 5, "ema": {"tok_embeddings.weight": torch.zeros(1)}, "args": argparse.Namespace(gpt_type="c2i", lr=1e-4)}
+    beside = {
+        "optimizer": {"state": {}},
+        "steps": 5,
+        "ema": {"tok_embeddings.weight": torch.zeros(1)},
+        "args": argparse.Namespace(gpt_type="c2i", lr=1e-4),
+    }
     torch.save(stored if wrapper is None else {wrapper: stored, **beside}, path)
     model = load_transformer(path, **({} if with_freqs else {"heads": 2, "positions": 16}))
     assert model.config == SMALL and not model.training
@@ -73,9 +88,18 @@ def test_every_wrapper(tmp_path: Path, wrapper: str | None, with_freqs: bool) ->
     assert torch.equal(model(tokens, label).logits, plain(tokens, label).logits)
 
 
-@pytest.mark.parametrize(("name", "blocks", "width", "heads", "positions"), [
-    ("c2i_B_256.pt", 12, 768, 12, 256), ("c2i_L_256.pt", 24, 1024, 16, 256), ("c2i_B_384.pt", 12, 768, 12, 576), ("c2i_L_384.pt", 24, 1024, 16, 576),
-    ("c2i_XL_384.pt", 36, 1280, 20, 576), ("c2i_XXL_384.pt", 48, 1536, 24, 576), ("c2i_3B_384.pt", 24, 3200, 32, 576)])
+@pytest.mark.parametrize(
+    ("name", "blocks", "width", "heads", "positions"),
+    [
+        ("c2i_B_256.pt", 12, 768, 12, 256),
+        ("c2i_L_256.pt", 24, 1024, 16, 256),
+        ("c2i_B_384.pt", 12, 768, 12, 576),
+        ("c2i_L_384.pt", 24, 1024, 16, 576),
+        ("c2i_XL_384.pt", 36, 1280, 20, 576),
+        ("c2i_XXL_384.pt", 48, 1536, 24, 576),
+        ("c2i_3B_384.pt", 24, 3200, 32, 576),
+    ],
+)
 def test_released_files_are_known_by_name(name: str, blocks: int, width: int, heads: int, positions: int) -> None:
     config = config_of(name, blocks, width)
     assert (config.blocks, config.heads, config.width, config.positions) == (blocks, heads, width, positions)
@@ -84,27 +108,57 @@ def test_released_files_are_known_by_name(name: str, blocks: int, width: int, he
 
 def test_a_head_size_of_100_loads_whole(tmp_path: Path) -> None:
     """The 3B model's."""
-    torch.save({"model": {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes(1, 200, 4, 2).items()}}, tmp_path / "wide.pt")
+    torch.save(
+        {"model": {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes(1, 200, 4, 2).items()}},
+        tmp_path / "wide.pt",
+    )
     model = load_transformer(tmp_path / "wide.pt", heads=2, positions=4)
     assert model.config.head_size == 100 and model.tok_embeddings.weight.dtype == torch.bfloat16
     assert model.rotary.shape == (4, 50, 2) and model.rotary.dtype == torch.float32
     assert config_of("x.pt", 1, 3200).head_size == 100
 
 
-@pytest.mark.parametrize(("source", "args", "name", "freqs", "given", "expected"), [
-    ("the argument", {}, "x.pt", None, {"heads": 6, "positions": 64}, (6, 64)),
-    ("the shape of freqs_cis", {}, "x.pt", (145, 64, 2), {}, (6, 144)),
-    ("the file's args", {"gpt_model": "GPT-B", "image_size": 384, "downsample_size": 16}, "x.pt", None, {}, (12, 576)),
-    ("the file's args", {"gpt_model": "GPT-B", "image_size": 256, "downsample_size": 8}, "x.pt", None, {}, (12, 1024)),
-    ("the file's name", {"gpt_model": "my own"}, "run7_c2i_B_384.pt", None, {}, (12, 576)),
-    ("LlamaGen's", {"lr": 1.0}, "x.pt", None, {}, (12, 256)),
-])
-def test_sources_of_heads_and_positions(caplog: pytest.LogCaptureFixture, source: str, args: dict, name: str, freqs: tuple | None, given: dict,
-                                        expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("source", "args", "name", "freqs", "given", "expected"),
+    [
+        ("the argument", {}, "x.pt", None, {"heads": 6, "positions": 64}, (6, 64)),
+        ("the shape of freqs_cis", {}, "x.pt", (145, 64, 2), {}, (6, 144)),
+        (
+            "the file's args",
+            {"gpt_model": "GPT-B", "image_size": 384, "downsample_size": 16},
+            "x.pt",
+            None,
+            {},
+            (12, 576),
+        ),
+        (
+            "the file's args",
+            {"gpt_model": "GPT-B", "image_size": 256, "downsample_size": 8},
+            "x.pt",
+            None,
+            {},
+            (12, 1024),
+        ),
+        ("the file's name", {"gpt_model": "my own"}, "run7_c2i_B_384.pt", None, {}, (12, 576)),
+        ("LlamaGen's", {"lr": 1.0}, "x.pt", None, {}, (12, 256)),
+    ],
+)
+def test_sources_of_heads_and_positions(
+    caplog: pytest.LogCaptureFixture,
+    source: str,
+    args: dict,
+    name: str,
+    freqs: tuple | None,
+    given: dict,
+    expected: tuple[int, int],
+) -> None:
     with caplog.at_level(logging.INFO):
         config = config_of(name, freqs=freqs, args=args, **given)
     assert (config.heads, config.positions) == expected
-    assert f"heads {expected[0]}, from {source}" in caplog.text and f"positions {expected[1]}, from {source}" in caplog.text
+    assert (
+        f"heads {expected[0]}, from {source}" in caplog.text
+        and f"positions {expected[1]}, from {source}" in caplog.text
+    )
 
 
 SOURCES = {
@@ -122,27 +176,41 @@ def test_sources_that_contradict_raise(first: str, second: str) -> None:
         config_of(said.get("name", "x.pt"), freqs=said.get("freqs"), args=said.get("args"), **said.get("given", {}))
 
 
-@pytest.mark.parametrize(("name", "args", "message"), [
-    ("c2i_L_256.pt", {}, "the weights' shapes and the file's name contradict each other: blocks 12 against 24"),
-    ("x.pt", {"gpt_model": "GPT-XL"}, "the weights' shapes and the file's args contradict each other: blocks 12 against 36"),
-    ("x.pt", {"num_classes": 10}, "the weights' shapes and the file's args contradict each other: num_classes 1000 against 10"),
-    ("x.pt", {"vocab_size": 8192}, "vocab 16384 against 8192"),
-    ("x.pt", {"gpt_type": "t2i"}, "a text-conditional LlamaGen model"),
-])
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("c2i_L_256.pt", {}, "the weights' shapes and the file's name contradict each other: blocks 12 against 24"),
+        (
+            "x.pt",
+            {"gpt_model": "GPT-XL"},
+            "the weights' shapes and the file's args contradict each other: blocks 12 against 36",
+        ),
+        (
+            "x.pt",
+            {"num_classes": 10},
+            "the weights' shapes and the file's args contradict each other: num_classes 1000 against 10",
+        ),
+        ("x.pt", {"vocab_size": 8192}, "vocab 16384 against 8192"),
+        ("x.pt", {"gpt_type": "t2i"}, "a text-conditional LlamaGen model"),
+    ],
+)
 def test_shapes_contradict_what_is_said(name: str, args: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
         config_of(name, args=args)
     assert message in str(caught.value)
 
 
-# --- what does not ----------------------------------------------------------------------------------------------------------------
+# --- what does not
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_heads_that_nothing_tells(tmp_path: Path) -> None:
     torch.save({"model": small_weights()}, tmp_path / "x.pt")
     expect_one_line(tmp_path / "x.pt", "nothing tells the number of heads of a model of width 32; give heads")
     expect_one_line(tmp_path / "x.pt", "model.width", "a multiple of model.heads = 5", heads=5)
-    expect_one_line(tmp_path / "x.pt", "positions must be a square number, got 15 from the argument", heads=2, positions=15)
+    expect_one_line(
+        tmp_path / "x.pt", "positions must be a square number, got 15 from the argument", heads=2, positions=15
+    )
 
 
 def test_differences_are_listed(tmp_path: Path) -> None:
@@ -151,8 +219,15 @@ def test_differences_are_listed(tmp_path: Path) -> None:
     weights["layers.0.attention.wo.weight"] = torch.zeros(32, 48)
     weights |= {f"extra.{n}": torch.zeros(1) for n in range(9)}
     torch.save({"model": weights}, path)
-    expect_one_line(path, "layers.0.attention.wo.weight: expected (32, 32), found (32, 48)", "missing: layers.1.feed_forward.w3.weight; norm.weight",
-                    "unexpected: extra.0; extra.1; ", "extra.5; and 3 more", heads=2, positions=16)
+    expect_one_line(
+        path,
+        "layers.0.attention.wo.weight: expected (32, 32), found (32, 48)",
+        "missing: layers.1.feed_forward.w3.weight; norm.weight",
+        "unexpected: extra.0; extra.1; ",
+        "extra.5; and 3 more",
+        heads=2,
+        positions=16,
+    )
     weights = {name: tensor for name, tensor in small_weights().items() if not name.startswith("tok")}
     torch.save({"model": weights}, path)
     expect_one_line(path, "'tok_embeddings.weight' is not among them")
@@ -162,7 +237,9 @@ def test_a_feed_forward_of_another_size(tmp_path: Path) -> None:
     weights = small_weights()
     weights["layers.1.feed_forward.w1.weight"] = torch.zeros(128, 32)
     torch.save(weights, tmp_path / "x.pt")
-    expect_one_line(tmp_path / "x.pt", "layers.1.feed_forward.w1.weight: expected (256, 32), found (128, 32)", heads=2, positions=16)
+    expect_one_line(
+        tmp_path / "x.pt", "layers.1.feed_forward.w1.weight: expected (256, 32), found (128, 32)", heads=2, positions=16
+    )
 
 
 class Harmful:
@@ -208,7 +285,8 @@ def test_truncated_files(tmp_path: Path, suffix: str, share: float) -> None:
     expect_one_line(path, "truncated or not a", "copy or download it again")
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------------------
+# --- saving
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,18 +297,35 @@ def test_save_and_load_round_trip(tmp_path: Path, suffix: str, dtype: torch.dtyp
     save_transformer(model, tmp_path / f"x{suffix}")
     again = load_transformer(tmp_path / f"x{suffix}")
     assert again.config == SMALL
-    assert all(torch.equal(value, again.state_dict()[name]) and value.dtype == again.state_dict()[name].dtype for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) and value.dtype == again.state_dict()[name].dtype
+        for name, value in model.state_dict().items()
+    )
     assert load_transformer(tmp_path / f"x{suffix}", dtype=torch.float64).output.weight.dtype == torch.float64
-    expect_one_line(tmp_path / f"x{suffix}", "the argument and the file's args contradict each other: heads 4 against 2", heads=4)
+    expect_one_line(
+        tmp_path / f"x{suffix}", "the argument and the file's args contradict each other: heads 4 against 2", heads=4
+    )
 
 
 def test_saved_file_is_what_the_released_code_reads(tmp_path: Path) -> None:
-    """It takes checkpoint["model"] from a plain torch.load and loads that strictly to resume: exact names, no table of angles, tensors of their own."""
+    """It takes checkpoint["model"] from a plain torch.load and loads that strictly to resume: exact names, no table of
+    angles, tensors of their own.
+    """
     save_transformer(Transformer(SMALL), tmp_path / "x.pt")
     content = torch.load(tmp_path / "x.pt", map_location="cpu", weights_only=True)  # no allow-list
     assert {name: tuple(value.shape) for name, value in content["model"].items()} == shapes(2, 32, 37, 5)
-    assert all(value.is_contiguous() and value.untyped_storage().nbytes() == 4 * value.numel() for value in content["model"].values())
-    assert content["args"] == {"gpt_type": "c2i", "cls_token_num": 1, "n_head": 2, "block_size": 16, "vocab_size": 37, "num_classes": 5}
+    assert all(
+        value.is_contiguous() and value.untyped_storage().nbytes() == 4 * value.numel()
+        for value in content["model"].values()
+    )
+    assert content["args"] == {
+        "gpt_type": "c2i",
+        "cls_token_num": 1,
+        "n_head": 2,
+        "block_size": 16,
+        "vocab_size": 37,
+        "num_classes": 5,
+    }
 
 
 def test_safetensors_without_our_header(tmp_path: Path) -> None:
@@ -244,10 +339,19 @@ def test_freqs_cis_of_no_known_shape(tmp_path: Path) -> None:
         expect_one_line(tmp_path / "x.pt", "freqs_cis must be (T + 1, E/2, 2)", str(shape))
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------------------
+# --- the tokenizer
+# ----------------------------------------------------------------------------------------------------------------
 
-TOKENIZER = TokenizerConfig(base_channels=16, multipliers=(1, 3, 2), residual_blocks=1, z_channels=12, code_channels=4, codebook=23, image_channels=1,
-                            image_size=28)
+TOKENIZER = TokenizerConfig(
+    base_channels=16,
+    multipliers=(1, 3, 2),
+    residual_blocks=1,
+    z_channels=12,
+    code_channels=4,
+    codebook=23,
+    image_channels=1,
+    image_size=28,
+)
 
 
 @pytest.mark.parametrize("form", ["model", "state_dict", "bare", "safetensors"])
@@ -259,7 +363,10 @@ def test_tokenizer_round_trip(tmp_path: Path, form: str) -> None:
     if form == "safetensors":
         safetensors.torch.save_file(weights, path)
     else:
-        torch.save(weights if form == "bare" else {form: weights, "ema": {}, "args": argparse.Namespace(vq_model="VQ-16")}, path)
+        torch.save(
+            weights if form == "bare" else {form: weights, "ema": {}, "args": argparse.Namespace(vq_model="VQ-16")},
+            path,
+        )
     loaded = load_tokenizer(path, image_size=28)
     assert loaded.config == TOKENIZER and not loaded.training
     assert loaded.weights_hash() == tokenizer.weights_hash()
@@ -274,10 +381,14 @@ def test_tokenizer_folder(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "tokenizer").weights_hash() == tokenizer.weights_hash()
 
 
-@pytest.mark.parametrize(("multipliers", "downsampling"), [((1, 1, 2, 2, 4), 16), ((1, 2, 2, 4), 8)], ids=["VQ-16", "VQ-8"])
+@pytest.mark.parametrize(
+    ("multipliers", "downsampling"), [((1, 1, 2, 2, 4), 16), ((1, 2, 2, 4), 8)], ids=["VQ-16", "VQ-8"]
+)
 def test_released_tokenizers_are_recognised(multipliers: tuple[int, ...], downsampling: int) -> None:
     with torch.device("meta"):
-        config = tokenizer_config(VQTokenizer(TokenizerConfig(multipliers=multipliers)).state_dict(), "vq.pt", image_size=256)
+        config = tokenizer_config(
+            VQTokenizer(TokenizerConfig(multipliers=multipliers)).state_dict(), "vq.pt", image_size=256
+        )
     assert config == TokenizerConfig(multipliers=multipliers) and config.downsampling == downsampling
 
 
@@ -286,7 +397,10 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found; expected a LlamaGen checkpoint"):
         load_tokenizer(path)
     torch.save({"model": small_weights()}, path)
-    with pytest.raises(UserError, match=r"expected the weights of a LlamaGen VQ tokenizer, but 'encoder\.conv_in\.weight' is not among them"):
+    with pytest.raises(
+        UserError,
+        match=r"expected the weights of a LlamaGen VQ tokenizer, but 'encoder\.conv_in\.weight' is not among them",
+    ):
         load_tokenizer(path)
     weights = VQTokenizer(TOKENIZER).state_dict()
     del weights["decoder.mid.1.q.weight"]

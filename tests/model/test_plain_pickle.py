@@ -42,9 +42,16 @@ def read(data: bytes, **allowed: type) -> Any:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_data_comes_out_as_it_went_in(protocol: int) -> None:
     shared = [1]
-    content = {"model": OrderedDict(a=1, b=(1, 2, 3, 4)), "args": argparse.Namespace(lr=1e-4, name="größe", none=None, flags=[True, False], big=2**70),
-               "size": torch.Size([3, 4]), "deep": [[(), (1,), (1, 2)], {}, []], 7: -1, "shared": (shared, shared), "long": list(range(3000)),
-               "text": "x" * 70_000}
+    content = {
+        "model": OrderedDict(a=1, b=(1, 2, 3, 4)),
+        "args": argparse.Namespace(lr=1e-4, name="größe", none=None, flags=[True, False], big=2**70),
+        "size": torch.Size([3, 4]),
+        "deep": [[(), (1,), (1, 2)], {}, []],
+        7: -1,
+        "shared": (shared, shared),
+        "long": list(range(3000)),
+        "text": "x" * 70_000,
+    }
     found = read(pickled(content, protocol))
     assert found == content and found["shared"][0] is found["shared"][1] and type(found["size"]) is torch.Size
 
@@ -81,30 +88,60 @@ def test_nothing_runs(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return self.reduced
 
-    harmful = [Harmful(os.system, f"touch {witness}"), Harmful(eval, f"open({str(witness)!r}, 'w')"), Harmful(Path.touch, witness), Harmful(exec, "0"),
-               Harmful(os.open, str(witness), os.O_CREAT), Harmful(getattr, 1, "real"), Harmful(torch.load, "x"), Harmful(bytearray, 10),
-               Harmful(type, "x")]
+    harmful = [
+        Harmful(os.system, f"touch {witness}"),
+        Harmful(eval, f"open({str(witness)!r}, 'w')"),
+        Harmful(Path.touch, witness),
+        Harmful(exec, "0"),
+        Harmful(os.open, str(witness), os.O_CREAT),
+        Harmful(getattr, 1, "real"),
+        Harmful(torch.load, "x"),
+        Harmful(bytearray, 10),
+        Harmful(type, "x"),
+    ]
     for protocol in (2, 4):
         for item in harmful:
             with pytest.raises(Foreign):
                 read(pickled({"model": [item]}, protocol))
-    for data in (b"cos\nsystem\n(X\x04\0\0\0truetR.", b"(cos\nsystem\nX\x04\0\0\0trueo.", b"(X\x04\0\0\0trueios\nsystem\n.", b"(S'true'\nios\nsystem\n.",
-                 b"\x80\x04\x8c\x02os\x8c\x06system\x93)R.", b"\x82\x01.", b"\x80\x02cargparse\nNamespace\n}b.", b"\x80\x02cargparse\nNamespace\nN}\x86b.",
-                 b"\x80\x02ccollections\nOrderedDict\n]\x85R.", b"\x80\x02cargparse\nNamespace\n]\x85R.", b"\x80\x04)\x8c\x01x\x93."):
+    for data in (
+        b"cos\nsystem\n(X\x04\0\0\0truetR.",
+        b"(cos\nsystem\nX\x04\0\0\0trueo.",
+        b"(X\x04\0\0\0trueios\nsystem\n.",
+        b"(S'true'\nios\nsystem\n.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93)R.",
+        b"\x82\x01.",
+        b"\x80\x02cargparse\nNamespace\n}b.",
+        b"\x80\x02cargparse\nNamespace\nN}\x86b.",
+        b"\x80\x02ccollections\nOrderedDict\n]\x85R.",
+        b"\x80\x02cargparse\nNamespace\n]\x85R.",
+        b"\x80\x04)\x8c\x01x\x93.",
+    ):
         with pytest.raises(Damaged):
             read(data)
     assert not witness.exists() and not vars(argparse.Namespace()) and "pickle.find_class" not in sys.argv
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (b"", "pickle exhausted|no end|not enough"), (b".", "IndexError"), (b"\x80\x02}", "pickle exhausted|no end"), (b"\x80\x02h\x05.", "KeyError: 5"),
-    (b"\x80\x02t.", "IndexError"), (b"\x80\x02}K\x01a.", "expected a list"), (b"\x80\x02]K\x01K\x01s.", "expected a dict"),
-    (b"\x80\x02NQ.", "other than a storage"),
-    (b"\x80\x02(X\x07\0\0\0storageX\x01\0\0\0xX\x01\0\0\0xX\x01\0\0\0xK\x01tQ.", "other than a storage"), (b"\x80\x02K\x01K\x01R.", "what has no name"),
-    (b"\x80\x02ctorch\nSize\n(\x8a\x09\0\0\0\0\0\0\0\0\x01t\x85R.", "a size that is none"), (b"\x80\x02X\xff\xff\xff\x7fx.", "expected 2147483647 bytes"),
-    (b"\xff\xfe", "opcode"), (b"\x80\x02}(K\x01u.", "ValueError"), (b"L" + b"9" * 5000 + b"L\n.", "4300 digits|LONG"),
-    (b"\x80\x02}]K\x01s.", "neither text nor"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "pickle exhausted|no end|not enough"),
+        (b".", "IndexError"),
+        (b"\x80\x02}", "pickle exhausted|no end"),
+        (b"\x80\x02h\x05.", "KeyError: 5"),
+        (b"\x80\x02t.", "IndexError"),
+        (b"\x80\x02}K\x01a.", "expected a list"),
+        (b"\x80\x02]K\x01K\x01s.", "expected a dict"),
+        (b"\x80\x02NQ.", "other than a storage"),
+        (b"\x80\x02(X\x07\0\0\0storageX\x01\0\0\0xX\x01\0\0\0xX\x01\0\0\0xK\x01tQ.", "other than a storage"),
+        (b"\x80\x02K\x01K\x01R.", "what has no name"),
+        (b"\x80\x02ctorch\nSize\n(\x8a\x09\0\0\0\0\0\0\0\0\x01t\x85R.", "a size that is none"),
+        (b"\x80\x02X\xff\xff\xff\x7fx.", "expected 2147483647 bytes"),
+        (b"\xff\xfe", "opcode"),
+        (b"\x80\x02}(K\x01u.", "ValueError"),
+        (b"L" + b"9" * 5000 + b"L\n.", "4300 digits|LONG"),
+        (b"\x80\x02}]K\x01s.", "neither text nor"),
+    ],
+)
 def test_damage(data: bytes, message: str) -> None:
     with pytest.raises(Damaged, match=message):
         read(data)
@@ -121,7 +158,8 @@ def test_what_a_pickle_asks_for_stays_within_bounds() -> None:
         (b"]\x94" * (MOST_BYTES // 2 - 1) + b".", None),
         (b"]" * 50_000 + b"a" * 49_999 + b".", None),  # nested fifty thousand deep
         (b"]q\0h\0a.", None),  # a list of itself
-        (name + state + b"h\0)\x81h\1b" * 20_000 + b".", None),  # twenty thousand namespaces of twenty thousand attributes
+        # Twenty thousand namespaces of twenty thousand attributes
+        (name + state + b"h\0)\x81h\1b" * 20_000 + b".", None),
         (doubled + b".", None),
         (b"}" + doubled + b"K\1s.", "keys are neither text nor"),  # hashing it would take 2^200 steps
         (b"}" + b")" + b"\x85" * 200_000 + b"K\1s.", "keys are neither text nor"),  # or overflow the C stack

@@ -1,4 +1,6 @@
-"""What backward computes anew runs on the backend of the first time, also where backward comes after the block that chose it."""
+"""What backward computes anew runs on the backend of the first time, also where backward comes after the block that
+chose it.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,8 @@ def test_backend_is_kept(keep_attention: bool, monkeypatch: pytest.MonkeyPatch) 
         out.logits.sum().backward()
         assert dispatch._override == ("reference", {})
     again = ran[forward:]
-    assert {name for name, _ in again} == {"add_rms_norm", "swiglu"} | (set() if keep_attention else {"masked_attention_qkv"})
+    assert {name for name, _ in again} == {"add_rms_norm", "swiglu"} | (
+        set() if keep_attention else {"masked_attention_qkv"}
+    )
     assert {backend for _, backend in ran} == {"triton"}
     assert dispatch._override is None

@@ -1,4 +1,6 @@
-"""model.tensor_files: the header of a safetensors file is held against the file; weights that do not fit, or are not finite, are named."""
+"""model.tensor_files: the header of a safetensors file is held against the file; weights that do not fit, or are not
+finite, are named.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,16 @@ def refusal(path: Path) -> str:
 
 
 def test_a_safetensors_file_as_the_library_writes_it(tmp_path: Path) -> None:
-    weights = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "n": torch.arange(3), "none": torch.zeros(0, 2), "scalar": torch.tensor(2.0),
-               "f8": torch.ones(2).to(torch.float8_e4m3fn), "flag": torch.tensor([True, False]), "c": torch.ones(2, dtype=torch.complex64)}
+    weights = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).bfloat16(),
+        "n": torch.arange(3),
+        "none": torch.zeros(0, 2),
+        "scalar": torch.tensor(2.0),
+        "f8": torch.ones(2).to(torch.float8_e4m3fn),
+        "flag": torch.tensor([True, False]),
+        "c": torch.ones(2, dtype=torch.complex64),
+    }
     safetensors.torch.save_file(weights, tmp_path / "x.safetensors", metadata={"args": "{}", "größe": "x"})
     with open_tensors(tmp_path / "x.safetensors", "") as opened:
         assert opened.content.keys() == weights.keys() and opened.metadata == {"args": "{}", "größe": "x"}
@@ -49,27 +59,51 @@ def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-@pytest.mark.parametrize(("header", "message"), [
-    ({"w": entry(shape=[10**9])}, "w: torch.float32 "), ({"w": entry(shape=[2**40, 2**40])}, "w: "), ({"w": entry(offsets=[0, 2**40])}, "in bytes 0 to"),
-    ({"w": entry(offsets=[4, 12])}, "where 0 is the next free one"), ({"w": entry(offsets=[8, 0])}, "in bytes 8 to 0"),
-    ({"w": entry(shape=[-2])}, "expected dtype"),
-    ({"w": entry(shape=[2.0])}, "expected dtype"), ({"w": entry(shape=[True, 2])}, "expected dtype"), ({"w": entry(shape="2")}, "expected dtype"),
-    ({"w": entry(shape=[1] * 9)}, "expected dtype"), ({"w": entry(offsets=[0])}, "expected dtype"), ({"w": entry(offsets={})}, "expected dtype"),
-    ({"w": entry(dtype="F31")}, "expected dtype"), ({"w": entry(dtype=["F32"])}, "expected dtype"),
-    ({"w": [1]}, "expected dtype"), ({"w": {}}, "expected dtype"),
-    ({"w": entry(), "v": entry()}, "where 8 is the next free one"), ({}, "bytes are described"), ({"w": entry([1], [0, 4])}, "bytes are described"),
-    ([], "expected tensors by name"), (3, "expected tensors by name"), ({"__metadata__": 3}, "metadata that is text"), ({"__metadata__": {"a": 1}}, "metadata"),
-    (b"{", "header: "), (b"\xff\xfe{}", "header: "), (b'{"w": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply"),
-    (b'{"w": 1' + b"0" * 5000 + b"}", "digits"),
-])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"w": entry(shape=[10**9])}, "w: torch.float32 "),
+        ({"w": entry(shape=[2**40, 2**40])}, "w: "),
+        ({"w": entry(offsets=[0, 2**40])}, "in bytes 0 to"),
+        ({"w": entry(offsets=[4, 12])}, "where 0 is the next free one"),
+        ({"w": entry(offsets=[8, 0])}, "in bytes 8 to 0"),
+        ({"w": entry(shape=[-2])}, "expected dtype"),
+        ({"w": entry(shape=[2.0])}, "expected dtype"),
+        ({"w": entry(shape=[True, 2])}, "expected dtype"),
+        ({"w": entry(shape="2")}, "expected dtype"),
+        ({"w": entry(shape=[1] * 9)}, "expected dtype"),
+        ({"w": entry(offsets=[0])}, "expected dtype"),
+        ({"w": entry(offsets={})}, "expected dtype"),
+        ({"w": entry(dtype="F31")}, "expected dtype"),
+        ({"w": entry(dtype=["F32"])}, "expected dtype"),
+        ({"w": [1]}, "expected dtype"),
+        ({"w": {}}, "expected dtype"),
+        ({"w": entry(), "v": entry()}, "where 8 is the next free one"),
+        ({}, "bytes are described"),
+        ({"w": entry([1], [0, 4])}, "bytes are described"),
+        ([], "expected tensors by name"),
+        (3, "expected tensors by name"),
+        ({"__metadata__": 3}, "metadata that is text"),
+        ({"__metadata__": {"a": 1}}, "metadata"),
+        (b"{", "header: "),
+        (b"\xff\xfe{}", "header: "),
+        (b'{"w": NaN}', "NaN is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"w": 1' + b"0" * 5000 + b"}", "digits"),
+    ],
+)
 def test_headers_that_lie(tmp_path: Path, header: Any, message: str) -> None:
     assert message in refusal(written(tmp_path / "x.safetensors", header, b"\0" * 8))
 
 
 def test_lengths_that_lie(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for length, message in ((2**63, "a header of 9,223,372,036,854,775,808 bytes"), (2**40, "a header of"), (50_000, "50,000 bytes at 8 expected"),
-                            (0, "header: ")):
+    for length, message in (
+        (2**63, "a header of 9,223,372,036,854,775,808 bytes"),
+        (2**40, "a header of"),
+        (50_000, "50,000 bytes at 8 expected"),
+        (0, "header: "),
+    ):
         assert message in refusal(written(path, {"w": entry()}, b"\0" * 8, length))
     path.write_bytes(b"\0" * 5)
     assert "8 bytes at 0 expected in a file of 5" in refusal(path)
@@ -105,7 +139,9 @@ def test_filling_casts_and_names_what_is_not_finite(tmp_path: Path) -> None:
     for dtype in FLOATS:
         with open_tensors(tmp_path / "x.safetensors", "") as opened:
             fill(layer := nn.Linear(4, 3).to(dtype), opened.content, opened.file)
-        assert torch.equal(layer.weight, values["weight"].to(dtype)) and torch.equal(layer.bias, values["bias"].to(dtype))
+        assert torch.equal(layer.weight, values["weight"].to(dtype)) and torch.equal(
+            layer.bias, values["bias"].to(dtype)
+        )
     safetensors.torch.save_file({**values, "bias": torch.tensor([1.0, 1e38, 0.0])}, tmp_path / "x.safetensors")
     with open_tensors(tmp_path / "x.safetensors", "") as opened:
         fill(nn.Linear(4, 3), opened.content, opened.file)
@@ -116,10 +152,12 @@ def test_filling_casts_and_names_what_is_not_finite(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_listed() -> None:
     layer = nn.Linear(4, 3)
     require_fit(layer, layer.state_dict(), "here")
-    for weights, message in (({"weight": torch.ones(3, 4)}, "missing: bias"),
-                             ({"weight": torch.ones(1, 4), "bias": torch.ones(3)}, r"weight: expected \(3, 4\), found \(1, 4\)"),
-                             ({"weight": torch.ones(3, 4), "bias": torch.tensor(1.0)}, r"bias: expected \(3,\), found \(\)"),
-                             ({"weight": torch.ones(3, 4), "bias": torch.ones(3), "\x1b[2J": torch.ones(1)}, r"unexpected: \\x1b\[2J")):
+    for weights, message in (
+        ({"weight": torch.ones(3, 4)}, "missing: bias"),
+        ({"weight": torch.ones(1, 4), "bias": torch.ones(3)}, r"weight: expected \(3, 4\), found \(1, 4\)"),
+        ({"weight": torch.ones(3, 4), "bias": torch.tensor(1.0)}, r"bias: expected \(3,\), found \(\)"),
+        ({"weight": torch.ones(3, 4), "bias": torch.ones(3), "\x1b[2J": torch.ones(1)}, r"unexpected: \\x1b\[2J"),
+    ):
         with pytest.raises(UserError, match=message):
             require_fit(layer, weights, "here")
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn):

@@ -1,4 +1,6 @@
-"""model.tokenizer: LlamaGen's names and shapes, the forward pass against a restatement in plain arithmetic, the quantizer against loops, files."""
+"""model.tokenizer: LlamaGen's names and shapes, the forward pass against a restatement in plain arithmetic, the
+quantizer against loops, files.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from star_fast.model.tokenizer import VQTokenizer, from_uint8, to_uint8
 from star_fast.model.tokenizer_blocks import Norm
 from star_fast.storage import StorageError
 
-SMALL = TokenizerConfig(base_channels=12, multipliers=(1, 2, 2), residual_blocks=2, z_channels=20, code_channels=5, codebook=37, image_size=16)
+SMALL = TokenizerConfig(
+    base_channels=12,
+    multipliers=(1, 2, 2),
+    residual_blocks=2,
+    z_channels=20,
+    code_channels=5,
+    codebook=37,
+    image_size=16,
+)
 
 
 def small_tokenizer(seed: int = 0) -> VQTokenizer:
@@ -26,7 +36,9 @@ def small_tokenizer(seed: int = 0) -> VQTokenizer:
 
 
 def llamagen_shapes(multipliers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Every name and shape of a released VQ file, written down from method.md section 3 without looking at the module."""
+    """Every name and shape of a released VQ file, written down from method.md section 3 without
+    looking at the module.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, out: int, into: int, size: int) -> None:
@@ -94,7 +106,9 @@ def test_narrow_layers_get_groups_that_divide(channels: int) -> None:
 
 
 class Restated:
-    """Encoder and decoder once more, in float64, from method.md section 3: group statistics, softmax and padding written out."""
+    """Encoder and decoder once more, in float64, from method.md section 3: group statistics, softmax and padding
+    written out.
+    """
 
     def __init__(self, tokenizer: VQTokenizer) -> None:
         self.w = {name: value.double() for name, value in tokenizer.state_dict().items()}
@@ -102,9 +116,15 @@ class Restated:
     def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self.w[f"{name}.weight"]
         out_height, out_width = ((size - weight.shape[2]) // stride + 1 for size in x.shape[2:])
-        columns = [x[:, :, i: i + stride * out_height: stride, j: j + stride * out_width: stride]
-                   for i in range(weight.shape[2]) for j in range(weight.shape[3])]
-        return torch.einsum("bckhw,ock->bohw", torch.stack(columns, 2), weight.flatten(2)) + self.w[f"{name}.bias"][:, None, None]
+        columns = [
+            x[:, :, i : i + stride * out_height : stride, j : j + stride * out_width : stride]
+            for i in range(weight.shape[2])
+            for j in range(weight.shape[3])
+        ]
+        return (
+            torch.einsum("bckhw,ock->bohw", torch.stack(columns, 2), weight.flatten(2))
+            + self.w[f"{name}.bias"][:, None, None]
+        )
 
     def same(self, name: str, x: Tensor) -> Tensor:
         return self.conv(name, F.pad(x, (1, 1, 1, 1)))
@@ -114,7 +134,9 @@ class Restated:
         grouped = x.unflatten(1, (groups, -1))
         mean = grouped.mean((2, 3, 4), keepdim=True)
         variance = ((grouped - mean) ** 2).mean((2, 3, 4), keepdim=True)
-        return ((grouped - mean) / (variance + 1e-6).sqrt()).flatten(1, 2) * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
+        return ((grouped - mean) / (variance + 1e-6).sqrt()).flatten(1, 2) * self.w[f"{name}.weight"][
+            :, None, None
+        ] + self.w[f"{name}.bias"][:, None, None]
 
     def act(self, x: Tensor) -> Tensor:
         return x / (1 + torch.exp(-x))
@@ -140,7 +162,11 @@ class Restated:
             for block in range(2):
                 x = self.res(f"encoder.conv_blocks.{level}.res.{block}", x)
                 x = self.attn(f"encoder.conv_blocks.{level}.attn.{block}", x) if level == 2 else x
-            x = self.conv(f"encoder.conv_blocks.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2) if level < 2 else x
+            x = (
+                self.conv(f"encoder.conv_blocks.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+                if level < 2
+                else x
+            )
         x = self.same("encoder.conv_out", self.act(self.norm("encoder.norm_out", self.mid("encoder", x))))
         return self.conv("quant_conv", x)
 
@@ -150,7 +176,13 @@ class Restated:
             for block in range(3):
                 x = self.res(f"decoder.conv_blocks.{level}.res.{block}", x)
                 x = self.attn(f"decoder.conv_blocks.{level}.attn.{block}", x) if level == 0 else x
-            x = self.same(f"decoder.conv_blocks.{level}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3)) if level < 2 else x
+            x = (
+                self.same(
+                    f"decoder.conv_blocks.{level}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                )
+                if level < 2
+                else x
+            )
         return self.same("decoder.conv_out", self.act(self.norm("decoder.norm_out", x)))
 
 
@@ -232,7 +264,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert again.config == SMALL and not again.training
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in tokenizer.state_dict().items())
     assert again.weights_hash() == tokenizer.weights_hash() != small_tokenizer(1).weights_hash()
-    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer.safetensors",
+    ]
 
 
 def test_damaged_files_say_so(tmp_path: Path) -> None:
@@ -264,7 +299,12 @@ def test_damaged_files_say_so(tmp_path: Path) -> None:
 
 def test_bad_input_says_what_came() -> None:
     tokenizer = small_tokenizer()
-    for bad in (torch.zeros(2, 1, 16, 16), torch.zeros(2, 3, 16, 18), torch.zeros(3, 16, 16), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)):
+    for bad in (
+        torch.zeros(2, 1, 16, 16),
+        torch.zeros(2, 3, 16, 18),
+        torch.zeros(3, 16, 16),
+        torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+    ):
         with pytest.raises(ValueError, match="tokenizer: images must be"):
             tokenizer.encode(bad)
     with pytest.raises(ValueError, match=r"T = side \* side, got shape \(2, 15\)"):
@@ -275,7 +315,9 @@ def test_bad_input_says_what_came() -> None:
 
 @pytest.mark.parametrize("entries", [1, 7, 96, 300, 16384])
 def test_the_first_of_equal_entries_wins_whatever_their_number(entries: int) -> None:
-    """The search goes by blocks of entries: found against plain Python, with equal values within a block and across blocks."""
+    """The search goes by blocks of entries: found against plain Python, with equal values within a block and across
+    blocks.
+    """
     similarity = torch.randint(0, 5, (9, entries), generator=torch.Generator().manual_seed(entries)).float()
     similarity[0] = 2.0
     rows = similarity.tolist()

@@ -20,7 +20,9 @@ SMALL = ModelConfig(blocks=2, heads=2, width=32, vocab=37, positions=16, num_cla
 
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model in eval mode with weights large enough that every part shows in the logits (initial ones would give zero logits)."""
+    """A model in eval mode with weights large enough that every part shows in the logits (initial ones would give zero
+    logits).
+    """
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -31,7 +33,9 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
     return model.to(dtype).eval()
 
 
-def batch(config: ModelConfig, rows: int = 2, tokens: int | None = None, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(
+    config: ModelConfig, rows: int = 2, tokens: int | None = None, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens (B, n), labels (B,) with the null class among them, and a key mask (B, n+1) that hides about a third."""
     generator = torch.Generator().manual_seed(seed)
     n = config.positions - 1 if tokens is None else tokens
@@ -42,7 +46,8 @@ def batch(config: ModelConfig, rows: int = 2, tokens: int | None = None, seed: i
     return torch.randint(0, config.vocab, (rows, n), generator=generator), label, keep
 
 
-# --- the re-statement -------------------------------------------------------------------------------------------------------------
+# --- the re-statement
+# -------------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -50,7 +55,9 @@ def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, position: int, grid: int, class_factor: float) -> np.ndarray:
-    """2-D rotary of one head's vector at one position of the sequence; the class position's vector is multiplied by `class_factor` (published: 0)."""
+    """2-D rotary of one head's vector at one position of the sequence; the class position's vector is multiplied by
+    `class_factor` (published: 0).
+    """
     size = len(x)
     if position == 0:
         return class_factor * x
@@ -65,18 +72,31 @@ def turned(x: np.ndarray, position: int, grid: int, class_factor: float) -> np.n
     return out
 
 
-def restated(weights: dict[str, np.ndarray], config: ModelConfig, tokens: np.ndarray, label: int, keep: np.ndarray | None = None,
-             class_factor: float = 0.0) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+def restated(
+    weights: dict[str, np.ndarray],
+    config: ModelConfig,
+    tokens: np.ndarray,
+    label: int,
+    keep: np.ndarray | None = None,
+    class_factor: float = 0.0,
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """One sequence, in float64: logits (n+1, V), each block's output (n+1, D), and the final normed state (n+1, D)."""
     heads, size, width, grid = config.heads, config.width // config.heads, config.width, math.isqrt(config.positions)
-    stream = [weights["cls_embedding.embedding_table.weight"][label], *(weights["tok_embeddings.weight"][token] for token in tokens)]
+    stream = [
+        weights["cls_embedding.embedding_table.weight"][label],
+        *(weights["tok_embeddings.weight"][token] for token in tokens),
+    ]
     outputs = []
     for n in range(config.blocks):
-        w = {name.removeprefix(f"layers.{n}."): value for name, value in weights.items() if name.startswith(f"layers.{n}.")}
+        w = {
+            name.removeprefix(f"layers.{n}."): value
+            for name, value in weights.items()
+            if name.startswith(f"layers.{n}.")
+        }
         q, k, v = [], [], []
         for t, x in enumerate(stream):
             product = w["attention.wqkv.weight"] @ rms_norm(x, w["attention_norm.weight"])
-            split = [product[part * width:(part + 1) * width].reshape(heads, size) for part in range(3)]
+            split = [product[part * width : (part + 1) * width].reshape(heads, size) for part in range(3)]
             q.append([turned(split[0][h], t, grid, class_factor) for h in range(heads)])
             k.append([turned(split[1][h], t, grid, class_factor) for h in range(heads)])
             v.append(split[2])
@@ -106,7 +126,8 @@ def worst(got: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.abs(got.detach().double().numpy() - expected).max())
 
 
-# --- against it -------------------------------------------------------------------------------------------------------------------
+# --- against it
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -116,7 +137,9 @@ def test_logits_at_tiny(masked: bool) -> None:
     got = model(tokens, label, keep if masked else None, blocks=range(1, 7))
     weights = as_numpy(model)
     for row in range(len(tokens)):
-        logits, outputs, hidden = restated(weights, TINY, tokens[row].numpy(), int(label[row]), keep[row].numpy() if masked else None)
+        logits, outputs, hidden = restated(
+            weights, TINY, tokens[row].numpy(), int(label[row]), keep[row].numpy() if masked else None
+        )
         assert np.abs(logits).max() > 2  # so that 1e-5 says something
         assert worst(got.logits[row], logits) <= 1e-5
         for number in range(1, 7):
@@ -143,7 +166,13 @@ def test_float64_is_exact_to_rounding() -> None:
     tokens, label, keep = batch(SMALL)
     got = model(tokens, label, keep)
     for row in range(len(tokens)):
-        assert worst(got.hidden[row], restated(as_numpy(model), SMALL, tokens[row].numpy(), int(label[row]), keep[row].numpy())[2]) <= 1e-12
+        assert (
+            worst(
+                got.hidden[row],
+                restated(as_numpy(model), SMALL, tokens[row].numpy(), int(label[row]), keep[row].numpy())[2],
+            )
+            <= 1e-12
+        )
 
 
 def test_class_position_has_zero_rotary() -> None:
@@ -161,7 +190,9 @@ def test_gradient_along_a_random_direction() -> None:
     cotangent = np.random.default_rng(0).normal(size=(7, 32))
     (model(tokens, label, keep).hidden[0] * torch.from_numpy(cotangent)).sum().backward()
     generator = torch.Generator().manual_seed(3)
-    direction = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in model.named_parameters()}
+    direction = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in model.named_parameters()
+    }
     slope = sum((p.grad * direction[name]).sum().item() for name, p in model.named_parameters() if p.grad is not None)
     values = []
     for step in (1e-5, -1e-5):
@@ -169,7 +200,9 @@ def test_gradient_along_a_random_direction() -> None:
         with torch.no_grad():
             for name, parameter in moved.named_parameters():
                 parameter += step * direction[name]
-        values.append((restated(as_numpy(moved), SMALL, tokens[0].numpy(), int(label[0]), keep[0].numpy())[2] * cotangent).sum())
+        values.append(
+            (restated(as_numpy(moved), SMALL, tokens[0].numpy(), int(label[0]), keep[0].numpy())[2] * cotangent).sum()
+        )
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
 
 
@@ -191,10 +224,13 @@ def test_a_short_prefix_gives_the_same_numbers() -> None:
     tokens, label, keep = batch(SMALL)
     full = model(tokens, label, keep).logits
     for n in (0, 1, 7):
-        torch.testing.assert_close(model(tokens[:, :n], label, keep[:, : n + 1]).logits, full[:, : n + 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model(tokens[:, :n], label, keep[:, : n + 1]).logits, full[:, : n + 1], rtol=0, atol=1e-5
+        )
 
 
-# --- what is returned -------------------------------------------------------------------------------------------------------------
+# --- what is returned
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_numbered_from_one_and_given_when_asked() -> None:
@@ -208,7 +244,8 @@ def test_features_are_numbered_from_one_and_given_when_asked() -> None:
     assert not model(tokens, label).features
 
 
-# --- the key mask -----------------------------------------------------------------------------------------------------------------
+# --- the key mask
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,15 +258,20 @@ def test_a_hidden_key_touches_no_other_position(dtype: torch.dtype) -> None:
     other[:, position - 1] = (tokens[:, position - 1] + 1) % TINY.vocab  # position t holds token t - 1
     elsewhere = torch.arange(49) != position
     before, after = model(tokens, label, keep, blocks=(3,)), model(other, label, keep, blocks=(3,))
-    for name, a, b in (("logits", before.logits, after.logits), ("block 3", before.features[3], after.features[3]), ("last", before.last, after.last)):
+    for name, a, b in (
+        ("logits", before.logits, after.logits),
+        ("block 3", before.features[3], after.features[3]),
+        ("last", before.last, after.last),
+    ):
         assert torch.equal(a[:, elsewhere], b[:, elsewhere]), name
         assert not torch.equal(a[:, position], b[:, position]), name  # it still runs as a query of its own
     unmasked, moved = model(tokens, label).logits, model(other, label).logits
     assert torch.equal(unmasked[:, :position], moved[:, :position])  # causal
-    assert (unmasked[:, position + 1:] != moved[:, position + 1:]).any(dim=(0, 2)).all()
+    assert (unmasked[:, position + 1 :] != moved[:, position + 1 :]).any(dim=(0, 2)).all()
 
 
-# --- dropout and recomputation ----------------------------------------------------------------------------------------------------
+# --- dropout and recomputation
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_dropout_is_of_training_only_and_follows_the_seed() -> None:
@@ -249,7 +291,9 @@ def test_dropout_is_of_training_only_and_follows_the_seed() -> None:
 
 
 def test_dropout_has_a_mask_of_its_own_at_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings, and attention and feed-forward output of each block: the sums of the residual stream, each called with 0.1 and a seed of its own."""
+    """Embeddings, and attention and feed-forward output of each block: the sums of the residual stream, each called
+    with 0.1 and a seed of its own.
+    """
     calls = []
     plain = transformer_module.add_rms_norm
 
@@ -285,7 +329,8 @@ def test_block_checkpointing_gives_the_same_gradients() -> None:
         assert gradient.any(), name
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_initial_weights() -> None:
@@ -305,10 +350,16 @@ def test_initial_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("blocks", "heads", "width", "millions"), [(12, 12, 768, 111), (24, 16, 1024, 343), (36, 20, 1280, 775)], ids=["B", "L", "XL"])
+@pytest.mark.parametrize(
+    ("blocks", "heads", "width", "millions"),
+    [(12, 12, 768, 111), (24, 16, 1024, 343), (36, 20, 1280, 775)],
+    ids=["B", "L", "XL"],
+)
 def test_parameter_counts_of_the_paper(blocks: int, heads: int, width: int, millions: int) -> None:
     with torch.device("meta"):
-        model = Transformer(ModelConfig(blocks=blocks, heads=heads, width=width, vocab=16384, positions=256, num_classes=1000))
+        model = Transformer(
+            ModelConfig(blocks=blocks, heads=heads, width=width, vocab=16384, positions=256, num_classes=1000)
+        )
     count = sum(parameter.numel() for parameter in model.parameters())
     feed_forward = math.ceil(int(8 * width / 3) / 256) * 256
     assert count == blocks * (4 * width**2 + 3 * width * feed_forward + 2 * width) + width * (2 * 16384 + 1001 + 1)
@@ -319,11 +370,23 @@ def test_state_dict_has_the_published_names() -> None:
     model = build(SMALL)
     names = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"]
     for n in range(2):
-        names += [f"layers.{n}.{part}.weight" for part in ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
-                                                           "attention_norm", "ffn_norm")]
+        names += [
+            f"layers.{n}.{part}.weight"
+            for part in (
+                "attention.wqkv",
+                "attention.wo",
+                "feed_forward.w1",
+                "feed_forward.w2",
+                "feed_forward.w3",
+                "attention_norm",
+                "ffn_norm",
+            )
+        ]
     state = model.state_dict()
     assert sorted(state) == sorted(names)
-    assert state["layers.0.feed_forward.w1.weight"].shape == (256, 32) and state["layers.0.attention.wqkv.weight"].shape == (96, 32)
+    assert state["layers.0.feed_forward.w1.weight"].shape == (256, 32) and state[
+        "layers.0.attention.wqkv.weight"
+    ].shape == (96, 32)
     other = Transformer(SMALL).eval()
     other.load_state_dict(state)
     tokens, label, keep = batch(SMALL)
@@ -332,7 +395,14 @@ def test_state_dict_has_the_published_names() -> None:
 
 
 def test_rotary_table_survives_casts_and_the_meta_device() -> None:
-    angles = [[0.0] * 8, *([(row if pair < 4 else column) * 10000.0 ** (-2 * (pair % 4) / 8) for pair in range(8)] for row in range(4) for column in range(4))]
+    angles = [
+        [0.0] * 8,
+        *(
+            [(row if pair < 4 else column) * 10000.0 ** (-2 * (pair % 4) / 8) for pair in range(8)]
+            for row in range(4)
+            for column in range(4)
+        ),
+    ]
     table = torch.tensor([[(math.cos(a), math.sin(a)) for a in row] for row in angles[:16]], dtype=torch.float64)
     table[0] = 0
     assert torch.equal(Transformer(SMALL).rotary, table.float())
@@ -345,17 +415,21 @@ def test_rotary_table_survives_casts_and_the_meta_device() -> None:
     assert "rotary" not in model.state_dict()
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"tokens": torch.zeros(2, 16, dtype=torch.int64)}, "at most T - 1 = 15 tokens, got 16"),
-    ({"label": torch.zeros(3, dtype=torch.int64)}, r"label must be \(2,\).*got \(3,\)"),
-    ({"blocks": (0,)}, r"numbered 1 \.\.\. 2, got \[0\]"),
-    ({"blocks": (1, 3)}, r"numbered 1 \.\.\. 2, got \[1, 3\]"),
-    ({"keep": torch.ones(2, 5, dtype=torch.bool)}, r"keep must be .*got shape \(2, 5\)"),
-    ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, r"keep\[:, 0\] must be True"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2, 16, dtype=torch.int64)}, "at most T - 1 = 15 tokens, got 16"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, r"label must be \(2,\).*got \(3,\)"),
+        ({"blocks": (0,)}, r"numbered 1 \.\.\. 2, got \[0\]"),
+        ({"blocks": (1, 3)}, r"numbered 1 \.\.\. 2, got \[1, 3\]"),
+        ({"keep": torch.ones(2, 5, dtype=torch.bool)}, r"keep must be .*got shape \(2, 5\)"),
+        ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, r"keep\[:, 0\] must be True"),
+    ],
+)
 def test_bad_input_says_what_came(change: dict, message: str) -> None:
     tokens, label, keep = batch(SMALL)
     arguments = {"tokens": tokens, "label": label, "keep": keep, "blocks": ()} | change

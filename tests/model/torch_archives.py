@@ -1,4 +1,6 @@
-"""Torch files put together by hand: any pickle, any members, any lie about sizes. And a bound on the memory that reading one may take."""
+"""Torch files put together by hand: any pickle, any members, any lie about sizes. And a bound on the memory that
+reading one may take.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def pickled(content: Any, protocol: int = 2) -> bytes:
     return buffer.getvalue()
 
 
-def archive(path: Path, data: bytes, members: Mapping[str, bytes] | None = None, *, compression: int = zipfile.ZIP_STORED) -> Path:
+def archive(
+    path: Path, data: bytes, members: Mapping[str, bytes] | None = None, *, compression: int = zipfile.ZIP_STORED
+) -> Path:
     """A torch file of this pickle and these storages."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("archive/data.pkl", data)

@@ -1,4 +1,6 @@
-"""ops.add_rms_norm: every backend against the float64 formula; the dropout mask against scalar arithmetic and statistics."""
+"""ops.add_rms_norm: every backend against the float64 formula; the dropout mask against scalar arithmetic and
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,13 @@ op = import_module("star_fast.ops.add_rms_norm")
 
 def arguments(shape: tuple[int, ...], residual: bool = True, dropout: float = 0.3, seed: int = 5) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
-    return {"x": torch.randn(shape, generator=generator), "residual": 2 * torch.randn(shape, generator=generator) if residual else None,
-            "weight": torch.randn(shape[-1], generator=generator), "dropout": dropout, "seed": seed}
+    return {
+        "x": torch.randn(shape, generator=generator),
+        "residual": 2 * torch.randn(shape, generator=generator) if residual else None,
+        "weight": torch.randn(shape[-1], generator=generator),
+        "dropout": dropout,
+        "seed": seed,
+    }
 
 
 def wanted(call: dict[str, object]) -> tuple[str, ...]:
@@ -49,7 +56,8 @@ def test_many_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from star_fast.ops.triton import add_rms_norm as kernels
 
     monkeypatch.setattr(kernels, "ADD_RMS_NORM", kernels.ADD_RMS_NORM._replace(block=(4, 2, 3)))
-    monkeypatch.setattr(kernels, "ADD_RMS_NORM_WEIGHT", kernels.ADD_RMS_NORM_WEIGHT._replace(block=(2, 16)))  # two rounds for three sums, two programs
+    # Two rounds for three sums, two programs
+    monkeypatch.setattr(kernels, "ADD_RMS_NORM_WEIGHT", kernels.ADD_RMS_NORM_WEIGHT._replace(block=(2, 16)))
     call = arguments((11, 20))
     contract.check_op(op, "triton", call, wanted(call), torch.float32)
 
@@ -67,7 +75,10 @@ def test_formula_against_scalar_arithmetic() -> None:
 
 
 def test_bfloat16_rounds_before_the_weight_as_llamagen_does() -> None:
-    call = {key: contract.cast(value, torch.bfloat16) for key, value in arguments((50, 64), residual=False, dropout=0.0).items()}
+    call = {
+        key: contract.cast(value, torch.bfloat16)
+        for key, value in arguments((50, 64), residual=False, dropout=0.0).items()
+    }
     x = call["x"].float()
     expected = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16() * call["weight"]
     assert torch.equal(op.add_rms_norm(**call)[0], expected)
@@ -77,11 +88,16 @@ def test_bfloat16_rounds_before_the_weight_as_llamagen_does() -> None:
 def test_gradient_of_one_output_alone(backend: str) -> None:
     call = arguments((4, 12))
     for which in (0, 1):
+
         def one(*, backend: str | None = None, which: int = which, **kw: object) -> torch.Tensor:
-            return op.add_rms_norm(**kw, backend=backend)[which] + 0 * sum(v.sum() for v in (kw["x"], kw["residual"], kw["weight"]))
+            return op.add_rms_norm(**kw, backend=backend)[which] + 0 * sum(
+                v.sum() for v in (kw["x"], kw["residual"], kw["weight"])
+            )
 
         exact = {key: contract.cast(value, torch.float64) for key, value in call.items()}
-        _, truth = contract.run_with_gradients(lambda one=one, **kw: one(**kw, backend="reference"), exact, wanted(call))
+        _, truth = contract.run_with_gradients(
+            lambda one=one, **kw: one(**kw, backend="reference"), exact, wanted(call)
+        )
         _, got = contract.run_with_gradients(lambda one=one, **kw: one(**kw, backend=backend), call, wanted(call))
         for name in wanted(call):
             torch.testing.assert_close(got[name].double(), truth[name], rtol=1e-5, atol=1e-5)
@@ -115,8 +131,16 @@ def lowbias32(x: int) -> int:
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_mask_against_python_integers(seed: int) -> None:
     row_key, column_key = (key % 2**32 for key in op.keys(seed))
-    expected = [[int(lowbias32((lowbias32(r ^ row_key) + lowbias32(c ^ column_key)) % 2**32) ^ 0x80000000 < round(0.7 * 2**32)) for c in range(9)]
-                for r in range(40)]
+    expected = [
+        [
+            int(
+                lowbias32((lowbias32(r ^ row_key) + lowbias32(c ^ column_key)) % 2**32) ^ 0x80000000
+                < round(0.7 * 2**32)
+            )
+            for c in range(9)
+        ]
+        for r in range(40)
+    ]
     assert op.kept(40, 9, 0.3, seed).tolist() == expected
 
 
@@ -140,7 +164,10 @@ def test_mask_statistics(dropout: float) -> None:
     for sums, count in ((centred.sum(2), 192), (centred.sum(1), 256)):  # chi-square over rows, over columns
         degrees = sums[0].numel()
         chi_square = (sums.square() / count).sum(1)
-        assert ((chi_square - degrees).abs() < 5 * math.sqrt(2 * degrees + (1 / (dropout * (1 - dropout)) - 4) * degrees / count)).all()
+        assert (
+            (chi_square - degrees).abs()
+            < 5 * math.sqrt(2 * degrees + (1 / (dropout * (1 - dropout)) - 4) * degrees / count)
+        ).all()
     between_seeds = torch.einsum("srd,trd->st", centred, centred) / math.sqrt(numbers)
     assert (between_seeds - torch.diag(between_seeds.diag())).abs().max() < 5, "neighbouring seeds"
     for shift, axis in ((1, 0), (1, 1), (2, 1), (64, 1)):
@@ -161,7 +188,9 @@ def test_fake_path_names_the_launch() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), dispatch.record() as calls:
         x = torch.empty(10, 64, device="cuda", dtype=torch.bfloat16)
         normed, new_residual = op.add_rms_norm(x, x, torch.empty(64, device="cuda", dtype=torch.bfloat16), dropout=0.1)
-        assert normed.shape == new_residual.shape == x.shape and normed.dtype == x.dtype and normed.device.type == "cuda"
+        assert (
+            normed.shape == new_residual.shape == x.shape and normed.dtype == x.dtype and normed.device.type == "cuda"
+        )
     assert calls == [dispatch.Recorded("add_rms_norm", "triton", [dispatch.Launch("add_rms_norm_forward", (1,))])]
 
 
@@ -169,7 +198,10 @@ def test_fake_path_names_the_launch() -> None:
 def test_backward_is_two_launches_and_nothing_of_torch(rows: int) -> None:
     """No memset before the kernel, no sum and no cast after it."""
     with FakeTensorMode(), dispatch.note_launches() as launches:
-        x, weight = torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True), torch.empty(64, dtype=torch.bfloat16, requires_grad=True)
+        x, weight = (
+            torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True),
+            torch.empty(64, dtype=torch.bfloat16, requires_grad=True),
+        )
         outs = op.add_rms_norm(x, x, weight, dropout=0.1, backend="triton")
         del launches[:]
         with Seen() as seen:
@@ -194,12 +226,17 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
-    [({"x": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "x must be floating point"),
-     ({"x": torch.zeros(2, 0)}, ValueError, r"x must be \(\.\.\., D\)"),
-     ({"residual": torch.zeros(3, 4)}, ValueError, r"residual must be \(2, 4\) on cpu, got \(3, 4\)"),
-     ({"residual": torch.zeros(2, 4).double()}, TypeError, "residual must have x's dtype"),
-     ({"weight": torch.zeros(3)}, ValueError, r"weight must be \(4,\)"),
-     ({"eps": 0.0}, ValueError, "eps"), ({"dropout": 1.0}, ValueError, "dropout"), ({"seed": -1}, ValueError, "seed"), ({"seed": 0.5}, ValueError, "seed")],
+    [
+        ({"x": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "x must be floating point"),
+        ({"x": torch.zeros(2, 0)}, ValueError, r"x must be \(\.\.\., D\)"),
+        ({"residual": torch.zeros(3, 4)}, ValueError, r"residual must be \(2, 4\) on cpu, got \(3, 4\)"),
+        ({"residual": torch.zeros(2, 4).double()}, TypeError, "residual must have x's dtype"),
+        ({"weight": torch.zeros(3)}, ValueError, r"weight must be \(4,\)"),
+        ({"eps": 0.0}, ValueError, "eps"),
+        ({"dropout": 1.0}, ValueError, "dropout"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 0.5}, ValueError, "seed"),
+    ],
 )
 def test_bad_input_says_what_came(change: dict[str, object], error: type[Exception], match: str) -> None:
     call = {"x": torch.zeros(2, 4), "residual": torch.zeros(2, 4), "weight": torch.zeros(4), **change}

@@ -1,4 +1,6 @@
-"""Which path attention takes on CUDA, by counted bytes: rotary in torch's own operations costs what it costs, and the cheapest whole path goes first."""
+"""Which path attention takes on CUDA, by counted bytes: rotary in torch's own operations costs what it costs, and the
+cheapest whole path goes first.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,20 @@ from star_fast.ops import dispatch, rotary
 from star_fast.ops.shapes import SHAPES
 
 op = import_module("star_fast.ops.masked_attention")
-VIEWS = {"view", "_unsafe_view", "unsqueeze", "slice", "select", "view_as_complex", "view_as_real", "alias", "_reshape_alias", "expand", "empty", "device"}
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "unsqueeze",
+    "slice",
+    "select",
+    "view_as_complex",
+    "view_as_real",
+    "alias",
+    "_reshape_alias",
+    "expand",
+    "empty",
+    "device",
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -60,15 +75,24 @@ def teacher_bytes(preset: str) -> list[tuple[str, int]]:
         with FakeTensorMode(), torch.device("cuda"), dispatch.record() as calls:
             teacher = Teacher.__new__(Teacher)  # its copy would need a real model
             model = Transformer(ModelConfig(2, shape.H, shape.D, vocab=shape.V, positions=shape.T, num_classes=1000))
-            teacher.model, teacher.method, teacher.contrast_depth, teacher._arrivals = model.eval(), MethodConfig(), 1, []
-            teacher.features(torch.zeros(shape.sequences, shape.T - 1, dtype=torch.int64), torch.zeros(shape.sequences, dtype=torch.int64),
-                             torch.zeros(shape.K, dtype=torch.int64))
+            teacher.model, teacher.method, teacher.contrast_depth, teacher._arrivals = (
+                model.eval(),
+                MethodConfig(),
+                1,
+                [],
+            )
+            teacher.features(
+                torch.zeros(shape.sequences, shape.T - 1, dtype=torch.int64),
+                torch.zeros(shape.sequences, dtype=torch.int64),
+                torch.zeros(shape.K, dtype=torch.int64),
+            )
     finally:
         torch.set_default_dtype(torch.float32)
     return [(call.backend, call.moved_bytes) for call in calls if call.op == "masked_attention_qkv"]
 
 
-# Megabytes a layer that the teacher's attention may move. Rotary in torch's own operations before a fused kernel: 604 (B), 1007 (XL).
+# Megabytes a layer that the teacher's attention may move. Rotary in torch's own operations before a fused kernel: 604
+# (B), 1007 (XL).
 @pytest.mark.parametrize(("preset", "most"), [("B", 204), ("L", 272), ("XL", 340)])
 def test_the_teacher_takes_the_cheapest_whole_path(preset: str, most: int, without_flash: None) -> None:
     layers = teacher_bytes(preset)
@@ -82,8 +106,13 @@ def test_the_bar_sees_eager_rotary(without_flash: None, monkeypatch: pytest.Monk
     assert [(backend, round(moved / 1e6)) for backend, moved in teacher_bytes("XL")] == [("sdpa", 1008)] * 2
 
 
-@pytest.mark.parametrize(("flash", "turned", "chosen"), [(True, False, "flash"), (False, False, "sdpa"), (True, True, "triton"), (False, True, "triton")])
-def test_without_rotary_torchs_kernel_is_as_cheap(flash: bool, turned: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flash", "turned", "chosen"),
+    [(True, False, "flash"), (False, False, "sdpa"), (True, True, "triton"), (False, True, "triton")],
+)
+def test_without_rotary_torchs_kernel_is_as_cheap(
+    flash: bool, turned: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(import_module("star_fast.ops.attention_by_flash"), "installed", lambda: flash)
     with FakeTensorMode(), dispatch.record() as calls:
         qkv = torch.empty(2, 64, 3, 4, 64, dtype=torch.bfloat16, device="cuda")

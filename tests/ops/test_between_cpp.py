@@ -1,4 +1,6 @@
-"""The compiled CPU backends of add_rms_norm and swiglu: what they serve meets the error rule, what they do not serve goes elsewhere."""
+"""The compiled CPU backends of add_rms_norm and swiglu: what they serve meets the error rule, what they do not serve
+goes elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ def test_error_rule(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = 1 + 0.1 * torch.randn(shape[1], generator=generator)
     contract.check_op(gate, "cpp", {"w1w3": torch.cat([x, residual], dim=1)}, (), dtype)
     for given in (residual, None):
-        call = {name: contract.cast(value, dtype) for name, value in {"x": x, "residual": given, "weight": weight}.items()}
+        call = {
+            name: contract.cast(value, dtype) for name, value in {"x": x, "residual": given, "weight": weight}.items()
+        }
         truth = norm.reference(**{name: contract.cast(value, torch.float64) for name, value in call.items()})
-        for what, got, same, exact in zip(("normed", "sum"), norm.add_rms_norm(**call, backend="cpp"), norm.reference(**call), truth, strict=True):
+        for what, got, same, exact in zip(
+            ("normed", "sum"), norm.add_rms_norm(**call, backend="cpp"), norm.reference(**call), truth, strict=True
+        ):
             assert got.dtype == dtype
             contract.assert_error_rule(f"add_rms_norm [cpp, {dtype}] {what}", got, same, exact)
 
@@ -52,8 +58,11 @@ def test_extremes_and_same_bits_on_any_number_of_threads() -> None:
 
 def test_what_is_not_served_goes_elsewhere() -> None:
     weight = torch.ones(16)
-    for arguments, reason in (((torch.zeros(2, 16, dtype=torch.float64), None, weight.double()), "float32 or bfloat16"),
-                              ((torch.zeros(2, 10), None, torch.ones(10)), "multiple of 16"), ((torch.zeros(0, 16), None, weight), "rows")):
+    for arguments, reason in (
+        ((torch.zeros(2, 16, dtype=torch.float64), None, weight.double()), "float32 or bfloat16"),
+        ((torch.zeros(2, 10), None, torch.ones(10)), "multiple of 16"),
+        ((torch.zeros(0, 16), None, weight), "rows"),
+    ):
         with pytest.raises(dispatch.BackendUnavailable, match=reason):
             norm.add_rms_norm(*arguments, backend="cpp")
         norm.add_rms_norm(*arguments)  # chosen automatically, another backend takes it
@@ -63,8 +72,13 @@ def test_what_is_not_served_goes_elsewhere() -> None:
 
 def _norm_call(shape: tuple[int, ...], dropout: float = 0.3) -> dict:
     x, residual = 3 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    return {"x": x, "residual": residual, "weight": 1 + 0.1 * torch.randn(shape[-1], generator=torch.Generator().manual_seed(1)), "dropout": dropout,
-            "seed": 2**62 + 12345}
+    return {
+        "x": x,
+        "residual": residual,
+        "weight": 1 + 0.1 * torch.randn(shape[-1], generator=torch.Generator().manual_seed(1)),
+        "dropout": dropout,
+        "seed": 2**62 + 12345,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,7 +90,9 @@ def test_gradients_and_dropout_meet_the_error_rule(shape: tuple[int, ...], dtype
         contract.check_op(norm, "cpp", call, ("residual",), dtype)
         contract.check_op(norm, "cpp", call | {"residual": None}, ("x", "weight"), dtype)
     contract.check_op(gate, "cpp", {"w1w3": torch.cat([call["x"], call["residual"]], dim=-1)}, ("w1w3",), dtype)
-    contract.check_op(gate, "cpp", {"w1w3": torch.cat([call["x"], call["residual"]], dim=-1).transpose(0, -2)}, ("w1w3",), dtype)
+    contract.check_op(
+        gate, "cpp", {"w1w3": torch.cat([call["x"], call["residual"]], dim=-1).transpose(0, -2)}, ("w1w3",), dtype
+    )
 
 
 def test_the_mask_is_the_one_of_every_backend() -> None:
@@ -92,7 +108,11 @@ def test_gradients_are_the_same_bits_on_any_number_of_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(contract.run_with_gradients(lambda **kw: norm.add_rms_norm(**kw, backend="cpp"), call, ("x", "residual", "weight"))[1])
+            found.append(
+                contract.run_with_gradients(
+                    lambda **kw: norm.add_rms_norm(**kw, backend="cpp"), call, ("x", "residual", "weight")
+                )[1]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
@@ -101,8 +121,13 @@ def test_gradients_are_the_same_bits_on_any_number_of_threads() -> None:
 def test_only_inputs_are_kept_for_backward() -> None:
     """Memory: nothing of float32 size waits for backward."""
     kept: list[tuple[int, ...]] = []
-    call = {name: value.bfloat16().requires_grad_() if isinstance(value, torch.Tensor) else value for name, value in _norm_call((64, 96)).items()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((*t.shape, t.element_size())) or t, lambda t: t):
+    call = {
+        name: value.bfloat16().requires_grad_() if isinstance(value, torch.Tensor) else value
+        for name, value in _norm_call((64, 96)).items()
+    }
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((*t.shape, t.element_size())) or t, lambda t: t
+    ):
         _, stream = norm.add_rms_norm(**call, backend="cpp")
         gate.swiglu(stream, backend="cpp")
     assert sorted(kept) == sorted([(64, 96, 2), (96, 2), (64, 96, 2)])

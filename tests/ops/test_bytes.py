@@ -1,4 +1,6 @@
-"""Memory-bound kernels move no more than they must: bytes counted in the interpreter against each op's `cost`, within 10 %."""
+"""Memory-bound kernels move no more than they must: bytes counted in the interpreter against each op's `cost`, within
+10 %.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from tests import contract
 from tests.access_counting import Launch, count_accesses
 
 # The package's own names are the functions; the modules hold `inputs` and `cost`.
-add_rms_norm, decode_attention, ema_update, feature_distance = (import_module(f"star_fast.ops.{name}") for name in (
-    "add_rms_norm", "decode_attention", "ema_update", "feature_distance"))
-linear_cross_entropy, masked_attention, slot_contrast, swiglu = (import_module(f"star_fast.ops.{name}") for name in (
-    "linear_cross_entropy", "masked_attention", "slot_contrast", "swiglu"))
+add_rms_norm, decode_attention, ema_update, feature_distance = (
+    import_module(f"star_fast.ops.{name}")
+    for name in ("add_rms_norm", "decode_attention", "ema_update", "feature_distance")
+)
+linear_cross_entropy, masked_attention, slot_contrast, swiglu = (
+    import_module(f"star_fast.ops.{name}")
+    for name in ("linear_cross_entropy", "masked_attention", "slot_contrast", "swiglu")
+)
 
-pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="accesses are counted in Triton's interpreter")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="accesses are counted in Triton's interpreter"
+)
 ALLOWED = 1.10
 
 
@@ -35,7 +43,9 @@ def forward_and_backward(op: Any, call: dict[str, Any], wanted: tuple[str, ...])
 def assert_least(launches: list[Launch], least: dispatch.Cost, distinct: bool = False) -> None:
     """The launches together move `least.bytes_moved`, within 10 % (and not less: then the cost would be wrong)."""
     moved, names = sum(launch.moved_bytes(distinct) for launch in launches), [launch.kernel for launch in launches]
-    assert least.bytes_moved * 0.999 <= moved <= ALLOWED * least.bytes_moved, f"{names} move {moved} bytes, {least.bytes_moved} are the least"
+    assert least.bytes_moved * 0.999 <= moved <= ALLOWED * least.bytes_moved, (
+        f"{names} move {moved} bytes, {least.bytes_moved} are the least"
+    )
 
 
 def test_the_counter_counts_active_lanes_and_distinct_addresses() -> None:
@@ -62,8 +72,14 @@ def test_add_rms_norm(residual: bool, dropout: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "ADD_RMS_NORM", kernels.ADD_RMS_NORM._replace(block=(8, 3, 1)))
     call = {**add_rms_norm.inputs("unit", torch.bfloat16), "dropout": dropout}
     call["x"], call["residual"] = call["x"][:24], call["residual"][:24] if residual else None
-    forward, *backward = forward_and_backward(add_rms_norm, call, ("x", "residual", "weight") if residual else ("x", "weight"))
-    assert [launch.kernel for launch in (forward, *backward)] == ["add_rms_norm_forward", "add_rms_norm_backward", "add_rms_norm_weight"]
+    forward, *backward = forward_and_backward(
+        add_rms_norm, call, ("x", "residual", "weight") if residual else ("x", "weight")
+    )
+    assert [launch.kernel for launch in (forward, *backward)] == [
+        "add_rms_norm_forward",
+        "add_rms_norm_backward",
+        "add_rms_norm_weight",
+    ]
     assert_least([forward], add_rms_norm.cost(call))
     assert_least(backward, add_rms_norm.cost(call, backward=True))
 
@@ -118,24 +134,42 @@ def test_slot_contrast_inputs() -> None:
     assert (forward.kernel, backward.kernel) == ("slot_contrast_forward", "slot_contrast_backward")
     inputs_bytes = 2 * (call["anchor"].numel() + call["key"].numel()) + 8 * call["pairs"].numel()
     loaded = forward.loaded_bytes(distinct=True)
-    assert inputs_bytes * 0.999 <= loaded <= ALLOWED * inputs_bytes, f"{loaded} distinct bytes loaded, inputs have {inputs_bytes}"
+    assert inputs_bytes * 0.999 <= loaded <= ALLOWED * inputs_bytes, (
+        f"{loaded} distinct bytes loaded, inputs have {inputs_bytes}"
+    )
 
 
 def test_masked_attention_factor(record_property: pytest.RecordProperty) -> None:
-    """Not memory-bound at these shapes: keys are loaded again for every tile of queries, from the cache. The factor is reported and bounded.
+    """Not memory-bound at these shapes: keys are loaded again for every tile of queries, from the cache. The factor is
+    reported and bounded.
 
-    Forward and rotary pass over 7 tensors where 4 are the least: keys are turned in memory, and queries left turned for backward.
+    Forward and rotary pass over 7 tensors where 4 are the least: keys are turned in memory, and queries left turned for
+        backward.
     """
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 256, generator=generator) > 0.25
     keep[:, 0] = True
-    call = {"qkv": torch.randn(1, 256, 3, 1, 64, generator=generator).bfloat16(), "keep": keep, "rotary": random_table(256, 64, generator)}
+    call = {
+        "qkv": torch.randn(1, 256, 3, 1, 64, generator=generator).bfloat16(),
+        "keep": keep,
+        "rotary": random_table(256, 64, generator),
+    }
     with count_accesses() as launches:
-        contract.run_with_gradients(lambda **kw: masked_attention.masked_attention_qkv(**kw, backend="triton"), call, ("qkv",))
+        contract.run_with_gradients(
+            lambda **kw: masked_attention.masked_attention_qkv(**kw, backend="triton"), call, ("qkv",)
+        )
     forward, backward = launches[:2], launches[2:]  # the forward's first launch turns the keys
     assert [launch.kernel for launch in forward] == ["attention_prepare", "attention_forward"]
-    for name, found, least in (("forward", forward, masked_attention.cost(call)), ("backward", backward, masked_attention.cost(call, backward=True))):
-        asked, distinct = (sum(launch.moved_bytes(once) for launch in found) / least.bytes_moved for once in (False, True))
-        print(f"masked_attention {name}: {asked:.2f} times the least bytes asked for, {distinct:.2f} times with each address once a launch")
+    for name, found, least in (
+        ("forward", forward, masked_attention.cost(call)),
+        ("backward", backward, masked_attention.cost(call, backward=True)),
+    ):
+        asked, distinct = (
+            sum(launch.moved_bytes(once) for launch in found) / least.bytes_moved for once in (False, True)
+        )
+        print(
+            f"masked_attention {name}: {asked:.2f} times the least bytes asked for, {distinct:.2f} times with "
+            "each address once a launch"
+        )
         record_property(f"masked_attention {name} bytes factor", round(asked, 3))
         assert asked <= {"forward": 2.6, "backward": 4.0}[name] and distinct <= {"forward": 1.9, "backward": 1.8}[name]

@@ -1,4 +1,6 @@
-"""ops.decode_attention: every step against full attention and float64 loops, the cache's contents, the 8-bit caches, the error flag."""
+"""ops.decode_attention: every step against full attention and float64 loops, the cache's contents, the 8-bit caches,
+the error flag.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,27 @@ from tests import contract
 from tests.access_counting import count_accesses
 
 op = import_module("star_fast.ops.decode_attention")
-interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs the kernel on CPU tensors, in Triton's interpreter")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="runs the kernel on CPU tensors, in Triton's interpreter"
+)
 BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]
 CPU = torch.device("cpu")
 
 
-def sequence(rows: int, positions: int, heads: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sequence(
+    rows: int, positions: int, heads: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """qkv of a whole sequence (R, T, 3, H, E) and a rotary table."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, positions, 3, heads, size, generator=generator).to(dtype), random_table(positions, size, generator)
+    return torch.randn(rows, positions, 3, heads, size, generator=generator).to(dtype), random_table(
+        positions, size, generator
+    )
 
 
 def filled(qkv: Tensor, rotary: Tensor | None, cache_dtype: torch.dtype, upto: int) -> Any:
-    """A cache holding positions 0 ... upto-1 of the sequence, by the reference; what comes after is NaN (8-bit: large)."""
+    """A cache holding positions 0 ... upto-1 of the sequence, by the reference; what comes after is
+    NaN (8-bit: large).
+    """
     rows, positions, _, heads, size = qkv.shape
     cache = op.new_rows(rows, heads, positions, size, cache_dtype)
     for t in range(upto):
@@ -74,7 +84,9 @@ def test_loops_in_float64(backend: str) -> None:
 
     expected = []
     for h in range(2):
-        weights = [math.exp(sum(a * b for a, b in zip(turned(4, 0, h), turned(s, 1, h), strict=True)) / 2) for s in range(5)]
+        weights = [
+            math.exp(sum(a * b for a, b in zip(turned(4, 0, h), turned(s, 1, h), strict=True)) / 2) for s in range(5)
+        ]
         expected.append([sum(w * x[s][2][h][e] for s, w in enumerate(weights)) / sum(weights) for e in range(4)])
     got = op.decode_attention(qkv[:, 4], filled(qkv, table, torch.float64, 4), 4, rotary=table, backend=backend)
     torch.testing.assert_close(got[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
@@ -89,15 +101,27 @@ def test_error_rule(size: int, position: int, dtype: torch.dtype, cache_dtype: t
     qkv, table = sequence(2, position + 3, 2, size, dtype)
     before = filled(qkv, table, cache_dtype or dtype, position)
     caches = {"truth": copy(before, torch.float64), "plain": copy(before), "triton": copy(before)}
-    outs = {name: op.decode_attention(qkv[:, position].double() if name == "truth" else qkv[:, position], cache, position, rotary=table,
-                                      backend="triton" if name == "triton" else "reference") for name, cache in caches.items()}
+    outs = {
+        name: op.decode_attention(
+            qkv[:, position].double() if name == "truth" else qkv[:, position],
+            cache,
+            position,
+            rotary=table,
+            backend="triton" if name == "triton" else "reference",
+        )
+        for name, cache in caches.items()
+    }
     assert outs["triton"].dtype == dtype
     contract.assert_error_rule("output", outs["triton"], outs["plain"], outs["truth"])
-    for part, (got, plain, truth, old) in zip(op.KVCache._fields, zip(caches["triton"], caches["plain"], caches["truth"], before, strict=True), strict=True):
+    for part, (got, plain, truth, old) in zip(
+        op.KVCache._fields, zip(caches["triton"], caches["plain"], caches["truth"], before, strict=True), strict=True
+    ):
         if got is None:
             continue
         kept = torch.arange(got.shape[2]) != position
-        assert torch.equal(got[:, :, kept].view(torch.uint8), old[:, :, kept].view(torch.uint8)), f"{part}: another position changed"
+        assert torch.equal(got[:, :, kept].view(torch.uint8), old[:, :, kept].view(torch.uint8)), (
+            f"{part}: another position changed"
+        )
         rows = [x[:, :, position].double() for x in (got, plain, truth)]
         # an 8-bit code may fall on the other side of a tie: one code (int8), one step of 3 mantissa bits (e4m3)
         floor = {torch.int8: 1 / 127, torch.float8_e4m3fn: 2**-3}.get(got.dtype, contract.FLOORS[dtype])
@@ -105,10 +129,14 @@ def test_error_rule(size: int, position: int, dtype: torch.dtype, cache_dtype: t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cache_dtype", "of_row", "of_number", "allowed"), [
-    (torch.int8, 0.5 / 127, 0.0, 0.02), (torch.float8_e4m3fn, 2**-9 / 448, 2**-4, 0.12)])
+@pytest.mark.parametrize(
+    ("cache_dtype", "of_row", "of_number", "allowed"),
+    [(torch.int8, 0.5 / 127, 0.0, 0.02), (torch.float8_e4m3fn, 2**-9 / 448, 2**-4, 0.12)],
+)
 def test_8_bit_cache(backend: str, cache_dtype: torch.dtype, of_row: float, of_number: float, allowed: float) -> None:
-    """Stored numbers are off by at most half a code of their row (int8) or 2^-4 of themselves (e4m3); the output by a stated share of v's largest."""
+    """Stored numbers are off by at most half a code of their row (int8) or 2^-4 of themselves (e4m3); the output by a
+    stated share of v's largest.
+    """
     qkv, table = sequence(2, 12, 2, 32)
     exact, cache = op.new_rows(2, 2, 12, 32, torch.float32), op.new_rows(2, 2, 12, 32, cache_dtype)
     qkv[:, 3] = 0  # a row of zeros is stored exactly, with scale 0
@@ -148,7 +176,9 @@ def test_position_read_from_memory(backend: str, cache_dtype: torch.dtype) -> No
     for t in range(6):
         expected = op.decode_attention(qkv[:, t], by_int, t, rotary=table, backend=backend)
         torch.testing.assert_close(device_step(backend, qkv[:, t], by_tensor, torch.tensor(t), table), expected)
-        assert torch.equal(op.decode_attention(qkv[:, t], by_int, torch.tensor(t), rotary=table, backend=backend), expected)
+        assert torch.equal(
+            op.decode_attention(qkv[:, t], by_int, torch.tensor(t), rotary=table, backend=backend), expected
+        )
     for a, b in zip(by_int, by_tensor, strict=True):
         assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     error_flag.raise_if_set(CPU)
@@ -174,7 +204,9 @@ def test_one_launch_a_step() -> None:
     with count_accesses() as launches:
         op.decode_attention(**arguments, backend="triton")
     assert [launch.kernel for launch in launches] == ["decode_attention_step"]
-    first, second = (op.decode_attention(**{**arguments, "cache": copy(arguments["cache"])}, backend="triton") for _ in range(2))
+    first, second = (
+        op.decode_attention(**{**arguments, "cache": copy(arguments["cache"])}, backend="triton") for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -182,30 +214,43 @@ def test_fake_cuda() -> None:
     """Without a driver, with the position on the device: the Triton backend, one launch, shape, dtype and device."""
     with FakeTensorMode(), dispatch.record() as recorded:
         cache = op.new_cache(6, 4, 49, 64, torch.bfloat16, "cuda")
-        out = op.decode_attention(torch.empty(6, 3, 4, 64, dtype=torch.bfloat16, device="cuda"), cache, torch.empty((), dtype=torch.int64, device="cuda"),
-                                  rotary=torch.empty(49, 32, 2, device="cuda"))
+        out = op.decode_attention(
+            torch.empty(6, 3, 4, 64, dtype=torch.bfloat16, device="cuda"),
+            cache,
+            torch.empty((), dtype=torch.int64, device="cuda"),
+            rotary=torch.empty(49, 32, 2, device="cuda"),
+        )
     assert (tuple(out.shape), out.dtype, out.device.type) == ((6, 4, 64), torch.bfloat16, "cuda")
-    assert recorded == [dispatch.Recorded("decode_attention", "triton", [dispatch.Launch("decode_attention_step", (24,))])]
+    assert recorded == [
+        dispatch.Recorded("decode_attention", "triton", [dispatch.Launch("decode_attention_step", (24,))])
+    ]
 
 
 QKV, CACHE, INT8 = torch.zeros(2, 3, 1, 4), op.new_rows(2, 1, 5, 4, torch.float32), op.new_rows(2, 1, 5, 4, torch.int8)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"position": 5}, IndexError, r"position must be in 0 \.\.\. 4 \(the cache holds 5\), got 5"),
-    ({"position": torch.tensor(-1)}, IndexError, "got -1"),
-    ({"position": torch.tensor([1])}, TypeError, r"0-d int64 tensor on cpu, got torch.int64 of shape \(1,\)"),
-    ({"position": 1.0}, TypeError, "got float"),
-    ({"qkv": QKV.long()}, TypeError, "qkv must be floating point"),
-    ({"qkv": QKV[:, :2]}, ValueError, r"qkv must be \(R, 3, H, E\)"),
-    ({"qkv": QKV.clone().requires_grad_()}, RuntimeError, "no gradient"),
-    ({"qkv": QKV[:1]}, ValueError, r"must be \(1, 1, T, 4\)"),
-    ({"qkv": QKV.bfloat16()}, TypeError, "must both be torch.bfloat16 like qkv"),
-    ({"cache": INT8._replace(v_scale=None)}, ValueError, "needs k_scale and v_scale"),
-    ({"cache": INT8._replace(k_scale=INT8.k_scale[:, :, :4].contiguous())}, ValueError, r"k_scale must be \(2, 1, 5\) float32"),
-    ({"cache": CACHE._replace(k=torch.zeros(2, 1, 4, 5).transpose(2, 3))}, ValueError, "k must be contiguous"),
-    ({"rotary": torch.zeros(4, 2, 2)}, ValueError, "5 positions or more"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"position": 5}, IndexError, r"position must be in 0 \.\.\. 4 \(the cache holds 5\), got 5"),
+        ({"position": torch.tensor(-1)}, IndexError, "got -1"),
+        ({"position": torch.tensor([1])}, TypeError, r"0-d int64 tensor on cpu, got torch.int64 of shape \(1,\)"),
+        ({"position": 1.0}, TypeError, "got float"),
+        ({"qkv": QKV.long()}, TypeError, "qkv must be floating point"),
+        ({"qkv": QKV[:, :2]}, ValueError, r"qkv must be \(R, 3, H, E\)"),
+        ({"qkv": QKV.clone().requires_grad_()}, RuntimeError, "no gradient"),
+        ({"qkv": QKV[:1]}, ValueError, r"must be \(1, 1, T, 4\)"),
+        ({"qkv": QKV.bfloat16()}, TypeError, "must both be torch.bfloat16 like qkv"),
+        ({"cache": INT8._replace(v_scale=None)}, ValueError, "needs k_scale and v_scale"),
+        (
+            {"cache": INT8._replace(k_scale=INT8.k_scale[:, :, :4].contiguous())},
+            ValueError,
+            r"k_scale must be \(2, 1, 5\) float32",
+        ),
+        ({"cache": CACHE._replace(k=torch.zeros(2, 1, 4, 5).transpose(2, 3))}, ValueError, "k must be contiguous"),
+        ({"rotary": torch.zeros(4, 2, 2)}, ValueError, "5 positions or more"),
+    ],
+)
 def test_bad_input_says_what_came(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         op.decode_attention(**{"qkv": QKV, "cache": CACHE, "position": 0, "rotary": None, **arguments})
@@ -220,8 +265,14 @@ def test_on_cuda(cache_dtype: torch.dtype | None) -> None:
     arguments = op.inputs("B", torch.bfloat16, "cuda", cache_dtype=cache_dtype)
     position = torch.tensor(arguments["position"], device="cuda")
     outs = {}
-    for name, dtype, backend in (("truth", torch.float64, "reference"), ("plain", torch.bfloat16, "reference"), ("triton", torch.bfloat16, "triton")):
+    for name, dtype, backend in (
+        ("truth", torch.float64, "reference"),
+        ("plain", torch.bfloat16, "reference"),
+        ("triton", torch.bfloat16, "triton"),
+    ):
         cache = copy(arguments["cache"], dtype)
-        outs[name] = op.decode_attention(arguments["qkv"].to(dtype), cache, position, rotary=arguments["rotary"], backend=backend)
+        outs[name] = op.decode_attention(
+            arguments["qkv"].to(dtype), cache, position, rotary=arguments["rotary"], backend=backend
+        )
     contract.assert_error_rule("output", outs["triton"], outs["plain"], outs["truth"])
     error_flag.raise_if_set(position.device)

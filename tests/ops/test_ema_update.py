@@ -32,7 +32,9 @@ def test_formula_against_float64(backend: str, student_dtype: torch.dtype, decay
     op.ema_update(teacher, student, decay, copies, backend=backend)
     for i, shape in enumerate(SHAPES):
         contract.assert_error_rule(f"ema_update [{backend}] {shape}", teacher[i], plain[i], expected[i])
-        contract.assert_error_rule(f"ema_update [{backend}] copy {shape}", copies[i], teacher[i].bfloat16(), expected[i])
+        contract.assert_error_rule(
+            f"ema_update [{backend}] copy {shape}", copies[i], teacher[i].bfloat16(), expected[i]
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -41,7 +43,9 @@ def test_many_small_steps_follow_the_closed_form(backend: str) -> None:
     teacher, student = [torch.ones(5)], [torch.full((5,), 2.0)]
     for _ in range(200):
         op.ema_update(teacher, student, 0.9999, backend=backend)
-    torch.testing.assert_close(teacher[0].double(), torch.full((5,), 2 - 0.9999**200, dtype=torch.float64), rtol=0, atol=200 * 2**-24)
+    torch.testing.assert_close(
+        teacher[0].double(), torch.full((5,), 2 - 0.9999**200, dtype=torch.float64), rtol=0, atol=200 * 2**-24
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -63,7 +67,7 @@ def test_no_gradient_flows() -> None:
 def test_unaligned_tensors_and_a_table_for_each_set_of_addresses() -> None:
     wide = torch.zeros(3000)
     for start in (1, 4, 1, 7, 2, 3, 5):
-        teacher, student = [wide[start:start + 2100]], [torch.ones(2100)]
+        teacher, student = [wide[start : start + 2100]], [torch.ones(2100)]
         before = teacher[0].clone()
         op.ema_update(teacher, student, 0.75, backend="triton")
         torch.testing.assert_close(teacher[0], before + 0.25 * (1 - before))
@@ -95,13 +99,15 @@ def test_non_contiguous_gives_way_and_says_why() -> None:
 
 @pytest.mark.parametrize(
     ("call", "error", "match"),
-    [(([torch.zeros(2)], [torch.zeros(2)], 1.5), ValueError, "decay"),
-     (([torch.zeros(2)], [], 0.5), ValueError, "student must have 1 tensors"),
-     (([torch.zeros(2)], [torch.zeros(3)], 0.5), ValueError, r"student\[0\] must be \(2,\)"),
-     (([torch.zeros(2).bfloat16()], [torch.zeros(2)], 0.5), TypeError, "teacher must be float32"),
-     (([torch.zeros(2)], [torch.zeros(2).long()], 0.5), TypeError, "student must be of one floating-point dtype"),
-     (([torch.zeros(2)] * 2, [torch.zeros(2), torch.zeros(2).bfloat16()], 0.5), TypeError, "student must be of one"),
-     (([torch.zeros(2)], [torch.zeros(2)], 0.5, [torch.zeros(1)]), ValueError, r"copy_to\[0\]")],
+    [
+        (([torch.zeros(2)], [torch.zeros(2)], 1.5), ValueError, "decay"),
+        (([torch.zeros(2)], [], 0.5), ValueError, "student must have 1 tensors"),
+        (([torch.zeros(2)], [torch.zeros(3)], 0.5), ValueError, r"student\[0\] must be \(2,\)"),
+        (([torch.zeros(2).bfloat16()], [torch.zeros(2)], 0.5), TypeError, "teacher must be float32"),
+        (([torch.zeros(2)], [torch.zeros(2).long()], 0.5), TypeError, "student must be of one floating-point dtype"),
+        (([torch.zeros(2)] * 2, [torch.zeros(2), torch.zeros(2).bfloat16()], 0.5), TypeError, "student must be of one"),
+        (([torch.zeros(2)], [torch.zeros(2)], 0.5, [torch.zeros(1)]), ValueError, r"copy_to\[0\]"),
+    ],
 )
 def test_bad_input_says_what_came(call: tuple, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="ema_update: " + match):

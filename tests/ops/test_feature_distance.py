@@ -22,7 +22,10 @@ BACKENDS = ["reference", "triton"]
 
 def call(rows: int, width: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    return {"student": 3 * torch.randn(rows, width, generator=generator), "teacher": torch.randn(rows, width, generator=generator)}
+    return {
+        "student": 3 * torch.randn(rows, width, generator=generator),
+        "teacher": torch.randn(rows, width, generator=generator),
+    }
 
 
 def plain_sums(student: Tensor, teacher: Tensor) -> tuple[float, list[list[float]]]:
@@ -36,7 +39,9 @@ def plain_sums(student: Tensor, teacher: Tensor) -> tuple[float, list[list[float
             continue
         cosine = math.fsum(a * b for a, b in zip(s, t, strict=True)) / s_norm / t_norm
         total += 1 - cosine
-        gradient.append([-(b / t_norm - cosine * a / s_norm) / s_norm / len(student) for a, b in zip(s, t, strict=True)])
+        gradient.append(
+            [-(b / t_norm - cosine * a / s_norm) / s_norm / len(student) for a, b in zip(s, t, strict=True)]
+        )
     return total / len(student), gradient
 
 
@@ -75,13 +80,18 @@ def test_gradcheck(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_identical_zero_huge_and_tiny_vectors(backend: str, dtype: torch.dtype) -> None:
     x = torch.randn(5, 40).to(dtype)
-    out, gradients = contract.run_with_gradients(lambda **kw: op.feature_distance(**kw, backend=backend), {"student": x, "teacher": x}, ("student",))
+    out, gradients = contract.run_with_gradients(
+        lambda **kw: op.feature_distance(**kw, backend=backend), {"student": x, "teacher": x}, ("student",)
+    )
     assert out.item() == pytest.approx(0, abs=1e-6)
     assert gradients["student"].abs().max() <= contract.FLOORS[dtype]
     zero = torch.zeros_like(x)
     for student, teacher in ((zero, x), (x, zero), (zero, zero)):
-        out, gradients = contract.run_with_gradients(lambda **kw: op.feature_distance(**kw, backend=backend), {"student": student, "teacher": teacher},
-                                                     ("student",))
+        out, gradients = contract.run_with_gradients(
+            lambda **kw: op.feature_distance(**kw, backend=backend),
+            {"student": student, "teacher": teacher},
+            ("student",),
+        )
         assert out.item() == 1 and not gradients["student"].any()
     for scale in (1e15, 1e-9):
         out = op.feature_distance(x * scale, -x, backend=backend)
@@ -129,16 +139,32 @@ def test_fake_path_names_the_launch() -> None:
         x = torch.empty(10, 64, device="cuda", dtype=torch.bfloat16)
         out = op.feature_distance(x, x)
         assert out.shape == () and out.dtype == torch.float32 and out.device.type == "cuda"
-    assert calls == [dispatch.Recorded("feature_distance", "triton", [dispatch.Launch("feature_distance_forward", (1,))])]
+    assert calls == [
+        dispatch.Recorded("feature_distance", "triton", [dispatch.Launch("feature_distance_forward", (1,))])
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
-    [({"student": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "student must be floating point, got torch.int32"),
-     ({"student": torch.zeros(2, 3, 4)}, ValueError, r"student must be \(N, D\) with N, D >= 1, got shape \(2, 3, 4\)"),
-     ({"teacher": torch.zeros(3, 4)}, ValueError, r"teacher must be \(2, 4\) torch.float32 on cpu like student, got \(3, 4\)"),
-     ({"teacher": torch.zeros(2, 4).double()}, ValueError, "like student, .*got .* torch.float64"),
-     ({"teacher": torch.zeros(2, 4, device="meta")}, ValueError, "like student, .*on meta")],
+    [
+        (
+            {"student": torch.zeros(2, 4, dtype=torch.int32)},
+            TypeError,
+            "student must be floating point, got torch.int32",
+        ),
+        (
+            {"student": torch.zeros(2, 3, 4)},
+            ValueError,
+            r"student must be \(N, D\) with N, D >= 1, got shape \(2, 3, 4\)",
+        ),
+        (
+            {"teacher": torch.zeros(3, 4)},
+            ValueError,
+            r"teacher must be \(2, 4\) torch.float32 on cpu like student, got \(3, 4\)",
+        ),
+        ({"teacher": torch.zeros(2, 4).double()}, ValueError, "like student, .*got .* torch.float64"),
+        ({"teacher": torch.zeros(2, 4, device="meta")}, ValueError, "like student, .*on meta"),
+    ],
 )
 def test_bad_input_says_what_came(change: dict[str, Tensor], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="feature_distance: .*" + match):

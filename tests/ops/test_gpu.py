@@ -1,4 +1,6 @@
-"""Real kernels on a real GPU: every op's triton backend against the float64 reference, and bit-equal reruns. Run by scripts/gpu_acceptance.sh."""
+"""Real kernels on a real GPU: every op's triton backend against the float64 reference, and bit-equal reruns. Run by
+scripts/gpu_acceptance.sh.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ def op_and_call(file: str, preset: str, dtype: torch.dtype) -> tuple[Any, dict[s
     call = module.inputs(preset, dtype, DEVICE)
     # The rotary table keeps float32 whatever the dtype of the rest, and contract.py would round it.
     fixed = {"rotary": call.pop("rotary")} if "rotary" in call else {}
-    op = SimpleNamespace(__name__=function, reference=partial(module.reference, **fixed), **{function: partial(getattr(module, function), **fixed)})
+    op = SimpleNamespace(
+        __name__=function,
+        reference=partial(module.reference, **fixed),
+        **{function: partial(getattr(module, function), **fixed)},
+    )
     return op, call, wanted
 
 
@@ -56,7 +62,12 @@ def test_same_bits(file: str, preset: str) -> None:
 
 def copied(cache: KVCache, dtype: torch.dtype | None = None) -> KVCache:
     """A cache of its own, 16-bit or float tensors in `dtype` if given."""
-    return KVCache(*(None if t is None else t.clone() if dtype is None or not t.is_floating_point() else t.to(dtype, copy=True) for t in cache))
+    return KVCache(
+        *(
+            None if t is None else t.clone() if dtype is None or not t.is_floating_point() else t.to(dtype, copy=True)
+            for t in cache
+        )
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -71,7 +82,9 @@ def test_decode_attention(dtype: torch.dtype, preset: str) -> None:
     caches = [copied(cache), copied(cache)]
     first, second = (op.decode_attention(cache=own, **rest, backend="triton") for own in caches)
     contract.assert_error_rule(f"decode_attention [triton, {dtype}]", first, plain, truth)
-    assert torch.equal(first, second) and torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
+    assert (
+        torch.equal(first, second) and torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -90,7 +103,10 @@ def test_ema_update(student_dtype: torch.dtype, preset: str) -> None:
     op = import_module("star_fast.ops.ema_update")
     call = op.inputs(preset, torch.bfloat16, DEVICE)
     student = [s.to(student_dtype) for s in call["student"]]
-    truth = [t.double() + (1 - call["decay"]) * (s.double() - t.double()) for t, s in zip(call["teacher"], student, strict=True)]
+    truth = [
+        t.double() + (1 - call["decay"]) * (s.double() - t.double())
+        for t, s in zip(call["teacher"], student, strict=True)
+    ]
     plain = [t.clone() for t in call["teacher"]]
     op.reference(plain, student, call["decay"])
     again = [t.clone() for t in call["teacher"]]
@@ -106,11 +122,15 @@ def test_dropout_mask_is_the_cpu_mask(preset: str) -> None:
     op = import_module("star_fast.ops.add_rms_norm")
     call = op.inputs(preset, torch.bfloat16, DEVICE)
     rows, width = call["x"].shape
-    _, new_residual = op.add_rms_norm(torch.ones_like(call["x"]), None, call["weight"], dropout=0.1, seed=7, backend="triton")
+    _, new_residual = op.add_rms_norm(
+        torch.ones_like(call["x"]), None, call["weight"], dropout=0.1, seed=7, backend="triton"
+    )
     assert torch.equal((new_residual != 0).cpu(), op.kept(rows, width, 0.1, 7) != 0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 100}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.9, "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 100}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.9, "temperature": 0.7}]
+)
 def test_sample_tokens_are_the_reference_tokens(settings: dict[str, Any]) -> None:
     op = import_module("star_fast.ops.sample_tokens")
     call = op.inputs("B", torch.float32, DEVICE)

@@ -1,4 +1,6 @@
-"""ops.group_norm_silu: reference and compiled backend against the float64 formula; what the backend does not serve goes elsewhere."""
+"""ops.group_norm_silu: reference and compiled backend against the float64 formula; what the backend does not serve goes
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,22 @@ try:
 except ImportError as error:
     pytest.skip(f"star_fast._C is not built, or older: {error}", allow_module_level=True)
 
-# (images, channels, height, width), groups: odd sizes, rows of several pixels, several parts of an image, one group, one channel a group, one column.
-SHAPES = [((2, 128, 9, 7), 32), ((3, 24, 8, 5), 2), ((1, 8, 4, 3), 2), ((2, 512, 5, 5), 32), ((1, 16, 70, 33), 1), ((2, 48, 1, 4), 48), ((1, 144, 17, 20), 4)]
+# (images, channels, height, width), groups: odd sizes, rows of several pixels, several parts of an image, one group,
+# one channel a group, one column.
+SHAPES = [
+    ((2, 128, 9, 7), 32),
+    ((3, 24, 8, 5), 2),
+    ((1, 8, 4, 3), 2),
+    ((2, 512, 5, 5), 32),
+    ((1, 16, 70, 33), 1),
+    ((2, 48, 1, 4), 48),
+    ((1, 144, 17, 20), 4),
+]
 
 
-def call_of(shape: tuple[int, ...], groups: int, *, mean: float = 0.5, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def call_of(
+    shape: tuple[int, ...], groups: int, *, mean: float = 0.5, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x = (mean + torch.randn(shape, generator=generator)).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = 1 + torch.randn(2, shape[1], generator=generator)
@@ -43,17 +56,24 @@ def test_error_rule(shape: tuple[int, ...], groups: int, dtype: torch.dtype, sil
     made = op.group_norm_silu(**rounded, backend="cpp")
     assert made.stride() == rounded["x"].stride()
     given = rounded["x"].clone()
-    assert torch.equal(op.group_norm_silu(**rounded | {"x": given, "out": given}, backend="cpp"), made) and torch.equal(given, made)
+    assert torch.equal(op.group_norm_silu(**rounded | {"x": given, "out": given}, backend="cpp"), made) and torch.equal(
+        given, made
+    )
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_instruction_sets(capability: str) -> None:
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
-    code = ("from tests.ops.test_group_norm_silu import SHAPES, test_error_rule as t; import torch\n"
-            f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'\n"
-            "[t(*given, dtype, silu) for given in SHAPES for dtype in (torch.float32, torch.bfloat16) for silu in (True, False)]")
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, check=True, timeout=300)
+    code = (
+        "from tests.ops.test_group_norm_silu import SHAPES, test_error_rule as t; import torch\n"
+        f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'\n"
+        "[t(*given, dtype, silu) for given in SHAPES for dtype in (torch.float32, torch.bfloat16) for silu in "
+        "(True, False)]"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, check=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("silu", [True, False])
@@ -68,7 +88,9 @@ def test_formula_against_scalar_arithmetic(silu: bool) -> None:
             for c in (2 * group, 2 * group + 1):
                 for h in range(2):
                     for w in range(3):
-                        n = (x[image, c, h, w].item() - mean) / deviation * call["weight"][c].item() + call["bias"][c].item()
+                        n = (x[image, c, h, w].item() - mean) / deviation * call["weight"][c].item() + call["bias"][
+                            c
+                        ].item()
                         expected[image, c, h, w] = n / (1 + math.exp(-n)) if silu else n
     torch.testing.assert_close(op.reference(**call), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(op.group_norm_silu(**call), expected, rtol=1e-12, atol=1e-12)
@@ -84,20 +106,33 @@ def test_a_mean_far_larger_than_the_deviation_costs_no_digits(mean: float) -> No
 
 
 def test_extremes() -> None:
-    """SiLU over all that a normalised value may be, by weights that stretch it; and NaN, which stays in its image and its group."""
+    """SiLU over all that a normalised value may be, by weights that stretch it; and NaN, which stays in its image and
+    its group.
+    """
     ladder = torch.cat([torch.linspace(-120, 120, 60), torch.tensor([1e4, -1e4, 1e30, -1e30])])
     x = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2).expand(1, 64, 1, 2).contiguous(memory_format=torch.channels_last)
-    contract.check_op(op, "cpp", {"x": x, "weight": ladder, "bias": torch.zeros(64), "groups": 64, "eps": 1e-12}, (), torch.float32)
+    contract.check_op(
+        op, "cpp", {"x": x, "weight": ladder, "bias": torch.zeros(64), "groups": 64, "eps": 1e-12}, (), torch.float32
+    )
     near = call_of((1, 64, 1, 2), 64) | {"x": x, "weight": torch.linspace(-45, 45, 64), "bias": torch.zeros(64)}
-    got, truth = op.group_norm_silu(**near, backend="cpp").double(), op.reference(**{key: contract.cast(value, torch.float64) for key, value in near.items()})
+    got, truth = (
+        op.group_norm_silu(**near, backend="cpp").double(),
+        op.reference(**{key: contract.cast(value, torch.float64) for key, value in near.items()}),
+    )
     assert ((got - truth).abs() <= 3e-6 * truth.abs() + 1e-15).all()  # of each value itself, down to 45 e^-45
     spoilt = call_of((2, 32, 4, 4), 4)
     spoilt["x"][0, 9, 2, 1] = float("nan")
     nan = op.group_norm_silu(**spoilt, backend="cpp").isnan()
     assert nan[0, 8:16].all() and nan.sum() == 8 * 16
-    flat = call_of((1, 32, 3, 3), 2) | {"x": torch.full((1, 32, 3, 3), 7.25).contiguous(memory_format=torch.channels_last), "silu": False}
+    flat = call_of((1, 32, 3, 3), 2) | {
+        "x": torch.full((1, 32, 3, 3), 7.25).contiguous(memory_format=torch.channels_last),
+        "silu": False,
+    }
     levels = flat["bias"].view(1, 32, 1, 1).expand(1, 32, 3, 3)
-    torch.testing.assert_close(op.group_norm_silu(**flat, backend="cpp"), levels, rtol=0, atol=7.25 / math.sqrt(1e-6) * 3 * 2**-24)  # x * scale, rounded
+    # x * scale, rounded
+    torch.testing.assert_close(
+        op.group_norm_silu(**flat, backend="cpp"), levels, rtol=0, atol=7.25 / math.sqrt(1e-6) * 3 * 2**-24
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,9 +167,14 @@ def test_plain_layout_keeps_torchs_bits() -> None:
     """Exact mode and training live on it."""
     call = call_of((2, 128, 9, 7), 32)
     call["x"] = call["x"].contiguous()
-    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(call["x"], 32, call["weight"], call["bias"], 1e-6))
+    expected = torch.nn.functional.silu(
+        torch.nn.functional.group_norm(call["x"], 32, call["weight"], call["bias"], 1e-6)
+    )
     assert torch.equal(op.group_norm_silu(**call), expected)
-    assert not torch.equal(op.group_norm_silu(**call | {"x": call["x"].contiguous(memory_format=torch.channels_last)}), expected)  # the backend's rounding
+    # The backend's rounding
+    assert not torch.equal(
+        op.group_norm_silu(**call | {"x": call["x"].contiguous(memory_format=torch.channels_last)}), expected
+    )
     single = call_of((2, 128, 1, 1), 32)  # one pixel lies in both layouts
     assert torch.equal(op.group_norm_silu(**single), op.reference(**single))
     with pytest.raises(dispatch.BackendUnavailable, match="nothing else"):
@@ -143,19 +183,31 @@ def test_plain_layout_keeps_torchs_bits() -> None:
 
 def test_what_is_not_served_goes_elsewhere() -> None:
     usual = call_of((2, 24, 7, 7), 2)
-    for changes, reason in (({}, "multiple of 32"), ({"x": torch.zeros(2, 24, 4, 4)}, "channels last"), ({"x": torch.zeros(0, 24, 4, 4)}, "channels last"),
-                            ({key: value.double() for key, value in usual.items() if isinstance(value, Tensor)}, "float32 or bfloat16"),
-                            ({"x": usual["x"].clone().requires_grad_()}, "no gradient")):
+    for changes, reason in (
+        ({}, "multiple of 32"),
+        ({"x": torch.zeros(2, 24, 4, 4)}, "channels last"),
+        ({"x": torch.zeros(0, 24, 4, 4)}, "channels last"),
+        ({key: value.double() for key, value in usual.items() if isinstance(value, Tensor)}, "float32 or bfloat16"),
+        ({"x": usual["x"].clone().requires_grad_()}, "no gradient"),
+    ):
         with pytest.raises(dispatch.BackendUnavailable, match=reason):
             op.group_norm_silu(**usual | changes, backend="cpp")
         op.group_norm_silu(**usual | changes)  # chosen automatically, the reference takes it
 
 
-@pytest.mark.parametrize(("changes", "error", "says"), [
-    ({"x": torch.zeros(2, 16, 3, 3, dtype=torch.int64)}, TypeError, "x must be floating point"), ({"x": torch.zeros(2, 16, 3)}, ValueError, r"\(B, C, H, W\)"),
-    ({"groups": 3}, ValueError, "3 groups"), ({"groups": 0}, ValueError, "0 groups"), ({"weight": torch.ones(16).double()}, TypeError, "weight must have"),
-    ({"bias": torch.ones(15)}, ValueError, "bias must be"), ({"eps": 0.0}, ValueError, "eps must be"),
-    ({"out": torch.zeros(2, 16, 3, 3)}, ValueError, "out must be like x")])
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"x": torch.zeros(2, 16, 3, 3, dtype=torch.int64)}, TypeError, "x must be floating point"),
+        ({"x": torch.zeros(2, 16, 3)}, ValueError, r"\(B, C, H, W\)"),
+        ({"groups": 3}, ValueError, "3 groups"),
+        ({"groups": 0}, ValueError, "0 groups"),
+        ({"weight": torch.ones(16).double()}, TypeError, "weight must have"),
+        ({"bias": torch.ones(15)}, ValueError, "bias must be"),
+        ({"eps": 0.0}, ValueError, "eps must be"),
+        ({"out": torch.zeros(2, 16, 3, 3)}, ValueError, "out must be like x"),
+    ],
+)
 def test_bad_input_says_what_came(changes: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=f"group_norm_silu: .*{says}"):
         op.group_norm_silu(**call_of((2, 16, 3, 3), 4) | changes)

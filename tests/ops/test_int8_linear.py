@@ -1,4 +1,6 @@
-"""The 8-bit product against loops over whole numbers, bit for bit, on every instruction set that PyTorch can be lowered to; its bound; rows kept apart."""
+"""The 8-bit product against loops over whole numbers, bit for bit, on every instruction set that PyTorch can be lowered
+to; its bound; rows kept apart.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ from star_fast.ops import dispatch
 from star_fast.ops.int8_linear import Int8Weight, int8_linear
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = [(1, 1, 1), (1, 37, 33), (3, 16, 64), (8, 17, 65), (9, 48, 130), (17, 33, 100), (33, 31, 300), (47, 49, 512)]  # (R, N, K)
+# (R, N, K)
+SIZES = [(1, 1, 1), (1, 37, 33), (3, 16, 64), (8, 17, 65), (9, 48, 130), (17, 33, 100), (33, 31, 300), (47, 49, 512)]
 BACKENDS = ["cpp", "reference"]
 
 
-def made(rows: int, columns: int, inner: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def made(
+    rows: int, columns: int, inner: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """x (R, K) and a matrix (N, K), with a few entries far larger than the rest."""
     generator = torch.Generator().manual_seed(seed + rows * columns * inner)
     x, weight = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
@@ -43,13 +48,20 @@ def code_row(row: np.ndarray) -> tuple[np.ndarray, np.float32]:
     """One rotated row's codes and its scale, in the float32 steps that the docstring names."""
     most = np.abs(row).max()
     inverse = np.float32(127) / most
-    return np.array([round(float(entry * inverse)) for entry in row]), most / np.float32(127)  # Python's round: ties to even
+    # Python's round: ties to even
+    return np.array([round(float(entry * inverse)) for entry in row]), most / np.float32(127)
 
 
 def by_loops(x: Tensor, weight: Tensor) -> Tensor:
     """The product with whole numbers of 64 bits for sums, in x's dtype."""
-    rows, columns = ([code_row(rotated_row(row) / np.float32(size)) for row in matrix.float().numpy()] for matrix, size in ((x, 1), (weight, 16)))
-    found = [[np.float32(int(codes @ others)) * column_scale * scale for others, column_scale in columns] for codes, scale in rows]
+    rows, columns = (
+        [code_row(rotated_row(row) / np.float32(size)) for row in matrix.float().numpy()]
+        for matrix, size in ((x, 1), (weight, 16))
+    )
+    found = [
+        [np.float32(int(codes @ others)) * column_scale * scale for others, column_scale in columns]
+        for codes, scale in rows
+    ]
     return torch.tensor(np.array(found, dtype=np.float32)).to(x.dtype)
 
 
@@ -64,18 +76,29 @@ def test_equals_loops_bit_for_bit(size: tuple[int, int, int], dtype: torch.dtype
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(capability: str) -> None:
-    """In a process of its own, since the choice is made once; what the machine does not have PyTorch refuses and takes its own."""
+    """In a process of its own, since the choice is made once; what the machine does not have PyTorch refuses and takes
+    its own.
+    """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    code = ("import torch\nfrom tests.ops.test_int8_linear import SIZES, by_loops, made\nfrom star_fast.ops.int8_linear import Int8Weight, int8_linear\n"
-            "for size in SIZES:\n    for dtype in (torch.float32, torch.bfloat16):\n        x, weight = made(*size, dtype)\n"
-            "        assert torch.equal(int8_linear(x, Int8Weight(weight), backend='cpp'), by_loops(x, weight)), (size, dtype)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    code = (
+        "import torch\nfrom tests.ops.test_int8_linear import SIZES, by_loops, made\nfrom "
+        "star_fast.ops.int8_linear import Int8Weight, int8_linear\n"
+        "for size in SIZES:\n    for dtype in (torch.float32, torch.bfloat16):\n        x, weight = made(*size, "
+        "dtype)\n"
+        "        assert torch.equal(int8_linear(x, Int8Weight(weight), backend='cpp'), by_loops(x, weight)), "
+        "(size, dtype)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_largest_sums_do_not_overflow(backend: str) -> None:
-    """Every code at its end: sums of two 16-bit halves, as processors without 8-bit dot products make them, would run over."""
+    """Every code at its end: sums of two 16-bit halves, as processors without 8-bit dot products make them, would run
+    over.
+    """
     first = (torch.arange(4096) % 256 < 16).float()  # rotated: 1 everywhere
     x, weight = first.repeat(5, 1), first.repeat(20, 1)
     x[1] *= -1
@@ -93,12 +116,23 @@ def test_error_is_within_half_a_step_of_both_roundings(backend: str) -> None:
     x, weight = made(21, 50, 300)
     got = int8_linear(x, Int8Weight(weight), backend=backend).double()
     exact = x.double() @ weight.double().t()
-    hadamard = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(16)], dtype=torch.float64)
-    x, weight = (torch.einsum("rgpl,pq->rgql", torch.nn.functional.pad(matrix.double(), (0, 212)).view(-1, 2, 16, 16), hadamard).reshape(-1, 512)
-                 for matrix in (x, weight / 16))
+    hadamard = torch.tensor(
+        [[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(16)], dtype=torch.float64
+    )
+    x, weight = (
+        torch.einsum(
+            "rgpl,pq->rgql", torch.nn.functional.pad(matrix.double(), (0, 212)).view(-1, 2, 16, 16), hadamard
+        ).reshape(-1, 512)
+        for matrix in (x, weight / 16)
+    )
     assert torch.allclose(x @ weight.t(), exact, rtol=0, atol=1e-6)
     x_half, weight_half = x.abs().amax(1, keepdim=True) / 254, weight.abs().amax(1, keepdim=True) / 254
-    bound = x.abs().sum(1, keepdim=True) * weight_half.t() + x_half * weight.abs().sum(1) + 512 * x_half * weight_half.t() + 1e-6 * exact.abs()
+    bound = (
+        x.abs().sum(1, keepdim=True) * weight_half.t()
+        + x_half * weight.abs().sum(1)
+        + 512 * x_half * weight_half.t()
+        + 1e-6 * exact.abs()
+    )
     error = (got - exact).abs()
     assert bool((error <= bound * (1 + 1e-5)).all()) and 0.002 < float((got - exact).norm() / exact.norm()) < 0.03
 

@@ -21,9 +21,15 @@ def rows() -> list[dict]:
 
 
 def expected_rows(part: Part) -> set[tuple[str, str, str, str]]:
-    """(kernel, shape, dtype, arch) of the kernels that the calls of a part launch, on each architecture that has what they need."""
-    return {(kernel.title, part.shape, str(part.dtype).removeprefix("torch."), arch) for kernel in described(*part) for arch in ARCHS
-            if int(arch[3:]) >= kernel.capability}
+    """(kernel, shape, dtype, arch) of the kernels that the calls of a part launch, on each architecture that has what
+    they need.
+    """
+    return {
+        (kernel.title, part.shape, str(part.dtype).removeprefix("torch."), arch)
+        for kernel in described(*part)
+        for arch in ARCHS
+        if int(arch[3:]) >= kernel.capability
+    }
 
 
 def test_table_holds_every_kernel_at_every_shape_on_every_architecture() -> None:
@@ -31,24 +37,38 @@ def test_table_holds_every_kernel_at_every_shape_on_every_architecture() -> None
     expected = set().union(*map(expected_rows, PROVED))
     assert expected <= held, f"missing: {sorted(expected - held)}; run benchmarks/kernel_resources.py"
     triton_rows = {row for row in held if row[1] != "all"}
-    assert triton_rows <= expected, f"no longer in the code: {sorted(triton_rows - expected)}; run benchmarks/kernel_resources.py"
+    assert triton_rows <= expected, (
+        f"no longer in the code: {sorted(triton_rows - expected)}; run benchmarks/kernel_resources.py"
+    )
     if (ROOT / "csrc" / "sample_cuda.cu").exists():
         assert {arch for kernel, _, _, arch in held if kernel.startswith("sample_tokens")} == set(ARCHS)
 
 
 def test_table_covers_what_runs() -> None:
-    """Every head size, a longer image, the caches, no mask, a position of the host; an fp8 cache only where the hardware has fp8."""
+    """Every head size, a longer image, the caches, no mask, a position of the host; an fp8 cache only where the
+    hardware has fp8.
+    """
     held = rows()
     assert {row["shape"] for row in held} == {"B", "L", "XL", "XL-384", "E96", "3B", "all"}
     assert {row["dtype"] for row in held if row["shape"] == "B"} == {"bfloat16", "float32"}
-    archs = {note: {row["arch"] for row in held if row["kernel"].endswith(note)} for note in
-             (", no mask", ", no mask, no gradient", ", position of the host", ", int8 cache", ", float8_e4m3fn cache")}
+    archs = {
+        note: {row["arch"] for row in held if row["kernel"].endswith(note)}
+        for note in (
+            ", no mask",
+            ", no mask, no gradient",
+            ", position of the host",
+            ", int8 cache",
+            ", float8_e4m3fn cache",
+        )
+    }
     assert archs.pop(", float8_e4m3fn cache") == {"sm_90", "sm_100"}
     assert all(found == set(ARCHS) for found in archs.values()), archs
 
 
 def test_the_gate_reads_each_input_once() -> None:
-    """No loop in it: the loads in its text, a thread's, are those it makes. Forward two inputs, backward three, of SWIGLU.block numbers a program."""
+    """No loop in it: the loads in its text, a thread's, are those it makes. Forward two inputs, backward three, of
+    SWIGLU.block numbers a program.
+    """
     for row in rows():
         inputs = {"swiglu forward": 2, "swiglu backward": 3}.get(row["kernel"])
         if inputs:

@@ -1,4 +1,6 @@
-"""One description of each launch: real calls compile to what the proof compiles, and every launch happens on its tensors' device."""
+"""One description of each launch: real calls compile to what the proof compiles, and every launch happens on its
+tensors' device.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ pytestmark = needs_no_gpu
 
 
 def without_data(x: Tensor) -> Tensor:
-    """A real tensor for a fake one: its memory is never touched, so a large one costs nothing; whole numbers are 0, truth values True."""
+    """A real tensor for a fake one: its memory is never touched, so a large one costs nothing; whole numbers are 0,
+    truth values True.
+    """
     if x.is_floating_point():
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
     return torch.full(x.shape, x.dtype == torch.bool, dtype=x.dtype)
@@ -50,21 +54,31 @@ def nothing_starts() -> Iterator[list[dispatch.Launch]]:
 @pytest.mark.parametrize("draw", range(4))
 def test_real_calls_compile_to_the_keys_of_the_proof(draw: int) -> None:
     chosen = random.Random(draw)
-    preset, dtype = chosen.choice(["unit", "tiny", "B", "L", "XL", "XL-384", "E96", "3B"]), chosen.choice([torch.bfloat16, torch.float16, torch.float32])
+    preset, dtype = (
+        chosen.choice(["unit", "tiny", "B", "L", "XL", "XL-384", "E96", "3B"]),
+        chosen.choice([torch.bfloat16, torch.float16, torch.float32]),
+    )
     small = preset in ("unit", "tiny")  # the products of linear_cross_entropy, which are torch's, really run
     cases = [case for case in CASES if small or case.op != "linear_cross_entropy"]
     proved = {kernel.call.compilation().key for kernel in described(preset, dtype, cases)}
     launched: set[str] = set()
     for case in chosen.sample(cases, 4):
-        launched |= {call._replace(arguments=tree_map_only(DeviceTensor, lambda x: x.inner, call.arguments)).compilation().key
-                     for call, _ in on_gpu(case, preset, dtype)}
+        launched |= {
+            call._replace(arguments=tree_map_only(DeviceTensor, lambda x: x.inner, call.arguments)).compilation().key
+            for call, _ in on_gpu(case, preset, dtype)
+        }
     assert launched <= proved, f"{preset} {dtype}: not proved: {launched - proved}"
 
 
 def test_another_stride_or_dtype_is_another_key() -> None:
     """What the test above compares does tell kernels apart."""
     keys = []
-    for x in (torch.empty(8, 64), torch.empty(8, 65)[:, :64], torch.empty(8, 64, dtype=torch.bfloat16), torch.empty(8 * 64 + 1)[1:].view(8, 64)):
+    for x in (
+        torch.empty(8, 64),
+        torch.empty(8, 65)[:, :64],
+        torch.empty(8, 64, dtype=torch.bfloat16),
+        torch.empty(8 * 64 + 1)[1:].view(8, 64),
+    ):
         with nothing_starts() as launches:
             swiglu(x, backend="triton")
         keys.append(launches[0].call.compilation().key)
@@ -76,11 +90,17 @@ def test_nothing_is_started_elsewhere() -> None:
     seen = 0
     for path in KERNELS.glob("*.py"):
         tree = ast.parse(path.read_text())
-        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)}
+        functions = {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+        }
         seen += len(functions)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and path.stem != "launching":
-                assert ast.unparse(node.func.value) not in functions, f"{path.name}:{node.lineno} : a start past launching.py, which holds the guard"
+                assert ast.unparse(node.func.value) not in functions, (
+                    f"{path.name}:{node.lineno} : a start past launching.py, which holds the guard"
+                )
     assert seen > 20
 
 
@@ -105,14 +125,22 @@ def forward_and_backward(wanted: bool, cls: type, *arguments: Any) -> Any:
 
 
 def on_gpu(case: Case, preset: str, dtype: torch.dtype) -> list[tuple[Call, int]]:
-    """The launches, forward and backward, of a call on real tensors of the CUDA double's cuda:1, and the device that was current at each."""
+    """The launches, forward and backward, of a call on real tensors of the CUDA double's cuda:1, and the device that
+    was current at each.
+    """
     arguments, current = real_arguments(case, preset, dtype), []
     with CudaDouble() as double, dispatch.note_launches() as launches:
         placed = tree_map_only(Tensor, lambda x: double.place(x, torch.device("cuda:1")), arguments)
         for name in case.gradients:
             placed[name].requires_grad_()
-        with (mock.patch.object(launching, "start", side_effect=lambda *call: current.append(torch.cuda.current_device())),
-              mock.patch.object(torch.autograd.Function, "apply", classmethod(partial(forward_and_backward, bool(case.gradients))))):
+        with (
+            mock.patch.object(
+                launching, "start", side_effect=lambda *call: current.append(torch.cuda.current_device())
+            ),
+            mock.patch.object(
+                torch.autograd.Function, "apply", classmethod(partial(forward_and_backward, bool(case.gradients)))
+            ),
+        ):
             case._replace(gradients=()).make(placed)
         assert double.current == 0
     assert len(launches) == len(current) > 0
@@ -124,5 +152,7 @@ def test_every_launch_is_on_its_tensors_device(case: Case) -> None:
     made = on_gpu(case, "unit", torch.float32)
     for call, current in made:
         assert current == 1 and {x.device.index for x in call.arguments if isinstance(x, Tensor)} == {1}, call
-    assert {call.kernel.title for call, _ in made} == {kernel.title.removesuffix(case.note.format(dtype="float32"))
-                                                       for kernel in described("unit", torch.float32, [case])}
+    assert {call.kernel.title for call, _ in made} == {
+        kernel.title.removesuffix(case.note.format(dtype="float32"))
+        for kernel in described("unit", torch.float32, [case])
+    }

@@ -30,7 +30,11 @@ def call(rows: int, width: int, codes: int, scale: float = 1.0) -> dict[str, Ten
     generator = torch.Generator().manual_seed(rows)
     target = torch.randint(codes, (rows,), generator=generator)
     target[:2] = torch.tensor([0, codes - 1])[:rows]
-    return {"hidden": scale * torch.randn(rows, width, generator=generator), "weight": torch.randn(codes, width, generator=generator), "target": target}
+    return {
+        "hidden": scale * torch.randn(rows, width, generator=generator),
+        "weight": torch.randn(codes, width, generator=generator),
+        "target": target,
+    }
 
 
 @pytest.fixture
@@ -75,8 +79,12 @@ def plain_sums(hidden: Tensor, weight: Tensor, target: Tensor) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_against_plain_sums_and_gradient_against_torch(backend: str, small_chunks: None) -> None:
     exact = {key: contract.cast(value, torch.float64) for key, value in call(37, 5, 37).items()}
-    loss, gradients = contract.run_with_gradients(lambda **kw: op.linear_cross_entropy(**kw, backend=backend), exact, BOTH)
-    _, truth = contract.run_with_gradients(lambda hidden, weight, target: F.cross_entropy(hidden @ weight.t(), target), exact, BOTH)
+    loss, gradients = contract.run_with_gradients(
+        lambda **kw: op.linear_cross_entropy(**kw, backend=backend), exact, BOTH
+    )
+    _, truth = contract.run_with_gradients(
+        lambda hidden, weight, target: F.cross_entropy(hidden @ weight.t(), target), exact, BOTH
+    )
     assert loss.item() == pytest.approx(plain_sums(**exact), rel=1e-13)
     for key in BOTH:
         torch.testing.assert_close(gradients[key], truth[key], rtol=1e-11, atol=1e-15)
@@ -93,9 +101,17 @@ def test_rows_too_long_for_registers(dtype: torch.dtype, monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_ROWS", Tile((16, 8, 1), num_warps=4, num_stages=1))
     contract.check_op(op, "triton", call(6, 8, 37), BOTH, dtype)
     first_block_empty = call(2, 2, 20)
-    first_block_empty["hidden"][:], first_block_empty["weight"][:8], first_block_empty["target"][:] = 1.0, float("-inf"), 19
-    loss = op.linear_cross_entropy(**{key: contract.cast(value, dtype) for key, value in first_block_empty.items()}, backend="triton")
-    expected = F.cross_entropy(first_block_empty["weight"].to(dtype).double().sum(1).repeat(2, 1), first_block_empty["target"])
+    first_block_empty["hidden"][:], first_block_empty["weight"][:8], first_block_empty["target"][:] = (
+        1.0,
+        float("-inf"),
+        19,
+    )
+    loss = op.linear_cross_entropy(
+        **{key: contract.cast(value, dtype) for key, value in first_block_empty.items()}, backend="triton"
+    )
+    expected = F.cross_entropy(
+        first_block_empty["weight"].to(dtype).double().sum(1).repeat(2, 1), first_block_empty["target"]
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
 
 
@@ -108,13 +124,19 @@ def test_gradcheck(backend: str) -> None:
 @pytest.mark.parametrize("scale", [1e4, 1e-8])
 def test_huge_and_tiny_logits(backend: str, scale: float) -> None:
     arguments = call(5, 4, 37, scale)
-    loss, gradients = contract.run_with_gradients(lambda **kw: op.linear_cross_entropy(**kw, backend=backend), arguments, BOTH)
+    loss, gradients = contract.run_with_gradients(
+        lambda **kw: op.linear_cross_entropy(**kw, backend=backend), arguments, BOTH
+    )
     exact = {key: contract.cast(value, torch.float64) for key, value in arguments.items()}
-    truth, true_gradients = contract.run_with_gradients(lambda hidden, weight, target: F.cross_entropy(hidden @ weight.t(), target), exact, BOTH)
+    truth, true_gradients = contract.run_with_gradients(
+        lambda hidden, weight, target: F.cross_entropy(hidden @ weight.t(), target), exact, BOTH
+    )
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     for key in BOTH:
         largest = true_gradients[key].abs().max().item()
-        torch.testing.assert_close(gradients[key].double(), true_gradients[key], rtol=0, atol=2e-3 * largest if scale > 1 else 1e-5 * largest)
+        torch.testing.assert_close(
+            gradients[key].double(), true_gradients[key], rtol=0, atol=2e-3 * largest if scale > 1 else 1e-5 * largest
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,8 +154,11 @@ def test_a_second_backward_gives_the_same(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_work_that_is_asked_for(backend: str, dtype: torch.dtype, small_chunks: None) -> None:
     """37 rows are 3 chunks: one product each for the loss, one more for each gradient; never the whole logits."""
+
     def products(wanted: tuple[str, ...], mode: Any = torch.enable_grad) -> int:
-        arguments = {key: contract.cast(value, dtype).requires_grad_(key in wanted) for key, value in call(37, 3, 50).items()}
+        arguments = {
+            key: contract.cast(value, dtype).requires_grad_(key in wanted) for key, value in call(37, 3, 50).items()
+        }
         with Operations() as seen, mode():
             loss = op.linear_cross_entropy(**arguments, backend=backend)
             assert loss.requires_grad == (bool(wanted) and mode is torch.enable_grad)
@@ -171,9 +196,14 @@ def test_nan_is_not_hidden(longest: int, position: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("codes", [37, 40])
 def test_no_number_comes_from_memory_that_nothing_was_written_to(backend: str, codes: int) -> None:
-    """Rows of logits that are filled up to 16 bytes: a CPU's product of bfloat16 pairs reads the column past the last one."""
+    """Rows of logits that are filled up to 16 bytes: a CPU's product of bfloat16 pairs reads the column past the last
+    one.
+    """
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, 64, generator=generator, dtype=torch.float32).bfloat16().requires_grad_() for rows in (102, codes))
+    hidden, weight = (
+        torch.randn(rows, 64, generator=generator, dtype=torch.float32).bfloat16().requires_grad_()
+        for rows in (102, codes)
+    )
     target = torch.randint(codes, (102,), generator=generator)
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
     try:
@@ -187,8 +217,17 @@ def test_no_number_comes_from_memory_that_nothing_was_written_to(backend: str, c
 
 def test_strided_inputs() -> None:
     arguments = call(10, 16, 24)
-    contract.check_op(op, "triton", {"hidden": arguments["hidden"][:, ::2], "weight": arguments["weight"].t().contiguous().t()[:, ::2],
-                                     "target": arguments["target"].repeat(2)[::2]}, BOTH, torch.float32)
+    contract.check_op(
+        op,
+        "triton",
+        {
+            "hidden": arguments["hidden"][:, ::2],
+            "weight": arguments["weight"].t().contiguous().t()[:, ::2],
+            "target": arguments["target"].repeat(2)[::2],
+        },
+        BOTH,
+        torch.float32,
+    )
 
 
 def test_triton_launches_one_kernel_a_chunk(small_chunks: None) -> None:
@@ -222,7 +261,9 @@ NO_LAUNCH = {"t", "split", "slice", "alias", "empty", "new_empty", "promote_type
 
 
 class Operands(TorchDispatchMode):
-    """On fake CUDA tensors: what launches, and which operand of a product starts, or has its rows start, off a multiple of 16 bytes."""
+    """On fake CUDA tensors: what launches, and which operand of a product starts, or has its rows start, off a multiple
+    of 16 bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,11 +277,18 @@ class Operands(TorchDispatchMode):
             self.launched.append(name)
         if name in ("mm", "addmm", "addmm_"):
             flags = torch.backends.cuda.matmul
-            self.reduced.append(flags.allow_bf16_reduced_precision_reduction or flags.allow_fp16_reduced_precision_reduction)
+            self.reduced.append(
+                flags.allow_bf16_reduced_precision_reduction or flags.allow_fp16_reduced_precision_reduction
+            )
             for x in (x for x in (*args, (kwargs or {}).get("out")) if isinstance(x, Tensor)):
-                bytes_off = [number * x.element_size() % 16 for number in (x.storage_offset(), *(s for s in x.stride() if s != 1))]
+                bytes_off = [
+                    number * x.element_size() % 16
+                    for number in (x.storage_offset(), *(s for s in x.stride() if s != 1))
+                ]
                 if any(bytes_off) or 1 not in x.stride():
-                    self.askew.append(f"{name}: {tuple(x.shape)} {x.dtype} starts at {x.storage_offset()}, strides {x.stride()}")
+                    self.askew.append(
+                        f"{name}: {tuple(x.shape)} {x.dtype} starts at {x.storage_offset()}, strides {x.stride()}"
+                    )
         return func(*args, **(kwargs or {}))
 
 
@@ -250,12 +298,20 @@ def operands(rows: int, width: int, codes: int) -> Operands:
         hidden, weight = (torch.empty(n, width, device="cuda", dtype=torch.bfloat16) for n in (rows, codes))
         target = torch.empty(rows, device="cuda", dtype=torch.int64)
         with Operands() as seen:
-            op._chunk_by_chunk(hidden, weight, target, kernels._chunk_rows(rows, codes, 2), lambda *_: seen.launched.append("rows"), (True, True))
+            op._chunk_by_chunk(
+                hidden,
+                weight,
+                target,
+                kernels._chunk_rows(rows, codes, 2),
+                lambda *_: seen.launched.append("rows"),
+                (True, True),
+            )
     return seen
 
 
-# 16384 rows are five chunks: 21 launches before the gradients are scaled, no operand off 16 bytes. With 16 chunks of 1024 rows and blocks of
-# 2^24 bytes, as it was, the same counter gave (launches, askew operands) 178 48 (B), 178 0 (L), 242 48 (XL), 274 80 (XXL), 466 144 (3B).
+# 16384 rows are five chunks: 21 launches before the gradients are scaled, no operand off 16 bytes. With 16 chunks of
+# 1024 rows and blocks of 2^24 bytes, as it was, the same counter gave (launches, askew operands) 178 48 (B), 178 0 (L),
+# 242 48 (XL), 274 80 (XXL), 466 144 (3B).
 PRESET_WIDTHS = {"B": 768, "L": 1024, "XL": 1280, "XXL": 1536, "3B": 3200}
 
 
@@ -276,6 +332,7 @@ def test_blocks_where_torch_cannot_accumulate(preset: str, monkeypatch: pytest.M
 
 def test_the_check_of_operands_sees_ragged_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks as they once were: 5461 codes of 16384 at width 768."""
+
     def ragged(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
         for part, columns in zip(total.split(5461), gradient.split(5461, dim=1), strict=True):
             part.add_(torch.mm(columns.t(), hidden, out_dtype=torch.float32))
@@ -301,19 +358,40 @@ def test_chunks_are_even() -> None:
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
-    [({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "hidden must be floating point, got torch.int64"),
-     ({"hidden": torch.zeros(0, 4)}, ValueError, r"hidden must be \(N, D\) with N, D >= 1, got shape \(0, 4\)"),
-     ({"weight": torch.zeros(9, 5)}, ValueError, r"weight must be \(V, D\) with V >= 1 and D = 4 like hidden, got shape \(9, 5\)"),
-     ({"weight": torch.zeros(9, 4).double()}, ValueError, "weight must be torch.float32 on cpu like hidden, got torch.float64"),
-     ({"weight": torch.zeros(9, 4, device="meta")}, ValueError, "like hidden, got torch.float32 on meta"),
-     ({"target": torch.zeros(3)}, TypeError, "target must be int64 codes, got torch.float32"),
-     ({"target": torch.zeros(2, dtype=torch.int64)}, ValueError, r"target must be \(3,\) on cpu like hidden, got \(2,\)"),
-     ({"target": torch.tensor([0, 9, 1])}, ValueError, r"target must be in 0 \.\.\. 8 .*, got values from 0 to 9"),
-     ({"target": torch.tensor([0, -1, 1])}, ValueError, "got values from -1 to 1")],
+    [
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "hidden must be floating point, got torch.int64"),
+        ({"hidden": torch.zeros(0, 4)}, ValueError, r"hidden must be \(N, D\) with N, D >= 1, got shape \(0, 4\)"),
+        (
+            {"weight": torch.zeros(9, 5)},
+            ValueError,
+            r"weight must be \(V, D\) with V >= 1 and D = 4 like hidden, got shape \(9, 5\)",
+        ),
+        (
+            {"weight": torch.zeros(9, 4).double()},
+            ValueError,
+            "weight must be torch.float32 on cpu like hidden, got torch.float64",
+        ),
+        ({"weight": torch.zeros(9, 4, device="meta")}, ValueError, "like hidden, got torch.float32 on meta"),
+        ({"target": torch.zeros(3)}, TypeError, "target must be int64 codes, got torch.float32"),
+        (
+            {"target": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            r"target must be \(3,\) on cpu like hidden, got \(2,\)",
+        ),
+        ({"target": torch.tensor([0, 9, 1])}, ValueError, r"target must be in 0 \.\.\. 8 .*, got values from 0 to 9"),
+        ({"target": torch.tensor([0, -1, 1])}, ValueError, "got values from -1 to 1"),
+    ],
 )
 def test_bad_input_says_what_came(change: dict[str, Tensor], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="linear_cross_entropy: .*" + match):
-        op.linear_cross_entropy(**{"hidden": torch.zeros(3, 4), "weight": torch.zeros(9, 4), "target": torch.zeros(3, dtype=torch.int64), **change})
+        op.linear_cross_entropy(
+            **{
+                "hidden": torch.zeros(3, 4),
+                "weight": torch.zeros(9, 4),
+                "target": torch.zeros(3, dtype=torch.int64),
+                **change,
+            }
+        )
 
 
 @pytest.mark.gpu
@@ -328,7 +406,9 @@ def test_on_a_gpu(preset: str) -> None:
 @pytest.mark.parametrize("codes", [16384, 65536])
 def test_memory_on_a_gpu(codes: int) -> None:
     """Beyond the returned gradients and one float32 weight gradient: at most 134 MB."""
-    hidden, weight = (torch.randn(n, 1280, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (32768, codes))
+    hidden, weight = (
+        torch.randn(n, 1280, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (32768, codes)
+    )
     target = torch.randint(codes, (32768,), device="cuda")
     op.linear_cross_entropy(hidden[:64], weight, target[:64]).backward()  # cuBLAS takes its workspace
     hidden.grad = weight.grad = None

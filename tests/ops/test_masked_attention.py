@@ -18,11 +18,15 @@ from tests import contract
 from tests.access_counting import count_accesses
 
 op = import_module("star_fast.ops.masked_attention")
-interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs the kernels on CPU tensors, in Triton's interpreter")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="runs the kernels on CPU tensors, in Triton's interpreter"
+)
 KERNELS = ["attention_prepare", "attention_forward", "attention_backward_queries", "attention_backward_keys"]
 
 
-def call(shape: tuple[int, int, int, int], hidden: float | None = 0.3, rotary: bool = True, seed: int = 0) -> dict[str, Tensor | None]:
+def call(
+    shape: tuple[int, int, int, int], hidden: float | None = 0.3, rotary: bool = True, seed: int = 0
+) -> dict[str, Tensor | None]:
     """Arguments for (B, T, H, E); `hidden`: share of keys hidden, None without a mask."""
     batch, positions, heads, size = shape
     generator = torch.Generator().manual_seed(seed)
@@ -37,8 +41,11 @@ def call(shape: tuple[int, int, int, int], hidden: float | None = 0.3, rotary: b
 def only_qkv(arguments: dict[str, Tensor | None]) -> SimpleNamespace:
     """The op as a function of qkv alone, so that the contract checks leave the rotary table in float32."""
     rest = {"keep": arguments["keep"], "rotary": arguments["rotary"]}
-    return SimpleNamespace(__name__="masked_attention_qkv", reference=lambda qkv: op.reference(qkv, **rest),
-                           masked_attention_qkv=lambda qkv, backend: op.masked_attention_qkv(qkv, **rest, backend=backend))
+    return SimpleNamespace(
+        __name__="masked_attention_qkv",
+        reference=lambda qkv: op.reference(qkv, **rest),
+        masked_attention_qkv=lambda qkv, backend: op.masked_attention_qkv(qkv, **rest, backend=backend),
+    )
 
 
 def loops(qkv: Tensor, keep: Tensor | None, rotary: Tensor | None) -> Tensor:
@@ -61,10 +68,15 @@ def loops(qkv: Tensor, keep: Tensor | None, rotary: Tensor | None) -> Tensor:
         for h in range(heads):
             for t in range(positions):
                 seen = [s for s in range(t + 1) if keep is None or keep[b, s]]
-                scores = [sum(a * c for a, c in zip(turned(b, t, 0, h), turned(b, s, 1, h), strict=True)) / math.sqrt(size) for s in seen]
+                scores = [
+                    sum(a * c for a, c in zip(turned(b, t, 0, h), turned(b, s, 1, h), strict=True)) / math.sqrt(size)
+                    for s in seen
+                ]
                 weights = [math.exp(score - max(scores)) for score in scores]
                 for e in range(size):
-                    out[b, t, h, e] = sum(w * x[b][s][2][h][e] for w, s in zip(weights, seen, strict=True)) / sum(weights)
+                    out[b, t, h, e] = sum(w * x[b][s][2][h][e] for w, s in zip(weights, seen, strict=True)) / sum(
+                        weights
+                    )
     return out
 
 
@@ -72,13 +84,23 @@ def loops(qkv: Tensor, keep: Tensor | None, rotary: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(("hidden", "rotary"), [(None, False), (None, True), (0.4, False), (0.4, True)])
 def test_loops_in_float64(backend: str, hidden: float | None, rotary: bool) -> None:
     arguments = call((2, 9, 2, 6), hidden, rotary)
-    got = op.masked_attention_qkv(arguments["qkv"].double(), arguments["keep"], rotary=arguments["rotary"], backend=backend)
+    got = op.masked_attention_qkv(
+        arguments["qkv"].double(), arguments["keep"], rotary=arguments["rotary"], backend=backend
+    )
     torch.testing.assert_close(got, loops(**arguments), rtol=1e-12, atol=1e-13)
 
 
 SHAPES = [  # B, T, H, E; odd T, several tiles of queries and keys, T = 1, every head size, padded ones included
-    ((2, 65, 2, 64), 0.3, True), ((1, 131, 1, 32), 0.25, True), ((2, 17, 2, 80), 0.3, True), ((1, 33, 1, 96), 0.3, False), ((1, 37, 2, 100), None, True),
-    ((2, 19, 1, 128), 0.3, True), ((1, 1, 2, 64), 0.0, True), ((1, 1, 1, 32), None, False), ((1, 70, 1, 64), None, False), ((0, 5, 2, 32), 0.3, True),
+    ((2, 65, 2, 64), 0.3, True),
+    ((1, 131, 1, 32), 0.25, True),
+    ((2, 17, 2, 80), 0.3, True),
+    ((1, 33, 1, 96), 0.3, False),
+    ((1, 37, 2, 100), None, True),
+    ((2, 19, 1, 128), 0.3, True),
+    ((1, 1, 2, 64), 0.0, True),
+    ((1, 1, 1, 32), None, False),
+    ((1, 70, 1, 64), None, False),
+    ((0, 5, 2, 32), 0.3, True),
 ]
 
 
@@ -109,7 +131,11 @@ def test_gradcheck(backend: str, hidden: float | None, rotary: bool) -> None:
 @interpreted
 def test_any_strides_and_same_bits() -> None:
     arguments = call((2, 21, 2, 32))
-    for strided in (torch.randn(2, 21, 3, 2, 48)[..., 8:40], torch.randn(3, 2, 2, 21, 32).permute(1, 3, 0, 2, 4), torch.randn(2, 21, 3, 32, 2).transpose(3, 4)):
+    for strided in (
+        torch.randn(2, 21, 3, 2, 48)[..., 8:40],
+        torch.randn(3, 2, 2, 21, 32).permute(1, 3, 0, 2, 4),
+        torch.randn(2, 21, 3, 32, 2).transpose(3, 4),
+    ):
         assert not strided.is_contiguous()
         contract.check_op(only_qkv(arguments), "triton", {"qkv": strided}, ("qkv",), torch.float32)
     contract.check_same_bits(only_qkv(arguments), "triton", {"qkv": arguments["qkv"]}, ("qkv",))
@@ -118,25 +144,35 @@ def test_any_strides_and_same_bits() -> None:
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hidden_key_has_no_influence(backend: str, dtype: torch.dtype) -> None:
-    """Change everything at a hidden position: all other positions keep their bits; its k and v get gradient 0, its q does not."""
+    """Change everything at a hidden position: all other positions keep their bits; its k and v get gradient 0, its q
+    does not.
+    """
     arguments = call((1, 40, 2, 32), hidden=0.0)
     arguments["keep"][0, 7] = False
     qkv = arguments["qkv"].to(dtype)
     changed = qkv.clone()
     changed[0, 7] = 50 * torch.randn(3, 2, 32)
-    before, after = (op.masked_attention_qkv(x, arguments["keep"], rotary=arguments["rotary"], backend=backend) for x in (qkv, changed))
+    before, after = (
+        op.masked_attention_qkv(x, arguments["keep"], rotary=arguments["rotary"], backend=backend)
+        for x in (qkv, changed)
+    )
     others = torch.arange(40) != 7
     assert torch.equal(before[:, others], after[:, others])
     assert not torch.equal(before[:, 7], after[:, 7])
-    _, gradients = contract.run_with_gradients(lambda qkv: op.masked_attention_qkv(qkv, arguments["keep"], rotary=arguments["rotary"], backend=backend),
-                                               {"qkv": qkv}, ("qkv",))
+    _, gradients = contract.run_with_gradients(
+        lambda qkv: op.masked_attention_qkv(qkv, arguments["keep"], rotary=arguments["rotary"], backend=backend),
+        {"qkv": qkv},
+        ("qkv",),
+    )
     assert not gradients["qkv"][0, 7, 1:].any()
     assert gradients["qkv"][0, 7, 0].any()
 
 
 @interpreted
 def test_kernels_always_see_position_0() -> None:
-    """On CUDA keep's values are not checked; a hidden position 0 then counts as visible, in the kernels as in the reference."""
+    """On CUDA keep's values are not checked; a hidden position 0 then counts as visible, in the kernels as in the
+    reference.
+    """
     kernels = import_module("star_fast.ops.triton.masked_attention")
     arguments = call((2, 20, 1, 32))
     expected = op.reference(**arguments)
@@ -154,7 +190,9 @@ def test_the_callers_qkv_is_overwritten_only_where_it_says_so(hidden: float | No
     for overwrite in (False, True):
         qkv = arguments["qkv"].clone().requires_grad_()
         given = qkv.clone()  # as a product's result: not a leaf
-        out = op.masked_attention_qkv(given, arguments["keep"], rotary=arguments["rotary"], overwrite=overwrite, backend="triton")
+        out = op.masked_attention_qkv(
+            given, arguments["keep"], rotary=arguments["rotary"], overwrite=overwrite, backend="triton"
+        )
         (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
         results.append((out, gradient))
         turned = overwrite and rotary
@@ -201,7 +239,9 @@ def test_separate_q_k_v() -> None:
     packed = arguments["qkv"].clone().requires_grad_()
     out, expected = op.masked_attention(q, k, v, arguments["keep"]), op.masked_attention_qkv(packed, arguments["keep"])
     assert torch.equal(out, expected)
-    for got, want in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), packed)[0].unbind(2), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), packed)[0].unbind(2), strict=True
+    ):
         assert torch.equal(got, want)
 
 
@@ -209,8 +249,11 @@ def test_separate_q_k_v() -> None:
 def test_triton_launches_its_kernels_forward_and_backward() -> None:
     arguments = call((1, 10, 1, 16))
     with count_accesses() as launches:
-        contract.run_with_gradients(lambda qkv: op.masked_attention_qkv(qkv, arguments["keep"], rotary=arguments["rotary"], backend="triton"),
-                                    {"qkv": arguments["qkv"]}, ("qkv",))
+        contract.run_with_gradients(
+            lambda qkv: op.masked_attention_qkv(qkv, arguments["keep"], rotary=arguments["rotary"], backend="triton"),
+            {"qkv": arguments["qkv"]},
+            ("qkv",),
+        )
     assert [launch.kernel for launch in launches] == KERNELS
 
 
@@ -219,7 +262,9 @@ def test_backends_without_a_mask() -> None:
     assert torch.equal(op.masked_attention_qkv(**arguments, backend="sdpa"), op.reference(**arguments))
     with pytest.raises(dispatch.BackendUnavailable, match="a key mask is given"):
         op.masked_attention_qkv(**call((2, 9, 2, 16)), backend="sdpa")
-    with pytest.raises(dispatch.BackendUnavailable, match=r"flash-attn (is not installed|takes float16 or bfloat16 on CUDA)"):
+    with pytest.raises(
+        dispatch.BackendUnavailable, match=r"flash-attn (is not installed|takes float16 or bfloat16 on CUDA)"
+    ):
         op.masked_attention_qkv(**arguments, backend="flash")
     with pytest.raises(dispatch.BackendUnavailable, match="head sizes up to 128, got 130"):
         op.masked_attention_qkv(torch.zeros(1, 2, 3, 1, 130), backend="triton")
@@ -235,22 +280,37 @@ def test_fake_cuda(masked: bool) -> None:
     assert (tuple(out.shape), out.dtype, out.device.type) == ((2, 65, 4, 64), torch.bfloat16, "cuda")
     ((name, chosen, launches, _),) = recorded
     assert (name, chosen) == ("masked_attention_qkv", "triton")
-    # 65 positions are two words of the mask, four groups of 32 keys, and two tiles of 64 queries; 4 heads of 64 are two blocks of 128 columns.
-    assert launches == [dispatch.Launch("attention_prepare", (2 * 4, 2)), dispatch.Launch("attention_forward", (2 * 4 * 2,))]
+    # 65 positions are two words of the mask, four groups of 32 keys, and two tiles of 64 queries; 4 heads of 64 are two
+    # blocks of 128 columns.
+    assert launches == [
+        dispatch.Launch("attention_prepare", (2 * 4, 2)),
+        dispatch.Launch("attention_forward", (2 * 4 * 2,)),
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"qkv": torch.zeros(1, 2, 3, 1, 4, dtype=torch.int64)}, TypeError, "qkv must be floating point, got torch.int64"),
-    ({"qkv": torch.zeros(1, 2, 2, 1, 4)}, ValueError, r"qkv must be \(B, T, 3, H, E\)"),
-    ({"qkv": torch.zeros(1, 0, 3, 1, 4)}, ValueError, "with T, H, E >= 1"),
-    ({"keep": torch.ones(1, 2)}, TypeError, "keep must be bool"),
-    ({"keep": torch.ones(1, 3, dtype=torch.bool)}, ValueError, r"keep must be \(B, T\) = \(1, 2\)"),
-    ({"keep": torch.tensor([[False, True]])}, ValueError, r"keep\[:, 0\] must be True .* got False in 1 rows"),
-    ({"rotary": torch.zeros(2, 2, 2, dtype=torch.bfloat16)}, TypeError, "rotary must be float32"),
-    ({"rotary": torch.zeros(1, 2, 2)}, ValueError, "2 positions or more"),
-    ({"rotary": torch.zeros(2, 4, 2)}, ValueError, "4 / 2 pairs"),
-    ({"keep": torch.ones(1, 2, dtype=torch.bool, device="meta")}, ValueError, "keep must be on cpu like qkv, got meta"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"qkv": torch.zeros(1, 2, 3, 1, 4, dtype=torch.int64)},
+            TypeError,
+            "qkv must be floating point, got torch.int64",
+        ),
+        ({"qkv": torch.zeros(1, 2, 2, 1, 4)}, ValueError, r"qkv must be \(B, T, 3, H, E\)"),
+        ({"qkv": torch.zeros(1, 0, 3, 1, 4)}, ValueError, "with T, H, E >= 1"),
+        ({"keep": torch.ones(1, 2)}, TypeError, "keep must be bool"),
+        ({"keep": torch.ones(1, 3, dtype=torch.bool)}, ValueError, r"keep must be \(B, T\) = \(1, 2\)"),
+        ({"keep": torch.tensor([[False, True]])}, ValueError, r"keep\[:, 0\] must be True .* got False in 1 rows"),
+        ({"rotary": torch.zeros(2, 2, 2, dtype=torch.bfloat16)}, TypeError, "rotary must be float32"),
+        ({"rotary": torch.zeros(1, 2, 2)}, ValueError, "2 positions or more"),
+        ({"rotary": torch.zeros(2, 4, 2)}, ValueError, "4 / 2 pairs"),
+        (
+            {"keep": torch.ones(1, 2, dtype=torch.bool, device="meta")},
+            ValueError,
+            "keep must be on cpu like qkv, got meta",
+        ),
+    ],
+)
 def test_bad_input_says_what_came(arguments: dict[str, Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         op.masked_attention_qkv(**{"qkv": torch.zeros(1, 2, 3, 1, 4), **arguments})
@@ -266,7 +326,9 @@ def test_q_k_v_must_agree() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("shape", "hidden", "rotary"), [((2, 256, 3, 64), 0.25, True), ((1, 577, 2, 64), 0.25, True), *SHAPES[2:6]])
+@pytest.mark.parametrize(
+    ("shape", "hidden", "rotary"), [((2, 256, 3, 64), 0.25, True), ((1, 577, 2, 64), 0.25, True), *SHAPES[2:6]]
+)
 def test_on_cuda(shape: tuple[int, int, int, int], hidden: float | None, rotary: bool, dtype: torch.dtype) -> None:
     arguments = {key: value if value is None else value.cuda() for key, value in call(shape, hidden, rotary).items()}
     contract.check_op(only_qkv(arguments), "triton", {"qkv": arguments["qkv"]}, ("qkv",), dtype)

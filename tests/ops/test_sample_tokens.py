@@ -1,4 +1,6 @@
-"""ops.sample_tokens: the five steps against plain loops, the backends against each other bit for bit, the contract. (Draws: test_sample_tokens_draws.py.)"""
+"""ops.sample_tokens: the five steps against plain loops, the backends against each other bit for bit, the contract.
+(Draws: test_sample_tokens_draws.py.)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from star_fast.ops import dispatch
 
 op = importlib.import_module("star_fast.ops.sample_tokens")
 HAS_EXTENSION = importlib.util.find_spec("star_fast._C") is not None
-needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="star_fast._C is not built (python setup.py build_ext --inplace)")
+needs_extension = pytest.mark.skipif(
+    not HAS_EXTENSION, reason="star_fast._C is not built (python setup.py build_ext --inplace)"
+)
 BACKENDS = [pytest.param("cpp", marks=needs_extension), "reference"]
 FAST = "cpp" if HAS_EXTENSION else "reference"
 
@@ -37,11 +41,18 @@ def draw(logits: Tensor, backend: str = FAST, **settings: Any) -> Tensor:
 # The parts
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), [  # Random123's known answers, kat_vectors, philox4x32 10
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-])
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # Random123's known answers, kat_vectors, philox4x32 10
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert op.philox4x32(counter, key) == expected
     as_tensors = op.philox4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor(k) for k in key))
@@ -62,7 +73,8 @@ def test_weights_are_the_exponential() -> None:
     for temperature in (1.0, 0.3, 7.0):
         exact = torch.exp(below.double() / temperature) * 2.0**40
         got = op.weights(below, temperature)
-        # Polynomial 2e-7; rounding z = below * log2(e) / temperature twice, 2^-23 |z| ln 2; rounding to an integer, 1/2.
+        # Polynomial 2e-7; rounding z = below * log2(e) / temperature twice, 2^-23 |z| ln 2; rounding to an integer,
+        # 1/2.
         allowed = exact * (2e-7 + 2.0**-23 * (below.double() / temperature).abs().clamp(max=100)) + 0.5
         assert ((got - exact).abs() <= allowed).all()
         assert got[20000] == 2**40 and got[-1] == 0 and got[-2] == 0
@@ -87,7 +99,14 @@ def by_loops(logits: list[float], weights: list[int], bits: int, top_k: int, top
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_by_loops(backend: str) -> None:
-    cases = [(1, 0, 1.0, 1.0), (9, 3, 1.0, 0.5), (23, 0, 0.7, 1.0), (23, 8, 0.6, 2.0), (40, 1, 0.5, 1.0), (40, 12, 0.0, 1.0)]
+    cases = [
+        (1, 0, 1.0, 1.0),
+        (9, 3, 1.0, 0.5),
+        (23, 0, 0.7, 1.0),
+        (23, 8, 0.6, 2.0),
+        (40, 1, 0.5, 1.0),
+        (40, 12, 0.0, 1.0),
+    ]
     for case, (vocab, top_k, top_p, temperature) in enumerate(cases):
         logits = logits_of(12, vocab, case)
         logits[:4] = (2 * logits[:4]).round() / 2  # ties
@@ -96,14 +115,26 @@ def test_steps_by_loops(backend: str) -> None:
         weights = op.weights(logits - logits.amax(1, keepdim=True), temperature)
         for row in range(len(logits)):
             words = op.philox4x32((case, 0, row, 0), (0xFFFFFFFF, 0x7FFFFFFF))
-            assert int(tokens[row]) == by_loops(logits[row].tolist(), weights[row].tolist(), words[0] << 32 | words[1], top_k, top_p)
+            assert int(tokens[row]) == by_loops(
+                logits[row].tolist(), weights[row].tolist(), words[0] << 32 | words[1], top_k, top_p
+            )
 
 
 # The backends agree bit for bit
 
-SETTINGS = [{}, {"top_k": 1}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}, {"top_k": 2000, "top_p": 0.9, "guidance": 1.5},
-            {"top_p": 0.5, "temperature": 1.3}, {"top_p": 0.0}, {"top_k": 10**12, "top_p": 0.999, "guidance": 3.0}, {"temperature": 0.0},
-            {"temperature": 0.0, "guidance": 7.5}, {"top_k": 50, "top_p": 0.3, "temperature": 1e-5}, {"top_k": 100, "temperature": 1e5}]
+SETTINGS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5, "top_p": 0.9, "temperature": 0.7},
+    {"top_k": 2000, "top_p": 0.9, "guidance": 1.5},
+    {"top_p": 0.5, "temperature": 1.3},
+    {"top_p": 0.0},
+    {"top_k": 10**12, "top_p": 0.999, "guidance": 3.0},
+    {"temperature": 0.0},
+    {"temperature": 0.0, "guidance": 7.5},
+    {"top_k": 50, "top_p": 0.3, "temperature": 1e-5},
+    {"top_k": 100, "temperature": 1e5},
+]
 
 
 @needs_extension
@@ -124,7 +155,9 @@ def test_cpp_equals_reference(vocab: int, dtype: torch.dtype) -> None:
             settings = {**settings, "seed": vocab, "position": 9, "image_index": torch.arange(rows) * 2**34 + 5}
             if "guidance" in settings:
                 settings["uncond"] = uncond.to(dtype)
-            assert torch.equal(draw(logits.to(dtype), "cpp", **settings), draw(logits.to(dtype), "reference", **settings)), (vocab, dtype, scale, settings)
+            assert torch.equal(
+                draw(logits.to(dtype), "cpp", **settings), draw(logits.to(dtype), "reference", **settings)
+            ), (vocab, dtype, scale, settings)
 
 
 @needs_extension
@@ -145,7 +178,10 @@ def test_batch_size_and_threads_change_nothing(backend: str) -> None:
     whole = draw(logits, backend, image_index=index, **settings)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     assert torch.equal(draw(logits[order], backend, image_index=index[order], **settings), whole[order])
-    assert torch.equal(torch.cat([draw(logits[i : i + 1], backend, image_index=index[i : i + 1], **settings) for i in range(24)]), whole)
+    assert torch.equal(
+        torch.cat([draw(logits[i : i + 1], backend, image_index=index[i : i + 1], **settings) for i in range(24)]),
+        whole,
+    )
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
@@ -161,15 +197,23 @@ from star_fast.ops.sample_tokens import sample_tokens
 logits = 2 * torch.randn(16, 5003, generator=torch.Generator().manual_seed(0))
 settings = [(0, 1.0, 1.0), (700, 1.0, 1.0), (0, 0.9, 1.0), (700, 0.9, 3.0), (0, 1.0, 0.0)]
 print(torch.backends.cpu.get_cpu_capability(), [
-    sample_tokens(x, seed=4, image_index=torch.arange(16), position=1, top_k=k, top_p=p, temperature=t, backend="cpp").tolist()
+    sample_tokens(x, seed=4, image_index=torch.arange(16), position=1, top_k=k, top_p=p, temperature=t,
+                  backend="cpp").tolist()
     for x in (logits, logits.bfloat16(), logits.half()) for k, p, t in settings])
 """
 
 
 @needs_extension
 def test_instruction_sets_change_nothing() -> None:
-    running = [subprocess.Popen([sys.executable, "-c", PROGRAM], env={**os.environ, "ATEN_CPU_CAPABILITY": name}, stdout=subprocess.PIPE, text=True)
-               for name in ("default", "avx2", "avx512")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": name},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("default", "avx2", "avx512")
+    ]
     outputs = [process.communicate(timeout=300)[0].split(maxsplit=1) for process in running]
     assert len({tokens for _, tokens in outputs}) == 1, outputs
     assert outputs[0][0] in ("DEFAULT", "NO") or "x86" not in os.uname().machine, outputs[0][0]
@@ -213,36 +257,54 @@ def test_views_tensors_for_numbers_and_out(backend: str) -> None:
 def test_bad_rows_raise(backend: str, bad: tuple[int, float | None], row: int) -> None:
     logits = logits_of(3, 40)
     logits[bad[0], 39 if bad[1] is not None else slice(None)] = -math.inf if bad[1] is None else bad[1]
-    for settings in ({}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.5}, {"uncond": logits_of(3, 40, 1), "guidance": 2.0}):
-        with pytest.raises(ValueError, match=f"row {row} of the .guided. logits holds NaN or .inf, or nothing but -inf"):
+    for settings in (
+        {},
+        {"temperature": 0.0},
+        {"top_k": 3, "top_p": 0.5},
+        {"uncond": logits_of(3, 40, 1), "guidance": 2.0},
+    ):
+        with pytest.raises(
+            ValueError, match=f"row {row} of the .guided. logits holds NaN or .inf, or nothing but -inf"
+        ):
             draw(logits, backend, **settings)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"logits": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "logits must be float32, bfloat16 or float16, got torch.float64"),
-    ({"logits": torch.zeros(4)}, ValueError, r"logits must be \(B, V\)"),
-    ({"logits": torch.zeros(3, 0)}, ValueError, "1 <= V <= 65536"),
-    ({"logits": torch.zeros(1, 65537)}, ValueError, "1 <= V <= 65536"),
-    ({"image_index": torch.arange(2)}, ValueError, r"image_index must be \(3,\) on cpu, got \(2,\)"),
-    ({"image_index": torch.arange(3).int()}, TypeError, "image_index must be an int64 tensor, got torch.int32"),
-    ({"image_index": [0, 1, 2]}, TypeError, "image_index must be an int64 tensor, got list"),
-    ({"seed": -1}, ValueError, "seed must be 0 or more"),
-    ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
-    ({"position": torch.zeros(1, dtype=torch.int64)}, ValueError, "position must be an int or a 0-d int64 tensor on cpu"),
-    ({"position": 2**32}, ValueError, "position must be 0 or more and below 2.32"),
-    ({"temperature": -1.0}, ValueError, "temperature must be 0"),
-    ({"temperature": 1e-6}, ValueError, "temperature must be 0"),
-    ({"temperature": math.nan}, ValueError, "temperature must be 0"),
-    ({"top_k": -1}, ValueError, "top_k must be an int, 0"),
-    ({"top_k": 2.0}, ValueError, "top_k must be an int, 0"),
-    ({"top_p": 1.01}, ValueError, r"top_p must be in \[0, 1\]"),
-    ({"top_p": math.nan}, ValueError, r"top_p must be in \[0, 1\]"),
-    ({"guidance": 2.0}, ValueError, "guidance 2.0 needs uncond, got None"),
-    ({"guidance": math.inf, "uncond": torch.zeros(3, 4)}, ValueError, "guidance must be in"),
-    ({"guidance": 2.0, "uncond": torch.zeros(3, 5)}, ValueError, "uncond must match logits"),
-    ({"out": torch.zeros(3)}, TypeError, "out must be an int64 tensor"),
-    ({"out": torch.zeros(6, dtype=torch.int64)[::2]}, ValueError, "out must be contiguous"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"logits": torch.zeros(3, 4, dtype=torch.float64)},
+            TypeError,
+            "logits must be float32, bfloat16 or float16, got torch.float64",
+        ),
+        ({"logits": torch.zeros(4)}, ValueError, r"logits must be \(B, V\)"),
+        ({"logits": torch.zeros(3, 0)}, ValueError, "1 <= V <= 65536"),
+        ({"logits": torch.zeros(1, 65537)}, ValueError, "1 <= V <= 65536"),
+        ({"image_index": torch.arange(2)}, ValueError, r"image_index must be \(3,\) on cpu, got \(2,\)"),
+        ({"image_index": torch.arange(3).int()}, TypeError, "image_index must be an int64 tensor, got torch.int32"),
+        ({"image_index": [0, 1, 2]}, TypeError, "image_index must be an int64 tensor, got list"),
+        ({"seed": -1}, ValueError, "seed must be 0 or more"),
+        ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+        (
+            {"position": torch.zeros(1, dtype=torch.int64)},
+            ValueError,
+            "position must be an int or a 0-d int64 tensor on cpu",
+        ),
+        ({"position": 2**32}, ValueError, "position must be 0 or more and below 2.32"),
+        ({"temperature": -1.0}, ValueError, "temperature must be 0"),
+        ({"temperature": 1e-6}, ValueError, "temperature must be 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be 0"),
+        ({"top_k": -1}, ValueError, "top_k must be an int, 0"),
+        ({"top_k": 2.0}, ValueError, "top_k must be an int, 0"),
+        ({"top_p": 1.01}, ValueError, r"top_p must be in \[0, 1\]"),
+        ({"top_p": math.nan}, ValueError, r"top_p must be in \[0, 1\]"),
+        ({"guidance": 2.0}, ValueError, "guidance 2.0 needs uncond, got None"),
+        ({"guidance": math.inf, "uncond": torch.zeros(3, 4)}, ValueError, "guidance must be in"),
+        ({"guidance": 2.0, "uncond": torch.zeros(3, 5)}, ValueError, "uncond must match logits"),
+        ({"out": torch.zeros(3)}, TypeError, "out must be an int64 tensor"),
+        ({"out": torch.zeros(6, dtype=torch.int64)[::2]}, ValueError, "out must be contiguous"),
+    ],
+)
 def test_bad_input_says_what_came(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"logits": torch.zeros(3, 4), "seed": 0, "image_index": torch.arange(3), "position": 0, **changes}
     with pytest.raises(error, match=message):
@@ -251,7 +313,21 @@ def test_bad_input_says_what_came(changes: dict[str, Any], error: type[Exception
 
 @needs_extension
 def test_opcheck() -> None:
-    arguments = (logits_of(3, 100), None, torch.arange(3), None, 5, torch.tensor(4), 0, 1.0, 7, 0.9, 1.0, torch.zeros(3, dtype=torch.int64), None)
+    arguments = (
+        logits_of(3, 100),
+        None,
+        torch.arange(3),
+        None,
+        5,
+        torch.tensor(4),
+        0,
+        1.0,
+        7,
+        0.9,
+        1.0,
+        torch.zeros(3, dtype=torch.int64),
+        None,
+    )
     torch.library.opcheck(torch.ops.star_fast.sample_tokens.default, arguments)
     guided = (arguments[0].half(), arguments[0].half() + 1, *arguments[2:10], 3.0, *arguments[11:])
     torch.library.opcheck(torch.ops.star_fast.sample_tokens.default, guided)
@@ -259,10 +335,33 @@ def test_opcheck() -> None:
 
 @needs_extension
 def test_the_operator_guards_its_memory() -> None:
-    good = [logits_of(3, 100), None, torch.arange(3), None, 5, None, 0, 1.0, 7, 0.9, 1.0, torch.zeros(3, dtype=torch.int64), None]
+    good = [
+        logits_of(3, 100),
+        None,
+        torch.arange(3),
+        None,
+        5,
+        None,
+        0,
+        1.0,
+        7,
+        0.9,
+        1.0,
+        torch.zeros(3, dtype=torch.int64),
+        None,
+    ]
     draw(good[0])  # loads the extension
-    for place, bad in ((0, torch.zeros(3, 65537)), (0, torch.zeros(100, 3).t()), (1, torch.zeros(3, 99)), (2, torch.arange(2)), (3, torch.zeros(2).long()),
-                       (11, torch.zeros(2).long()), (11, torch.zeros(3)), (9, 1.5), (8, -1)):
+    for place, bad in (
+        (0, torch.zeros(3, 65537)),
+        (0, torch.zeros(100, 3).t()),
+        (1, torch.zeros(3, 99)),
+        (2, torch.arange(2)),
+        (3, torch.zeros(2).long()),
+        (11, torch.zeros(2).long()),
+        (11, torch.zeros(3)),
+        (9, 1.5),
+        (8, -1),
+    ):
         with pytest.raises(ValueError, match="sample_tokens: "):
             torch.ops.star_fast.sample_tokens(*good[:place], bad, *good[place + 1 :])
 
@@ -273,8 +372,17 @@ def test_fake_cuda_tensors_need_no_driver(backend: str) -> None:
         pytest.skip("star_fast._C was built without CUDA")
     with FakeTensorMode(), dispatch.record() as calls:
         logits, position = torch.empty(6, 16384, device="cuda"), torch.empty((), dtype=torch.int64, device="cuda")
-        got = op.sample_tokens(logits, seed=1, image_index=torch.empty(6, dtype=torch.int64, device="cuda"), position=position, top_k=9, top_p=0.5,
-                               uncond=logits, guidance=2.0, backend=None if backend == "cpp" else backend)
+        got = op.sample_tokens(
+            logits,
+            seed=1,
+            image_index=torch.empty(6, dtype=torch.int64, device="cuda"),
+            position=position,
+            top_k=9,
+            top_p=0.5,
+            uncond=logits,
+            guidance=2.0,
+            backend=None if backend == "cpp" else backend,
+        )
     assert got.shape == (6,) and got.dtype == torch.int64 and got.device.type == "cuda"
     launches = [dispatch.Launch("sample_tokens_kernel", (6,))] if backend == "cpp" else []
     assert calls == [dispatch.Recorded("sample_tokens", backend, launches)]
@@ -300,12 +408,24 @@ def test_inputs_and_cost() -> None:
 
 @pytest.mark.gpu
 def test_cuda_equals_cpu() -> None:
-    for vocab, dtype in ((1, torch.float32), (257, torch.float16), (16384, torch.float32), (16384, torch.bfloat16), (65536, torch.float32)):
+    for vocab, dtype in (
+        (1, torch.float32),
+        (257, torch.float16),
+        (16384, torch.float32),
+        (16384, torch.bfloat16),
+        (65536, torch.float32),
+    ):
         logits, uncond = logits_of(33, vocab, 1).to(dtype), logits_of(33, vocab, 2).to(dtype)
         for settings in SETTINGS:
             settings = {**settings, **({"uncond": uncond} if "guidance" in settings else {})}
             on_gpu = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in settings.items()}
-            got = draw(logits.cuda(), "cpp", image_index=torch.arange(33, device="cuda"), position=torch.tensor(0, device="cuda"), **on_gpu)
+            got = draw(
+                logits.cuda(),
+                "cpp",
+                image_index=torch.arange(33, device="cuda"),
+                position=torch.tensor(0, device="cuda"),
+                **on_gpu,
+            )
             assert torch.equal(got.cpu(), draw(logits, "reference", **settings)), (vocab, dtype, settings)
     op.raise_on_bad_rows("cuda")
     logits = logits_of(3, 100).cuda()

@@ -31,7 +31,15 @@ def test_a_million_draws_stay_in_the_allowed_set() -> None:
     per_setting = -(-1_000_000 // len(GRID))
     for case, (top_k, top_p, temperature) in enumerate(GRID):
         logits = logits_of(1, 300, case)
-        tokens = draw(logits.expand(per_setting, -1), "cpp", seed=case, position=3, top_k=top_k, top_p=top_p, temperature=temperature)
+        tokens = draw(
+            logits.expand(per_setting, -1),
+            "cpp",
+            seed=case,
+            position=3,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+        )
         probs = exact_probabilities(logits[0], top_k, top_p, temperature)
         counts = torch.bincount(tokens, minlength=300)
         assert counts[probs == 0].sum() == 0, (top_k, top_p, temperature)
@@ -62,7 +70,9 @@ def test_frequencies(varied: str) -> None:
             tokens = draw(logits.expand(n, -1), seed=case, position=2**20, **settings)
         else:
             one = torch.tensor([case])
-            tokens = torch.cat([draw(logits, image_index=one, **{"seed": 5, "position": 5, varied: i}, **settings) for i in range(n)])
+            tokens = torch.cat(
+                [draw(logits, image_index=one, **{"seed": 5, "position": 5, varied: i}, **settings) for i in range(n)]
+            )
         probs = exact_probabilities(logits[0], top_k, top_p, temperature)
         counts = torch.bincount(tokens, minlength=19)
         assert counts[probs == 0].sum() == 0

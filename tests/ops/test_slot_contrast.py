@@ -21,7 +21,9 @@ kernels = import_module("star_fast.ops.triton.slot_contrast")
 BACKENDS = ["reference", "triton"]
 
 
-def plain_sums(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int) -> tuple[list[float], Tensor]:
+def plain_sums(
+    anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int
+) -> tuple[list[float], Tensor]:
     """Each pair's value, and the derivative of their sum by the anchors, by the formulas, with Python numbers."""
     z, k = ([[unit(vector) for vector in slot] for slot in x.tolist()] for x in (anchor, key))
     values, dz = [], torch.zeros(anchor.shape, dtype=torch.float64)
@@ -60,8 +62,17 @@ def test_against_plain_sums(backend: str) -> None:
 
 
 # Tiles are 16 rows, 32 keys and 128 columns of gradient in float32; 32, 64 and 256 in bfloat16.
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 70, 21, 61), torch.float32), ((5, 70, 21, 61), torch.bfloat16), ((17, 33, 130, 9), torch.float32),
-                                              ((33, 65, 520, 32), torch.bfloat16), ((1, 1, 1, 0), torch.float32), ((1, 1, 1, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((5, 70, 21, 61), torch.float32),
+        ((5, 70, 21, 61), torch.bfloat16),
+        ((17, 33, 130, 9), torch.float32),
+        ((33, 65, 520, 32), torch.bfloat16),
+        ((1, 1, 1, 0), torch.float32),
+        ((1, 1, 1, 0), torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("reduction", ["mean", "pair"])
 def test_error_rule(shape: tuple[int, int, int, int], dtype: torch.dtype, reduction: str) -> None:
     contract.check_op(op, "triton", call(*shape, reduction=reduction), ("anchor",), dtype)
@@ -71,7 +82,16 @@ def test_error_rule(shape: tuple[int, int, int, int], dtype: torch.dtype, reduct
 def test_small_gradients_of_a_learnt_batch_keep_their_digits(dtype: torch.dtype) -> None:
     """Positives with 99.9 % of the softmax: the gradient is a thousandth of the single pulls that make it up."""
     key = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
-    arguments = call(4, 9, 64, key=key, anchor=key[[0, 1, 1], 2:6], pairs=torch.tensor([[0, 0], [1, 1]]), row_offset=2, temperature=0.08)
+    arguments = call(
+        4,
+        9,
+        64,
+        key=key,
+        anchor=key[[0, 1, 1], 2:6],
+        pairs=torch.tensor([[0, 0], [1, 1]]),
+        row_offset=2,
+        temperature=0.08,
+    )
     assert op.slot_contrast(**arguments, backend="reference") < 2e-3
     contract.check_op(op, "triton", arguments, ("anchor",), dtype)
 
@@ -86,22 +106,29 @@ def test_the_reference_in_chunks_of_pairs(monkeypatch: pytest.MonkeyPatch) -> No
     arguments = call(4, 6, 5)
     whole = op.slot_contrast(**arguments, reduction="pair", backend="reference")
     monkeypatch.setattr(op, "_SIMILARITY_BYTES", 3 * 4 * 4 * 6)
-    torch.testing.assert_close(op.slot_contrast(**arguments, reduction="pair", backend="reference"), whole, rtol=0, atol=0)
+    torch.testing.assert_close(
+        op.slot_contrast(**arguments, reduction="pair", backend="reference"), whole, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_degenerate_inputs(backend: str, dtype: torch.dtype) -> None:
     def run(**change: Any) -> tuple[Tensor, Tensor]:
-        arguments = {key: contract.cast(value, dtype) for key, value in {**call(4, 9, 8, reduction="pair"), **change}.items()}
-        out, gradients = contract.run_with_gradients(lambda **kw: op.slot_contrast(**kw, backend=backend), arguments, ("anchor",))
+        arguments = {
+            key: contract.cast(value, dtype) for key, value in {**call(4, 9, 8, reduction="pair"), **change}.items()
+        }
+        out, gradients = contract.run_with_gradients(
+            lambda **kw: op.slot_contrast(**kw, backend=backend), arguments, ("anchor",)
+        )
         assert out.isfinite().all() and gradients["anchor"].isfinite().all()
         return out, gradients["anchor"]
 
     one = torch.randn(1, 1, 8)
     out, gradient = run(anchor=one.expand(3, 4, 8), key=one.expand(2, 9, 8))  # every image alike
     torch.testing.assert_close(out, torch.full((4,), math.log(9)), rtol=1e-5, atol=0)
-    assert gradient.abs().max() < 1e-2 * 5 / one.norm()  # zero up to rounding; a single key's pull would be 5 / |anchor|
+    # Zero up to rounding; a single key's pull would be 5 / |anchor|
+    assert gradient.abs().max() < 1e-2 * 5 / one.norm()
     out, gradient = run(anchor=torch.zeros(3, 4, 8))
     torch.testing.assert_close(out, torch.full((4,), math.log(9)), rtol=1e-5, atol=0)
     assert not gradient.any()
@@ -139,7 +166,9 @@ def test_keys_get_no_gradient(backend: str) -> None:
 def test_triton_launches_twice_and_makes_no_gradient_unasked() -> None:
     arguments = call(4, 9, 130)
     with count_accesses() as launches:
-        contract.run_with_gradients(lambda **kw: op.slot_contrast(**kw, reduction="pair", backend="triton"), arguments, ("anchor",))
+        contract.run_with_gradients(
+            lambda **kw: op.slot_contrast(**kw, reduction="pair", backend="triton"), arguments, ("anchor",)
+        )
     assert [launch.kernel for launch in launches] == ["slot_contrast_forward", "slot_contrast_backward"]
     with count_accesses() as launches, torch.no_grad():
         arguments["anchor"].requires_grad_()
@@ -161,31 +190,66 @@ def test_a_slot_out_of_range_sets_the_error_flag() -> None:
 
 def test_fake_path_names_the_launch() -> None:
     with FakeTensorMode(), dispatch.record() as calls:
-        anchor, key = (torch.empty(8, n, 1280, device="cuda", dtype=torch.bfloat16, requires_grad=n == 33) for n in (33, 256))
+        anchor, key = (
+            torch.empty(8, n, 1280, device="cuda", dtype=torch.bfloat16, requires_grad=n == 33) for n in (33, 256)
+        )
         pairs = torch.empty(32, 2, device="cuda", dtype=torch.int64)
         for reduction, shape in (("mean", ()), ("pair", (32,))):
             out = op.slot_contrast(anchor, key, pairs, 0.2, 33, reduction=reduction)
             assert out.shape == shape and out.dtype == torch.float32 and out.device.type == "cuda"
-    assert calls == [dispatch.Recorded("slot_contrast", "triton", [dispatch.Launch("slot_contrast_forward", (2, 32, 5))])] * 2
+    assert (
+        calls
+        == [dispatch.Recorded("slot_contrast", "triton", [dispatch.Launch("slot_contrast_forward", (2, 32, 5))])] * 2
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
-    [({"anchor": torch.zeros(3, 2, 4, dtype=torch.int64)}, TypeError, "anchor must be floating point, got torch.int64"),
-     ({"anchor": torch.zeros(2, 4)}, ValueError, r"anchor must be \(S, B, D\) with S, B, D >= 1, got shape \(2, 4\)"),
-     ({"key": torch.zeros(2, 3, 5)}, ValueError, r"key must be \(S', B_all, D\) with D = 4 like anchor, got shape \(2, 3, 5\)"),
-     ({"key": torch.zeros(2, 3, 4).double()}, ValueError, "key must be torch.float32 on cpu like anchor, got torch.float64"),
-     ({"pairs": torch.zeros(4, 2)}, TypeError, "pairs must be int64"),
-     ({"pairs": torch.zeros(0, 2, dtype=torch.int64)}, ValueError, r"pairs must be \(P, 2\) with P >= 1 on cpu like anchor, got \(0, 2\)"),
-     ({"pairs": torch.tensor([[3, 0]])}, ValueError, r"pairs\[:, 0\] must name anchor slots 0 \.\.\. 2, got values from 3 to 3"),
-     ({"pairs": torch.tensor([[0, 0], [0, -1]])}, ValueError, r"pairs\[:, 1\] must name key slots 0 \.\.\. 1, got values from -1 to 0"),
-     ({"temperature": torch.tensor(0.2)}, TypeError, "temperature must be a Python number, got Tensor"),
-     ({"temperature": 0}, ValueError, "temperature must be finite and > 0, got 0"),
-     ({"temperature": math.nan}, ValueError, "temperature must be finite and > 0, got nan"),
-     ({"row_offset": 1.0}, TypeError, "row_offset must be an int, got float"),
-     ({"row_offset": 2}, ValueError, r"row_offset must be in 0 \.\.\. B_all - B = 3 - 2, .*got 2"),
-     ({"row_offset": -1}, ValueError, "row_offset must be in .*got -1"),
-     ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'pair', got 'sum'")],
+    [
+        (
+            {"anchor": torch.zeros(3, 2, 4, dtype=torch.int64)},
+            TypeError,
+            "anchor must be floating point, got torch.int64",
+        ),
+        (
+            {"anchor": torch.zeros(2, 4)},
+            ValueError,
+            r"anchor must be \(S, B, D\) with S, B, D >= 1, got shape \(2, 4\)",
+        ),
+        (
+            {"key": torch.zeros(2, 3, 5)},
+            ValueError,
+            r"key must be \(S', B_all, D\) with D = 4 like anchor, got shape \(2, 3, 5\)",
+        ),
+        (
+            {"key": torch.zeros(2, 3, 4).double()},
+            ValueError,
+            "key must be torch.float32 on cpu like anchor, got torch.float64",
+        ),
+        ({"pairs": torch.zeros(4, 2)}, TypeError, "pairs must be int64"),
+        (
+            {"pairs": torch.zeros(0, 2, dtype=torch.int64)},
+            ValueError,
+            r"pairs must be \(P, 2\) with P >= 1 on cpu like anchor, got \(0, 2\)",
+        ),
+        (
+            {"pairs": torch.tensor([[3, 0]])},
+            ValueError,
+            r"pairs\[:, 0\] must name anchor slots 0 \.\.\. 2, got values from 3 to 3",
+        ),
+        (
+            {"pairs": torch.tensor([[0, 0], [0, -1]])},
+            ValueError,
+            r"pairs\[:, 1\] must name key slots 0 \.\.\. 1, got values from -1 to 0",
+        ),
+        ({"temperature": torch.tensor(0.2)}, TypeError, "temperature must be a Python number, got Tensor"),
+        ({"temperature": 0}, ValueError, "temperature must be finite and > 0, got 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be finite and > 0, got nan"),
+        ({"row_offset": 1.0}, TypeError, "row_offset must be an int, got float"),
+        ({"row_offset": 2}, ValueError, r"row_offset must be in 0 \.\.\. B_all - B = 3 - 2, .*got 2"),
+        ({"row_offset": -1}, ValueError, "row_offset must be in .*got -1"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'pair', got 'sum'"),
+    ],
 )
 def test_bad_input_says_what_came(change: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match="slot_contrast: .*" + match):
@@ -200,5 +264,9 @@ def test_on_a_gpu(preset: str, dtype: torch.dtype) -> None:
     contract.check_op(op, "triton", arguments, ("anchor",), dtype)
     contract.check_same_bits(op, "triton", arguments, ("anchor",))
     width = arguments["anchor"].shape[2]
-    many = torch.randn(arguments["key"].shape[0], 5000, width, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    contract.check_op(op, "triton", {**arguments, "key": many, "row_offset": 4001, "reduction": "pair"}, ("anchor",), dtype)
+    many = torch.randn(arguments["key"].shape[0], 5000, width, generator=torch.Generator().manual_seed(1)).to(
+        "cuda", dtype
+    )
+    contract.check_op(
+        op, "triton", {**arguments, "key": many, "row_offset": 4001, "reduction": "pair"}, ("anchor",), dtype
+    )

@@ -30,7 +30,9 @@ def test_formula_against_scalar_arithmetic() -> None:
     import math
 
     x = torch.randn(3, 8, dtype=torch.float64)
-    expected = [[x[i, j].item() / (1 + math.exp(-x[i, j].item())) * x[i, 4 + j].item() for j in range(4)] for i in range(3)]
+    expected = [
+        [x[i, j].item() / (1 + math.exp(-x[i, j].item())) * x[i, 4 + j].item() for j in range(4)] for i in range(3)
+    ]
     torch.testing.assert_close(op.reference(x), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -48,7 +50,11 @@ def test_huge_gates_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "error"),
-    [(torch.zeros(2, 3), ValueError), (torch.zeros(2, 0), ValueError), (torch.zeros(2, 4, dtype=torch.int64), TypeError)],
+    [
+        (torch.zeros(2, 3), ValueError),
+        (torch.zeros(2, 0), ValueError),
+        (torch.zeros(2, 4, dtype=torch.int64), TypeError),
+    ],
 )
 def test_bad_input_says_what_came(bad: torch.Tensor, error: type[Exception]) -> None:
     with pytest.raises(error, match="swiglu: w1w3 must be"):

@@ -1,4 +1,6 @@
-"""Readers with a bug each, under the eyes of scripts/fuzzing: prints what was made of each, as JSON. A process of its own, since workers are forked."""
+"""Readers with a bug each, under the eyes of scripts/fuzzing: prints what was made of each, as JSON. A process of its
+own, since workers are forked.
+"""
 
 from __future__ import annotations
 
@@ -81,13 +83,29 @@ def accepts(content: bytes) -> None:
         raise AssertionError(content)
 
 
-READERS = (refuses, unpickles, is_made_to_run_a_program, raises_key_error, allocates_a_gigabyte, sleeps, waits_for_good, takes_the_process_down,
-           prints_what_it_read, leaves_the_input_damaged, accepts)
+READERS = (
+    refuses,
+    unpickles,
+    is_made_to_run_a_program,
+    raises_key_error,
+    allocates_a_gigabyte,
+    sleeps,
+    waits_for_good,
+    takes_the_process_down,
+    prints_what_it_read,
+    leaves_the_input_damaged,
+    accepts,
+)
 
 
 def subject(read: Callable[[bytes], None]) -> Subject:
     """One whose inputs are all alike."""
-    return Subject(read.__name__, "", lambda random, good: Case("always the same", "input", b"\x1b[31m"), lambda place, case: read(case.content))
+    return Subject(
+        read.__name__,
+        "",
+        lambda random, good: Case("always the same", "input", b"\x1b[31m"),
+        lambda place, case: read(case.content),
+    )
 
 
 def main() -> None:

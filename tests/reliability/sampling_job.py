@@ -15,7 +15,17 @@ FINISHED = {"images.npz", "images.json", "images.png"}
 
 
 def settings(model: Path, where: Path, **changes: object) -> SampleConfig:
-    return replace(SampleConfig(model=str(model), out=str(where / "images.npz"), images=IMAGES, batch_images=BATCH, precision="fp32", top_k=20), **changes)
+    return replace(
+        SampleConfig(
+            model=str(model),
+            out=str(where / "images.npz"),
+            images=IMAGES,
+            batch_images=BATCH,
+            precision="fp32",
+            top_k=20,
+        ),
+        **changes,
+    )
 
 
 def first_pixel(npz: Path) -> int:

@@ -1,4 +1,6 @@
-"""What a checkpoint's folder holds is checked before it is used, and nothing of it executes: each case is one that once went wrong."""
+"""What a checkpoint's folder holds is checked before it is used, and nothing of it executes: each case is one that once
+went wrong.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         write_store(folder / "codes")
-        patch.setattr(sys, "argv", ["train.py", *SMALL, "--data.codes", str(folder / "codes"), "--run", str(folder / "run"), "--train.max-steps", "4",
-                                    "--train.save-every-steps", "2", "--train.zero-stage", "1", "--train.precision", "bf16"])
+        patch.setattr(
+            sys,
+            "argv",
+            [
+                "train.py",
+                *SMALL,
+                "--data.codes",
+                str(folder / "codes"),
+                "--run",
+                str(folder / "run"),
+                "--train.max-steps",
+                "4",
+                "--train.save-every-steps",
+                "2",
+                "--train.zero-stage",
+                "1",
+                "--train.precision",
+                "bf16",
+            ],
+        )
         assert train_main() == 0
     return folder
 
@@ -50,7 +70,10 @@ def record_anew(folder: Path) -> None:
     """Make complete.json agree with the files again, as somebody would who can write to the folder."""
     file = folder / "complete.json"
     record = json.loads(file.read_text())
-    record["files"] = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)} for name in record["files"]}
+    record["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+        for name in record["files"]
+    }
     file.write_text(json.dumps(record))
 
 
@@ -119,8 +142,15 @@ def drop(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("of", ["teacher", "optimizer"])
-@pytest.mark.parametrize(("damage", "said"), [(reshape, "should be torch.float32"), (retype, "should be torch.float32"), (drop, "tensors, it holds"),
-                                              (poison, "weights are not finite")])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (reshape, "should be torch.float32"),
+        (retype, "should be torch.float32"),
+        (drop, "tensors, it holds"),
+        (poison, "weights are not finite"),
+    ],
+)
 def test_a_damaged_shard_is_refused(resumable: Training, of: str, damage: Callable[[dict], None], said: str) -> None:
     folder = checkpoint.latest(resumable.run)
     file = folder / f"{of}-00000.safetensors"
@@ -133,7 +163,9 @@ def test_a_damaged_shard_is_refused(resumable: Training, of: str, damage: Callab
     assert said in line
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 3}', "[" * 100000, '{"format": 3, "step": 1e400}', '{"format": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", '{"format": 3}', "[" * 100000, '{"format": 3, "step": 1e400}', '{"format": NaN}']
+)
 def test_a_damaged_record_is_one_line(resumable: Training, text: str) -> None:
     (checkpoint.latest(resumable.run) / "complete.json").write_text(text)
     status, line = resumable(*RESUME)
@@ -141,8 +173,19 @@ def test_a_damaged_record_is_one_line(resumable: Training, text: str) -> None:
     assert "complete.json" in line
 
 
-@pytest.mark.parametrize(("field", "value"), [("files", {"../../outside": {"bytes": 1, "sha256": "0"}}), ("files", []), ("step", -1), ("step", "4"),
-                                              ("config", {"model": 3}), ("codes", None), ("telemetry", {"rows": [["x"]]}), ("ranks", 10**400)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("files", {"../../outside": {"bytes": 1, "sha256": "0"}}),
+        ("files", []),
+        ("step", -1),
+        ("step", "4"),
+        ("config", {"model": 3}),
+        ("codes", None),
+        ("telemetry", {"rows": [["x"]]}),
+        ("ranks", 10**400),
+    ],
+)
 def test_a_record_of_wrong_kinds_is_one_line(resumable: Training, field: str, value: object) -> None:
     file = checkpoint.latest(resumable.run) / "complete.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))

@@ -1,4 +1,6 @@
-"""A config file or a command line, whatever is in it, costs next to nothing and is answered in one line that names it."""
+"""A config file or a command line, whatever is in it, costs next to nothing and is answered in one
+line that names it.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,17 @@ from star_fast.records import from_dict, to_dict
 from star_fast.train import TrainCommand
 
 MOST = 2**16
-LAUGHS = "a: &a [1, 1, 1, 1]\n" + "".join(f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True))
+LAUGHS = "a: &a [1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
 
 REFUSED = {
     "aliases": (LAUGHS, r"line 1: anchors \(&\) and aliases \(\*\) are not read"),
     "an alias of nothing": ("model: *x", "anchors"),
-    "a tag that runs code": ("model: !!python/object/apply:os.system ['true']", "tags are not read, found tag:yaml.org,2002:python/object/apply:os.system"),
+    "a tag that runs code": (
+        "model: !!python/object/apply:os.system ['true']",
+        "tags are not read, found tag:yaml.org,2002:python/object/apply:os.system",
+    ),
     "a tag on a number": ("train: {seed: !!str 3}", "tags are not read"),
     "a merge": ("model: {<<: {width: 4}}", "'<<' is read as a merge"),
     "a date": ("data: {codes: 2024-01-01}", "line 1: '2024-01-01' is read as a timestamp; for text put it in quotes"),
@@ -72,8 +79,13 @@ def test_what_no_config_holds_is_refused(tmp_path: Path, name: str) -> None:
 def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
-    for name, message in (("pipe.yaml", "found a pipe, socket or device"), ("zeros.yaml", "found a pipe, socket or device"), (".", "found a folder"),
-                          ("absent.yaml", "no such config file"), ("x" * 300, "File name too long")):
+    for name, message in (
+        ("pipe.yaml", "found a pipe, socket or device"),
+        ("zeros.yaml", "found a pipe, socket or device"),
+        (".", "found a folder"),
+        ("absent.yaml", "no such config file"),
+        ("x" * 300, "File name too long"),
+    ):
         assert message in refusal(tmp_path / name)
     with pytest.raises(ConfigError, match=r"\\x00: cannot be read: embedded null"):
         read_config("\0")
@@ -83,11 +95,21 @@ def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
 
 
 def test_what_yaml_can_say_plainly_is_read(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text('\ufeff# comment\nmodel: {blocks: 0x10, width: 1_024, heads: 16}\noptim:\n  eps: 1e-4\ntokenizer:\n  multipliers:\n  - 1\n'
-                                     '  - 2\ntrain: {tensorboard: off}\ndata: {codes: "größe"}\n', encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        "\ufeff# comment\nmodel: {blocks: 0x10, width: 1_024, heads: 16}\noptim:\n  eps: 1e-4\ntokenizer:\n  "
+        "multipliers:\n  - 1\n"
+        '  - 2\ntrain: {tensorboard: off}\ndata: {codes: "größe"}\n',
+        encoding="utf-8",
+    )
     config = read_config(tmp_path / "c.yaml")
-    assert (config.model.blocks, config.model.width, config.optim.eps, config.tokenizer.multipliers, config.train.tensorboard, config.data.codes) == (
-        16, 1024, 1e-4, (1, 2), False, "größe")
+    assert (
+        config.model.blocks,
+        config.model.width,
+        config.optim.eps,
+        config.tokenizer.multipliers,
+        config.train.tensorboard,
+        config.data.codes,
+    ) == (16, 1024, 1e-4, (1, 2), False, "größe")
     for nothing in ("", "~", "# nothing\n", "{}"):
         (tmp_path / "c.yaml").write_text(nothing)
         assert read_config(tmp_path / "c.yaml") == RunConfig()
@@ -102,21 +124,32 @@ def test_configs_on_disk_stay_as_they_are(tmp_path: Path, name: str) -> None:
     assert read_config(tmp_path / "a.yaml") == from_dict(RunConfig, yaml.safe_load(text)) == preset(name)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset", ""], "--preset: expected one of tiny, B, .*, got nothing"), (["--preset=", "--run"], "--preset: expected one of .*, got nothing"),
-    (["--preset", "--run", "x"], "got nothing"), (["--config", ""], "--config: expected a YAML file, got nothing"), (["--config", "."], "found a folder"),
-    (["--preset", "tiny", "--config", "x"], "give one of them, once"), (["--preset", "\x1b[31m"], r"got '\\x1b\[31m'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", ""], "--preset: expected one of tiny, B, .*, got nothing"),
+        (["--preset=", "--run"], "--preset: expected one of .*, got nothing"),
+        (["--preset", "--run", "x"], "got nothing"),
+        (["--config", ""], "--config: expected a YAML file, got nothing"),
+        (["--config", "."], "found a folder"),
+        (["--preset", "tiny", "--config", "x"], "give one of them, once"),
+        (["--preset", "\x1b[31m"], r"got '\\x1b\[31m'"),
+    ],
+)
 def test_odd_presets_and_config_files(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         base_config(arguments)
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--train.seed", "1" + "0" * 30], r"--train.seed: expected a number of at most 2\^53, got one of 31 digits"),
-    (["--train.max-steps", "1" + "0" * 30], "max.steps: expected"), (["--train.epochs", "nan"], "epochs: expected a finite number"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.seed", "1" + "0" * 30], r"--train.seed: expected a number of at most 2\^53, got one of 31 digits"),
+        (["--train.max-steps", "1" + "0" * 30], "max.steps: expected"),
+        (["--train.epochs", "nan"], "epochs: expected a finite number"),
+    ],
+)
 def test_numbers_that_no_setting_means(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(TrainCommand, arguments, "train.py", "", config=preset("tiny"))

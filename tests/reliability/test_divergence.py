@@ -1,4 +1,6 @@
-"""A run whose loss or weights are not finite stops, says where, and keeps what was good; a jump of the loss is reported."""
+"""A run whose loss or weights are not finite stops, says where, and keeps what was good; a jump of the loss is
+reported.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from tests.reliability.training_job import Training
 
 
 def test_an_absurd_learning_rate_stops_the_run_and_exports_nothing(training: Training) -> None:
-    status, line = training("--train.max-steps", "8", "--train.log-every-steps", "3", "--optim.lr-per-256-images", "1e18", "--optim.clip-norm", "0")
+    status, line = training(
+        "--train.max-steps",
+        "8",
+        "--train.log-every-steps",
+        "3",
+        "--optim.lr-per-256-images",
+        "1e18",
+        "--optim.clip-norm",
+        "0",
+    )
     assert status == 2
     assert "the loss is not finite (loss nan" in line
     assert "there is no checkpoint yet" in line
@@ -49,10 +60,21 @@ def poisoned_step(monkeypatch: pytest.MonkeyPatch, bad_step: int, where: str) ->
 
 
 @pytest.mark.parametrize("where", ["loss", "weights"])
-def test_the_last_good_checkpoint_outlives_a_nan(training: Training, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_the_last_good_checkpoint_outlives_a_nan(
+    training: Training, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     """Weights that break between two log lines are noticed before they are saved."""
     poisoned_step(monkeypatch, 6, where)
-    status, line = training("--train.max-steps", "12", "--train.save-every-steps", "2", "--train.keep-checkpoints", "1", "--train.log-every-steps", "5")
+    status, line = training(
+        "--train.max-steps",
+        "12",
+        "--train.save-every-steps",
+        "2",
+        "--train.keep-checkpoints",
+        "1",
+        "--train.log-every-steps",
+        "5",
+    )
     assert status == 2
     assert "step 6: " in line
     assert "not finite" in line
@@ -78,7 +100,10 @@ def test_the_watch_reports_a_spike_once_and_takes_a_new_level_for_granted() -> N
     assert watch.see(step + 3, {"loss": 5.0}) is None
     assert watch.episode is None
     assert watch.see(step + 4, {"loss": 7.0}) > 6
-    later = [watch.see(step + 5 + index, {"loss": 7.0 + 0.1 * value}) for index, value in enumerate(rng.standard_normal(20 * WINDOW_STEPS))]
+    later = [
+        watch.see(step + 5 + index, {"loss": 7.0 + 0.1 * value})
+        for index, value in enumerate(rng.standard_normal(20 * WINDOW_STEPS))
+    ]
     assert not any(later)  # one report for a jump that stays
     assert watch.episode is None
     with pytest.raises(Diverged, match=r"step 9: the loss is not finite \(loss inf, ar 1\)"):
@@ -87,7 +112,9 @@ def test_the_watch_reports_a_spike_once_and_takes_a_new_level_for_granted() -> N
     assert not any(quiet.see(step, {"loss": float(step)}) for step in range(1, 4 * LEAST_STEPS))
 
 
-def test_a_spike_keeps_the_checkpoint_before_it_and_can_stop_the_run(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_keeps_the_checkpoint_before_it_and_can_stop_the_run(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from star_fast.training.engine import Engine
 
     healthy = Engine.step
@@ -97,7 +124,16 @@ def test_a_spike_keeps_the_checkpoint_before_it_and_can_stop_the_run(training: T
         return losses.clone().fill_(3 + 0.01 * (number % 3) + 5 * (number >= 60)), norm
 
     monkeypatch.setattr(Engine, "step", step)
-    size = ["--train.save-every-steps", "8", "--train.keep-checkpoints", "1", "--train.validate-every-steps", "0", "--train.max-steps", "80"]
+    size = [
+        "--train.save-every-steps",
+        "8",
+        "--train.keep-checkpoints",
+        "1",
+        "--train.validate-every-steps",
+        "0",
+        "--train.max-steps",
+        "80",
+    ]
     status, _ = training(*size)
     assert status == 0
     assert "step 61: loss 8 lies" in training.err

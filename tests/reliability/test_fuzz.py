@@ -19,16 +19,37 @@ INPUTS = 4000  # of all subjects together, the first of each; less than a minute
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, errors="replace", check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_slice_of_damaged_inputs_does_no_harm(tmp_path: Path) -> None:
-    done = run("scripts/fuzz.py", "--inputs", INPUTS, "--seed", 0, "--out", tmp_path / "failures", "--record", tmp_path / "record.md")
+    done = run(
+        "scripts/fuzz.py",
+        "--inputs",
+        INPUTS,
+        "--seed",
+        0,
+        "--out",
+        tmp_path / "failures",
+        "--record",
+        tmp_path / "record.md",
+    )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     record = (tmp_path / "record.md").read_text()
-    rows = {cells[0]: [int(cell) for cell in cells[2:12]] for line in record.splitlines() if line.count("|") == 14 and "---" not in line
-            if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] != "subject"}
+    rows = {
+        cells[0]: [int(cell) for cell in cells[2:12]]
+        for line in record.splitlines()
+        if line.count("|") == 14 and "---" not in line
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] != "subject"
+    }
     assert len(rows) > 55  # kinds of files and commands, and the sum
     inputs, accepted, refused, *failures = rows["all"]
     assert inputs == accepted + refused >= INPUTS - 50
@@ -44,19 +65,22 @@ def planted() -> dict[str, list]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("reader", "verdict", "kind"), [
-    ("refuses", "refused", ""),
-    ("unpickles", "executed", "canary"),
-    ("is_made_to_run_a_program", "executed", "subprocess.Popen"),
-    ("raises_key_error", "traceback", "KeyError"),
-    ("allocates_a_gigabyte", "fat", ""),
-    ("sleeps", "slow", ""),
-    ("waits_for_good", "hung", ""),
-    ("takes_the_process_down", "crashed", "crashed"),
-    ("prints_what_it_read", "garbled", ""),
-    ("leaves_the_input_damaged", "accepted", ""),
-    ("accepts", "accepted", ""),
-])
+@pytest.mark.parametrize(
+    ("reader", "verdict", "kind"),
+    [
+        ("refuses", "refused", ""),
+        ("unpickles", "executed", "canary"),
+        ("is_made_to_run_a_program", "executed", "subprocess.Popen"),
+        ("raises_key_error", "traceback", "KeyError"),
+        ("allocates_a_gigabyte", "fat", ""),
+        ("sleeps", "slow", ""),
+        ("waits_for_good", "hung", ""),
+        ("takes_the_process_down", "crashed", "crashed"),
+        ("prints_what_it_read", "garbled", ""),
+        ("leaves_the_input_damaged", "accepted", ""),
+        ("accepts", "accepted", ""),
+    ],
+)
 def test_a_planted_bug_is_seen(planted: dict[str, list], reader: str, verdict: str, kind: str) -> None:
     found = planted[reader]
     assert found[:2] == [verdict, kind]
@@ -79,10 +103,23 @@ def test_every_way_of_damage_and_every_payload_can_be_made() -> None:
 
 
 def test_a_kept_example_is_read_back_as_it_was(tmp_path: Path) -> None:
-    cases = [Case("bits flipped", "run/x.json", b"\xff\x00", repairs=("run/y.json",)), Case("command line", arguments=("sample", "\udcff", "\x1b"))]
+    cases = [
+        Case("bits flipped", "run/x.json", b"\xff\x00", repairs=("run/y.json",)),
+        Case("command line", arguments=("sample", "\udcff", "\x1b")),
+    ]
     tally = results.Tally([Subject("one", "", lambda random, good: cases[0], lambda place, case: None)])
     for number, case in enumerate(cases):
-        tally.add(Outcome("one", number, "traceback", ["traceback"], kind=f"Error{number}", where="star_fast/x.py:3 read", case=case))
+        tally.add(
+            Outcome(
+                "one",
+                number,
+                "traceback",
+                ["traceback"],
+                kind=f"Error{number}",
+                where="star_fast/x.py:3 read",
+                case=case,
+            )
+        )
     results.keep(tally, tmp_path)
     assert {number: case for _, number, case in map(results.kept, tmp_path.iterdir())} == dict(enumerate(cases))
     assert tally.rows()[-1][1][:4] == [2, 0, 0, 2]

@@ -1,4 +1,6 @@
-"""Training under the documented launchers: Ctrl-C keeps every step, two jobs at once do not meet on a port, a rank's own error is heard."""
+"""Training under the documented launchers: Ctrl-C keeps every step, two jobs at once do not meet on a port, a rank's
+own error is heard.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from tests.training.store import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-LAUNCHERS = {"deepspeed": ["deepspeed", "--num_accelerators", "2", str(ROOT / "star_fast/train.py")],
-             "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "--", str(ROOT / "star_fast/train.py")]}
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", str(ROOT / "star_fast/train.py")],
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "--", str(ROOT / "star_fast/train.py")],
+}
 PATIENCE_S = 240
 
 
@@ -29,9 +33,24 @@ def start(launcher: str, folder: Path, run: str, *more: str) -> subprocess.Popen
     if not (folder / "codes").exists():
         write_store(folder / "codes")
     command = LAUNCHERS[launcher]
-    return subprocess.Popen([BIN / command[0], *command[1:], *SMALL, "--data.codes", str(folder / "codes"), "--run", str(folder / run), *more], cwd=folder,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [
+            BIN / command[0],
+            *command[1:],
+            *SMALL,
+            "--data.codes",
+            str(folder / "codes"),
+            "--run",
+            str(folder / run),
+            *more,
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(condition: object, process: subprocess.Popen) -> None:
@@ -56,7 +75,8 @@ def test_ctrl_c_under_a_launcher_loses_no_step(launcher: str, tmp_path: Path) ->
     wait_for(lambda: steps_logged(tmp_path / "run") >= 3, job)
     os.killpg(job.pid, signal.SIGINT)
     output = job.communicate(timeout=PATIENCE_S)[0]
-    assert f'File "{ROOT / "star_fast"}' not in output, output[-3000:]  # a launcher may show a traceback of its own, ours never
+    # A launcher may show a traceback of its own, ours never
+    assert f'File "{ROOT / "star_fast"}' not in output, output[-3000:]
     newest = checkpoint.latest(tmp_path / "run")
     assert newest is not None, output[-3000:]
     assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") >= 3
@@ -69,11 +89,38 @@ def two_ranks(folder: Path, *more: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [subprocess.Popen([sys.executable, ROOT / "star_fast/train.py", *SMALL, "--data.codes", "codes", "--run", "run", "--train.max-steps", "100000",
-                              "--train.save-every-steps", "100000", *more],
-                             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
-                                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in ("0", "1")]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "star_fast/train.py",
+                *SMALL,
+                "--data.codes",
+                "codes",
+                "--run",
+                "run",
+                "--train.max-steps",
+                "100000",
+                "--train.save-every-steps",
+                "100000",
+                *more,
+            ],
+            cwd=folder,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": rank,
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
 
 
 def test_sigterm_to_one_rank_lets_all_save_the_same_step_and_end_well(tmp_path: Path) -> None:
@@ -87,7 +134,9 @@ def test_sigterm_to_one_rank_lets_all_save_the_same_step_and_end_well(tmp_path: 
 
 
 def test_a_hang_is_said_by_every_rank_and_ends(tmp_path: Path) -> None:
-    """A rank that is stopped, as one on a machine that is gone would be, keeps the other one waiting in a collective."""
+    """A rank that is stopped, as one on a machine that is gone would be, keeps the other one
+    waiting in a collective.
+    """
     ranks = two_ranks(tmp_path, "--train.hang-minutes", "0.1")
     try:
         wait_for(lambda: steps_logged(tmp_path / "run") >= 2, ranks[0])

@@ -1,4 +1,6 @@
-"""Report and probe under bad circumstances: damaged, foreign and absurd files, odd names, two at once, one killed before."""
+"""Report and probe under bad circumstances: damaged, foreign and absurd files, odd names, two at once, one killed
+before.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,13 @@ from star_fast.storage import sha256_of_file
 from tests.evaluation.conftest import finished_run as finished_run  # a fixture
 from tests.evaluation.test_report import Page
 
-QUICK: dict[str, Any] = {"samples_per_class": 2, "attention_images": 1, "attention_queries": 1, "classifier": ClassifierConfig(epochs=1, channels=4),
-                         "device": "cpu"}
+QUICK: dict[str, Any] = {
+    "samples_per_class": 2,
+    "attention_images": 1,
+    "attention_queries": 1,
+    "classifier": ClassifierConfig(epochs=1, channels=4),
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,9 @@ def one_line(says: str) -> Iterator[None]:
 
 def figures_of(run: Path) -> dict[str, Any]:
     """A report's figures, without what may differ between two reports of one run."""
-    figures = json.loads((run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    figures = json.loads(
+        (run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     del figures["report"]
     return figures
 
@@ -79,13 +88,17 @@ def test_real_images_are_the_stores_whatever_the_runs_settings(run: Path, report
 
 # Comparison
 
+
 def test_other_steps_are_said(run: Path, reported: Path, finished_run: Path) -> None:
     other = figures_of(run)
     other["trained"] |= {"step": 30, "images_seen": 240}
     (run / "report.json").write_text(json.dumps(other))
     write_report(ReportConfig(reported, source=str(finished_run / "images"), against=str(run), **QUICK))
     html = (reported / "report.html").read_text()
-    assert "Not alike: the two runs differ in training steps (20 here, 30 there), images seen (160 here, 240 there)." in html
+    assert (
+        "Not alike: the two runs differ in training steps (20 here, 30 there), images seen (160 here, 240 there)."
+        in html
+    )
 
 
 def test_hints_name_commands_that_exist(tmp_path: Path) -> None:
@@ -95,7 +108,10 @@ def test_hints_name_commands_that_exist(tmp_path: Path) -> None:
     with one_line(f"run `star-fast report --run {tmp_path}` again"):
         read_other(tmp_path)
     for file in Path(classifier_module.__file__).parent.glob("*.py"):
-        assert not any(wrong in file.read_text() for wrong in ("star-fast report RUN", "star-fast report {", "star-fast report FOLDER", "method.md")), file
+        assert not any(
+            wrong in file.read_text()
+            for wrong in ("star-fast report RUN", "star-fast report {", "star-fast report FOLDER", "method.md")
+        ), file
 
 
 def changed(figures: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
@@ -107,18 +123,46 @@ def changed(figures: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize(("place", "value"), [
-    ("probe", None), ("probe", []), ("probe.held_out", []), ("probe.held_out", ["x"]), ("probe.held_out", [2.0] * 8), ("probe.positions", [1]),
-    ("probe.chance", -1), ("probe.depth", 10**400), ("trained.step", "many"), ("trained.config", 3), ("samples.classes", [[]]), ("attention.near", None),
-    ("classifier", "no"), ("classifier.classifier_frechet_distance", 1), ("run", None), ("run", {}), ("format_version", "1")])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("probe", None),
+        ("probe", []),
+        ("probe.held_out", []),
+        ("probe.held_out", ["x"]),
+        ("probe.held_out", [2.0] * 8),
+        ("probe.positions", [1]),
+        ("probe.chance", -1),
+        ("probe.depth", 10**400),
+        ("trained.step", "many"),
+        ("trained.config", 3),
+        ("samples.classes", [[]]),
+        ("attention.near", None),
+        ("classifier", "no"),
+        ("classifier.classifier_frechet_distance", 1),
+        ("run", None),
+        ("run", {}),
+        ("format_version", "1"),
+    ],
+)
 def test_a_damaged_report_to_compare_with_is_one_line(place: str, value: Any, run: Path) -> None:
     (run / "report.json").write_text(json.dumps(changed(figures_of(run), place, value)))
     with one_line(r"report\.json.*run `star-fast report --run .*` again"):
         read_other(run)
 
 
-@pytest.mark.parametrize(("place", "value"), [("trained.last_val_ar", None), ("trained.last_val_ar", 1e308), ("trained.step", None), ("classifier", None),
-                                              ("samples.agreement", None), ("run", "a$_$\x1b[31m\udc80"), ("run", "x" * 5000)])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("trained.last_val_ar", None),
+        ("trained.last_val_ar", 1e308),
+        ("trained.step", None),
+        ("classifier", None),
+        ("samples.agreement", None),
+        ("run", "a$_$\x1b[31m\udc80"),
+        ("run", "x" * 5000),
+    ],
+)
 def test_what_another_report_may_lack_or_hold(place: str, value: Any, run: Path, reported: Path) -> None:
     from star_fast.evaluation.report_comparison import comparison
 
@@ -129,6 +173,7 @@ def test_what_another_report_may_lack_or_hold(place: str, value: Any, run: Path,
 
 
 # The classifier
+
 
 def damage_by_flip(folder: Path) -> None:
     file = folder / "classifier.safetensors"
@@ -146,11 +191,13 @@ def damage_by_other_weights(folder: Path) -> None:
 
 def changed_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     """Damage that a matching sha256 covers."""
+
     def damage(folder: Path) -> None:
         weights = safetensors.torch.load_file(folder / "classifier.safetensors")
         change(weights)
         safetensors.torch.save_file(weights, folder / "classifier.safetensors")
         changed_record(weights_sha256=sha256_of_file(folder / "classifier.safetensors"))(folder)
+
     return damage
 
 
@@ -158,6 +205,7 @@ def changed_record(**values: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         record = json.loads((folder / "classifier.json").read_text()) | values
         (folder / "classifier.json").write_text(json.dumps(record))
+
     return damage
 
 
@@ -165,7 +213,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": damage_by_flip,
     "weights of another training": damage_by_other_weights,
     "a wrong shape": changed_weights(lambda weights: weights.update({"to_classes.bias": torch.zeros(1)})),
-    "a wrong dtype": changed_weights(lambda weights: weights.update({"to_classes.bias": torch.zeros(3, dtype=torch.int64)})),
+    "a wrong dtype": changed_weights(
+        lambda weights: weights.update({"to_classes.bias": torch.zeros(3, dtype=torch.int64)})
+    ),
     "a missing tensor": changed_weights(lambda weights: weights.pop("to_classes.bias")),
     "NaN": changed_weights(lambda weights: weights["to_classes.weight"].fill_(math.nan)),
     "no weights": lambda folder: (folder / "classifier.safetensors").unlink(),
@@ -194,7 +244,9 @@ def test_sizes_fit_the_file_before_anything_is_made(run: Path, monkeypatch: pyte
         Classifier.load(run / "classifier")
 
 
-def test_a_report_trains_a_damaged_classifier_again_and_says_so(run: Path, reported: Path, finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_report_trains_a_damaged_classifier_again_and_says_so(
+    run: Path, reported: Path, finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     damage_by_other_weights(run / "classifier")
     with caplog.at_level(logging.WARNING):
         write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
@@ -204,8 +256,13 @@ def test_a_report_trains_a_damaged_classifier_again_and_says_so(run: Path, repor
     assert figures_of(run) == figures_of(reported)
 
 
-def test_a_report_killed_between_weights_and_record_leaves_no_mixture(run: Path, reported: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while it saves the classifier of other settings, and started again with the first ones: the report is the first one's."""
+def test_a_report_killed_between_weights_and_record_leaves_no_mixture(
+    run: Path, reported: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it saves the classifier of other settings, and started again with the first ones: the report is the
+    first one's.
+    """
+
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -214,7 +271,9 @@ def test_a_report_killed_between_weights_and_record_leaves_no_mixture(run: Path,
         patched.setattr(classifier_module, "atomic_write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             write_report(ReportConfig(run, source=str(finished_run / "images"), **other))
-    assert (run / "classifier/classifier.safetensors").read_bytes() != (reported / "classifier/classifier.safetensors").read_bytes()
+    assert (run / "classifier/classifier.safetensors").read_bytes() != (
+        reported / "classifier/classifier.safetensors"
+    ).read_bytes()
     write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
     assert figures_of(run) == figures_of(reported)
 
@@ -222,16 +281,45 @@ def test_a_report_killed_between_weights_and_record_leaves_no_mixture(run: Path,
 def test_a_classifier_that_diverges_says_so() -> None:
     images = torch.randint(0, 256, (40, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with one_line(r"not finite.*smaller --classifier\.lr"):
-        train_classifier(images, torch.arange(40) % 2, 2, ClassifierConfig(epochs=20, images_per_step=8, channels=4, lr=1e3, weight_decay=1e3))
+        train_classifier(
+            images,
+            torch.arange(40) % 2,
+            2,
+            ClassifierConfig(epochs=20, images_per_step=8, channels=4, lr=1e3, weight_decay=1e3),
+        )
 
 
 # Metrics
 
-@pytest.mark.parametrize("line", [
-    "", "{}", "null", "7", '"step"', "[1]", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": null}', '{"step": 1', "\x00",
-    '{"step": ' + "9" * 5000 + "}", '{"step": 1' + "0" * 400 + "}", '{"step": 1, "ar": 1' + "0" * 400 + "}", '{"step": 1, "ar": 1e999}',
-    '{"step": 1, "ar": [1]}', '{"step": 1, "time_s": -1}', '{"step": 1, "a": ' + "[" * 100_000, '{"step": 1, "ar": "x\x1b"}',
-    '{"step": 1, "a": [' + "0," * 100_000 + "0]}"], ids=lambda line: line[:20])
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{}",
+        "null",
+        "7",
+        '"step"',
+        "[1]",
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1.5}',
+        '{"step": null}',
+        '{"step": 1',
+        "\x00",
+        '{"step": ' + "9" * 5000 + "}",
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 1, "ar": 1' + "0" * 400 + "}",
+        '{"step": 1, "ar": 1e999}',
+        '{"step": 1, "ar": [1]}',
+        '{"step": 1, "time_s": -1}',
+        '{"step": 1, "a": ' + "[" * 100_000,
+        '{"step": 1, "ar": "x\x1b"}',
+        '{"step": 1, "a": [' + "0," * 100_000 + "0]}",
+    ],
+    ids=lambda line: line[:20],
+)
 def test_a_line_of_metrics_that_training_never_wrote_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ar": 2.0}\n' + line + "\n")
     with one_line(r"metrics\.jsonl, line 2: "):
@@ -249,13 +337,26 @@ def test_metrics_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_losses_that_were_not_finite_are_gaps(run: Path, finished_run: Path) -> None:
-    lines = [{"step": 5, "ar": None, "mim": None, "loss": None, "images_per_s": None}, {"step": 10, "ar": 2.0, "mim": 0.5, "unknown": [1]},
-             {"step": 15, "ar": None, "mim": 1e308}, {"step": 15, "val_ar": None}, {"step": 20, "ar": 1.5, "mim": None, "time_s": None}]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 25, "ar": NaN, "loss": -Infinity}\n'  # as earlier versions wrote it
+    lines = [
+        {"step": 5, "ar": None, "mim": None, "loss": None, "images_per_s": None},
+        {"step": 10, "ar": 2.0, "mim": 0.5, "unknown": [1]},
+        {"step": 15, "ar": None, "mim": 1e308},
+        {"step": 15, "val_ar": None},
+        {"step": 20, "ar": 1.5, "mim": None, "time_s": None},
+    ]
+    # As earlier versions wrote it
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 25, "ar": NaN, "loss": -Infinity}\n'
     (run / "metrics.jsonl").write_text(text)
     training, validation = read_metrics(run)
-    assert [row["ar"] for row in training] == [None, 2.0, None, 1.5, None] and training[-1]["loss"] is None and validation == [{"step": 15, "val_ar": None}]
-    assert list(plots.loss_panels(training, validation, dark=False)) == ["Next-token loss (nats)", "Masked-feature loss (1 - cosine)"]
+    assert (
+        [row["ar"] for row in training] == [None, 2.0, None, 1.5, None]
+        and training[-1]["loss"] is None
+        and validation == [{"step": 15, "val_ar": None}]
+    )
+    assert list(plots.loss_panels(training, validation, dark=False)) == [
+        "Next-token loss (nats)",
+        "Masked-feature loss (1 - cosine)",
+    ]
     write_report(ReportConfig(run, **QUICK))
     assert figures_of(run)["trained"]["last_val_ar"] is None and figures_of(run)["losses"]["training"][0]["ar"] is None
     (run / "metrics.jsonl").write_text('{"step": 5, "ar": null}\n')
@@ -265,6 +366,7 @@ def test_losses_that_were_not_finite_are_gaps(run: Path, finished_run: Path) -> 
 
 # Folders, names, two at once
 
+
 @pytest.mark.parametrize("folder", ["x" * 300, "nul\x00", "file", "file/below", "loop"])
 @pytest.mark.parametrize("command", ["run", "codes", "against"])
 def test_folders_that_are_none(folder: str, command: str, run: Path, tmp_path: Path) -> None:
@@ -272,7 +374,9 @@ def test_folders_that_are_none(folder: str, command: str, run: Path, tmp_path: P
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     path = tmp_path / folder
     with one_line("not a folder|not there|holds no|not found|cannot be read"):
-        open_run(path) if command == "run" else open_run(run, codes=str(path)) if command == "codes" else read_other(path)
+        open_run(path) if command == "run" else open_run(run, codes=str(path)) if command == "codes" else read_other(
+            path
+        )
 
 
 def test_files_of_two_runs(run: Path) -> None:
@@ -294,10 +398,14 @@ def test_names_of_any_kind(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest))
     with one_line("no class 'dog'.*u001b|no class 'dog'.*x1b"):
         write_report(ReportConfig(run, codes=str(tmp_path / "codes"), classes=("dog",), **QUICK))
-    write_report(ReportConfig(run, codes=str(tmp_path / "codes"), classes=(nasty,), source=str(finished_run / "images"), **QUICK))
+    write_report(
+        ReportConfig(run, codes=str(tmp_path / "codes"), classes=(nasty,), source=str(finished_run / "images"), **QUICK)
+    )
     written = (run / "report.html").read_bytes().decode()
     Page(written)
-    assert not any(char in written for char in "\x1b\u202e\udcff") and written.count("\n") == page.render("", "", {}, [], "").count("\n")
+    assert not any(char in written for char in "\x1b\u202e\udcff") and written.count("\n") == page.render(
+        "", "", {}, [], ""
+    ).count("\n")
     assert "\\x1b[31m" in written and "&lt;i&gt;&amp;&quot;" in written and "<i>" not in written
     figures = figures_of(run)
     assert figures["run"] == run.name and list(figures["samples"]["classes"]) == [nasty]
@@ -307,8 +415,24 @@ def test_names_of_any_kind(finished_run: Path, tmp_path: Path) -> None:
 
 def test_text_of_any_kind_stays_text() -> None:
     nasty = "\"'><script>\x00\x1b]0;x\x07\u202e\ud800\n"
-    html = page.render(nasty, nasty, {nasty: nasty}, [page.Section("a", nasty, [page.figure(b"", nasty, nasty), page.table([nasty], [[nasty, nasty]], nasty),
-                                                                                page.heading(nasty), page.folded(nasty)])], nasty)
+    html = page.render(
+        nasty,
+        nasty,
+        {nasty: nasty},
+        [
+            page.Section(
+                "a",
+                nasty,
+                [
+                    page.figure(b"", nasty, nasty),
+                    page.table([nasty], [[nasty, nasty]], nasty),
+                    page.heading(nasty),
+                    page.folded(nasty),
+                ],
+            )
+        ],
+        nasty,
+    )
     Page(html)
     assert "<script" not in html and not any(char in html for char in "\x00\x1b\x07\u202e\ud800")
     assert "87.5\N{NO-BREAK SPACE}%" in page.text("87.5\N{NO-BREAK SPACE}%")
@@ -318,8 +442,11 @@ def test_heads_of_tables_wrap_on_narrow_screens() -> None:
     assert "nowrap" not in page.render("", "", {}, [], "")
 
 
-@pytest.mark.parametrize("job", [lambda run: write_report(ReportConfig(run, **QUICK)), lambda run: run_probe(ProbeConfig(run, device="cpu"))],
-                         ids=["report", "probe"])
+@pytest.mark.parametrize(
+    "job",
+    [lambda run: write_report(ReportConfig(run, **QUICK)), lambda run: run_probe(ProbeConfig(run, device="cpu"))],
+    ids=["report", "probe"],
+)
 def test_one_report_at_a_time(job: Callable[[Path], Any], run: Path) -> None:
     with open(run / ".report.lock", "w") as lock:
         lock.write(json.dumps({"job": "writing a report", "holder": "process 1 on moon", "since": "today"}))
@@ -330,14 +457,20 @@ def test_one_report_at_a_time(job: Callable[[Path], Any], run: Path) -> None:
 
 
 def test_leftovers_of_a_killed_report_go(run: Path, finished_run: Path) -> None:
-    dead = [run / ".report.json.123.tmp", run / ".report.html.123.tmp", run / "classifier/.classifier.safetensors.123.tmp"]
+    dead = [
+        run / ".report.json.123.tmp",
+        run / ".report.html.123.tmp",
+        run / "classifier/.classifier.safetensors.123.tmp",
+    ]
     kept = [run / ".notes.123.tmp", run / "classifier/mine.tmp"]
     for file in (*dead, *kept):
         file.write_text("half")
     shutil.copy(run / "classifier/classifier.json", run / "classifier/.classifier.json.123.tmp")
     (run / "classifier/classifier.json").unlink()
     write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
-    assert not any(file.exists() for file in (*dead, run / "classifier/.classifier.json.123.tmp")) and all(file.exists() for file in kept)
+    assert not any(file.exists() for file in (*dead, run / "classifier/.classifier.json.123.tmp")) and all(
+        file.exists() for file in kept
+    )
     probes = [run / ".probe.json.9.tmp", run / ".probe.png.9.tmp"]
     for file in probes:
         file.write_text("half")
@@ -347,25 +480,79 @@ def test_leftovers_of_a_killed_report_go(run: Path, finished_run: Path) -> None:
 
 # Settings
 
-@pytest.mark.parametrize("name", ["foo", "cuda:99", "cuda:x", "cuda:-1", "meta", "mps", "cpu:7", "xpu", "cuda:" + "9" * 99, "\udc80", "a\nb", "\x00"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "foo",
+        "cuda:99",
+        "cuda:x",
+        "cuda:-1",
+        "meta",
+        "mps",
+        "cpu:7",
+        "xpu",
+        "cuda:" + "9" * 99,
+        "\udc80",
+        "a\nb",
+        "\x00",
+    ],
+)
 def test_devices_that_are_not_there(name: str) -> None:
     with one_line("^device: "):
         pick_device(name)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("samples_per_class", 0), ("samples_per_class", 10**15), ("samples_per_class", 10**400), ("batch_images", 0), ("batch_images", 10**15),
-    ("attention_images", 10**15), ("attention_queries", 10**15), ("attention_queries", -1), ("guidance", 0.5), ("guidance", math.nan), ("guidance", math.inf),
-    ("temperature", -1.0), ("temperature", math.nan), ("temperature", 1e300), ("top_k", -1), ("top_p", 1.5), ("top_p", math.nan), ("seed", -1),
-    ("seed", 10**30), ("probe_train_views", 0), ("probe_max_train_images", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples_per_class", 0),
+        ("samples_per_class", 10**15),
+        ("samples_per_class", 10**400),
+        ("batch_images", 0),
+        ("batch_images", 10**15),
+        ("attention_images", 10**15),
+        ("attention_queries", 10**15),
+        ("attention_queries", -1),
+        ("guidance", 0.5),
+        ("guidance", math.nan),
+        ("guidance", math.inf),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", 1e300),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", 10**30),
+        ("probe_train_views", 0),
+        ("probe_max_train_images", -1),
+    ],
+)
 def test_numbers_out_of_range(field: str, value: float, tmp_path: Path) -> None:
     with one_line(f"--{field.replace('_', '-')}|{field}"):
         ReportConfig(tmp_path, **{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("epochs", 0), ("epochs", 10**15), ("images_per_step", 1), ("images_per_step", 10**15), ("lr", 0.0), ("lr", math.nan), ("lr", 1e30),
-    ("weight_decay", -1.0), ("weight_decay", math.inf), ("channels", 0), ("channels", 10**9), ("largest_side", 10**9), ("max_images", -1), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 10**15),
+        ("images_per_step", 1),
+        ("images_per_step", 10**15),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", 1e30),
+        ("weight_decay", -1.0),
+        ("weight_decay", math.inf),
+        ("channels", 0),
+        ("channels", 10**9),
+        ("largest_side", 10**9),
+        ("max_images", -1),
+        ("seed", -1),
+    ],
+)
 def test_numbers_of_the_classifier_out_of_range(field: str, value: float) -> None:
     with one_line(rf"--classifier\.{field.replace('_', '-')}: expected "):
         ClassifierConfig(**{field: value})
@@ -380,7 +567,11 @@ def test_more_samples_than_memory_should_hold(run: Path, monkeypatch: pytest.Mon
 def test_memory_that_is_not_there_is_one_line() -> None:
     with one_line("ten images take .* GiB of memory, this machine has .*; take fewer"):
         require_memory(10**18, "ten images", "take fewer")
-    for error in (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError(), torch.OutOfMemoryError("CUDA\nout")):
+    for error in (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA\nout"),
+    ):
         with one_line("out of memory: .*; take fewer"), explain_out_of_memory("take fewer"):
             raise error
     with pytest.raises(RuntimeError, match="other"), explain_out_of_memory("take fewer"):
@@ -393,4 +584,6 @@ def test_help_explains_itself(command: str, capsys: pytest.CaptureFixture) -> No
         cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert not any(word in text for word in (".md", "Config", "contrast_depth", "`star-fast report`", "`star-fast probe`"))
+    assert not any(
+        word in text for word in (".md", "Config", "contrast_depth", "`star-fast report`", "`star-fast probe`")
+    )

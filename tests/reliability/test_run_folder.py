@@ -48,14 +48,30 @@ def test_a_name_that_no_file_system_knows_is_one_line(training: Training, name: 
 
 
 @pytest.mark.parametrize("stage", ["0", "1"])
-def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(training: Training, tmp_path: Path, stage: str) -> None:
+def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(
+    training: Training, tmp_path: Path, stage: str
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small disk")
     try:
         training.run = disk / "run"
-        settings = ["--train.zero-stage", stage, "--train.save-every-steps", "2", "--train.keep-checkpoints", "9", "--train.max-steps", "40"]
+        settings = [
+            "--train.zero-stage",
+            stage,
+            "--train.save-every-steps",
+            "2",
+            "--train.keep-checkpoints",
+            "9",
+            "--train.max-steps",
+            "40",
+        ]
         status, line = training(*settings)
         assert status == 2
         assert "the disk is full" in line
@@ -69,11 +85,25 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_last_checkpoint_stays(trainin
 
 
 def test_some_checkpoints_stay_for_good(training: Training) -> None:
-    assert training("--train.max-steps", "10", "--train.save-every-steps", "2", "--train.keep-checkpoints", "1", "--train.keep-every-steps", "4")[0] == 0
+    assert (
+        training(
+            "--train.max-steps",
+            "10",
+            "--train.save-every-steps",
+            "2",
+            "--train.keep-checkpoints",
+            "1",
+            "--train.keep-every-steps",
+            "4",
+        )[0]
+        == 0
+    )
     assert [checkpoint.step_of(folder) for folder in checkpoint.finished(training.run)] == [4, 8, 10]
 
 
-def test_the_error_of_safetensors_on_a_full_disk_is_understood(monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
+def test_the_error_of_safetensors_on_a_full_disk_is_understood(
+    monkeypatch: pytest.MonkeyPatch, training: Training
+) -> None:
     from safetensors import SafetensorError
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
@@ -88,9 +118,18 @@ def test_the_error_of_safetensors_on_a_full_disk_is_understood(monkeypatch: pyte
 
 
 def test_a_second_training_on_one_folder_is_told_who_is_there(training: Training) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from star_fast.locks import only_writer\n"
-                               f"with only_writer({str(training.run)!r}, 'training'): print('held', flush=True); sys.stdin.read()"],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from star_fast.locks import only_writer\n"
+            f"with only_writer({str(training.run)!r}, 'training'): print('held', flush=True); sys.stdin.read()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     assert holder.stdout.readline() == "held\n"
     status, line = training("--train.max-steps", "2")
     assert status == 2
@@ -110,7 +149,14 @@ def test_the_lock_is_shared_by_ranks_of_one_job_and_given_back(tmp_path: Path, m
         monkeypatch.delenv(name, raising=False)
 
     def second(**environment: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.returncode, done.stdout + done.stderr
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -128,10 +174,26 @@ def test_the_lock_is_shared_by_ranks_of_one_job_and_given_back(tmp_path: Path, m
 
 
 def test_nothing_is_compiled_at_the_first_start(training: Training, tmp_path: Path) -> None:
-    """DeepSpeed compiled an op that training never calls: a silent minute, and a lock for good if that was interrupted."""
+    """DeepSpeed compiled an op that training never calls: a silent minute, and a lock for good if
+    that was interrupted.
+    """
     extensions = tmp_path / "extensions"
-    done = subprocess.run([sys.executable, str(ROOT / "star_fast/train.py"), *SMALL, "--data.codes", str(training.codes), "--run", str(training.run),
-                           "--train.max-steps", "1"], env={**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "star_fast/train.py"),
+            *SMALL,
+            "--data.codes",
+            str(training.codes),
+            "--run",
+            str(training.run),
+            "--train.max-steps",
+            "1",
+        ],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert not extensions.exists() or not list(extensions.rglob("*.*"))

@@ -53,7 +53,12 @@ with only_writer(sys.argv[1], 'sampling'):
 
 
 def test_a_second_job_on_the_same_name_is_told_who_is_at_it(model: Path, tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "images.npz.parts")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "images.npz.parts")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(Busy, match=f"images.npz.parts: sampling is writing there .process {holder.pid} on"):
@@ -66,9 +71,15 @@ def test_a_second_job_on_the_same_name_is_told_who_is_at_it(model: Path, tmp_pat
     assert names(tmp_path) == FINISHED
 
 
-@pytest.mark.parametrize(("rank", "looks"), [("1", 1), ("1", 2), ("0", 1)], ids=["before the lock", "with the lock", "another process"])
-def test_who_comes_late_leaves_no_folder_behind(model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, rank: str, looks: int) -> None:
-    """Another process finished, and removed the folder of parts, between this one's look at the file and its next step."""
+@pytest.mark.parametrize(
+    ("rank", "looks"), [("1", 1), ("1", 2), ("0", 1)], ids=["before the lock", "with the lock", "another process"]
+)
+def test_who_comes_late_leaves_no_folder_behind(
+    model: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, rank: str, looks: int
+) -> None:
+    """Another process finished, and removed the folder of parts, between this one's look at the
+    file and its next step.
+    """
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(job, "_PATIENCE_S", 0.5)
@@ -79,8 +90,9 @@ def test_who_comes_late_leaves_no_folder_behind(model: Path, finished: Path, mon
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_folder_may_vanish_under_a_process_that_asks_for_the_lock(rank: str, model: Path, unbroken: Path, tmp_path: Path,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_may_vanish_under_a_process_that_asks_for_the_lock(
+    rank: str, model: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process of this very job finished it in that moment."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -97,14 +109,31 @@ def test_the_folder_may_vanish_under_a_process_that_asks_for_the_lock(rank: str,
 
 # Finished means checked
 
-def test_a_finished_file_is_read_whole_before_it_counts(model: Path, finished: Path, capsys: pytest.CaptureFixture) -> None:
+
+def test_a_finished_file_is_read_whole_before_it_counts(
+    model: Path, finished: Path, capsys: pytest.CaptureFixture
+) -> None:
     npz = finished / "images.npz"
     whole, pixels = npz.read_bytes(), first_pixel(npz)
     labels = whole.index(np.arange(3, dtype=np.int64).tobytes())
-    for offset in (5, 14, 40, pixels - 20, pixels, pixels + 5 * IMAGE_BYTES, labels, labels - 30, len(whole) - 1, len(whole) - 60, len(whole) - 130):
+    for offset in (
+        5,
+        14,
+        40,
+        pixels - 20,
+        pixels,
+        pixels + 5 * IMAGE_BYTES,
+        labels,
+        labels - 30,
+        len(whole) - 1,
+        len(whole) - 60,
+        len(whole) - 130,
+    ):
         npz.write_bytes(whole)
         flip(npz, offset)
-        with pytest.raises(StorageError, match=r"images\.npz: damaged: .*; delete it and run the same command again") as caught:
+        with pytest.raises(
+            StorageError, match=r"images\.npz: damaged: .*; delete it and run the same command again"
+        ) as caught:
             sample_images(settings(model, finished))
         assert "\n" not in str(caught.value)
     for content in (b"", b"PK", whole[:100], whole[:pixels], whole[:-1], whole + b"x"):
@@ -134,7 +163,9 @@ def test_labels_and_shape_must_be_the_plans(model: Path, finished: Path) -> None
 
 
 def rewritten(npz: Path, old: bytes, new: bytes) -> None:
-    """Replace bytes inside a member and make all checksums fit, the record's included: what only a look at the content can find."""
+    """Replace bytes inside a member and make all checksums fit, the record's included: what only a look at the content
+    can find.
+    """
     with zipfile.ZipFile(npz) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     assert sum(data.count(old) for data in members.values()) == 1
@@ -148,11 +179,20 @@ def rewritten(npz: Path, old: bytes, new: bytes) -> None:
     npz.with_suffix(".json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    (b"'shape': (11,)", b"[" * 14), (b"(11, 16, 16, 3)", b"(16, 11, 16, 3)"), (b"'|u1'", b"'|i1'"), (b"'<i8'", b"'<f8'"), (b"'<i8'", b"'|O' "),
-    (b"'shape': (11, 16, 16, 3), }" + b" " * 5, b"'shape': (11, 16, 16, 3), }" + b"[" * 5),
-])
-def test_headers_inside_the_file_are_compared_never_evaluated(old: bytes, new: bytes, model: Path, finished: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"'shape': (11,)", b"[" * 14),
+        (b"(11, 16, 16, 3)", b"(16, 11, 16, 3)"),
+        (b"'|u1'", b"'|i1'"),
+        (b"'<i8'", b"'<f8'"),
+        (b"'<i8'", b"'|O' "),
+        (b"'shape': (11, 16, 16, 3), }" + b" " * 5, b"'shape': (11, 16, 16, 3), }" + b"[" * 5),
+    ],
+)
+def test_headers_inside_the_file_are_compared_never_evaluated(
+    old: bytes, new: bytes, model: Path, finished: Path
+) -> None:
     rewritten(finished / "images.npz", old, new)
     with pytest.raises(StorageError, match=r"damaged: expected \{'descr'"):
         sample_images(settings(model, finished))
@@ -176,7 +216,9 @@ def test_a_file_of_an_earlier_version_is_checked_by_what_its_record_has(model: P
         sample_images(settings(model, finished))
 
 
-def test_a_damaged_part_is_drawn_again(model: Path, unbroken: Path, interrupted: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_part_is_drawn_again(
+    model: Path, unbroken: Path, interrupted: Path, capsys: pytest.CaptureFixture
+) -> None:
     parts, images = interrupted / "images.npz.parts", images_of(unbroken / "images.npz")
     for file in ("unfinished.npz", "unfinished.journal"):
         (parts / file).unlink()
@@ -184,10 +226,21 @@ def test_a_damaged_part_is_drawn_again(model: Path, unbroken: Path, interrupted:
     write_part(parts / "good.npy", images[4:8])
     good = (parts / "good.npy").read_bytes()
     (parts / "good.npy").unlink()
-    assert np.array_equal(np.load(unbroken / "images.npz")["arr_0"][4:8], np.frombuffer(good, np.uint8, 4 * IMAGE_BYTES, 128).reshape(4, 16, 16, 3))
+    assert np.array_equal(
+        np.load(unbroken / "images.npz")["arr_0"][4:8],
+        np.frombuffer(good, np.uint8, 4 * IMAGE_BYTES, 128).reshape(4, 16, 16, 3),
+    )
     half = bytearray(good)
     half[1000] ^= 1
-    for content, drawn in ((good, 7), (bytes(half), 11), (good[:-1], 11), (good[:-4], 11), (good + b"x", 11), (b"", 11), (good[:200], 11)):
+    for content, drawn in (
+        (good, 7),
+        (bytes(half), 11),
+        (good[:-1], 11),
+        (good[:-4], 11),
+        (good + b"x", 11),
+        (b"", 11),
+        (good[:200], 11),
+    ):
         parts.mkdir(exist_ok=True)
         (parts / "plan.json").write_bytes(plan)
         (parts / "batch-0000001.npy").write_bytes(content)
@@ -197,7 +250,9 @@ def test_a_damaged_part_is_drawn_again(model: Path, unbroken: Path, interrupted:
         (interrupted / "images.npz").unlink()
 
 
-def test_a_part_that_another_rank_left_damaged_is_drawn_by_rank_0(model: Path, unbroken: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_another_rank_left_damaged_is_drawn_by_rank_0(
+    model: Path, unbroken: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Damage between delivery and collection: the other rank has gone."""
     parts, real = interrupted / "images.npz.parts", job.write_part
     for file in ("unfinished.npz", "unfinished.journal"):
@@ -217,15 +272,29 @@ def test_a_part_that_another_rank_left_damaged_is_drawn_by_rank_0(model: Path, u
     assert (interrupted / "images.npz").read_bytes() == (unbroken / "images.npz").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "offset", "drawn"), [
-    ("unfinished.npz", lambda start: start + 5 * IMAGE_BYTES, 7),  # a pixel of the second batch
-    ("unfinished.npz", lambda start: start + 10 * IMAGE_BYTES, 3),  # of the last
-    ("unfinished.npz", lambda start: start, 11), ("unfinished.npz", lambda start: 4, 11), ("unfinished.npz", lambda start: start - 30, 11),
-    ("unfinished.npz", lambda start: 15, 0),  # the checksum, which is written last
-    ("unfinished.journal", lambda start: LINE + 3, 7), ("unfinished.journal", lambda start: 2 * LINE + 25, 3), ("unfinished.journal", lambda start: 33, 11),
-])
-def test_a_damaged_unfinished_file_is_kept_up_to_its_last_good_batch(model: Path, unbroken: Path, interrupted: Path, name: str, offset: Callable[[int], int],
-                                                                      drawn: int, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "offset", "drawn"),
+    [
+        ("unfinished.npz", lambda start: start + 5 * IMAGE_BYTES, 7),  # a pixel of the second batch
+        ("unfinished.npz", lambda start: start + 10 * IMAGE_BYTES, 3),  # of the last
+        ("unfinished.npz", lambda start: start, 11),
+        ("unfinished.npz", lambda start: 4, 11),
+        ("unfinished.npz", lambda start: start - 30, 11),
+        ("unfinished.npz", lambda start: 15, 0),  # the checksum, which is written last
+        ("unfinished.journal", lambda start: LINE + 3, 7),
+        ("unfinished.journal", lambda start: 2 * LINE + 25, 3),
+        ("unfinished.journal", lambda start: 33, 11),
+    ],
+)
+def test_a_damaged_unfinished_file_is_kept_up_to_its_last_good_batch(
+    model: Path,
+    unbroken: Path,
+    interrupted: Path,
+    name: str,
+    offset: Callable[[int], int],
+    drawn: int,
+    capsys: pytest.CaptureFixture,
+) -> None:
     flip(interrupted / "images.npz.parts" / name, offset(first_pixel(unbroken / "images.npz")))
     assert sample_images(settings(model, interrupted)).drawn == drawn
     assert ("not what the journal vouches for" in capsys.readouterr().err) == (drawn > 0)
@@ -233,8 +302,9 @@ def test_a_damaged_unfinished_file_is_kept_up_to_its_last_good_batch(model: Path
     assert names(interrupted) == FINISHED
 
 
-def test_what_rank_0_cuts_off_is_drawn_whatever_other_ranks_took_for_safe(model: Path, unbroken: Path, interrupted: Path,
-                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rank_0_cuts_off_is_drawn_whatever_other_ranks_took_for_safe(
+    model: Path, unbroken: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 looked at the sizes before rank 0 checked the bytes: it draws nothing, so rank 0 must."""
     flip(interrupted / "images.npz.parts/unfinished.npz", first_pixel(unbroken / "images.npz"))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -252,10 +322,23 @@ def test_two_ranks_mend_a_damaged_file(model: Path, unbroken: Path, interrupted:
 
 # Leftovers
 
+
 def test_leftovers_of_dead_jobs_are_removed_and_nothing_else(model: Path, unbroken: Path, interrupted: Path) -> None:
-    others = {".other.json.12.tmp", ".images.npz.12", "images.json.12.tmp", ".images.json.x.tmp", "images.npz.parts.old"}
-    for name in (".images.npz.12.tmp", ".images.json.12.tmp", ".images.png.999999.tmp", "images.npz.parts/.batch-0000001.npy.12.tmp",
-                 "images.npz.parts/.plan.json.12.tmp", *others):
+    others = {
+        ".other.json.12.tmp",
+        ".images.npz.12",
+        "images.json.12.tmp",
+        ".images.json.x.tmp",
+        "images.npz.parts.old",
+    }
+    for name in (
+        ".images.npz.12.tmp",
+        ".images.json.12.tmp",
+        ".images.png.999999.tmp",
+        "images.npz.parts/.batch-0000001.npy.12.tmp",
+        "images.npz.parts/.plan.json.12.tmp",
+        *others,
+    ):
         (interrupted / name).write_bytes(b"half")
     sample_images(settings(model, interrupted))
     assert names(interrupted) == FINISHED | others
@@ -264,7 +347,14 @@ def test_leftovers_of_dead_jobs_are_removed_and_nothing_else(model: Path, unbrok
 def test_a_kill_amid_the_last_removals_is_tidied_by_the_next_run(model: Path, finished: Path, unbroken: Path) -> None:
     plan = json.dumps(json.loads((unbroken / "images.json").read_text())["plan"])
     parts, whole = finished / "images.npz.parts", (finished / "images.npz").read_bytes()
-    for left in ((), (".lock",), ("plan.json", ".lock"), ("unfinished.journal",), ("batch-0000002.npy", "plan.json"), (".batch-0000002.npy.7.tmp",)):
+    for left in (
+        (),
+        (".lock",),
+        ("plan.json", ".lock"),
+        ("unfinished.journal",),
+        ("batch-0000002.npy", "plan.json"),
+        (".batch-0000002.npy.7.tmp",),
+    ):
         parts.mkdir()
         for name in left:
             (parts / name).write_text(plan if name == "plan.json" else "")
@@ -275,7 +365,8 @@ def test_a_kill_amid_the_last_removals_is_tidied_by_the_next_run(model: Path, fi
     sample_images(settings(model, finished))
     assert names(parts) == {"mine.txt"}
     (parts / "mine.txt").rename(parts / "batch-0000000.npy")
-    (parts / "plan.json").write_text(plan.replace('"seed": 0', '"seed": 1'))  # of another job, interrupted under the same name
+    # Of another job, interrupted under the same name
+    (parts / "plan.json").write_text(plan.replace('"seed": 0', '"seed": 1'))
     sample_images(settings(model, finished))
     assert names(parts) >= {"batch-0000000.npy", "plan.json"}
     assert (finished / "images.npz").read_bytes() == whole
@@ -294,8 +385,12 @@ class _Killed(BaseException):
     pass
 
 
-def test_every_fsync_rename_and_removal_may_be_the_last(model: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """scripts/kill_and_resume.py does this with processes; here the calls fail, from one of them on, and nothing that would tidy up gets through."""
+def test_every_fsync_rename_and_removal_may_be_the_last(
+    model: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scripts/kill_and_resume.py does this with processes; here the calls fail, from one of them on, and nothing that
+    would tidy up gets through.
+    """
     count = 0
 
     def until(call: Callable[..., object]) -> Callable[..., object]:
@@ -305,6 +400,7 @@ def test_every_fsync_rename_and_removal_may_be_the_last(model: Path, unbroken: P
             if count > last:
                 raise _Killed
             return call(*arguments, **named)
+
         return wrapper
 
     last, ended = 0, False

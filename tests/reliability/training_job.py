@@ -10,8 +10,24 @@ import pytest
 from star_fast.train import main as train_main
 from tests.training.store import write_store
 
-SMALL = ["--preset", "tiny", "--model.width", "32", "--model.blocks", "2", "--method.projector-width", "24", "--train.images-per-step", "8",
-         "--train.tensorboard", "False", "--train.log-every-steps", "1", "--optim.warmup-steps", "0"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--model.width",
+    "32",
+    "--model.blocks",
+    "2",
+    "--method.projector-width",
+    "24",
+    "--train.images-per-step",
+    "8",
+    "--train.tensorboard",
+    "False",
+    "--train.log-every-steps",
+    "1",
+    "--optim.warmup-steps",
+    "0",
+]
 
 
 class Training:
@@ -24,7 +40,9 @@ class Training:
 
     def __call__(self, *more: str) -> tuple[int, str]:
         """(exit status, what stderr ends with: the error line if there is one)."""
-        self.monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--data.codes", str(self.codes), "--run", str(self.run), *more])
+        self.monkeypatch.setattr(
+            sys, "argv", ["train.py", *SMALL, "--data.codes", str(self.codes), "--run", str(self.run), *more]
+        )
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             self.monkeypatch.delenv(name, raising=False)
         status = train_main()

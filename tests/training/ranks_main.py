@@ -1,7 +1,8 @@
 """The jobs of tests/training/test_ranks.py: small trainings through Engine and what they saw. Not a test itself.
 
 One rank runs them in the test's own process; several ranks in one launch of
-    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes is the store)
+    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes is the
+    store)
 which runs all jobs one after the other and leaves FOLDER/rank-N.pt.
 """
 
@@ -34,18 +35,41 @@ from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
 
-CHOICES = {"mim_positions": "hidden", "negatives": "all_slots", "projector_norm": "batch", "teacher_label": "kept"}  # none of them the default
-LATE_S = 0.4  # how late a rank is made to come where the others must wait for it: a race that is lost shows, one that is won costs this much
+# None of them the default
+CHOICES = {"mim_positions": "hidden", "negatives": "all_slots", "projector_norm": "batch", "teacher_label": "kept"}
+# How late a rank is made to come where the others must wait for it: a race that is lost shows, one that is won costs
+# this much
+LATE_S = 0.4
 
 
-def settings(store: CodeStore, *, precision: str = "fp32", stage: int = 0, micro: int = 0, dropout: float = 0.0, decay: float = 0.9999,
-             warmup: bool = False, **choices: str) -> RunConfig:
+def settings(
+    store: CodeStore,
+    *,
+    precision: str = "fp32",
+    stage: int = 0,
+    micro: int = 0,
+    dropout: float = 0.0,
+    decay: float = 0.9999,
+    warmup: bool = False,
+    **choices: str,
+) -> RunConfig:
     """Eight images a step; `choices` are settings of the method."""
-    return resolve(RunConfig(
-        ModelConfig(2, 2, 32, dropout=dropout), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup, **choices),
-        OptimConfig(lr_per_256_images=0.03),
-        TrainConfig(images_per_step=8, micro_batch_images=micro, precision=precision, zero_stage=stage, seed=4,
-                    gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32")), store)
+    return resolve(
+        RunConfig(
+            ModelConfig(2, 2, 32, dropout=dropout),
+            MethodConfig(contrast_positions=3, projector_width=24, ema_decay=decay, ema_warmup=warmup, **choices),
+            OptimConfig(lr_per_256_images=0.03),
+            TrainConfig(
+                images_per_step=8,
+                micro_batch_images=micro,
+                precision=precision,
+                zero_stage=stage,
+                seed=4,
+                gradient_precision="bf16" if (precision, stage) == ("bf16", 0) else "fp32",
+            ),
+        ),
+        store,
+    )
 
 
 def start(config: RunConfig, store: CodeStore, device: torch.device) -> tuple[Engine, Batches]:
@@ -72,7 +96,10 @@ def read(named: Any) -> dict[str, Tensor]:
 def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int) -> dict[str, Any]:
     """A few steps: mean losses of all ranks, student and teacher after each."""
     engine, batches = start(config, store, device)
-    saved: dict[str, Any] = {"student": [whole(engine, engine.masters.tensors())], "teacher": [whole(engine, engine.teacher.masters)]}
+    saved: dict[str, Any] = {
+        "student": [whole(engine, engine.masters.tensors())],
+        "teacher": [whole(engine, engine.teacher.masters)],
+    }
     terms = []
     for step, micro in batches.steps(0, steps):
         losses, _ = engine.step(micro, step, config.lr)
@@ -81,12 +108,17 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int)
         saved["student"].append(whole(engine, engine.masters.tensors()))
         saved["teacher"].append(whole(engine, engine.teacher.masters))
     engine.settle()
-    return saved | {"losses": torch.stack(terms), "copies": read(engine.teacher.model.named_parameters()),
-                    "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters())}
+    return saved | {
+        "losses": torch.stack(terms),
+        "copies": read(engine.teacher.model.named_parameters()),
+        "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters()),
+    }
 
 
 def in_small_buckets(config: RunConfig, store: CodeStore, device: torch.device) -> dict[str, Any]:
-    """The same, gradients travelling in many small pieces: in every order that backward may finish them the sums are the same."""
+    """The same, gradients travelling in many small pieces: in every order that backward may finish them the sums are
+    the same.
+    """
     usual, zero1._BUCKET_ELEMENTS = zero1._BUCKET_ELEMENTS, 700
     try:
         assert len(start(config, store, device)[0].deepspeed.optimizer._buckets) > 10
@@ -103,7 +135,9 @@ def gradients(config: RunConfig, store: CodeStore, device: torch.device) -> dict
 
 
 def normed(rank: int, ranks: int) -> dict[str, Tensor]:
-    """Batch norm in float64 of this rank's rows, of which rank 0 has more than the others: outputs, and the gradients of a sum over all ranks."""
+    """Batch norm in float64 of this rank's rows, of which rank 0 has more than the others: outputs, and the gradients
+    of a sum over all ranks.
+    """
     norm = BatchNorm(4).double()
     generator = torch.Generator().manual_seed(0)
     rows, weights = (torch.randn(11, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -134,7 +168,9 @@ def own_loss(config: RunConfig, store: CodeStore, device: torch.device) -> float
 
 def log_line(folder: Path) -> dict[str, Any]:
     """What is logged when rank r has losses 10 r + (0 ... 4), the same each step."""
-    telemetry = Telemetry(folder, 0, 2, 8, log_every=2, main=dist.get_rank() == 0, tensorboard=False, watch=LossWatch(0.0))
+    telemetry = Telemetry(
+        folder, 0, 2, 8, log_every=2, main=dist.get_rank() == 0, tensorboard=False, watch=LossWatch(0.0)
+    )
     for step in range(2):
         telemetry.step(step, torch.arange(5.0) + 10 * dist.get_rank(), torch.tensor(3.0), 0.1)
     telemetry.close()
@@ -162,13 +198,18 @@ def slow(owner: Any, name: str, *, after: bool = False) -> Iterator[None]:
 
 
 def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run: Path) -> dict[str, Any]:
-    """Two steps, a checkpoint with the last rank late, a third step; then a fresh engine loads the checkpoint and takes the third step too."""
+    """Two steps, a checkpoint with the last rank late, a third step; then a fresh engine loads the checkpoint and takes
+    the third step too.
+    """
     engine, batches = start(config, store, device)
     last = engine.ranks - 1
     for step, micro in batches.steps(0, 2):
         engine.step(micro, step, config.lr)
     saved = [value.clone() for value in engine.teacher.masters]
-    seen: dict[str, Any] = {"student": whole(engine, engine.masters.tensors()), "teacher": whole(engine, engine.teacher.masters)}
+    seen: dict[str, Any] = {
+        "student": whole(engine, engine.masters.tensors()),
+        "teacher": whole(engine, engine.teacher.masters),
+    }
     with slow(engine.deepspeed, "save_checkpoint", after=True) if engine.rank == last else slow(os, "replace"):
         folder = checkpoint.save(engine, store, run, 2, 1)
     seen["there_on_return"] = (folder / "complete.json").exists()  # here as on every rank
@@ -179,8 +220,11 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
     other.step(batches.step(2), 2, config.lr)
     for one in (engine, other):
         one.settle()
-    pairs = [(engine.masters.tensors(), other.masters.tensors()), (engine.teacher.masters, other.teacher.masters),
-             (list(engine.teacher.model.parameters()), list(other.teacher.model.parameters()))]
+    pairs = [
+        (engine.masters.tensors(), other.masters.tensors()),
+        (engine.teacher.masters, other.teacher.masters),
+        (list(engine.teacher.model.parameters()), list(other.teacher.model.parameters())),
+    ]
     seen["equal"] = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     with slow(os, "rename") if engine.rank == 0 else slow(os, "replace"):
         seen["model_on_return"] = (export(engine, store, run / "model", 3) / "config.json").exists()
@@ -188,7 +232,9 @@ def save_and_load(config: RunConfig, store: CodeStore, device: torch.device, run
 
 
 def faults(config: RunConfig, store: CodeStore, device: torch.device, run: Path) -> dict[str, Any]:
-    """What every rank is told, and what is on the disk, when something is wrong on the last rank, or with one file, alone."""
+    """What every rank is told, and what is on the disk, when something is wrong on the last rank, or with one file,
+    alone.
+    """
     engine, batches = start(config, store, device)
     engine.step(batches.step(0), 0, config.lr)
     last = engine.rank == engine.ranks - 1
@@ -206,10 +252,17 @@ def faults(config: RunConfig, store: CodeStore, device: torch.device, run: Path)
         raise UserError("the disk is full")
 
     seen: dict[str, Any] = {}
-    for owner, name, on in ((shards, "_write", engine.ranks - 1), (checkpoint, "_describe", engine.ranks - 1), (checkpoint, "complete", 0)):
+    for owner, name, on in (
+        (shards, "_write", engine.ranks - 1),
+        (checkpoint, "_describe", engine.ranks - 1),
+        (checkpoint, "complete", 0),
+    ):
         original = getattr(owner, name)
         setattr(owner, name, full if engine.rank == on else original)
-        seen[name] = told(lambda: checkpoint.save(engine, store, run, 1, 1)), sorted(path.name for path in (run / "checkpoints").iterdir())
+        seen[name] = (
+            told(lambda: checkpoint.save(engine, store, run, 1, 1)),
+            sorted(path.name for path in (run / "checkpoints").iterdir()),
+        )
         setattr(owner, name, original)
     folder = checkpoint.save(engine, store, run, 1, 1)
     seen["damaged"] = {}
@@ -240,9 +293,15 @@ def main() -> None:
     seen = {
         "plain": train(settings(store), store, device, 20),
         "accumulated": train(settings(store, micro=4 // ranks, decay=0.5, warmup=True), store, device, 6),
-        "bf16": train(settings(store, precision="bf16", stage=2, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
-        "zero1": train(settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4),
-        "zero1, small buckets": in_small_buckets(settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device),
+        "bf16": train(
+            settings(store, precision="bf16", stage=2, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4
+        ),
+        "zero1": train(
+            settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device, 4
+        ),
+        "zero1, small buckets": in_small_buckets(
+            settings(store, precision="bf16", stage=1, micro=4 // ranks, decay=0.5, warmup=True), store, device
+        ),
         "gradients": gradients(settings(store), store, device),
         "choices": train(settings(store, **CHOICES), store, device, 6),
         "choices_gradients": gradients(settings(store, **CHOICES), store, device),

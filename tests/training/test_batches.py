@@ -14,7 +14,9 @@ from tests.training.store import CLASSES, VOCAB, write_store
 
 
 def run_config(**train: object) -> RunConfig:
-    return RunConfig(ModelConfig(2, 2, 32), MethodConfig(contrast_positions=3), train=TrainConfig(images_per_step=8, **train))
+    return RunConfig(
+        ModelConfig(2, 2, 32), MethodConfig(contrast_positions=3), train=TrainConfig(images_per_step=8, **train)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,19 @@ def test_sizes_come_from_the_store_and_contradictions_name_the_field(store, tmp_
     for images in (100, 80):  # 80 of 90 images, of which 72 are trained on
         with pytest.raises(ConfigError, match=r"train\.images_per_step: expected at most 72"):
             resolve(dataclasses.replace(run_config(), train=TrainConfig(images_per_step=images)), store)
-    assert Batches(store, resolve(dataclasses.replace(run_config(), train=TrainConfig(images_per_step=72), method=MethodConfig(views=4)), store)).step(1)
+    assert Batches(
+        store,
+        resolve(
+            dataclasses.replace(run_config(), train=TrainConfig(images_per_step=72), method=MethodConfig(views=4)),
+            store,
+        ),
+    ).step(1)
 
 
-@pytest.mark.parametrize(("given", "steps"), [({"epochs": 1.0}, 9), ({"epochs": 2.6}, 23), ({"epochs": 0.01}, 1), ({"epochs": 5.0, "max_steps": 7}, 7)])
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [({"epochs": 1.0}, 9), ({"epochs": 2.6}, 23), ({"epochs": 0.01}, 1), ({"epochs": 5.0, "max_steps": 7}, 7)],
+)
 def test_length_of_a_run(store, given: dict[str, float], steps: int) -> None:
     assert Batches(store, resolve(run_config(**given), store)).total_steps == steps
 
@@ -55,8 +66,14 @@ def test_ranks_and_micro_batches_split_the_same_global_batch(store, ranks: int, 
 
 
 def test_an_epoch_has_every_training_image_once_and_no_held_out_one(store) -> None:
-    config = resolve(dataclasses.replace(run_config(), method=MethodConfig(views=1, mask_ratio=0, mim_weight=0, contrast_weight=0),
-                                         model=ModelConfig(2, 2, 32, label_dropout=0.0)), store)
+    config = resolve(
+        dataclasses.replace(
+            run_config(),
+            method=MethodConfig(views=1, mask_ratio=0, mim_weight=0, contrast_weight=0),
+            model=ModelConfig(2, 2, 32, label_dropout=0.0),
+        ),
+        store,
+    )
     batches = Batches(store, config)
     assert (batches.steps_per_epoch, batches.dropped_per_epoch) == (9, 0)
     seen = torch.cat([batches.step(step)[0].targets for step in range(9)])
@@ -68,19 +85,33 @@ def test_an_epoch_has_every_training_image_once_and_no_held_out_one(store) -> No
 
 
 def test_labels_of_one_image_are_dropped_by_view_and_by_epoch(store) -> None:
-    """Over two epochs with half of the labels dropped: views of an image differ among themselves and between epochs; what is kept is the image's own class."""
+    """Over two epochs with half of the labels dropped: views of an image differ among themselves and between epochs;
+    what is kept is the image's own class.
+    """
     config = resolve(dataclasses.replace(run_config(), model=ModelConfig(2, 2, 32, label_dropout=0.5)), store)
     batches = Batches(store, config)
     labels: dict[int, list[list[int]]] = {}
     for step in range(18):
-        for image, label in zip(batches.images_of(step).ravel().tolist(), batches.step(step)[0].label.view(-1, 2).tolist(), strict=True):
+        for image, label in zip(
+            batches.images_of(step).ravel().tolist(), batches.step(step)[0].label.view(-1, 2).tolist(), strict=True
+        ):
             labels.setdefault(image, []).append(label)
     assert sorted(labels) == store.train_indices.tolist()
     null = len(CLASSES)
-    assert all(label in (null, int(store.labels[image])) for image, epochs in labels.items() for views in epochs for label in views)
-    dropped = torch.tensor([[[label == null for label in views] for views in epochs] for epochs in labels.values()])  # (images, epochs, views)
+    assert all(
+        label in (null, int(store.labels[image]))
+        for image, epochs in labels.items()
+        for views in epochs
+        for label in views
+    )
+    # (images, epochs, views)
+    dropped = torch.tensor([[[label == null for label in views] for views in epochs] for epochs in labels.values()])
     assert 0.35 < dropped.float().mean() < 0.65
-    for a, b in ((dropped[:, 0, 0], dropped[:, 0, 1]), (dropped[:, 0, 0], dropped[:, 1, 0]), (dropped[:, 0, 1], dropped[:, 1, 1])):
+    for a, b in (
+        (dropped[:, 0, 0], dropped[:, 0, 1]),
+        (dropped[:, 0, 0], dropped[:, 1, 0]),
+        (dropped[:, 0, 1], dropped[:, 1, 1]),
+    ):
         assert 0.25 < (a != b).float().mean() < 0.75  # 72 images
 
 

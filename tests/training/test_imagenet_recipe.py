@@ -1,4 +1,6 @@
-"""README's ImageNet commands, as they stand there, on a miniature ImageNet: WordNet folders, a validation set, a tokenizer file of VQ-16's shape."""
+"""README's ImageNet commands, as they stand there, on a miniature ImageNet: WordNet folders, a validation set, a
+tokenizer file of VQ-16's shape.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TRAIN, VAL = 3, 1  # images of each class
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands name: IMAGENET/train and val, vq_ds16_c2i.pt; and names for three classes, where ImageNet has a thousand."""
+    """What the commands name: IMAGENET/train and val, vq_ds16_c2i.pt; and names for three classes, where ImageNet has a
+    thousand.
+    """
     where = tmp_path_factory.mktemp("imagenet")
     for number, wnid in enumerate(WORDS):
         for part, count in (("train", TRAIN), ("val", VAL)):
@@ -37,7 +41,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (where / "names.txt").write_text("".join(f"{wnid} {words}\n" for wnid, words in WORDS.items()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.save({"model": VQTokenizer(TokenizerConfig(base_channels=4, z_channels=16)).state_dict()}, where / "vq_ds16_c2i.pt")
+        torch.save(
+            {"model": VQTokenizer(TokenizerConfig(base_channels=4, z_channels=16)).state_dict()},
+            where / "vq_ds16_c2i.pt",
+        )
     return where
 
 
@@ -59,20 +66,50 @@ def test_the_presets_say_the_same_command() -> None:
     assert shlex.join(LINES[0]).replace("data/imagenet", "CODES") == IMAGENET_CODES
 
 
-def test_all_training_images_are_trained_on_and_val_validates(here: Path, one_rank: torch.device, capfd: pytest.CaptureFixture) -> None:
+def test_all_training_images_are_trained_on_and_val_validates(
+    here: Path, one_rank: torch.device, capfd: pytest.CaptureFixture
+) -> None:
     store = prepare("data/imagenet")
-    assert store.class_names == tuple(WORDS.values()) and (store.image_size, store.positions, store.codebook) == (256, 256, 16384)
+    assert store.class_names == tuple(WORDS.values()) and (store.image_size, store.positions, store.codebook) == (
+        256,
+        256,
+        16384,
+    )
     assert len(store.train_indices) == 3 * TRAIN and len(store.held_out_indices) == 3 * VAL and len(store.views) == 20
     assert [store.keys()[row] for row in store.held_out_indices] == [f"held out/{wnid}/{wnid}_0.JPEG" for wnid in WORDS]
     assert store.manifest["split"]["held_out_share"] == 0
     assert store.views[store.plain_view] == "centre, range 1.1"
     assert LINES[1][:2] == ["deepspeed", "star_fast/train.py"]
-    train.run_command([*LINES[1][2:], "--model.num-classes", "3", "--model.blocks", "2", "--model.heads", "2", "--model.width", "32",
-                       "--method.contrast-depth", "1", "--method.projector-width", "32", "--train.images-per-step", "4", "--train.epochs", "2",
-                       "--train.tensorboard", "False"], "train.py")
+    train.run_command(
+        [
+            *LINES[1][2:],
+            "--model.num-classes",
+            "3",
+            "--model.blocks",
+            "2",
+            "--model.heads",
+            "2",
+            "--model.width",
+            "32",
+            "--method.contrast-depth",
+            "1",
+            "--method.projector-width",
+            "32",
+            "--train.images-per-step",
+            "4",
+            "--train.epochs",
+            "2",
+            "--train.tensorboard",
+            "False",
+        ],
+        "train.py",
+    )
     told = capfd.readouterr().out
     # 9 images, 4 a step: 2 steps and 1 image left over in each of two epochs.
-    assert "9 training images x 2 views, steps 0 to 4 of 4 images (2 steps an epoch, 1 images of each epoch left over)" in told
+    assert (
+        "9 training images x 2 views, steps 0 to 4 of 4 images (2 steps an epoch, 1 images of each epoch left over)"
+        in told
+    )
     assert "Finished after 4 of 4 steps" in told
     words = LINES[2][1:]
     words[words.index("--images") + 1] = "3"

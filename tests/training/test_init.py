@@ -20,9 +20,26 @@ from star_fast.training.engine import build_student
 from tests.training.store import write_store
 
 TABLE = "cls_embedding.embedding_table.weight"
-SMALL = ["--preset", "tiny", "--model.width", "32", "--model.blocks", "2", "--method.projector-width", "16", "--train.images-per-step", "4",
-         "--train.max-steps", "1", "--train.tensorboard", "False", "--train.validate-every-steps", "0"]
-STILL = ["--optim.lr-per-256-images", "1e-12", "--optim.warmup-steps", "0"]  # so that the model folder shows what the run began with
+SMALL = [
+    "--preset",
+    "tiny",
+    "--model.width",
+    "32",
+    "--model.blocks",
+    "2",
+    "--method.projector-width",
+    "16",
+    "--train.images-per-step",
+    "4",
+    "--train.max-steps",
+    "1",
+    "--train.tensorboard",
+    "False",
+    "--train.validate-every-steps",
+    "0",
+]
+# So that the model folder shows what the run began with
+STILL = ["--optim.lr-per-256-images", "1e-12", "--optim.warmup-steps", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +48,20 @@ def store(one_rank: torch.device, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture
-def start(store: CodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+def start(
+    store: CodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str]]:
     """train.py with these further arguments: exit status and what was said."""
+
     def run(*more: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--data.codes", str(store.path), "--run", str(tmp_path / "run"), *more])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *SMALL, "--data.codes", str(store.path), "--run", str(tmp_path / "run"), *more]
+        )
         status = main()
         said = "".join(capfd.readouterr())
         assert "Traceback" not in said
         return status, said
+
     return run
 
 
@@ -58,7 +81,9 @@ def test_other_classes_and_another_grid(start: Callable, store: CodeStore, tmp_p
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
     if released:
         save_transformer(source, tmp_path / "there")
-        status, said = start(*STILL, "--init", str(tmp_path / "there"), "--init-class-names", str(tmp_path / "names.txt"))
+        status, said = start(
+            *STILL, "--init", str(tmp_path / "there"), "--init-class-names", str(tmp_path / "names.txt")
+        )
     else:
         save_model(tmp_path / "there", source, class_names=names, record={"tokenizer_hash": store.tokenizer_hash})
         status, said = start(*STILL, "--init", str(tmp_path / "there"))
@@ -79,7 +104,11 @@ def test_averaged_weights_by_name(start: Callable, tmp_path: Path) -> None:
     source, averaged = weights(3), weights(3, seed=6)
     torch.save({"model": source.state_dict(), "ema": averaged.state_dict()}, tmp_path / "x.pt")
     status, said = start(*STILL, "--init", str(tmp_path / "x.pt"), "--init-weights", "ema")
-    assert status == 0 and "class embeddings: all 3 taken by number, since names are not known" in said and "positions:" not in said
+    assert (
+        status == 0
+        and "class embeddings: all 3 taken by number, since names are not known" in said
+        and "positions:" not in said
+    )
     found = load_model(tmp_path / "run/model").transformer
     torch.testing.assert_close(found.state_dict()[TABLE], averaged.state_dict()[TABLE], rtol=0, atol=1e-6)
 
@@ -87,12 +116,24 @@ def test_averaged_weights_by_name(start: Callable, tmp_path: Path) -> None:
 def test_what_cannot_start(start: Callable, tmp_path: Path) -> None:
     save_transformer(weights(4), tmp_path / "x.pt")
     (tmp_path / "names.txt").write_text("a\nb\n")
-    for more, line in ((["--init", "{}/x.pt"], "x.pt: weights of 4 classes, the data here has 3: give the names of its 4 classes with --init-class-names FILE"),
-                       (["--init", "{}/x.pt", "--init-class-names", "{}/names.txt"], "x.pt: has 4 classes, got 2 names of them; give one name for each"),
-                       (["--init", "{}/x.pt", "--init-class-names", "{}/absent.txt"], "absent.txt: not found; expected a text file with one class name a line"),
-                       (["--init", "{}/x.pt", "--init-weights", "ema"], "x.pt: holds no weights 'ema'; it has model"),
-                       (["--init-weights", "ema"], "--init-weights: expected with --init, which was not given"),
-                       (["--init-class-names", "x"], "--init-class-names: expected with --init, which was not given")):
+    for more, line in (
+        (
+            ["--init", "{}/x.pt"],
+            "x.pt: weights of 4 classes, the data here has 3: give the names of its 4 classes with "
+            "--init-class-names FILE",
+        ),
+        (
+            ["--init", "{}/x.pt", "--init-class-names", "{}/names.txt"],
+            "x.pt: has 4 classes, got 2 names of them; give one name for each",
+        ),
+        (
+            ["--init", "{}/x.pt", "--init-class-names", "{}/absent.txt"],
+            "absent.txt: not found; expected a text file with one class name a line",
+        ),
+        (["--init", "{}/x.pt", "--init-weights", "ema"], "x.pt: holds no weights 'ema'; it has model"),
+        (["--init-weights", "ema"], "--init-weights: expected with --init, which was not given"),
+        (["--init-class-names", "x"], "--init-class-names: expected with --init, which was not given"),
+    ):
         status, said = start(*(word.format(tmp_path) for word in more))
         assert status == 2 and line in said, said
     made = Transformer(ModelConfig(2, 4, 32, vocab=17, positions=16, num_classes=3))
@@ -102,7 +143,9 @@ def test_what_cannot_start(start: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("more", "views"), [([], 1), (["--method.views", "2"], 2), (["--method.views=3"], 3)])
-def test_plain_training_has_one_view_or_those_it_is_told(start: Callable, tmp_path: Path, more: list[str], views: int) -> None:
+def test_plain_training_has_one_view_or_those_it_is_told(
+    start: Callable, tmp_path: Path, more: list[str], views: int
+) -> None:
     status, said = start("--plain", *more)
     assert status == 0, said
     assert "plain next-token training" in said and f"72 training images x {views} views" in said

@@ -20,9 +20,19 @@ from star_fast.training.telemetry import Telemetry
 from star_fast.training.watch import LossWatch
 from tests.training.store import write_store
 
-# What reads a value back (on a GPU: waits for all before), and what makes a tensor from Python numbers (on a GPU: a copy from pageable memory, which waits).
-WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::unique_dim",
-         "aten::_unique2", "aten::lift_fresh"}
+# What reads a value back (on a GPU: waits for all before), and what makes a tensor from Python numbers (on a GPU: a
+# copy from pageable memory, which waits).
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique2",
+    "aten::lift_fresh",
+}
 
 
 class NoHost(TorchDispatchMode):
@@ -33,9 +43,15 @@ class NoHost(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        masks = func._schema.name in ("aten::index", "aten::index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        masks = func._schema.name in ("aten::index", "aten::index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
         if func._schema.name in WAITS or masks:
-            lines = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack() if "site-packages/torch" not in frame.filename]
+            lines = [
+                f"{frame.filename}:{frame.lineno} {frame.name}"
+                for frame in traceback.extract_stack()
+                if "site-packages/torch" not in frame.filename
+            ]
             self.found.append(f"{func._schema.name} from {' < '.join(reversed(lines[-5:-1]))}")
         return func(*args, **(kwargs or {}))
 
@@ -48,8 +64,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_net_catches_what_waits() -> None:
-    for what, job in (("item", lambda x: x.sum().item()), ("bool", lambda x: bool((x > 0).all())), ("index", lambda x: x[x > 0]),
-                      ("construction", lambda x: x + torch.tensor([1.0, 2.0]))):
+    for what, job in (
+        ("item", lambda x: x.sum().item()),
+        ("bool", lambda x: bool((x > 0).all())),
+        ("index", lambda x: x[x > 0]),
+        ("construction", lambda x: x + torch.tensor([1.0, 2.0])),
+    ):
         with NoHost() as net:
             job(torch.ones(2))
         assert net.found, what
@@ -58,16 +78,36 @@ def test_the_net_catches_what_waits() -> None:
     assert not net.found
 
 
-@pytest.mark.parametrize("method", [MethodConfig(contrast_positions=3, projector_width=24),
-                                    MethodConfig(views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0),
-                                    MethodConfig(contrast_positions=3, projector_width=24, mim_positions="hidden", negatives="all_slots",
-                                                 projector_norm="batch", teacher_label="kept")], ids=["ST-AR", "plain", "choices"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        MethodConfig(contrast_positions=3, projector_width=24),
+        MethodConfig(views=1, mask_ratio=0.0, mim_weight=0.0, contrast_weight=0.0),
+        MethodConfig(
+            contrast_positions=3,
+            projector_width=24,
+            mim_positions="hidden",
+            negatives="all_slots",
+            projector_norm="batch",
+            teacher_label="kept",
+        ),
+    ],
+    ids=["ST-AR", "plain", "choices"],
+)
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("fp32", 0)])
-def test_a_step_between_two_log_lines_does_not_wait(one_rank: torch.device, tmp_path: Path, as_on_a_gpu: None, precision: str, stage: int,
-                                                    method: MethodConfig) -> None:
+def test_a_step_between_two_log_lines_does_not_wait(
+    one_rank: torch.device, tmp_path: Path, as_on_a_gpu: None, precision: str, stage: int, method: MethodConfig
+) -> None:
     store: CodeStore = write_store(tmp_path / "codes")
-    config = resolve(RunConfig(ModelConfig(2, 2, 32, dropout=0.1), method, OptimConfig(0.03, clip_norm=0.1),
-                               TrainConfig(images_per_step=8, micro_batch_images=4, precision=precision, zero_stage=stage)), store)
+    config = resolve(
+        RunConfig(
+            ModelConfig(2, 2, 32, dropout=0.1),
+            method,
+            OptimConfig(0.03, clip_norm=0.1),
+            TrainConfig(images_per_step=8, micro_batch_images=4, precision=precision, zero_stage=stage),
+        ),
+        store,
+    )
     batches = Batches(store, config)
     engine = Engine(config, build_student(config), one_rank, batches.micro_images, batches.accumulation)
     telemetry = Telemetry(tmp_path, 0, 10, 8, log_every=10, main=True, tensorboard=False, watch=LossWatch(6.0))

@@ -1,4 +1,6 @@
-"""A run that was interrupted and resumed ends with the bits of an unbroken one; damaged or foreign checkpoints are refused in one line."""
+"""A run that was interrupted and resumed ends with the bits of an unbroken one; damaged or foreign checkpoints are
+refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,22 @@ def start(folder: Path, run: str, config: RunConfig, *more: str) -> subprocess.P
         write_store(folder / "codes")
     file = folder / f"{run}.yaml"
     write_config(dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(folder / "codes"))), file)
-    return subprocess.Popen([sys.executable, str(ROOT / "star_fast" / "train.py"), "--config", str(file), "--run", str(folder / run), *more], cwd=folder,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "star_fast" / "train.py"),
+            "--config",
+            str(file),
+            "--run",
+            str(folder / run),
+            *more,
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -42,10 +58,22 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 
 def settings(precision: str, stage: int) -> RunConfig:
-    return RunConfig(ModelConfig(2, 2, 32, dropout=0.1), MethodConfig(contrast_positions=3, projector_width=24),
-                     OptimConfig(0.03, warmup_steps=3, schedule="cosine"),
-                     TrainConfig(images_per_step=8, micro_batch_images=4, max_steps=40, precision=precision, zero_stage=stage, save_every_steps=5,
-                                 log_every_steps=1, validate_every_steps=8, tensorboard=False))
+    return RunConfig(
+        ModelConfig(2, 2, 32, dropout=0.1),
+        MethodConfig(contrast_positions=3, projector_width=24),
+        OptimConfig(0.03, warmup_steps=3, schedule="cosine"),
+        TrainConfig(
+            images_per_step=8,
+            micro_batch_images=4,
+            max_steps=40,
+            precision=precision,
+            zero_stage=stage,
+            save_every_steps=5,
+            log_every_steps=1,
+            validate_every_steps=8,
+            tensorboard=False,
+        ),
+    )
 
 
 @pytest.mark.parametrize(("precision", "stage", "number"), [("fp32", 0, signal.SIGINT), ("bf16", 1, signal.SIGKILL)])
@@ -67,9 +95,20 @@ def test_resume_is_bit_exact(tmp_path: Path, precision: str, stage: int, number:
     assert "holds checkpoints up to" in finish(start(tmp_path, "broken", config), status=2)
     finish(start(tmp_path, "broken", config, "--resume"))
     for name in ("model.safetensors", "teacher.safetensors"):
-        assert (tmp_path / "broken/model" / name).read_bytes() == (tmp_path / "unbroken/model" / name).read_bytes(), name
-    unbroken, resumed = ([{name: value for name, value in json.loads(line).items() if name not in ("images_per_s", "data_s", "time_s")}
-                          for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("unbroken", "broken"))
+        assert (tmp_path / "broken/model" / name).read_bytes() == (tmp_path / "unbroken/model" / name).read_bytes(), (
+            name
+        )
+    unbroken, resumed = (
+        [
+            {
+                name: value
+                for name, value in json.loads(line).items()
+                if name not in ("images_per_s", "data_s", "time_s")
+            }
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("unbroken", "broken")
+    )
     assert resumed == unbroken
 
 
@@ -90,8 +129,16 @@ def saved(tmp_path: Path) -> tuple[Path, SimpleNamespace]:
     folder = tmp_path / "run/checkpoints/step-0000005"
     folder.mkdir(parents=True)
     (folder / "weights.pt").write_bytes(b"x" * 100)
-    record = checkpoint.CheckpointRecord(checkpoint.FORMAT, 5, 1, 0, "2", to_dict(config), checkpoint.codes_identity(STORE),
-                                         {"weights.pt": checkpoint.FileRecord(100, sha256_of_file(folder / "weights.pt"))})
+    record = checkpoint.CheckpointRecord(
+        checkpoint.FORMAT,
+        5,
+        1,
+        0,
+        "2",
+        to_dict(config),
+        checkpoint.codes_identity(STORE),
+        {"weights.pt": checkpoint.FileRecord(100, sha256_of_file(folder / "weights.pt"))},
+    )
     (folder / "complete.json").write_text(json.dumps(to_dict(record)))
     return folder, SimpleNamespace(config=config, ranks=1, rank=0)
 
@@ -138,7 +185,9 @@ def test_a_setting_that_an_older_checkpoint_does_not_know_had_its_default(saved)
 
 def test_codes_of_another_tokenizer_are_refused(saved) -> None:
     other = Codes(**{**vars(STORE), "tokenizer_hash": "c" * 64})
-    with pytest.raises(UserError, match=r"code store of tokenizer aaaaaaaaaaaa, codes has cccccccccccc; give the code store"):
+    with pytest.raises(
+        UserError, match=r"code store of tokenizer aaaaaaaaaaaa, codes has cccccccccccc; give the code store"
+    ):
         checkpoint.check(*saved, other)
 
 
@@ -148,14 +197,19 @@ def test_an_unfinished_checkpoint_does_not_count(saved) -> None:
     assert checkpoint.latest(folder.parent.parent) == folder
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    (["--preset", "huge"], "preset: expected one of tiny, B, B-300, L, L-300, XL, XL-300, XXL, 3B, got 'huge'"),
-    (["--config", "absent.yaml"], "absent.yaml: no such config file"),
-    (["--preset", "tiny", "--data.codes", "absent"], "absent/manifest.json: not found"),
-    (["--preset", "tiny", "--method.views", "0"], "method.views: expected at least 1, got 0"),
-    (["--preset", "B"], "data.codes: expected the folder of a code store"),
-])
-def test_bad_command_lines_give_one_line_and_status_2(arguments: list[str], line: str, capfd: pytest.CaptureFixture, monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--preset", "huge"], "preset: expected one of tiny, B, B-300, L, L-300, XL, XL-300, XXL, 3B, got 'huge'"),
+        (["--config", "absent.yaml"], "absent.yaml: no such config file"),
+        (["--preset", "tiny", "--data.codes", "absent"], "absent/manifest.json: not found"),
+        (["--preset", "tiny", "--method.views", "0"], "method.views: expected at least 1, got 0"),
+        (["--preset", "B"], "data.codes: expected the folder of a code store"),
+    ],
+)
+def test_bad_command_lines_give_one_line_and_status_2(
+    arguments: list[str], line: str, capfd: pytest.CaptureFixture, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     assert train_main() == 2
@@ -164,7 +218,9 @@ def test_bad_command_lines_give_one_line_and_status_2(arguments: list[str], line
     assert "Traceback" not in error
 
 
-def test_resume_without_a_checkpoint_and_init_of_another_size(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+def test_resume_without_a_checkpoint_and_init_of_another_size(
+    tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture
+) -> None:
     from star_fast.model.transformer import Transformer
     from star_fast.model.weights import save_model
 
@@ -173,14 +229,25 @@ def test_resume_without_a_checkpoint_and_init_of_another_size(tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", [*common, "--resume"])
     assert train_main() == 2
     assert "nothing to resume" in capfd.readouterr().err
-    save_model(tmp_path / "other", Transformer(ModelConfig(2, 2, 32, vocab=16, positions=16, num_classes=3)), class_names=["a", "b", "c"])
+    save_model(
+        tmp_path / "other",
+        Transformer(ModelConfig(2, 2, 32, vocab=16, positions=16, num_classes=3)),
+        class_names=["a", "b", "c"],
+    )
     monkeypatch.setattr(sys, "argv", [*common, "--init", str(tmp_path / "other")])
     assert train_main() == 2
     error = capfd.readouterr().err
     assert "96" in error
     assert "32" in error
     assert "Traceback" not in error
-    save_model(tmp_path / "other", Transformer(ModelConfig(2, 2, 32, vocab=16, positions=16, num_classes=3)), class_names=["a", "b", "c"],
-               record={"tokenizer_hash": "f" * 64})
+    save_model(
+        tmp_path / "other",
+        Transformer(ModelConfig(2, 2, 32, vocab=16, positions=16, num_classes=3)),
+        class_names=["a", "b", "c"],
+        record={"tokenizer_hash": "f" * 64},
+    )
     assert train_main() == 2
-    assert "trained on codes of tokenizer ffffffffffff, the code store here is of tokenizer 000000000000" in capfd.readouterr().err
+    assert (
+        "trained on codes of tokenizer ffffffffffff, the code store here is of tokenizer 000000000000"
+        in capfd.readouterr().err
+    )

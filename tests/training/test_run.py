@@ -1,4 +1,6 @@
-"""What a run leaves behind, line by line and file by file, against the same run written out by hand; and what a resume makes of it."""
+"""What a run leaves behind, line by line and file by file, against the same run written out by hand; and what a resume
+makes of it.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,34 @@ from tests.training.plain_trainer import PlainTrainer, learning_rate
 from tests.training.store import write_store
 
 STEPS, IMAGES = 10, 24
-TOKENIZER = TokenizerConfig(base_channels=4, multipliers=(1, 1, 1), residual_blocks=1, z_channels=4, code_channels=4, codebook=16, image_channels=1,
-                            image_size=16)
+TOKENIZER = TokenizerConfig(
+    base_channels=4,
+    multipliers=(1, 1, 1),
+    residual_blocks=1,
+    z_channels=4,
+    code_channels=4,
+    codebook=16,
+    image_channels=1,
+    image_size=16,
+)
 CONFIG = RunConfig(
-    ModelConfig(2, 2, 16, dropout=0.3, label_dropout=0.4), MethodConfig(contrast_positions=2, projector_width=16, ema_decay=0.6),
+    ModelConfig(2, 2, 16, dropout=0.3, label_dropout=0.4),
+    MethodConfig(contrast_positions=2, projector_width=16, ema_decay=0.6),
     OptimConfig(3.0, weight_decay=0.3, eps=0.01, clip_norm=0.2, schedule="cosine", warmup_steps=3, final_lr_share=0.1),
-    TrainConfig(images_per_step=IMAGES, micro_batch_images=12, max_steps=STEPS, precision="fp32", zero_stage=0, seed=4, save_every_steps=4,
-                keep_checkpoints=2, log_every_steps=3, validate_every_steps=4, tensorboard=False))
+    TrainConfig(
+        images_per_step=IMAGES,
+        micro_batch_images=12,
+        max_steps=STEPS,
+        precision="fp32",
+        zero_stage=0,
+        seed=4,
+        save_every_steps=4,
+        keep_checkpoints=2,
+        log_every_steps=3,
+        validate_every_steps=4,
+        tensorboard=False,
+    ),
+)
 
 
 class Run(NamedTuple):
@@ -58,7 +81,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def run(one_rank: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Run:
     where = tmp_path_factory.mktemp("run")
     tokenizer = VQTokenizer(TOKENIZER).eval()
-    store = write_store(where / "codes", 400, tokenizer.weights_hash())  # 80 held-out images: more than one batch of validation
+    # 80 held-out images: more than one batch of validation
+    store = write_store(where / "codes", 400, tokenizer.weights_hash())
     tokenizer.save(where / "codes" / "tokenizer")
     config = dataclasses.replace(CONFIG, data=DataConfig(codes=str(where / "codes")))
     left = where / "run/checkpoints/step-0000004.tmp"  # as a kill in the middle of a save leaves it
@@ -85,9 +109,13 @@ def test_every_log_line_has_the_numbers_of_its_interval(run: Run) -> None:
     assert [line["step"] for line in logged] == [3, 6, 9, 10]
     for line, first in zip(logged, (0, 3, 6, 9), strict=True):
         means = torch.stack(run.losses[first : line["step"]]).mean(0).tolist()
-        assert [line[name] for name in ("loss", "ar", "mim", "step_contrast", "view_contrast")] == pytest.approx(means, abs=3e-5)
+        assert [line[name] for name in ("loss", "ar", "mim", "step_contrast", "view_contrast")] == pytest.approx(
+            means, abs=3e-5
+        )
         last = line["step"] - 1
-        assert line["lr"] == pytest.approx(learning_rate(run.config, last, STEPS)) and line["grad_norm"] == pytest.approx(run.norms[last], rel=1e-4)
+        assert line["lr"] == pytest.approx(learning_rate(run.config, last, STEPS)) and line[
+            "grad_norm"
+        ] == pytest.approx(run.norms[last], rel=1e-4)
         assert line["images"] == line["step"] * IMAGES and line["images_per_s"] > 0
     assert [line["time_s"] for line in logged] == sorted(line["time_s"] for line in logged)
 
@@ -107,15 +135,27 @@ def test_the_model_folder_holds_what_was_learnt(run: Run) -> None:
             assert (ours - expected).abs().max() <= 3e-5 * expected.abs().max().clamp(min=1), f"{weights} {name}"
             assert weights == "teacher" or not torch.equal(ours, ours.bfloat16().float()), f"{name}: rounded"
     assert loaded.class_names == list(run.store.class_names)
-    assert VQTokenizer.load(loaded.tokenizer_folder).weights_hash() == run.store.tokenizer_hash == loaded.record["tokenizer_hash"]
-    assert (loaded.record["step"], loaded.record["images_seen"], loaded.record["contrast_depth"]) == (STEPS, STEPS * IMAGES, 1)
+    assert (
+        VQTokenizer.load(loaded.tokenizer_folder).weights_hash()
+        == run.store.tokenizer_hash
+        == loaded.record["tokenizer_hash"]
+    )
+    assert (loaded.record["step"], loaded.record["images_seen"], loaded.record["contrast_depth"]) == (
+        STEPS,
+        STEPS * IMAGES,
+        1,
+    )
     assert loaded.record["precision"] == "fp32" and loaded.record["method"]["ema_decay"] == 0.6
 
 
 def test_the_newest_checkpoints_stay_and_nothing_else(run: Run) -> None:
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-0000008", "step-0000010"]
     assert checkpoint.latest(run.folder).name == "step-0000010"
-    saved = [os.path.basename(event.target) for event in run.events if event.kind == "rename" and os.path.dirname(event.target).endswith("checkpoints")]
+    saved = [
+        os.path.basename(event.target)
+        for event in run.events
+        if event.kind == "rename" and os.path.dirname(event.target).endswith("checkpoints")
+    ]
     assert saved == ["step-0000004", "step-0000008", "step-0000010"]  # every fourth, and the end
 
 
@@ -133,12 +173,20 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Run) -> None:
 
 
 def resumed(run: Run, where: Path, **changes: Any) -> Path:
-    """The run as it was after step 8, resumed under `where` with some settings changed, each given as section__field."""
-    shutil.copytree(run.folder, where, ignore=lambda folder, names: {"step-0000010", ".lock", *(["model"] if Path(folder) == run.folder else [])})
+    """The run as it was after step 8, resumed under `where` with some settings changed, each given
+    as section__field.
+    """
+    shutil.copytree(
+        run.folder,
+        where,
+        ignore=lambda folder, names: {"step-0000010", ".lock", *(["model"] if Path(folder) == run.folder else [])},
+    )
     config = run.config
     for name, value in changes.items():
         section, field = name.split("__")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
     train(TrainCommand(config, run=str(where), resume=True))
     return where
 
@@ -150,30 +198,60 @@ def test_a_resumed_run_ends_as_the_unbroken_one(run: Run, tmp_path: Path) -> Non
         assert (again / "model" / name).read_bytes() == (run.folder / "model" / name).read_bytes(), name
 
     def timeless(folder: Path) -> list[dict[str, Any]]:
-        return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_s", "time_s")} for line in lines(folder)]
+        return [
+            {name: value for name, value in line.items() if name not in ("images_per_s", "data_s", "time_s")}
+            for line in lines(folder)
+        ]
 
     assert timeless(again) == timeless(run.folder)
-    remembered = [json.loads((folder / "checkpoints/step-0000010/complete.json").read_text())["telemetry"] for folder in (again, run.folder)]
-    assert remembered[0] == remembered[1] and len(remembered[1]["window"]) == STEPS  # a jump of the loss is judged by the same steps
+    remembered = [
+        json.loads((folder / "checkpoints/step-0000010/complete.json").read_text())["telemetry"]
+        for folder in (again, run.folder)
+    ]
+    # A jump of the loss is judged by the same steps
+    assert remembered[0] == remembered[1] and len(remembered[1]["window"]) == STEPS
 
 
 def test_lines_of_lost_steps_go_and_the_clock_goes_on(run: Run, tmp_path: Path) -> None:
     """As after a kill at step 10: what was logged after the checkpoint's step is cut off and written anew."""
     where = tmp_path / "again"
-    shutil.copytree(run.folder, where, ignore=lambda folder, names: {"step-0000010", ".lock", *(["model"] if Path(folder) == run.folder else [])})
+    shutil.copytree(
+        run.folder,
+        where,
+        ignore=lambda folder, names: {"step-0000010", ".lock", *(["model"] if Path(folder) == run.folder else [])},
+    )
     known = [{**line, "time_s": line["time_s"] + 1000.0} if "time_s" in line else line for line in lines(where)]
     (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in known) + '{"step": 10, "los')
     train(TrainCommand(run.config, run=str(where), resume=True))
     after = lines(where)
-    assert [(line["step"], "val_ar" in line) for line in after] == [(3, False), (4, True), (6, False), (8, True), (9, False), (10, False), (10, True)]
+    assert [(line["step"], "val_ar" in line) for line in after] == [
+        (3, False),
+        (4, True),
+        (6, False),
+        (8, True),
+        (9, False),
+        (10, False),
+        (10, True),
+    ]
     assert after[:4] == known[:4]
     spent = max(line.get("time_s", 0.0) for line in known[:4])
     assert all(spent < line["time_s"] < spent + 900 for line in after[4:6])
 
 
-@pytest.mark.parametrize(("setting", "value"), [
-    ("train__seed", 5), ("train__images_per_step", 12), ("train__micro_batch_images", 24), ("method__temperature", 0.3),
-    ("method__ema_decay", 0.5), ("method__views", 3), ("model__dropout", 0.2), ("model__label_dropout", 0.1), ("data__views", "small-affine")])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train__seed", 5),
+        ("train__images_per_step", 12),
+        ("train__micro_batch_images", 24),
+        ("method__temperature", 0.3),
+        ("method__ema_decay", 0.5),
+        ("method__views", 3),
+        ("model__dropout", 0.2),
+        ("model__label_dropout", 0.1),
+        ("data__views", "small-affine"),
+    ],
+)
 def test_a_resume_is_of_the_same_run(run: Run, tmp_path: Path, setting: str, value: Any) -> None:
     section, field = setting.split("__")
     with pytest.raises(UserError, match=rf"it was saved with {section}\.{field} = .*, this run has {value!r}"):
@@ -191,5 +269,7 @@ def test_a_resume_is_on_the_same_codes(run: Run, tmp_path: Path) -> None:
 
     manifest["files"]["codes.bin"]["sha256"] = hashlib.sha256(codes).hexdigest()
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"trained on a code store of codes .* give the code store that the run began with"):
+    with pytest.raises(
+        UserError, match=r"trained on a code store of codes .* give the code store that the run began with"
+    ):
         resumed(run, tmp_path / "other", data__codes=str(other))

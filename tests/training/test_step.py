@@ -1,4 +1,6 @@
-"""Engine, batches and schedule against training written out by hand: dropout, accumulation, warm-ups, clipping and several epochs at once."""
+"""Engine, batches and schedule against training written out by hand: dropout, accumulation, warm-ups, clipping and
+several epochs at once.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ from tests.training.ranks_main import read
 from tests.training.store import write_store
 
 STEPS = 8
-# A large eps keeps AdamW from blowing up the rounding of tiny gradients; the rest is set so that leaving anything out moves the weights visibly.
+# A large eps keeps AdamW from blowing up the rounding of tiny gradients; the rest is set so that leaving anything out
+# moves the weights visibly.
 CONFIG = RunConfig(
-    ModelConfig(4, 2, 16, dropout=0.3, label_dropout=0.4), MethodConfig(contrast_positions=3, projector_width=24, ema_decay=0.6, mim_weight=0.7),
+    ModelConfig(4, 2, 16, dropout=0.3, label_dropout=0.4),
+    MethodConfig(contrast_positions=3, projector_width=24, ema_decay=0.6, mim_weight=0.7),
     OptimConfig(3.0, weight_decay=0.3, eps=0.01, clip_norm=0.2, schedule="cosine", warmup_steps=3, final_lr_share=0.1),
-    TrainConfig(images_per_step=24, micro_batch_images=8, precision="fp32", zero_stage=0, seed=4))
+    TrainConfig(images_per_step=24, micro_batch_images=8, precision="fp32", zero_stage=0, seed=4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +42,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> CodeStore:
 @pytest.fixture
 def make_engine(one_rank: torch.device, store: CodeStore) -> Callable[..., tuple[Engine, Batches]]:
     """Engine and batches of CONFIG with some settings changed, each given as section__field."""
+
     def make(**changes: Any) -> tuple[Engine, Batches]:
         config = changed(CONFIG, store, **changes)
         batches = Batches(store, config)
         return Engine(config, build_student(config), one_rank, batches.micro_images, batches.accumulation), batches
+
     return make
 
 
@@ -51,7 +58,10 @@ def changed(config: RunConfig, store: CodeStore, **changes: Any) -> RunConfig:
     for name, value in changes.items():
         section, field = name.split("__")
         sections.setdefault(section, {})[field] = value
-    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in sections.items()})
+    config = dataclasses.replace(
+        config,
+        **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in sections.items()},
+    )
     return resolve(config, store)
 
 
@@ -65,16 +75,27 @@ def close(ours: Tensor, plain: Tensor, what: str, tolerance: float = 2e-5) -> No
 
 
 # What is chosen otherwise than by default: all of it.
-CHOICES = {"method__mim_positions": "hidden", "method__negatives": "all_slots", "method__projector_norm": "batch", "method__teacher_label": "kept"}
+CHOICES = {
+    "method__mim_positions": "hidden",
+    "method__negatives": "all_slots",
+    "method__projector_norm": "batch",
+    "method__teacher_label": "kept",
+}
 
 
-@pytest.mark.parametrize(("stage", "choices"), [(0, {}), (1, {}), (2, {}), (3, {}), (0, CHOICES), (1, CHOICES), (3, CHOICES)],
-                         ids=["0", "1", "2", "3", "0-choices", "1-choices", "3-choices"])
-def test_steps_are_those_written_out_by_hand(make_engine: Callable, store: CodeStore, stage: int, choices: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("stage", "choices"),
+    [(0, {}), (1, {}), (2, {}), (3, {}), (0, CHOICES), (1, CHOICES), (3, CHOICES)],
+    ids=["0", "1", "2", "3", "0-choices", "1-choices", "3-choices"],
+)
+def test_steps_are_those_written_out_by_hand(
+    make_engine: Callable, store: CodeStore, stage: int, choices: dict[str, str]
+) -> None:
     engine, batches = make_engine(train__zero_stage=stage, **choices)
     plain = PlainTrainer(engine.config, store, build_student(engine.config), STEPS)
     clipped = 0
-    # 72 images, 24 a step: into the third epoch. Batch norm makes a rounding of the weights grow to 4e-5 in step 5: with it into the second one only.
+    # 72 images, 24 a step: into the third epoch. Batch norm makes a rounding of the weights grow to 4e-5 in step 5:
+    # with it into the second one only.
     for step, micro in batches.steps(0, 4 if choices else STEPS):
         losses, norm = engine.step(micro, step, learning_rate(engine.config, step, STEPS))
         expected, expected_norm = plain.step(step)
@@ -102,20 +123,30 @@ def test_each_choice_alone_changes_the_first_step(make_engine: Callable, store: 
     assert (losses - usual).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1), ("bf16", 2), ("fp32", 3), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1), ("bf16", 2), ("fp32", 3), ("bf16", 3)]
+)
 def test_a_gradient_too_long_is_cut_to_the_clipping_norm(make_engine: Callable, precision: str, stage: int) -> None:
     """With eps 1, no decay and no memory a step of AdamW is -lr g / (|g| + 1): about the clipped gradient itself."""
     moved = {}
     for clip in (0.0, 0.02):
-        engine, batches = make_engine(train__precision=precision, train__zero_stage=stage, optim__clip_norm=clip, optim__eps=1.0, optim__weight_decay=0.0,
-                                      model__dropout=0.0)
+        engine, batches = make_engine(
+            train__precision=precision,
+            train__zero_stage=stage,
+            optim__clip_norm=clip,
+            optim__eps=1.0,
+            optim__weight_decay=0.0,
+            model__dropout=0.0,
+        )
         before = whole(engine, engine.masters.tensors())
         projector = read(engine.student.projector.named_parameters())
         norm = float(engine.step(batches.step(0), 0, 1.0)[1])
         after = whole(engine, engine.masters.tensors())
         parts = [after[name] - before[name] for name in before]
         if precision == "fp32":
-            parts += [value - projector[name] for name, value in read(engine.student.projector.named_parameters()).items()]
+            parts += [
+                value - projector[name] for name, value in read(engine.student.projector.named_parameters()).items()
+            ]
         moved[clip] = float(torch.cat([part.flatten() for part in parts]).norm())
         assert norm > 5 * 0.02, "not a gradient that must be clipped"
     assert moved[0.0] > 3 * 0.02
@@ -124,7 +155,9 @@ def test_a_gradient_too_long_is_cut_to_the_clipping_norm(make_engine: Callable, 
         assert moved[0.02] > 0.95 * 0.02
 
 
-@pytest.mark.parametrize(("precision", "stage", "clip"), [("fp32", 0, 0.0), ("fp32", 1, 0.2), ("bf16", 0, 0.2), ("bf16", 1, 0.2)])
+@pytest.mark.parametrize(
+    ("precision", "stage", "clip"), [("fp32", 0, 0.0), ("fp32", 1, 0.2), ("bf16", 0, 0.2), ("bf16", 1, 0.2)]
+)
 def test_one_of_the_two_clips(store: CodeStore, precision: str, stage: int, clip: float) -> None:
     """Where the engine here takes the norm itself DeepSpeed must not cut the gradient once more."""
     config = changed(CONFIG, store, train__precision=precision, train__zero_stage=stage)
@@ -146,7 +179,8 @@ def test_dropout_is_renewed_with_every_batch_and_names_seed_and_images(make_engi
     assert loss(0) == first
     assert len({loss(seen) for seen in (0, 24, 48, 72)}) == 4
     other, _ = make_engine(train__micro_batch_images=0)
-    other.config = dataclasses.replace(engine.config, train=dataclasses.replace(engine.config.train, seed=5))  # the same weights, another seed
+    # The same weights, another seed
+    other.config = dataclasses.replace(engine.config, train=dataclasses.replace(engine.config.train, seed=5))
     other.deepspeed.train()
     assert loss(0, other) != first
     micro = [batch.images_seen for step in range(4) for batch in make_engine()[1].step(step)]
@@ -162,7 +196,9 @@ def test_the_teacher_is_in_no_way_random_or_trained(make_engine: Callable) -> No
     assert torch.equal(last, again) and torch.equal(slots, slots_again)
     assert not last.requires_grad and not slots.requires_grad
     assert not any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters())
-    without = engine.teacher.features(batch.tokens, torch.full_like(batch.label, engine.config.model.num_classes), batch.positions)[0]
+    without = engine.teacher.features(
+        batch.tokens, torch.full_like(batch.label, engine.config.model.num_classes), batch.positions
+    )[0]
     assert not torch.equal(without, last)
 
 
@@ -180,8 +216,10 @@ def test_validation_weighs_tokens_not_batches(make_engine: Callable) -> None:
     engine, batches = make_engine(train__micro_batch_images=0)
     engine.step(batches.step(0), 0, 1.0)
     batch = batches.step(1)[0]
-    parts = [batch._replace(tokens=batch.tokens[rows], label=batch.label[rows], targets=batch.targets[rows], keep=None)
-             for rows in (slice(0, 40), slice(40, 48))]
+    parts = [
+        batch._replace(tokens=batch.tokens[rows], label=batch.label[rows], targets=batch.targets[rows], keep=None)
+        for rows in (slice(0, 40), slice(40, 48))
+    ]
     assert engine.evaluate(parts) == pytest.approx(engine.evaluate([batch._replace(keep=None)]), abs=1e-6)
     alone = [engine.evaluate([part]) for part in parts]
     assert abs(alone[0] - alone[1]) > 1e-3
@@ -200,13 +238,21 @@ def test_students_start_alike_and_from_the_seed_alone(store: CodeStore) -> None:
             assert not torch.equal(value, other[name]), name
     wide = build_student(changed(CONFIG, store, model__width=64, method__projector_width=256)).projector
     for layer in (module for module in wide if isinstance(module, torch.nn.Linear)):
-        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)  # features keep their scale
+        # Features keep their scale
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
         assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_block_checkpointing_runs_each_block_twice(store: CodeStore, recompute: bool) -> None:
-    config = changed(CONFIG, store, train__block_checkpointing=recompute, method__mim_weight=0.0, method__contrast_weight=0.0, method__views=1)
+    config = changed(
+        CONFIG,
+        store,
+        train__block_checkpointing=recompute,
+        method__mim_weight=0.0,
+        method__contrast_weight=0.0,
+        method__views=1,
+    )
     student, calls = build_student(config), []
     for layer in student.transformer.layers:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -216,10 +262,19 @@ def test_block_checkpointing_runs_each_block_twice(store: CodeStore, recompute: 
 
 
 @pytest.mark.parametrize(("ranks", "micro", "seed", "views"), [(1, 0, 0, 2), (1, 8, 3, 2), (2, 4, 3, 4), (3, 8, 1, 1)])
-def test_batches_are_those_gathered_image_by_image(store: CodeStore, ranks: int, micro: int, seed: int, views: int) -> None:
+def test_batches_are_those_gathered_image_by_image(
+    store: CodeStore, ranks: int, micro: int, seed: int, views: int
+) -> None:
     kept = ranks == 2
-    config = changed(CONFIG, store, train__micro_batch_images=micro, train__seed=seed, method__view_contrast=views > 1, method__views=views,
-                     method__teacher_label="kept" if kept else "same")
+    config = changed(
+        CONFIG,
+        store,
+        train__micro_batch_images=micro,
+        train__seed=seed,
+        method__view_contrast=views > 1,
+        method__views=views,
+        method__teacher_label="kept" if kept else "same",
+    )
     for rank in range(ranks):
         batches = Batches(store, config, rank, ranks)
         for step in (0, 2, 3, 7, 1):  # three epochs, and back
@@ -238,11 +293,13 @@ def test_learning_rate_step_by_step(store: CodeStore, schedule: str, warmup: int
     rates = [learning_rate(config, step, 12) for step in range(12)]
     assert rates == pytest.approx([plain_learning_rate(config, step, 12) for step in range(12)], rel=1e-12)
     peak = 3.0 * 24 / 256
-    assert max(rates) == pytest.approx(peak) and rates[warmup] == pytest.approx(peak)  # the first step after the warm-up is at the peak
+    # The first step after the warm-up is at the peak
+    assert max(rates) == pytest.approx(peak) and rates[warmup] == pytest.approx(peak)
     if warmup:
         assert rates[:5] == pytest.approx([peak / 4, peak / 2, 3 * peak / 4, peak, peak])
     if schedule == "cosine":
-        assert learning_rate(config, 12, 12) == pytest.approx(peak / 10)  # the cosine would be over just after the last step
+        # The cosine would be over just after the last step
+        assert learning_rate(config, 12, 12) == pytest.approx(peak / 10)
 
 
 def test_without_l_mim_the_teacher_stops_at_the_block_that_is_contrasted(make_engine: Callable) -> None:

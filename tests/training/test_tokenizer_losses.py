@@ -1,4 +1,6 @@
-"""SSIM, the perceptual distance and the patch discriminator against arithmetic by hand; weights that are not there, and how to get them."""
+"""SSIM, the perceptual distance and the patch discriminator against arithmetic by hand; weights that are not there, and
+how to get them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,22 @@ from star_fast.model.tokenizer import VectorQuantizer
 from star_fast.training.discriminator import PatchDiscriminator, adaptive_factor, adversarial_loss, hinge_loss
 from star_fast.training.perceptual import load_perceptual
 
-CONVOLUTIONS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256), 17: (256, 512), 19: (512, 512),
-                21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}  # of VGG16, by their place in torchvision's `features`
+CONVOLUTIONS = {
+    0: (3, 64),
+    2: (64, 64),
+    5: (64, 128),
+    7: (128, 128),
+    10: (128, 256),
+    12: (256, 256),
+    14: (256, 256),
+    17: (256, 512),
+    19: (512, 512),
+    # Of VGG16, by their place in torchvision's `features`
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
 HALVINGS, TAPS = (4, 9, 16, 23), (3, 8, 15, 22, 29)  # places of its max pooling; of the rectifiers that LPIPS looks at
 
 
@@ -38,12 +54,20 @@ def test_ssim_against_loops() -> None:
             a, b = first[image, channel].tolist(), second[image, channel].tolist()
             for y in range(3):
                 for x in range(2):
-                    places = [(window[i][j] / total, a[y + i][x + j], b[y + i][x + j]) for i in range(11) for j in range(11)]
+                    places = [
+                        (window[i][j] / total, a[y + i][x + j], b[y + i][x + j]) for i in range(11) for j in range(11)
+                    ]
                     mean_a, mean_b = sum(w * p for w, p, _ in places), sum(w * q for w, _, q in places)
-                    var_a, var_b = sum(w * (p - mean_a) ** 2 for w, p, _ in places), sum(w * (q - mean_b) ** 2 for w, _, q in places)
+                    var_a, var_b = (
+                        sum(w * (p - mean_a) ** 2 for w, p, _ in places),
+                        sum(w * (q - mean_b) ** 2 for w, _, q in places),
+                    )
                     covariance = sum(w * (p - mean_a) * (q - mean_b) for w, p, q in places)
-                    found.append((2 * mean_a * mean_b + 6.5025) * (2 * covariance + 58.5225)
-                                 / ((mean_a**2 + mean_b**2 + 6.5025) * (var_a + var_b + 58.5225)))
+                    found.append(
+                        (2 * mean_a * mean_b + 6.5025)
+                        * (2 * covariance + 58.5225)
+                        / ((mean_a**2 + mean_b**2 + 6.5025) * (var_a + var_b + 58.5225))
+                    )
         assert structural_similarity(first, second)[image].item() == pytest.approx(sum(found) / len(found), abs=1e-9)
     assert structural_similarity(first, first).tolist() == pytest.approx([1, 1], abs=1e-12)
     with pytest.raises(ValueError, match="at least 11"):
@@ -56,10 +80,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, generator = tmp_path_factory.mktemp("weights"), torch.Generator().manual_seed(0)
     backbone = {}
     for place, (before, width) in CONVOLUTIONS.items():
-        backbone[f"features.{place}.weight"] = torch.randn(width, before, 3, 3, generator=generator) * math.sqrt(2 / (9 * before))
+        backbone[f"features.{place}.weight"] = torch.randn(width, before, 3, 3, generator=generator) * math.sqrt(
+            2 / (9 * before)
+        )
         backbone[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=generator)
-    torch.save({**backbone, "classifier.0.weight": torch.zeros(2, 2)}, folder / "vgg16.pth", _use_new_zipfile_serialization=False)  # as torchvision's is
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator) for i, width in enumerate((64, 128, 256, 512, 512))}
+    # As torchvision's is
+    torch.save(
+        {**backbone, "classifier.0.weight": torch.zeros(2, 2)},
+        folder / "vgg16.pth",
+        _use_new_zipfile_serialization=False,
+    )
+    linear = {
+        f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator)
+        for i, width in enumerate((64, 128, 256, 512, 512))
+    }
     (folder / "packages/lpips/weights/v0.1").mkdir(parents=True)
     (folder / "packages/lpips/__init__.py").write_text("raise ImportError('this package is not to be imported')\n")
     torch.save(linear, folder / "packages/lpips/weights/v0.1/vgg.pth", _use_new_zipfile_serialization=False)
@@ -74,15 +108,24 @@ def backbone(weights: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def lpips_by_hand(backbone: Path, linear: Path, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """In float64, from the paper: unit-length features, squared differences, weighted over channels, averaged over places, summed over layers."""
+    """In float64, from the paper: unit-length features, squared differences, weighted over channels, averaged over
+    places, summed over layers.
+    """
     network, layers = torch.load(backbone, weights_only=True), torch.load(linear, weights_only=True)
-    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]], dtype=torch.float64).view(
+        2, 1, 3, 1, 1
+    )
 
     def taps(x: torch.Tensor) -> list[torch.Tensor]:
         x, found = (x.double() - shift) / scale, []
         for place in range(30):
             if place in CONVOLUTIONS:
-                x = F.conv2d(x, network[f"features.{place}.weight"].double(), network[f"features.{place}.bias"].double(), padding=1)
+                x = F.conv2d(
+                    x,
+                    network[f"features.{place}.weight"].double(),
+                    network[f"features.{place}.bias"].double(),
+                    padding=1,
+                )
             elif place in HALVINGS:
                 x = F.max_pool2d(x, 2, 2)
             else:
@@ -92,7 +135,9 @@ def lpips_by_hand(backbone: Path, linear: Path, images: torch.Tensor, targets: t
         return found
 
     differences = [(a - b).square() for a, b in zip(taps(images), taps(targets), strict=True)]
-    return torch.stack([(layers[f"lin{i}.model.1.weight"].double() * d).sum(1).mean() for i, d in enumerate(differences)]).sum()
+    return torch.stack(
+        [(layers[f"lin{i}.model.1.weight"].double() * d).sum(1).mean() for i, d in enumerate(differences)]
+    ).sum()
 
 
 def test_perceptual_distance_against_arithmetic_by_hand(backbone: Path, weights: tuple[Path, Path]) -> None:
@@ -108,8 +153,10 @@ def test_perceptual_distance_against_arithmetic_by_hand(backbone: Path, weights:
     assert (gradient - images.grad).abs().max() < 1e-4 * gradient.abs().max()
     assert not any(parameter.requires_grad for parameter in perceptual.parameters())
     gray = images.detach()[:, :1]
-    assert perceptual(gray, targets[:, :1]).item() == pytest.approx(lpips_by_hand(backbone, linear, gray.expand(-1, 3, -1, -1),
-                                                                                  targets[:, :1].expand(-1, 3, -1, -1)).item(), rel=1e-5)
+    assert perceptual(gray, targets[:, :1]).item() == pytest.approx(
+        lpips_by_hand(backbone, linear, gray.expand(-1, 3, -1, -1), targets[:, :1].expand(-1, 3, -1, -1)).item(),
+        rel=1e-5,
+    )
 
 
 def test_perceptual_gradient_where_all_features_are_zero(backbone: Path) -> None:
@@ -121,8 +168,12 @@ def test_perceptual_gradient_where_all_features_are_zero(backbone: Path) -> None
     assert images.grad.isfinite().all()
 
 
-def test_weights_of_the_perceptual_loss_that_are_not_there(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^tokenizer\.perceptual_weights: expected a file of VGG16's weights, got none, .*vgg16\.pt"):
+def test_weights_of_the_perceptual_loss_that_are_not_there(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^tokenizer\.perceptual_weights: expected a file of VGG16's weights, got none, .*vgg16\.pt"
+    ):
         load_perceptual("")
     with pytest.raises(UserError, match=r"none\.pt: not found; .*torchvision\.models\.vgg16"):
         load_perceptual(tmp_path / "none.pt")
@@ -130,13 +181,21 @@ def test_weights_of_the_perceptual_loss_that_are_not_there(backbone: Path, tmp_p
     with pytest.raises(UserError, match=r"noise\.pt: cannot be read as weights"):
         load_perceptual(tmp_path / "noise.pt")
     good = torch.load(backbone, weights_only=True)
-    for name, value, message in (("features.28.bias", None, "found none"), ("features.0.weight", torch.zeros(64, 3, 5, 5), "of 1728 numbers, found torch"),
-                                 ("features.2.bias", torch.full((64,), math.nan), "expected finite weights features.2.bias")):
-        safetensors.torch.save_file({key: tensor for key, tensor in {**good, name: value}.items() if tensor is not None}, tmp_path / "bad.safetensors")
+    for name, value, message in (
+        ("features.28.bias", None, "found none"),
+        ("features.0.weight", torch.zeros(64, 3, 5, 5), "of 1728 numbers, found torch"),
+        ("features.2.bias", torch.full((64,), math.nan), "expected finite weights features.2.bias"),
+    ):
+        safetensors.torch.save_file(
+            {key: tensor for key, tensor in {**good, name: value}.items() if tensor is not None},
+            tmp_path / "bad.safetensors",
+        )
         with pytest.raises(UserError, match=rf"bad\.safetensors: .*{message}"):
             load_perceptual(tmp_path / "bad.safetensors")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package lpips, which is not installed: pip install 'star_fast\[tokenizer\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs the package lpips, which is not installed: pip install 'star_fast\[tokenizer\]'"
+    ):
         load_perceptual(backbone)
 
 
@@ -144,7 +203,9 @@ def test_discriminator_judges_patches_of_70_pixels() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         discriminator = PatchDiscriminator(3)
-    assert discriminator(torch.rand(2, 3, 64, 64)).shape == (2, 1, 6, 6) and discriminator(torch.rand(2, 3, 24, 24)).shape == (2, 1, 1, 1)
+    assert discriminator(torch.rand(2, 3, 64, 64)).shape == (2, 1, 6, 6) and discriminator(
+        torch.rand(2, 3, 24, 24)
+    ).shape == (2, 1, 1, 1)
     for module in discriminator.modules():  # its statistics couple all places
         if isinstance(module, torch.nn.BatchNorm2d):
             module.forward = lambda x: x
@@ -164,13 +225,22 @@ def test_adversarial_losses_against_arithmetic_by_hand() -> None:
     assert adaptive_factor(1e6 * last.sum(), 0 * last.sum(), last).item() == 1e4
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"image_size": 16, "discriminator_weight": 0.5}, r"^tokenizer\.image_size: expected at least 24 pixels"),
-    ({"image_size": 8, "perceptual_weight": 1.0}, r"^tokenizer\.image_size: expected at least 16 pixels"),
-    ({"image_channels": 4, "perceptual_weight": 1.0}, r"^tokenizer\.image_channels: expected 1 \(gray\) or 3"),
-    ({"steps": 10, "discriminator_weight": 0.5, "discriminator_start_step": 10}, r"^tokenizer\.discriminator_start_step: expected less than .* 10"),
-    ({"ema_decay": 1.0}, r"^tokenizer\.ema_decay"), ({"perceptual_weight": -1.0}, r"^tokenizer\.perceptual_weight"),
-    ({"warmup_steps": -1}, r"^tokenizer\.warmup_steps"), ({"precision": "fp16"}, r"^tokenizer\.precision: expected 'fp32' or 'bf16'")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 16, "discriminator_weight": 0.5}, r"^tokenizer\.image_size: expected at least 24 pixels"),
+        ({"image_size": 8, "perceptual_weight": 1.0}, r"^tokenizer\.image_size: expected at least 16 pixels"),
+        ({"image_channels": 4, "perceptual_weight": 1.0}, r"^tokenizer\.image_channels: expected 1 \(gray\) or 3"),
+        (
+            {"steps": 10, "discriminator_weight": 0.5, "discriminator_start_step": 10},
+            r"^tokenizer\.discriminator_start_step: expected less than .* 10",
+        ),
+        ({"ema_decay": 1.0}, r"^tokenizer\.ema_decay"),
+        ({"perceptual_weight": -1.0}, r"^tokenizer\.perceptual_weight"),
+        ({"warmup_steps": -1}, r"^tokenizer\.warmup_steps"),
+        ({"precision": "fp16"}, r"^tokenizer\.precision: expected 'fp32' or 'bf16'"),
+    ],
+)
 def test_settings_that_contradict(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TokenizerConfig(**{"multipliers": (1, 2), "image_size": 32, **changes})  # type: ignore[arg-type]
@@ -180,5 +250,8 @@ def test_codes_are_chosen_in_float32_where_products_are_bfloat16() -> None:
     quantizer, latents = VectorQuantizer(512, 8), torch.randn(2, 8, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = quantizer(latents).codes
-        assert not torch.equal((F.normalize(latents.permute(0, 2, 3, 1).reshape(-1, 8), dim=-1) @ quantizer.entries().t()).argmax(1), found.flatten())
+        assert not torch.equal(
+            (F.normalize(latents.permute(0, 2, 3, 1).reshape(-1, 8), dim=-1) @ quantizer.entries().t()).argmax(1),
+            found.flatten(),
+        )
     assert torch.equal(found, quantizer(latents).codes)

@@ -1,4 +1,6 @@
-"""The options of tokenizer training (averaged weights, sharpening losses, bf16, fine-tuning), what is told and shown on the way, and that all of it resumes."""
+"""The options of tokenizer training (averaged weights, sharpening losses, bf16, fine-tuning), what is told and shown on
+the way, and that all of it resumes.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,31 @@ from star_fast.training.tokenizer_report import reconstruct
 from star_fast.training.tokenizer_training import train_tokenizer
 from tests.data.pictures import TINY, make_folder, tiny_tokenizer
 
-SHORT = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=12, image_channels=1, image_size=24,
-                        steps=6, images_per_step=4, lr=4e-3, reseed_every_steps=3, warmup_steps=2)
+SHORT = TokenizerConfig(
+    base_channels=4,
+    multipliers=(1, 2),
+    residual_blocks=1,
+    z_channels=8,
+    code_channels=4,
+    codebook=12,
+    image_channels=1,
+    image_size=24,
+    steps=6,
+    images_per_step=4,
+    lr=4e-3,
+    reseed_every_steps=3,
+    warmup_steps=2,
+)
 IMAGES = torch.randint(0, 256, (20, 1, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-ALL = replace(SHORT, ema_decay=0.9, perceptual_weight=0.5, perceptual_weights="vgg16.pt", discriminator_weight=0.5, discriminator_start_step=3,
-              discriminator_adaptive=True)
+ALL = replace(
+    SHORT,
+    ema_decay=0.9,
+    perceptual_weight=0.5,
+    perceptual_weights="vgg16.pt",
+    discriminator_weight=0.5,
+    discriminator_start_step=3,
+    discriminator_adaptive=True,
+)
 
 
 class Killed(BaseException):
@@ -44,6 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_perceptual(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """The perceptual distance over a narrow network instead of VGG16; called with a seed, its weights become others."""
+
     def seeded(seed: int) -> None:
         def load(path: str) -> Perceptual:
             assert path == "vgg16.pt"
@@ -53,6 +76,7 @@ def small_perceptual(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 for weight in perceptual.linear:
                     torch.nn.init.uniform_(weight)
             return perceptual
+
         monkeypatch.setattr(tokenizer_training, "load_perceptual", load)
 
     monkeypatch.setattr("star_fast.training.perceptual._STAGES", ((4, 4), (4,), (8,), (8,), (8,)))
@@ -62,6 +86,7 @@ def small_perceptual(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def killed(monkeypatch: pytest.MonkeyPatch, step: int, train: Callable[[], object]) -> None:
     """Run `train`, which dies within that step of an optimizer."""
+
     def dies(optimizer: torch.optim.AdamW, number: int) -> None:
         if number == step:
             raise Killed
@@ -86,7 +111,12 @@ def steps_of(monkeypatch: pytest.MonkeyPatch, seen: Callable[[torch.optim.AdamW,
 
 def test_averaged_weights_against_arithmetic_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     config, history = replace(SHORT, ema_decay=0.3, reseed_every_steps=100), []
-    steps_of(monkeypatch, lambda optimizer, number: history.append([p.detach().double().clone() for p in optimizer.param_groups[0]["params"]]))
+    steps_of(
+        monkeypatch,
+        lambda optimizer, number: history.append(
+            [p.detach().double().clone() for p in optimizer.param_groups[0]["params"]]
+        ),
+    )
     averaged = train_tokenizer(IMAGES, config, progress=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -96,7 +126,9 @@ def test_averaged_weights_against_arithmetic_by_hand(monkeypatch: pytest.MonkeyP
         decay = min(0.3, (1 + number) / (10 + number))
         expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights, strict=True)]
     for i, (found, wanted) in enumerate(zip(averaged.parameters(), expected, strict=True)):
-        if i != codebook:  # its entries are placed on latents first, in the average too: from there they go at most the learning rate a step
+        # Its entries are placed on latents first, in the average too: from there they go at most the learning rate a
+        # step
+        if i != codebook:
             assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-6)
     assert 0 < (averaged.quantize.embedding.weight.double() - history[-1][codebook]).abs().max() < 6 * config.lr
 
@@ -109,19 +141,30 @@ def test_codes_that_are_moved_are_moved_in_the_average(monkeypatch: pytest.Monke
     def watched(training: Any, latents: torch.Tensor) -> None:
         unused = ~training.used
         move(training, latents)
-        assert torch.equal(training.averaged.quantize.embedding.weight[unused], training.tokenizer.quantize.embedding.weight[unused])
-        assert unused.all() or not torch.equal(training.averaged.quantize.embedding.weight, training.tokenizer.quantize.embedding.weight)
+        assert torch.equal(
+            training.averaged.quantize.embedding.weight[unused], training.tokenizer.quantize.embedding.weight[unused]
+        )
+        assert unused.all() or not torch.equal(
+            training.averaged.quantize.embedding.weight, training.tokenizer.quantize.embedding.weight
+        )
         moved.append(unused)
 
     monkeypatch.setattr(tokenizer_training, "_move_unused", watched)
     train_tokenizer(IMAGES, replace(SHORT, ema_decay=0.9, codebook=2500, reseed_every_steps=every), progress=False)
-    assert len(moved) == times  # more codes than the 576 latents of a step: some are always unused; the last of six steps lies in the time to settle
+    # More codes than the 576 latents of a step: some are always unused; the last of six steps lies in the time to
+    # settle
+    assert len(moved) == times
 
 
 def test_the_discriminator_sets_in_when_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SHORT, discriminator_weight=0.5, discriminator_start_step=4, reseed_every_steps=100)
     owners: dict[int, list[torch.Tensor]] = {}
-    steps_of(monkeypatch, lambda optimizer, number: owners.setdefault(id(optimizer), []).append(optimizer.param_groups[0]["params"][0].detach().clone()))
+    steps_of(
+        monkeypatch,
+        lambda optimizer, number: owners.setdefault(id(optimizer), []).append(
+            optimizer.param_groups[0]["params"][0].detach().clone()
+        ),
+    )
     train_tokenizer(IMAGES, replace(config, discriminator_weight=0.0), progress=False)
     (plain,) = owners.values()
     owners.clear()
@@ -133,16 +176,26 @@ def test_the_discriminator_sets_in_when_it_is_told(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("small_perceptual")
 def test_the_losses_pull_at_the_weights_they_are_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adversarial loss leaves no gradient in the discriminator, the discriminator's own none in the tokenizer; each loss changes what is learnt."""
+    """The adversarial loss leaves no gradient in the discriminator, the discriminator's own none in the tokenizer; each
+    loss changes what is learnt.
+    """
     found = {}
-    for name, changes in {"plain": {}, "perceptual": {"perceptual_weight": 0.5, "perceptual_weights": "vgg16.pt"}, "fixed": {"discriminator_weight": 0.5},
-                          "adaptive": {"discriminator_weight": 0.5, "discriminator_adaptive": True}}.items():
+    for name, changes in {
+        "plain": {},
+        "perceptual": {"perceptual_weight": 0.5, "perceptual_weights": "vgg16.pt"},
+        "fixed": {"discriminator_weight": 0.5},
+        "adaptive": {"discriminator_weight": 0.5, "discriminator_adaptive": True},
+    }.items():
         found[name] = train_tokenizer(IMAGES, replace(SHORT, steps=1, **changes), progress=False).weights_hash()
     assert len(set(found.values())) == 4
     step = tokenizer_objective.step_discriminator
 
-    def checked(training: Any, target: torch.Tensor, reconstruction: torch.Tensor, check: Callable[[torch.Tensor], None]) -> None:
-        assert all(parameter.grad is None and parameter.requires_grad for parameter in training.discriminator.parameters())
+    def checked(
+        training: Any, target: torch.Tensor, reconstruction: torch.Tensor, check: Callable[[torch.Tensor], None]
+    ) -> None:
+        assert all(
+            parameter.grad is None and parameter.requires_grad for parameter in training.discriminator.parameters()
+        )
         before = [parameter.grad.clone() for parameter in training.tokenizer.parameters()]
         step(training, target, reconstruction, check)
         assert all(torch.equal(a, b.grad) for a, b in zip(before, training.tokenizer.parameters(), strict=True))
@@ -153,8 +206,9 @@ def test_the_losses_pull_at_the_weights_they_are_meant_for(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("death", [2, 5])  # before and after the discriminator sets in
-def test_killed_with_everything_on_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_perceptual: Callable[[int], None],
-                                                               death: int) -> None:
+def test_killed_with_everything_on_it_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_perceptual: Callable[[int], None], death: int
+) -> None:
     def train(out: Path) -> None:
         train_tokenizer(IMAGES, ALL, out=out, progress=False, save_every_steps=1)
 
@@ -164,20 +218,29 @@ def test_killed_with_everything_on_it_ends_with_the_same_bytes(tmp_path: Path, m
     tensors = safetensors.torch.load_file(next((tmp_path / "killed").glob("unfinished-*.safetensors")))
     assert ("discriminator exp_avg layers.0.weight" in tensors) == (death == 5) and "average quant_conv.bias" in tensors
     small_perceptual(1)
-    with pytest.raises(ConfigError, match=r"^tokenizer\.perceptual_weights: .* begun with other weights of the perceptual loss"):
+    with pytest.raises(
+        ConfigError, match=r"^tokenizer\.perceptual_weights: .* begun with other weights of the perceptual loss"
+    ):
         train(tmp_path / "killed")
     small_perceptual(0)
     train(tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
-    assert VQTokenizer.load(tmp_path / "killed").config == replace(ALL, perceptual_weights="")  # no place on this machine is kept
+    # No place on this machine is kept
+    assert VQTokenizer.load(tmp_path / "killed").config == replace(ALL, perceptual_weights="")
 
 
 def test_bf16_products_train_too(tmp_path: Path) -> None:
     wide = replace(SHORT, base_channels=8, steps=20)
-    images = (torch.arange(24).view(1, 1, 1, 24) * torch.arange(1, 21).view(20, 1, 1, 1) // 2 % 256).expand(20, 1, 24, 24).to(torch.uint8)
+    images = (
+        (torch.arange(24).view(1, 1, 1, 24) * torch.arange(1, 21).view(20, 1, 1, 1) // 2 % 256)
+        .expand(20, 1, 24, 24)
+        .to(torch.uint8)
+    )
     psnr = {}
     for precision in ("fp32", "bf16"):
-        tokenizer = train_tokenizer(images, replace(wide, precision=precision), out=tmp_path / precision, progress=False)
+        tokenizer = train_tokenizer(
+            images, replace(wide, precision=precision), out=tmp_path / precision, progress=False
+        )
         psnr[precision] = json.loads((tmp_path / precision / "training.json").read_text())["psnr_db"]
         assert tokenizer.dtype == torch.float32
     untrained = train_tokenizer(images, replace(wide, steps=1, lr=1e-9), out=tmp_path / "none", progress=False)
@@ -195,14 +258,19 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_the_time_is_told_and_pictures_are_written_on_the_way(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_told_and_pictures_are_written_on_the_way(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures: list[tuple[int, np.ndarray]] = []
     write = tokenizer_training.write_reconstructions
 
     def watched(tokenizer: VQTokenizer, images: torch.Tensor, path: Path) -> None:
         write(tokenizer, images, path)
-        shown = np.asarray(Image.open(path))[::4, ::4].reshape(2, 28, 16, 28)[:, 2:-2, :, 2:-2].transpose(0, 2, 1, 3)  # 24 and a border, enlarged 4 times
-        assert np.array_equal(shown[0], images[:, 0].numpy()) and np.array_equal(shown[1], reconstruct(tokenizer, images)[0][:, 0].numpy())
+        # 24 and a border, enlarged 4 times
+        shown = np.asarray(Image.open(path))[::4, ::4].reshape(2, 28, 16, 28)[:, 2:-2, :, 2:-2].transpose(0, 2, 1, 3)
+        assert np.array_equal(shown[0], images[:, 0].numpy()) and np.array_equal(
+            shown[1], reconstruct(tokenizer, images)[0][:, 0].numpy()
+        )
         pictures.append((steps[0], shown[1]))
 
     steps = [0]
@@ -212,14 +280,20 @@ def test_the_time_is_told_and_pictures_are_written_on_the_way(tmp_path: Path, to
     assert [step for step, _ in pictures] == [2, 4, 8, 14, 20, 30, 40]
     assert not np.array_equal(pictures[0][1], pictures[-1][1])
     # The clock is looked at once or twice a step: four steps between 2 s and 4 s.
-    (forecast,) = [re.fullmatch(r"tokenizer: 40 steps of 4 images, about (\d+) s \(([\d.]+) s a step\)", line) for line in told if "about" in line]
+    (forecast,) = [
+        re.fullmatch(r"tokenizer: 40 steps of 4 images, about (\d+) s \(([\d.]+) s a step\)", line)
+        for line in told
+        if "about" in line
+    ]
     assert 0.5 <= float(forecast[2]) <= 1 and int(forecast[1]) == round(40 * float(forecast[2]))
     (where,) = [line for line in told if "on the way" in line]
     assert where == f"tokenizer: images above their reconstructions, renewed on the way: {tmp_path}/reconstructions.png"
     assert re.search(r"PSNR \d+\.\d dB, SSIM -?\d\.\d{3} on held-out images", told[-1])
 
 
-def test_the_time_that_is_left_is_told_after_a_kill(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_is_left_is_told_after_a_kill(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed(monkeypatch, 21, lambda: train_tokenizer(IMAGES, replace(SHORT, steps=40), out=tmp_path, save_every_steps=5))
     told.clear()
     train_tokenizer(IMAGES, replace(SHORT, steps=40), out=tmp_path, save_every_steps=5)
@@ -229,12 +303,24 @@ def test_the_time_that_is_left_is_told_after_a_kill(tmp_path: Path, told: list[s
 def test_a_discriminator_that_sets_in_later_is_told_with_the_time(told: list[str]) -> None:
     for start, told_of in ((9, True), (0, False)):
         told.clear()
-        train_tokenizer(IMAGES, replace(SHORT, steps=10, images_per_step=2, discriminator_weight=0.1, discriminator_start_step=start))
+        train_tokenizer(
+            IMAGES,
+            replace(SHORT, steps=10, images_per_step=2, discriminator_weight=0.1, discriminator_start_step=start),
+        )
         assert [f"; more from step {start} on" in line for line in told if "about" in line] == [told_of]
 
 
-@pytest.mark.parametrize(("seconds", "text"),
-                         [(0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "1 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
 def test_durations(seconds: float, text: str) -> None:
     assert tokenizer_training._duration(seconds) == text
 
@@ -259,21 +345,31 @@ FEW = DataConfig(crop_ranges=(1.2,), held_out_share=0.3)
 
 
 @pytest.mark.parametrize("kind", ["folder", "released.pt"])
-def test_fine_tuning_starts_from_the_weights_given(tmp_path: Path, folder: Path, starts: dict[str, str], kind: str) -> None:
-    defaults = TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), image_size=64)  # of another shape: nobody chose it
-    asked = replace(defaults, steps=2, images_per_step=4, lr=1e-9, **({"image_size": 16} if kind == "released.pt" else {}))
+def test_fine_tuning_starts_from_the_weights_given(
+    tmp_path: Path, folder: Path, starts: dict[str, str], kind: str
+) -> None:
+    # Of another shape: nobody chose it
+    defaults = TokenizerConfig(base_channels=32, multipliers=(1, 2, 2), image_size=64)
+    asked = replace(
+        defaults, steps=2, images_per_step=4, lr=1e-9, **({"image_size": 16} if kind == "released.pt" else {})
+    )
 
     def tuned(out: Path, start: str = starts[kind]) -> VQTokenizer:
         return tokenizer_for(ImageFolder(folder), out, asked, FEW, progress=False, fine_tune=start, defaults=defaults)
 
     found, start = tuned(tmp_path), tiny_tokenizer(3)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(found.state_dict().values(), start.state_dict().values(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=0, atol=1e-6)
+        for a, b in zip(found.state_dict().values(), start.state_dict().values(), strict=True)
+    )
     assert found.weights_hash() != start.weights_hash()
     assert found.config == replace(TINY, steps=2, images_per_step=4, lr=1e-9, reseed_every_steps=0)
     record = json.loads((tmp_path / "tokenizer/training.json").read_text())
     assert record["started_from"] == start.weights_hash() and record["ssim"] is not None
     assert tuned(tmp_path).weights_hash() == found.weights_hash()  # kept
-    with pytest.raises(ConfigError, match=rf"^fine_tune: .* from weights {start.weights_hash()[:12]}, asked for is one from weights "):
+    with pytest.raises(
+        ConfigError, match=rf"^fine_tune: .* from weights {start.weights_hash()[:12]}, asked for is one from weights "
+    ):
         tuned(tmp_path, starts["other"])
     with pytest.raises(ConfigError, match=r"^fine_tune: .*, asked for is one from random weights"):
         tokenizer_for(ImageFolder(folder), tmp_path, found.config, FEW, progress=False)
@@ -281,18 +377,24 @@ def test_fine_tuning_starts_from_the_weights_given(tmp_path: Path, folder: Path,
 
 def test_fine_tuning_takes_the_shape_of_the_start() -> None:
     start, defaults = tiny_tokenizer(3), TokenizerConfig()
-    assert fine_tuning_config(start, defaults, defaults) == replace(TINY, steps=defaults.steps, lr=FINE_TUNING_LR, reseed_every_steps=0)
+    assert fine_tuning_config(start, defaults, defaults) == replace(
+        TINY, steps=defaults.steps, lr=FINE_TUNING_LR, reseed_every_steps=0
+    )
     chosen = {"lr": 3e-4, "image_size": 32, "reseed_every_steps": 20}
     assert fine_tuning_config(start, replace(defaults, **chosen), defaults) == replace(TINY, **chosen)
     assert fine_tuning_config(start, TINY, None) == TINY
-    with pytest.raises(ConfigError, match=r"^tokenizer\.codebook: the tokenizer to fine-tune has 300, asked for is 512; leave that setting out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^tokenizer\.codebook: the tokenizer to fine-tune has 300, asked for is 512; leave that setting out",
+    ):
         fine_tuning_config(start, replace(defaults, codebook=512), defaults)
     with pytest.raises(ConfigError, match=r"^tokenizer\.base_channels"):
         fine_tuning_config(start, defaults, None)
 
 
-def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(tmp_path: Path, folder: Path, starts: dict[str, str],
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(
+    tmp_path: Path, folder: Path, starts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, config = ImageFolder(folder), replace(CHOSEN, steps=60)
 
     def tune(out: Path, start: str) -> VQTokenizer:
@@ -302,14 +404,24 @@ def test_fine_tuning_that_was_killed_goes_on_from_its_own_start_only(tmp_path: P
 
     killed(monkeypatch, 55, lambda: tune(tmp_path / "killed", starts["folder"]))
     for start in (starts["other"], ""):
-        with pytest.raises(ConfigError, match=r"^fine_tune: .* holds a training begun from weights \w{12}, asked for is one from"):
+        with pytest.raises(
+            ConfigError, match=r"^fine_tune: .* holds a training begun from weights \w{12}, asked for is one from"
+        ):
             tune(tmp_path / "killed", start)
     assert tune(tmp_path / "killed", starts["released.pt"]).weights_hash() == unbroken
 
 
 def test_fine_tuning_and_a_given_tokenizer(tmp_path: Path, folder: Path, starts: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"^fine_tune: .* leave one of the two out"):
-        tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, given=starts["folder"], fine_tune=starts["folder"], progress=False)
+        tokenizer_for(
+            ImageFolder(folder),
+            tmp_path,
+            CHOSEN,
+            FEW,
+            given=starts["folder"],
+            fine_tune=starts["folder"],
+            progress=False,
+        )
     tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, given=starts["folder"], progress=False)
     with pytest.raises(ConfigError, match=r"^fine_tune: .* holds a tokenizer that was given, not trained"):
         tokenizer_for(ImageFolder(folder), tmp_path, CHOSEN, FEW, fine_tune=starts["folder"], progress=False)
@@ -317,7 +429,9 @@ def test_fine_tuning_and_a_given_tokenizer(tmp_path: Path, folder: Path, starts:
         tokenizer_for(ImageFolder(folder), tmp_path / "new", CHOSEN, FEW, fine_tune="nowhere.pt", progress=False)
 
 
-def test_missing_weights_are_told_before_images_are_read(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_told_before_images_are_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("star_fast.training.tokenizer.collect_views", None)
     with pytest.raises(ConfigError, match=r"^tokenizer\.perceptual_weights: expected a file of VGG16's weights"):
         tokenizer_for(ImageFolder(folder), tmp_path, replace(CHOSEN, perceptual_weight=1.0), FEW, progress=False)

@@ -1,4 +1,6 @@
-"""training.tokenizer_state: a tokenizer's training that died goes on to the bytes of an unbroken one, and on nothing that is damaged or another's."""
+"""training.tokenizer_state: a tokenizer's training that died goes on to the bytes of an unbroken one, and on nothing
+that is damaged or another's.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,20 @@ from star_fast.errors import UserError
 from star_fast.storage import StorageError, sha256_of_bytes
 from star_fast.training.tokenizer_training import train_tokenizer
 
-SHORT = TokenizerConfig(base_channels=4, multipliers=(1, 2), residual_blocks=1, z_channels=8, code_channels=4, codebook=12, image_channels=1, image_size=8,
-                        steps=10, images_per_step=6, lr=4e-3, reseed_every_steps=4)
+SHORT = TokenizerConfig(
+    base_channels=4,
+    multipliers=(1, 2),
+    residual_blocks=1,
+    z_channels=8,
+    code_channels=4,
+    codebook=12,
+    image_channels=1,
+    image_size=8,
+    steps=10,
+    images_per_step=6,
+    lr=4e-3,
+    reseed_every_steps=4,
+)
 IMAGES = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -62,9 +76,12 @@ def dying(target: Callable[..., Any], after: int, late: bool) -> Callable[..., A
     return mortal
 
 
-@pytest.mark.parametrize(("place", "after", "late"), [("step", 4, False), ("rename", 3, False), ("rename", 4, True), ("remove", 2, False)])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, bytes], place: str, after: int,
-                                                           late: bool) -> None:
+@pytest.mark.parametrize(
+    ("place", "after", "late"), [("step", 4, False), ("rename", 3, False), ("rename", 4, True), ("remove", 2, False)]
+)
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, bytes], place: str, after: int, late: bool
+) -> None:
     owner, name = {"step": (torch.optim.AdamW, "step"), "rename": (os, "replace"), "remove": (Path, "unlink")}[place]
     deaths, before, target = 0, -1, getattr(owner, name)
     while True:
@@ -123,7 +140,10 @@ def begun(tmp_path: Path, dead: dict[str, bytes]) -> Path:
 
 
 def test_another_training_is_refused_and_the_setting_named(begun: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^tokenizer\.lr: .* holds a training begun with 0\.004, asked for is 0\.003; give the same, or delete"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^tokenizer\.lr: .* holds a training begun with 0\.004, asked for is 0\.003; give the same, or delete",
+    ):
         train(begun, replace(SHORT, lr=3e-3))
     with pytest.raises(ConfigError, match=r"^seed: .* with 0, asked for is 1"):
         train(begun, seed=1)
@@ -131,8 +151,15 @@ def test_another_training_is_refused_and_the_setting_named(begun: Path) -> None:
         train(begun, images=IMAGES.flip(0))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b"",
-                                    lambda data: data + b"\0" * 10**7])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: b"",
+        lambda data: data + b"\0" * 10**7,
+    ],
+)
 def test_a_damaged_state_is_refused(begun: Path, damage: Callable[[bytes], bytes]) -> None:
     path = begun / "unfinished-0000006.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -140,10 +167,21 @@ def test_a_damaged_state_is_refused(begun: Path, damage: Callable[[bytes], bytes
         train(begun)
 
 
-@pytest.mark.parametrize(("name", "value"), [("order", torch.tensor([20])), ("order", torch.tensor([-1])), ("order", torch.zeros(2, 2, dtype=torch.int64)),
-                                             ("order", torch.zeros(2)), ("used", torch.zeros(13, dtype=torch.bool)), ("generator", torch.zeros(9)),
-                                             ("weight quant_conv.bias", torch.zeros(1)), ("exp_avg quant_conv.bias", torch.zeros(4, 1)),
-                                             ("step quant_conv.bias", torch.zeros(1)), ("weight quant_conv.bias", None)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("order", torch.tensor([20])),
+        ("order", torch.tensor([-1])),
+        ("order", torch.zeros(2, 2, dtype=torch.int64)),
+        ("order", torch.zeros(2)),
+        ("used", torch.zeros(13, dtype=torch.bool)),
+        ("generator", torch.zeros(9)),
+        ("weight quant_conv.bias", torch.zeros(1)),
+        ("exp_avg quant_conv.bias", torch.zeros(4, 1)),
+        ("step quant_conv.bias", torch.zeros(1)),
+        ("weight quant_conv.bias", None),
+    ],
+)
 def test_a_state_that_does_not_fit_is_refused(begun: Path, name: str, value: torch.Tensor | None) -> None:
     path, record = begun / "unfinished-0000006.safetensors", begun / "unfinished.json"
     tensors = safetensors.torch.load(path.read_bytes())
@@ -154,8 +192,19 @@ def test_a_state_that_does_not_fit_is_refused(begun: Path, name: str, value: tor
         train(begun)
 
 
-@pytest.mark.parametrize("changes", [{"step": 10**9}, {"step": 0}, {"step": "6"}, {"format_version": 2}, {"job": {}}, {"sha256": None}, {"more": 1},
-                                     {"step": 9}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 10**9},
+        {"step": 0},
+        {"step": "6"},
+        {"format_version": 2},
+        {"job": {}},
+        {"sha256": None},
+        {"more": 1},
+        {"step": 9},
+    ],
+)
 def test_a_damaged_record_is_refused(begun: Path, changes: dict[str, Any]) -> None:
     record = begun / "unfinished.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
@@ -164,7 +213,11 @@ def test_a_damaged_record_is_refused(begun: Path, changes: dict[str, Any]) -> No
 
 
 def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"at step \d+ of 10; no tokenizer is written; lower the learning rate \(--new-tokenizer\.lr, now 1e\+30\)"):
+    with pytest.raises(
+        UserError,
+        match=r"at step \d+ of 10; no tokenizer is written; lower the learning rate "
+        r"\(--new-tokenizer\.lr, now 1e\+30\)",
+    ):
         train(tmp_path / "at once", replace(SHORT, lr=1e30))
     assert not (tmp_path / "at once" / "tokenizer.json").exists()
     clip, calls = torch.nn.utils.clip_grad_norm_, 0
@@ -177,8 +230,18 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     with pytest.raises(UserError, match=r"the gradient's norm nan at step 5 of 10"):
         train(tmp_path / "later")
-    assert set(content(tmp_path / "later")) == {"unfinished.json", "unfinished-0000003.safetensors", "reconstructions.png"}  # the last good state
-    assert all(value.isfinite().all() for value in safetensors.torch.load((tmp_path / "later" / "unfinished-0000003.safetensors").read_bytes()).values())
+    # The last good state
+    assert set(content(tmp_path / "later")) == {
+        "unfinished.json",
+        "unfinished-0000003.safetensors",
+        "reconstructions.png",
+    }
+    assert all(
+        value.isfinite().all()
+        for value in safetensors.torch.load(
+            (tmp_path / "later" / "unfinished-0000003.safetensors").read_bytes()
+        ).values()
+    )
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

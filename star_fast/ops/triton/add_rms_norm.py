@@ -1,4 +1,6 @@
-"""Residual add + dropout + RMSNorm kernels: one pass forward; one backward and a sum over it. The dropout mask is hashed anew in both."""
+"""Residual add + dropout + RMSNorm kernels: one pass forward; one backward and a sum over it. The dropout mask is
+hashed anew in both.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,31 @@ def _survives(row, column_hash, row_key, LIMIT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["row_key", "column_key"])
-def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residual_ptr, x_row_stride, residual_row_stride, n_rows, n_cols,
-                         rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
-                         HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                         ACC: tl.constexpr):
-    """A run of rows a program, ROWS at once, so that the weight is loaded and the columns are hashed once for all of them."""
+def add_rms_norm_forward(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    new_residual_ptr,
+    x_row_stride,
+    residual_row_stride,
+    n_rows,
+    n_cols,
+    rows_a_program,
+    row_key,
+    column_key,
+    EPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A run of rows a program, ROWS at once, so that the weight is loaded and the columns are hashed once for all of
+    them.
+    """
     cols = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)  # (1, BLOCK)
     column_hash = _hash(cols.to(tl.uint32) ^ column_key.to(tl.uint32, bitcast=True))
@@ -49,7 +71,8 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
     for i in range(0, tl.minimum(rows_a_program, n_rows - first), ROWS):
         row = (first + i + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
-        h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
+        # (ROWS, BLOCK), as all tiles here
+        h = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(ACC)
         if HAS_DROPOUT:
             h = tl.where(_survives(row, column_hash, row_key, LIMIT), h * SCALE, 0.0)
         if HAS_RESIDUAL:
@@ -63,17 +86,42 @@ def add_rms_norm_forward(x_ptr, residual_ptr, weight_ptr, normed_ptr, new_residu
 
 
 @triton.jit(do_not_specialize=["row_key", "column_key"])
-def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_ptr, partial_ptr, h_row_stride, dnormed_row_stride,
-                          dh_in_row_stride, n_rows, n_cols, rows_a_program, row_key, column_key, EPS: tl.constexpr, LIMIT: tl.constexpr,
-                          SCALE: tl.constexpr, HAS_DNORMED: tl.constexpr, HAS_DH_IN: tl.constexpr, WRITE_DH: tl.constexpr,
-                          WRITE_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-                          BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, which `add_rms_norm_weight` adds up.
+def add_rms_norm_backward(
+    h_ptr,
+    dnormed_ptr,
+    dh_in_ptr,
+    weight_ptr,
+    dh_ptr,
+    dx_ptr,
+    partial_ptr,
+    h_row_stride,
+    dnormed_row_stride,
+    dh_in_row_stride,
+    n_rows,
+    n_cols,
+    rows_a_program,
+    row_key,
+    column_key,
+    EPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_DNORMED: tl.constexpr,
+    HAS_DH_IN: tl.constexpr,
+    WRITE_DH: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A run of rows a program, ROWS at once; each program leaves its own row of dweight sums, which
+    `add_rms_norm_weight` adds up.
 
-    Loads run ahead of the arithmetic by one tile: 512 programs are four a multiprocessor of an H100, and what they have in flight, 48
-    bytes a thread, is 24 KB a multiprocessor while all of them load. Bytes a second times a latency of 0.7 us ask for 18 KB at every moment
-    (B200: 38 KB), and without the next tile under way nothing is in flight while a row is summed. (Forward has 2048 programs, 16 a
-    multiprocessor and 62 KB, and needs none of it.)
+    Loads run ahead of the arithmetic by one tile: 512 programs are four a multiprocessor of an H100, and what they have
+    in flight, 48 bytes a thread, is 24 KB a multiprocessor while all of them load. Bytes a second times a latency of
+    0.7 us ask for 18 KB at every moment (B200: 38 KB), and without the next tile under way nothing is in flight while a
+    row is summed. (Forward has 2048 programs, 16 a multiprocessor and 62 KB, and needs none of it.)
     """
     cols = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(ACC)  # (1, BLOCK)
@@ -85,7 +133,8 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
         inside = (cols < n_cols) & (row < tl.minimum(n_rows, first + rows_a_program))
         dh = tl.zeros((ROWS, BLOCK), dtype=ACC)
         if HAS_DNORMED:
-            h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)  # (ROWS, BLOCK), as all tiles here
+            # (ROWS, BLOCK), as all tiles here
+            h = tl.load(h_ptr + row * h_row_stride + cols, mask=inside, other=0.0).to(ACC)
             dnormed = tl.load(dnormed_ptr + row * dnormed_row_stride + cols, mask=inside, other=0.0).to(ACC)
             inverse = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / n_cols + EPS)
             n = h * inverse
@@ -106,8 +155,12 @@ def add_rms_norm_backward(h_ptr, dnormed_ptr, dh_in_ptr, weight_ptr, dh_ptr, dx_
 
 
 @triton.jit
-def add_rms_norm_weight(partial_ptr, dweight_ptr, n_partials, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
-    """dweight: the column sums of partial (n_partials, n_cols), always in the same order; COLS columns a program, ROWS rows at once."""
+def add_rms_norm_weight(
+    partial_ptr, dweight_ptr, n_partials, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
+):
+    """dweight: the column sums of partial (n_partials, n_cols), always in the same order; COLS columns a program, ROWS
+    rows at once.
+    """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), dtype=ACC)
     for start in range(0, n_partials, ROWS):
@@ -130,14 +183,18 @@ def _backward_cost(a: SimpleNamespace) -> Cost:
 
 FORWARD = Kernel("add_rms_norm forward", add_rms_norm_forward, _forward_cost)
 BACKWARD = Kernel("add_rms_norm backward", add_rms_norm_backward, _backward_cost)
-WEIGHT = Kernel("add_rms_norm weight", add_rms_norm_weight, lambda a: Cost(
-    a.partial_ptr.nbytes + a.dweight_ptr.nbytes, a.partial_ptr.numel()))
+WEIGHT = Kernel(
+    "add_rms_norm weight",
+    add_rms_norm_weight,
+    lambda a: Cost(a.partial_ptr.nbytes + a.dweight_ptr.nbytes, a.partial_ptr.numel()),
+)
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float,
-                seed: int) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
         (rows, row_stride), weight, n_cols = rows_of(x), weight.contiguous(), x.shape[-1]
         shortcut, shortcut_stride = (rows, row_stride) if residual is None else rows_of(residual)
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -147,9 +204,22 @@ class _AddRMSNorm(torch.autograd.Function):
             rows_a_program = _forward_rows(n_rows, n_cols)
             FORWARD.launch(
                 (ceil_div(n_rows, rows_a_program),),
-                (rows, shortcut, weight, normed, normed if new_residual is None else new_residual, row_stride, shortcut_stride,
-                 n_rows, n_cols, rows_a_program, *drop_keys),
-                HAS_RESIDUAL=residual is not None, **_settings(n_cols, x.dtype, eps, dropout))
+                (
+                    rows,
+                    shortcut,
+                    weight,
+                    normed,
+                    normed if new_residual is None else new_residual,
+                    row_stride,
+                    shortcut_stride,
+                    n_rows,
+                    n_cols,
+                    rows_a_program,
+                    *drop_keys,
+                ),
+                HAS_RESIDUAL=residual is not None,
+                **_settings(n_cols, x.dtype, eps, dropout),
+            )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if new_residual is None else new_residual, weight)
         ctx.rest = eps, dropout, drop_keys
@@ -177,16 +247,38 @@ class _AddRMSNorm(torch.autograd.Function):
         if n_rows:
             BACKWARD.launch(
                 (programs,),
-                (h, from_normed, from_residual, weight, dh if write_dh else h, dx if write_dx else h, partial, h_stride, normed_stride,
-                 residual_stride, n_rows, n_cols, rows_a_program, *drop_keys),
-                HAS_DNORMED=dnormed is not None, HAS_DH_IN=dh_in is not None, WRITE_DH=write_dh, WRITE_DX=write_dx,
-                STAGES=ADD_RMS_NORM.num_stages, **_settings(n_cols, h.dtype, eps, dropout))
+                (
+                    h,
+                    from_normed,
+                    from_residual,
+                    weight,
+                    dh if write_dh else h,
+                    dx if write_dx else h,
+                    partial,
+                    h_stride,
+                    normed_stride,
+                    residual_stride,
+                    n_rows,
+                    n_cols,
+                    rows_a_program,
+                    *drop_keys,
+                ),
+                HAS_DNORMED=dnormed is not None,
+                HAS_DH_IN=dh_in is not None,
+                WRITE_DH=write_dh,
+                WRITE_DX=write_dx,
+                STAGES=ADD_RMS_NORM.num_stages,
+                **_settings(n_cols, h.dtype, eps, dropout),
+            )
         dweight = None
         if want_weight and dnormed is not None:
             dweight = torch.empty_like(weight) if n_rows else torch.zeros_like(weight)
             if n_rows:
-                WEIGHT.launch((ceil_div(n_cols, ADD_RMS_NORM_WEIGHT.block[1]),), (partial, dweight, programs, n_cols),
-                              **_weight_settings(h.dtype))
+                WEIGHT.launch(
+                    (ceil_div(n_cols, ADD_RMS_NORM_WEIGHT.block[1]),),
+                    (partial, dweight, programs, n_cols),
+                    **_weight_settings(h.dtype),
+                )
         return (dx if write_dx else dh) if want_x else None, dh if want_residual else None, dweight, None, None, None
 
 
@@ -206,18 +298,34 @@ def _settings(n_cols: int, dtype: torch.dtype, eps: float, dropout: float) -> di
     """What both kernels share of a launch."""
     block = triton.next_power_of_2(n_cols)
     warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
-    return {"EPS": eps, "LIMIT": threshold(dropout), "SCALE": 1 / (1 - dropout), "HAS_DROPOUT": dropout > 0, "ROWS": _rows_at_once(n_cols),
-            "BLOCK": block, "ACC": accumulator(dtype), "num_warps": warps, "num_stages": ADD_RMS_NORM.num_stages}
+    return {
+        "EPS": eps,
+        "LIMIT": threshold(dropout),
+        "SCALE": 1 / (1 - dropout),
+        "HAS_DROPOUT": dropout > 0,
+        "ROWS": _rows_at_once(n_cols),
+        "BLOCK": block,
+        "ACC": accumulator(dtype),
+        "num_warps": warps,
+        "num_stages": ADD_RMS_NORM.num_stages,
+    }
 
 
 @functools.cache
 def _weight_settings(dtype: torch.dtype) -> dict[str, object]:
     rows, cols = ADD_RMS_NORM_WEIGHT.block
-    return {"ROWS": rows, "COLS": cols, "ACC": accumulator(dtype), "num_warps": ADD_RMS_NORM_WEIGHT.num_warps,
-            "num_stages": ADD_RMS_NORM_WEIGHT.num_stages}
+    return {
+        "ROWS": rows,
+        "COLS": cols,
+        "ACC": accumulator(dtype),
+        "num_warps": ADD_RMS_NORM_WEIGHT.num_warps,
+        "num_stages": ADD_RMS_NORM_WEIGHT.num_stages,
+    }
 
 
-def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+def run(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """See ops/add_rms_norm.py."""
     normed, new_residual = _AddRMSNorm.apply(x, residual, weight, eps, dropout, seed)
     return normed, x if new_residual is None else new_residual

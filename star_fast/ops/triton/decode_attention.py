@@ -1,8 +1,10 @@
 """One decoding step of attention in one launch: rotary, append to the cache, attend over what is there.
 
-A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows) to 2560 (XL, 128),
-several programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position p it moves 4 (p + 1)
-E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit cache.
+A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows)
+    to 2560 (XL, 128),
+several programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position
+p it moves 4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit
+cache.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from star_fast.ops.triton.tiles import DECODE_ATTENTION
 
 
 @triton.jit
-def load_turned_row(ptr, table_ptr, inside, E: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
+def load_turned_row(
+    ptr, table_ptr, inside, E: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr
+):
     """One head's vector of E numbers, zero past E, turned by the table's row at `table_ptr`."""
     cols = tl.arange(0, BLOCK_E)
     x = tl.load(ptr + cols, mask=inside, other=0.0).to(ACC)
@@ -37,7 +41,17 @@ def load_turned_row(ptr, table_ptr, inside, E: tl.constexpr, BLOCK_E: tl.constex
 
 
 @triton.jit
-def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.constexpr, LARGEST: tl.constexpr, ACC: tl.constexpr):
+def append(
+    ptr,
+    scale_ptr,
+    x,
+    inside,
+    valid,
+    EIGHT_BIT: tl.constexpr,
+    ROUND: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Write one vector to the cache (8-bit: as codes and scale) if `valid`; returns it as stored."""
     cols = tl.arange(0, x.shape[0])
     if EIGHT_BIT:
@@ -47,7 +61,9 @@ def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.
         x = x / tl.where(scale == 0.0, 1.0, scale)
         if ROUND:
             x = tl.floor(x + 0.5)
-        else:  # to the 4 significant bits of e4m3, ties to even, so that the conversion is exact: the interpreter loses the carry there
+        else:
+            # To the 4 significant bits of e4m3, ties to even, so that the conversion is exact: the interpreter loses
+            # the carry there
             bits = x.to(tl.int32, bitcast=True)
             x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         stored = x.to(ptr.dtype.element_ty)
@@ -60,11 +76,36 @@ def append(ptr, scale_ptr, x, inside, valid, EIGHT_BIT: tl.constexpr, ROUND: tl.
 
 
 @triton.jit(do_not_specialize=["position"])
-def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, out_ptr, flag_ptr, position, row_stride, part_stride,
-                          head_stride, n_heads, n_positions, ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
-                          BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr, EIGHT_BIT: tl.constexpr, ROUND: tl.constexpr,
-                          LARGEST: tl.constexpr, BAD: tl.constexpr, ACC: tl.constexpr):
-    """Each of the BLOCK_T slots runs its own softmax over positions slot, slot + BLOCK_T, ...; merged, with the current one, at the end."""
+def decode_attention_step(
+    qkv_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    table_ptr,
+    out_ptr,
+    flag_ptr,
+    position,
+    row_stride,
+    part_stride,
+    head_stride,
+    n_heads,
+    n_positions,
+    ON_DEVICE: tl.constexpr,
+    SCALE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROTARY: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    ROUND: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BAD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Each of the BLOCK_T slots runs its own softmax over positions slot, slot + BLOCK_T, ...; merged, with the current
+    one, at the end.
+    """
     stream = tl.program_id(0).to(tl.int64)
     valid = True
     if ON_DEVICE:
@@ -80,7 +121,8 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
     row_table_ptr = table_ptr
     if ROTARY:
         row_table_ptr = table_ptr + position * E
-    q = load_turned_row(q_ptr, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC).to(qkv_ptr.dtype.element_ty).to(ACC)  # (BLOCK_E,)
+    # (BLOCK_E,)
+    q = load_turned_row(q_ptr, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC).to(qkv_ptr.dtype.element_ty).to(ACC)
     k_now = load_turned_row(q_ptr + part_stride, row_table_ptr, inside, E, BLOCK_E, ROTARY, ACC)
     v_now = load_turned_row(q_ptr + 2 * part_stride, row_table_ptr, inside, E, BLOCK_E, False, ACC)
     k_scale_here, v_scale_here = k_scale_ptr, v_scale_ptr
@@ -122,7 +164,9 @@ def decode_attention_step(qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table
 
 
 def _cost(a: SimpleNamespace) -> Cost:
-    """Of the last position, with the whole cache before it: where the position is on the device, nobody here knows it."""
+    """Of the last position, with the whole cache before it: where the position is on the device,
+    nobody here knows it.
+    """
     streams, row_bytes = a.grid[0], 2 * a.E * a.k_ptr.element_size() + (8 if a.EIGHT_BIT else 0)
     moved = streams * (a.n_positions * row_bytes + 4 * a.E * a.qkv_ptr.element_size()) + (4 * a.E if a.ROTARY else 0)
     return Cost(moved, 4 * streams * a.E * a.n_positions)
@@ -141,9 +185,22 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
     if rows:
         STEP.launch(
             (rows * heads,),
-            (qkv, cache.k, cache.v, cache.k_scale, cache.v_scale, rotary, out, error_flag.flag_for(qkv) if on_device else None, position,
-             *qkv.stride()[:3], heads, cache.k.shape[2]),
-            **_settings(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device))
+            (
+                qkv,
+                cache.k,
+                cache.v,
+                cache.k_scale,
+                cache.v_scale,
+                rotary,
+                out,
+                error_flag.flag_for(qkv) if on_device else None,
+                position,
+                *qkv.stride()[:3],
+                heads,
+                cache.k.shape[2],
+            ),
+            **_settings(size, qkv.dtype, cache.k.dtype, rotary is not None, on_device),
+        )
     return out
 
 
@@ -151,10 +208,21 @@ def run(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor |
 def _settings(size: int, dtype: torch.dtype, cache_dtype: torch.dtype, rotary: bool, on_device: bool) -> dict[str, Any]:
     padded = max(16, triton.next_power_of_2(size))
     tile = DECODE_ATTENTION[padded]
-    return {"ON_DEVICE": on_device, "SCALE": size**-0.5 * math.log2(math.e), "E": size, "BLOCK_T": tile.block[0], "BLOCK_E": padded,
-            "ROTARY": rotary, "EIGHT_BIT": cache_dtype in LARGEST_CODE, "ROUND": cache_dtype == torch.int8,
-            "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0), "BAD": error_flag.POSITION_OUT_OF_RANGE, "ACC": accumulator(dtype),
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {
+        "ON_DEVICE": on_device,
+        "SCALE": size**-0.5 * math.log2(math.e),
+        "E": size,
+        "BLOCK_T": tile.block[0],
+        "BLOCK_E": padded,
+        "ROTARY": rotary,
+        "EIGHT_BIT": cache_dtype in LARGEST_CODE,
+        "ROUND": cache_dtype == torch.int8,
+        "LARGEST": LARGEST_CODE.get(cache_dtype, 1.0),
+        "BAD": error_flag.POSITION_OUT_OF_RANGE,
+        "ACC": accumulator(dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tensor | None) -> str | None:
@@ -163,6 +231,10 @@ def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tens
         return "the cache is in blocks; it reads rows, which new_cache makes for it"
     if qkv.shape[-1] > 128:
         return f"the kernel takes head sizes up to 128, got {qkv.shape[-1]}"
-    if cache.k.dtype == torch.float8_e4m3fn and torch.cuda.is_available() and torch.cuda.get_device_capability(qkv.device) < (8, 9):
+    if (
+        cache.k.dtype == torch.float8_e4m3fn
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(qkv.device) < (8, 9)
+    ):
         return "a float8_e4m3fn cache needs compute capability 8.9 or more; int8 works everywhere"
     return why_not_device(qkv)

@@ -1,7 +1,8 @@
-"""Every kernel launch of a training step and of a decoding step, made by the ops themselves on tensors that have no data.
+"""Every kernel launch of a training step and of a decoding step, made by the ops themselves on tensors that have no
+data.
 
-What the compile proof (benchmarks/kernel_resources.py) compiles is read off the launches that come out of here, so a kernel's argument,
-tile or alignment cannot differ between the proof and a GPU.
+What the compile proof (benchmarks/kernel_resources.py) compiles is read off the launches that come out of here, so a
+kernel's argument, tile or alignment cannot differ between the proof and a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ def _on_device(call: dict[str, Any], cache_dtype: torch.dtype | None = None) -> 
 MAIN = (
     Case("add_rms_norm", "add_rms_norm", ("x", "residual", "weight")),
     Case("decode_attention", "decode_attention", note=", {dtype} cache", change=lambda call, dtype: _on_device(call)),
-    Case("decode_attention", "decode_attention", note=", int8 cache", change=lambda call, dtype: _on_device(call, torch.int8)),
+    Case(
+        "decode_attention",
+        "decode_attention",
+        note=", int8 cache",
+        change=lambda call, dtype: _on_device(call, torch.int8),
+    ),
     Case("ema_update", "ema_update", note=", one block"),
     Case("feature_distance", "feature_distance", ("student",)),
     Case("linear_cross_entropy", "linear_cross_entropy", ("hidden", "weight")),
@@ -77,14 +83,26 @@ MAIN = (
     Case("slot_contrast", "slot_contrast", ("anchor",)),
     Case("swiglu", "swiglu", ("w1w3",)),
 )
-# What else may be launched: by the teacher, training without masks, an 8-bit cache of newer devices, a loop on the host.
+# What else may be launched: by the teacher, training without masks, an 8-bit cache of newer devices, a loop on the
+# host.
 VARIANTS = (
     Case("add_rms_norm", "add_rms_norm", note=", no dropout", change=lambda call, dtype: {**call, "dropout": 0.0}),
-    Case("decode_attention", "decode_attention", note=", float8_e4m3fn cache",
-         change=lambda call, dtype: _on_device(call, torch.float8_e4m3fn), capability=89),
+    Case(
+        "decode_attention",
+        "decode_attention",
+        note=", float8_e4m3fn cache",
+        change=lambda call, dtype: _on_device(call, torch.float8_e4m3fn),
+        capability=89,
+    ),
     Case("decode_attention", "decode_attention", note=", {dtype} cache, position of the host"),
     Case("masked_attention", "masked_attention_qkv", ("qkv",), ", no mask", lambda call, dtype: {**call, "keep": None}),
-    Case("masked_attention", "masked_attention_qkv", (), ", no mask, no gradient", lambda call, dtype: {**call, "keep": None}),
+    Case(
+        "masked_attention",
+        "masked_attention_qkv",
+        (),
+        ", no mask, no gradient",
+        lambda call, dtype: {**call, "keep": None},
+    ),
 )
 CASES = MAIN + VARIANTS
 
@@ -97,9 +115,10 @@ class Part(NamedTuple):
     cases: tuple[Case, ...]
 
 
-# What the table of resources holds: all cases at E 64 and at E 100, the main ones at the other presets, at E 96 and at T 576, and in
-# float32 at one shape. No command makes a float16 model, and its kernels are bfloat16's with another conversion. Launches of one key share
-# a compilation (benchmarks/ kernel_resources.py), as nearly all of XL's and all of T 576's do.
+# What the table of resources holds: all cases at E 64 and at E 100, the main ones at the other presets, at E 96 and at
+# T 576, and in float32 at one shape. No command makes a float16 model, and its kernels are bfloat16's with another
+# conversion. Launches of one key share a compilation (benchmarks/ kernel_resources.py), as nearly all of XL's and all
+# of T 576's do.
 PROVED = (
     Part("B", torch.bfloat16, CASES),
     Part("B", torch.float32, MAIN),

@@ -1,4 +1,6 @@
-"""Linear cross-entropy on CUDA: cuBLAS for the three products of a chunk of rows, one kernel that turns its logits into their gradient."""
+"""Linear cross-entropy on CUDA: cuBLAS for the three products of a chunk of rows, one kernel that turns its logits into
+their gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,18 @@ _TARGET_OUT_OF_RANGE = tl.constexpr(error_flag.TARGET_OUT_OF_RANGE)
 
 
 @triton.jit
-def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_stride, n_cols, WITH_GRADIENT: tl.constexpr,
-                       BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def cross_entropy_rows(
+    logits_ptr,
+    target_ptr,
+    loss_ptr,
+    flag_ptr,
+    logits_row_stride,
+    n_cols,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One row a program: its loss, and softmax - one_hot in place of its logits.
 
     A row of one block is read once and stays in registers. A longer one is read twice, the second time from the cache.
@@ -47,7 +59,8 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
             c = block * BLOCK + cols
             x = tl.load(logits_ptr + c, mask=c < n_cols, other=float("-inf")).to(ACC)
             higher = tl.maximum(top, tl.max(x, 0))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # so far every logit was -inf, and -inf - -inf would be NaN
+            # So far every logit was -inf, and -inf - -inf would be NaN
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
             total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
             top = higher
             at_target += tl.sum(tl.where(c == target, x, 0.0), 0)
@@ -61,15 +74,26 @@ def cross_entropy_rows(logits_ptr, target_ptr, loss_ptr, flag_ptr, logits_row_st
     tl.store(loss_ptr + row, top + tl.log(total) - at_target)
 
 
-ROWS = Kernel("linear_cross_entropy rows", cross_entropy_rows, lambda a: Cost(
-    a.grid[0] * ((2 if a.WITH_GRADIENT else 1) * a.n_cols * a.logits_ptr.element_size() + 12),
-    (6 if a.WITH_GRADIENT else 4) * a.grid[0] * a.n_cols))
+ROWS = Kernel(
+    "linear_cross_entropy rows",
+    cross_entropy_rows,
+    lambda a: Cost(
+        a.grid[0] * ((2 if a.WITH_GRADIENT else 1) * a.n_cols * a.logits_ptr.element_size() + 12),
+        (6 if a.WITH_GRADIENT else 4) * a.grid[0] * a.n_cols,
+    ),
+)
 
 
 def overwrite(logits: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
     """See `Overwrite` in ops/linear_cross_entropy.py. A target out of range sets the error flag."""
-    ROWS.launch((logits.shape[0],), (logits, target, losses, error_flag.flag_for(logits), logits.stride(0), logits.shape[1]),
-                WITH_GRADIENT=gradient, ACC=accumulator(logits.dtype), num_stages=CROSS_ENTROPY_ROWS.num_stages, **_widths(logits.shape[1]))
+    ROWS.launch(
+        (logits.shape[0],),
+        (logits, target, losses, error_flag.flag_for(logits), logits.stride(0), logits.shape[1]),
+        WITH_GRADIENT=gradient,
+        ACC=accumulator(logits.dtype),
+        num_stages=CROSS_ENTROPY_ROWS.num_stages,
+        **_widths(logits.shape[1]),
+    )
 
 
 @functools.cache
@@ -82,7 +106,9 @@ def _widths(n_cols: int) -> dict[str, int]:
 
 
 def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
-    """Rows of a chunk: few chunks, within LOGITS_CHUNK_BYTES each, all of a size but the last, whole tiles of 128 where one fits."""
+    """Rows of a chunk: few chunks, within LOGITS_CHUNK_BYTES each, all of a size but the last, whole tiles of 128 where
+    one fits.
+    """
     most = max(16, LOGITS_CHUNK_BYTES // (n_cols * itemsize))
     whole = 128 if most >= 128 else 1
     most -= most % whole
@@ -91,7 +117,13 @@ def _chunk_rows(n_rows: int, n_cols: int, itemsize: int) -> int:
 
 def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """See ops/linear_cross_entropy.py."""
-    return in_chunks(hidden, weight, target.contiguous(), _chunk_rows(hidden.shape[0], weight.shape[0], weight.element_size()), overwrite)
+    return in_chunks(
+        hidden,
+        weight,
+        target.contiguous(),
+        _chunk_rows(hidden.shape[0], weight.shape[0], weight.element_size()),
+        overwrite,
+    )
 
 
 def why_not(hidden: Tensor, weight: Tensor, target: Tensor) -> str | None:

@@ -1,10 +1,11 @@
-"""Masked causal attention: a launch that turns the keys and packs the mask, one forward kernel, two backward kernels; no atomics.
+"""Masked causal attention: a launch that turns the keys and packs the mask, one forward kernel, two backward kernels;
+no atomics.
 
 The kernels, and what was decided about them by counting, are in masked_attention_kernels.py.
 
-Bytes, in tensors of (B, T, H, E): forward 4 (q, k, v, out), 2 more where rotary is applied (keys read and written), 1 more where a gradient
-is wanted (turned queries written), 6 more where the caller keeps its qkv (a copy). Backward reads q, k, v and dout twice (once a kernel):
-13 where 8 are the least, if no cache helps.
+Bytes, in tensors of (B, T, H, E): forward 4 (q, k, v, out), 2 more where rotary is applied (keys read and written), 1
+more where a gradient is wanted (turned queries written), 6 more where the caller keeps its qkv (a copy). Backward reads
+q, k, v and dout twice (once a kernel): 13 where 8 are the least, if no cache helps.
 """
 
 from __future__ import annotations
@@ -39,10 +40,15 @@ _WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # a word of the pa
 
 
 def _cost(tensors: int, statistics: int, products: int, a: SimpleNamespace) -> Cost:
-    """A kernel that moves so many tensors of (B, T, H, E) and statistics of (B, H, T), and makes so many causal products."""
+    """A kernel that moves so many tensors of (B, T, H, E) and statistics of (B, H, T), and makes so many causal
+    products.
+    """
     batch, n, _, heads, size = a.qkv_ptr.shape
     side = (a.words_ptr.nbytes if a.MASK else 0) + (4 * n * size if a.ROTARY else 0) + statistics * a.lse_ptr.nbytes
-    return Cost(tensors * batch * n * heads * size * a.qkv_ptr.element_size() + side, products * batch * heads * size * n * (n + 1))
+    return Cost(
+        tensors * batch * n * heads * size * a.qkv_ptr.element_size() + side,
+        products * batch * heads * size * n * (n + 1),
+    )
 
 
 def _forward_cost(a: SimpleNamespace) -> Cost:
@@ -58,7 +64,9 @@ def _prepare_cost(a: SimpleNamespace) -> Cost:
 
 PREPARE = Kernel("masked_attention prepare", attention_prepare, _prepare_cost)
 FORWARD = Kernel("masked_attention forward", attention_forward, _forward_cost)
-BACKWARD_QUERIES = Kernel("masked_attention backward, queries", attention_backward_queries, functools.partial(_cost, 6, 2, 3))
+BACKWARD_QUERIES = Kernel(
+    "masked_attention backward, queries", attention_backward_queries, functools.partial(_cost, 6, 2, 3)
+)
 BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_keys, functools.partial(_cost, 6, 2, 4))
 
 
@@ -91,7 +99,9 @@ class _MaskedAttention(torch.autograd.Function):
 
 
 def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor | None:
-    """Turn the keys of a contiguous qkv in place and pack the mask: (B, ceil(T / 64)) int64, visible keys as bits from the lowest on."""
+    """Turn the keys of a contiguous qkv in place and pack the mask: (B, ceil(T / 64)) int64, visible keys as bits from
+    the lowest on.
+    """
     if keep is None and table is None:
         return None
     batch, positions, _, heads, size = qkv.shape
@@ -100,14 +110,25 @@ def _prepare(qkv: Tensor, keep: Tensor | None, table: Tensor | None) -> Tensor |
     groups = ceil_div(positions, 64) * (64 // rows)  # all words of the mask, so that none is left unwritten
     grid = (batch * groups, 1 if table is None else ceil_div(heads * size, cols))
     if math.prod(grid):
-        PREPARE.launch(grid, (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size),
-                       E=size, ROWS=rows, COLS=cols, MASK=keep is not None, ROTARY=table is not None, ACC=accumulator(qkv.dtype),
-                       num_warps=ATTENTION_PREPARE.num_warps, num_stages=ATTENTION_PREPARE.num_stages)
+        PREPARE.launch(
+            grid,
+            (qkv, table, keep, None if words is None else words.view(_WORDS[rows]), positions, groups, heads * size),
+            E=size,
+            ROWS=rows,
+            COLS=cols,
+            MASK=keep is not None,
+            ROTARY=table is not None,
+            ACC=accumulator(qkv.dtype),
+            num_warps=ATTENTION_PREPARE.num_warps,
+            num_stages=ATTENTION_PREPARE.num_stages,
+        )
     return words
 
 
 def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
-    """Blocks of (rows that a program owns, rows that it streams): queries and keys, for attention_backward_keys keys and queries."""
+    """Blocks of (rows that a program owns, rows that it streams): queries and keys, for attention_backward_keys keys
+    and queries.
+    """
     if kernel is attention_forward:
         table = ATTENTION_FORWARD if dtype.itemsize == 2 else ATTENTION_FORWARD_FULL_PRECISION
     else:
@@ -115,7 +136,9 @@ def kernel_tile(kernel: object, size: int, dtype: torch.dtype) -> Tile:
     return table[_padded(size)]
 
 
-def _launch(kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | None, *more: Tensor, **constants: bool) -> None:
+def _launch(
+    kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | None, *more: Tensor, **constants: bool
+) -> None:
     """Run a kernel on all blocks of all heads of all sequences."""
     batch, positions, _, heads, size = qkv.shape
     settings = _settings(kernel, size, qkv.stride(3), qkv.dtype, words is not None, table is not None)
@@ -125,8 +148,12 @@ def _launch(kernel: Kernel, qkv: Tensor, words: Tensor | None, table: Tensor | N
         words = words.view(_WORDS[settings["BLOCK_N"]])
         n_words = words.shape[1]
     if batch:
-        kernel.launch((batch * heads * n_tiles,), (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, n_words),
-                      **settings, **constants)
+        kernel.launch(
+            (batch * heads * n_tiles,),
+            (qkv, words, table, *more, *qkv.stride()[:3], positions, heads, n_tiles, n_words),
+            **settings,
+            **constants,
+        )
 
 
 def _padded(size: int) -> int:
@@ -134,13 +161,27 @@ def _padded(size: int) -> int:
 
 
 @functools.cache  # a Python launch costs as much as this kernel runs at small batches
-def _settings(kernel: Kernel, size: int, head_stride: int, dtype: torch.dtype, masked: bool, turned: bool) -> dict[str, Any]:
+def _settings(
+    kernel: Kernel, size: int, head_stride: int, dtype: torch.dtype, masked: bool, turned: bool
+) -> dict[str, Any]:
     tile = kernel_tile(kernel.function, size, dtype)
     queries, keys = tile.block[::-1] if kernel is BACKWARD_KEYS else tile.block
     root = size**-0.5
-    return {"HEAD_STRIDE": head_stride, "SCALE": root * math.log2(math.e), **({} if kernel is FORWARD else {"ROOT": root}), "E": size,
-            "BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": _padded(size), "MASK": masked, "ROTARY": turned, "DOT": operand(dtype),
-            "ACC": accumulator(dtype), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {
+        "HEAD_STRIDE": head_stride,
+        "SCALE": root * math.log2(math.e),
+        **({} if kernel is FORWARD else {"ROOT": root}),
+        "E": size,
+        "BLOCK_M": queries,
+        "BLOCK_N": keys,
+        "BLOCK_E": _padded(size),
+        "MASK": masked,
+        "ROTARY": turned,
+        "DOT": operand(dtype),
+        "ACC": accumulator(dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -148,7 +189,9 @@ def run(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None
     return _MaskedAttention.apply(qkv, keep, rotary, overwrite)
 
 
-def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> str | None:
+def why_not(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> str | None:
     """None if the kernels can serve this call."""
     if qkv.shape[-1] > 128:
         return f"the kernels take head sizes up to 128, got {qkv.shape[-1]}"
@@ -157,11 +200,15 @@ def why_not(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = 
     return why_not_device(qkv)
 
 
-def moved_bytes(qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False) -> int:
+def moved_bytes(
+    qkv: Tensor, keep: Tensor | None = None, *, rotary: Tensor | None = None, overwrite: bool = False
+) -> int:
     """The tensors counted at the head of this file, one float32 a query, the mask and its bits, the rotary table."""
     batch, positions, _, heads, size = qkv.shape
     tensors = 4
     if rotary is not None:
         tensors += 2 + (torch.is_grad_enabled() and qkv.requires_grad) + (0 if overwrite else 6)
-    side = (0 if keep is None else batch * (positions + 2 * positions // 8)) + (0 if rotary is None else 4 * positions * size)
+    side = (0 if keep is None else batch * (positions + 2 * positions // 8)) + (
+        0 if rotary is None else 4 * positions * size
+    )
     return (tensors * size * qkv.element_size() + 4) * batch * positions * heads + side

@@ -1,23 +1,26 @@
-"""The kernels of masked_attention: what is done once a call, the forward pass, and the two backward passes (queries, then keys).
+"""The kernels of masked_attention: what is done once a call, the forward pass, and the two backward passes (queries,
+then keys).
 
-How keys are hidden, decided by counting. `attention_prepare` packs the mask, a bit a key, so that a tile of keys reads one word. The
-forward and the queries' kernel test its bits: four shifts a tile and one instruction a column, none a score. The keys' kernel tests nothing
-in its loop: a hidden key's gradients are a row of their own, zeroed at the end. The other way, gathering the visible keys so that a quarter
-of the rows is never touched, would save at T = 256 one of ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys
-visible 1 + 2 + 3 + 3), and a quarter of k and v, 12.5 % of the forward's bytes and 6 % of the backward's. At B (64 sequences, 12 heads) the
-forward moves 101 MB, 30 us at 3.35 TB/s, so that is at most 4 us. But gathered rows rule out block loads, and dk and dv of hidden keys must
+How keys are hidden, decided by counting. `attention_prepare` packs the mask, a bit a key, so that a tile of keys reads
+one word. The forward and the queries' kernel test its bits: four shifts a tile and one instruction a column, none a
+score. The keys' kernel tests nothing in its loop: a hidden key's gradients are a row of their own, zeroed at the end.
+The other way, gathering the visible keys so that a quarter of the rows is never touched, would save at T = 256 one of
+ten key tiles of 64 (queries in blocks of 64 see 1 + 2 + 3 + 4; with 192 keys visible 1 + 2 + 3 + 3), and a quarter of k
+and v, 12.5 % of the forward's bytes and 6 % of the backward's. At B (64 sequences, 12 heads) the forward moves 101 MB,
+30 us at 3.35 TB/s, so that is at most 4 us. But gathered rows rule out block loads, and dk and dv of hidden keys must
 be zeroed separately. It is below one per cent of a training step.
 
-Where rotary is applied, decided by counting too. Every tile of queries streams all keys before it, so turning keys in the loop does the
-same work 2.5 times at T = 256, moves a 16 KB table for 8 KB of keys, and puts registers between memory and the matrix unit: 676
-instructions a tile of keys on sm_90, against 426 now. So `attention_prepare` turns the keys once, in place (2 passes over a (B, T, H, E)
-tensor beside the forward's 4), and the forward kernel its own queries, each of which one program alone reads; where a gradient is wanted it
-leaves them turned (1 pass), and backward finds both. Turned copies beside qkv would cost the same passes and 2 of the 16 tensors of width D
-that a block keeps for backward.
+Where rotary is applied, decided by counting too. Every tile of queries streams all keys before it, so turning keys in
+the loop does the same work 2.5 times at T = 256, moves a 16 KB table for 8 KB of keys, and puts registers between
+memory and the matrix unit: 676 instructions a tile of keys on sm_90, against 426 now. So `attention_prepare` turns the
+keys once, in place (2 passes over a (B, T, H, E) tensor beside the forward's 4), and the forward kernel its own
+queries, each of which one program alone reads; where a gradient is wanted it leaves them turned (1 pass), and backward
+finds both. Turned copies beside qkv would cost the same passes and 2 of the 16 tensors of width D that a block keeps
+for backward.
 
-Only tiles on the diagonal compare positions: a branch that all threads of a program take alike. Rows past the end are read as the last row,
-which costs one minimum a row where a predicate costs three instructions a load; they are hidden by causality, and in the keys' kernel by
-lse = infinity.
+Only tiles on the diagonal compare positions: a branch that all threads of a program take alike. Rows past the end are
+read as the last row, which costs one minimum a row where a predicate costs three instructions a load; they are hidden
+by causality, and in the keys' kernel by lse = infinity.
 
 Letters in the comments: M queries, N keys of a tile, E padded head size.
 """
@@ -60,7 +63,11 @@ def load_streamed(ptr, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.co
 def store_tile(ptr, x, rows, row_stride, n_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Write a tile back, rounded to the pointer's dtype."""
     cols = tl.arange(0, BLOCK_E)
-    tl.store(ptr + rows[:, None] * row_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=inside(rows, n_rows, E, BLOCK_E))
+    tl.store(
+        ptr + rows[:, None] * row_stride + cols[None, :],
+        x.to(ptr.dtype.element_ty),
+        mask=inside(rows, n_rows, E, BLOCK_E),
+    )
 
 
 @triton.jit
@@ -73,9 +80,23 @@ def visible(word, offsets):
 
 
 @triton.jit
-def attention_prepare(qkv_ptr, table_ptr, keep_ptr, words_ptr, n_positions, n_groups, width, E: tl.constexpr, ROWS: tl.constexpr,
-                      COLS: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr):
-    """ROWS positions of one sequence: their keys (COLS of the `width` = heads x E columns) turned in place, their mask packed.
+def attention_prepare(
+    qkv_ptr,
+    table_ptr,
+    keep_ptr,
+    words_ptr,
+    n_positions,
+    n_groups,
+    width,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    MASK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """ROWS positions of one sequence: their keys (COLS of the `width` = heads x E columns) turned in place, their mask
+    packed.
 
     Position 0 is packed as visible. qkv is contiguous here; words has n_groups words of ROWS bits a sequence.
     """
@@ -97,11 +118,34 @@ def attention_prepare(qkv_ptr, table_ptr, keep_ptr, words_ptr, n_positions, n_gr
 
 
 @triton.jit
-def attention_forward(qkv_ptr, words_ptr, table_ptr, out_ptr, lse_ptr, batch_stride, position_stride, part_stride, n_positions, n_heads,
-                      n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, LEAVE_TURNED: tl.constexpr,
-                      DOT: tl.constexpr, ACC: tl.constexpr):
-    """One block of queries of one head: streams the keys up to the last query; lse is in base 2, of the scaled scores."""
+def attention_forward(
+    qkv_ptr,
+    words_ptr,
+    table_ptr,
+    out_ptr,
+    lse_ptr,
+    batch_stride,
+    position_stride,
+    part_stride,
+    n_positions,
+    n_heads,
+    n_tiles,
+    n_words,
+    HEAD_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    LEAVE_TURNED: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One block of queries of one head: streams the keys up to the last query; lse is in base 2, of
+    the scaled scores.
+    """
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles  # long rows first
     head = (tl.program_id(0) // n_tiles) % n_heads
     batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
@@ -134,7 +178,10 @@ def attention_forward(qkv_ptr, words_ptr, table_ptr, out_ptr, lse_ptr, batch_str
         weights = tl.exp2(scores * SCALE - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v_ptr.dtype.element_ty).to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)  # (M, E)
+        # (M, E)
+        acc = tl.dot(
+            weights.to(v_ptr.dtype.element_ty).to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC
+        )
         top = new_top
     out_ptr += (batch * n_positions * n_heads + head) * E
     store_tile(out_ptr, acc * (1.0 / total)[:, None], rows, n_heads * E, n_positions, E, BLOCK_E)
@@ -142,10 +189,34 @@ def attention_forward(qkv_ptr, words_ptr, table_ptr, out_ptr, lse_ptr, batch_str
 
 
 @triton.jit
-def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride,
-                               position_stride, part_stride, n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr,
-                               SCALE: tl.constexpr, ROOT: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                               BLOCK_E: tl.constexpr, MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def attention_backward_queries(
+    qkv_ptr,
+    words_ptr,
+    table_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dqkv_ptr,
+    batch_stride,
+    position_stride,
+    part_stride,
+    n_positions,
+    n_heads,
+    n_tiles,
+    n_words,
+    HEAD_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROOT: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """dq of one block of queries, and delta = rowsum(dout * out) for the keys' kernel. q and k come turned."""
     tile = n_tiles - 1 - tl.program_id(0) % n_tiles
     head = (tl.program_id(0) // n_tiles) % n_heads
@@ -178,7 +249,8 @@ def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr,
             scores = tl.where((own + (tile * BLOCK_M - start))[:, None] >= offsets[None, :], scores, float("-inf"))
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
         dscores = tl.exp2(scores) * (dweights - delta[:, None])
-        acc = tl.dot(dscores.to(k_ptr.dtype.element_ty).to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)  # (M, E)
+        # (M, E)
+        acc = tl.dot(dscores.to(k_ptr.dtype.element_ty).to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
     acc *= ROOT
     if ROTARY:
         acc = turn(acc, load_tile(table_ptr, rows, E, n_positions, E, BLOCK_E), -1, BLOCK_M, BLOCK_E, ACC)
@@ -187,11 +259,36 @@ def attention_backward_queries(qkv_ptr, words_ptr, table_ptr, out_ptr, dout_ptr,
 
 
 @triton.jit
-def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, batch_stride, position_stride,
-                            part_stride, n_positions, n_heads, n_tiles, n_words, HEAD_STRIDE: tl.constexpr, SCALE: tl.constexpr,
-                            ROOT: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                            MASK: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
-    """dk and dv of one block of keys: streams the queries from the first key on; the tiles are (keys, queries). q and k come turned."""
+def attention_backward_keys(
+    qkv_ptr,
+    words_ptr,
+    table_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dqkv_ptr,
+    batch_stride,
+    position_stride,
+    part_stride,
+    n_positions,
+    n_heads,
+    n_tiles,
+    n_words,
+    HEAD_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROOT: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dk and dv of one block of keys: streams the queries from the first key on; the tiles are (keys, queries). q and k
+    come turned.
+    """
     tile = tl.program_id(0) % n_tiles  # the first keys have the most queries
     head = (tl.program_id(0) // n_tiles) % n_heads
     batch = (tl.program_id(0) // (n_tiles * n_heads)).to(tl.int64)
@@ -209,7 +306,8 @@ def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, de
         rows = start + offsets
         q = load_streamed(q_ptr, rows, position_stride, n_positions, E, BLOCK_E).to(DOT)  # (M, E)
         dout = load_streamed(dout_ptr, rows, n_heads * E, n_positions, E, BLOCK_E)
-        lse = tl.load(lse_ptr + row_stats + rows, mask=rows < n_positions, other=float("inf"))  # (M,); past the end every weight is 0
+        # (M,); past the end every weight is 0
+        lse = tl.load(lse_ptr + row_stats + rows, mask=rows < n_positions, other=float("inf"))
         delta = tl.load(delta_ptr + row_stats + rows, mask=rows < n_positions, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC) * SCALE - lse[None, :]  # (N, M)
         if start < (tile + 1) * BLOCK_N:  # on the diagonal
@@ -224,7 +322,8 @@ def attention_backward_keys(qkv_ptr, words_ptr, table_ptr, dout_ptr, lse_ptr, de
         seen = visible(tl.load(words_ptr + batch * n_words + tile), own)[:, None]
         dk, dv = tl.where(seen, dk, 0.0), tl.where(seen, dv, 0.0)
     dk_ptr = dqkv_ptr + batch * n_positions * 3 * n_heads * E + (n_heads + head) * E
-    store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)  # first, for its registers: turning takes many
+    # First, for its registers: turning takes many
+    store_tile(dk_ptr + n_heads * E, dv, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)
     if ROTARY:
         dk = turn(dk, load_tile(table_ptr, cols, E, n_positions, E, BLOCK_E), -1, BLOCK_N, BLOCK_E, ACC)
     store_tile(dk_ptr, dk, cols, 3 * n_heads * E, n_positions, E, BLOCK_E)

@@ -1,14 +1,18 @@
-"""Slot-contrast kernels: forward makes losses and gradients of all pairs without storing a similarity; backward adds up each slot's pairs.
+"""Slot-contrast kernels: forward makes losses and gradients of all pairs without storing a similarity; backward adds up
+each slot's pairs.
 
-One program takes a pair, a tile of anchor rows and a part of the columns of the gradient. It walks over the keys with an online
-softmax, as attention does with the keys as their own values: with z, k unit vectors, p the softmax and + the positive, the gradient
-by z is sum over b' != + of p[b'] (k[b'] - k[+]) / temperature. It is made beside the loss, so backward is a sum over pairs.
+One program takes a pair, a tile of anchor rows and a part of the columns of the gradient. It walks over the keys with
+an online softmax, as attention does with the keys as their own values: with z, k unit vectors, p the softmax and + the
+positive, the gradient by z is sum over b' != + of p[b'] (k[b'] - k[+]) / temperature. It is made beside the loss, so
+backward is a sum over pairs.
 
-Products take the inputs as they are; norms, which divide rows and columns of a product, come in afterwards in float32. The product is
-held transposed, (keys, rows), so that the long side of each product is the one that tensor cores want long.
+Products take the inputs as they are; norms, which divide rows and columns of a product, come in afterwards in float32.
+The product is held transposed, (keys, rows), so that the long side of each product is the one that tensor cores want
+long.
 
-A (32, D) gradient does not fit one program's registers, hence the parts, each of which repeats the first product. A key is loaded
-once from memory if a slot's keys stay in the L2 cache, and (parts + 1) times from there by every pair and tile of rows that meets it.
+A (32, D) gradient does not fit one program's registers, hence the parts, each of which repeats the first product. A key
+is loaded once from memory if a slot's keys stay in the L2 cache, and (parts + 1) times from there by every pair and
+tile of rows that meets it.
 """
 
 from __future__ import annotations
@@ -32,10 +36,32 @@ _SLOT_OUT_OF_RANGE = tl.constexpr(error_flag.SLOT_OUT_OF_RANGE)
 
 
 @triton.jit(do_not_specialize=["row_offset"])
-def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr, flag_ptr, anchor_slot_stride, anchor_row_stride,
-                          key_slot_stride, key_row_stride, anchor_slots, key_slots, n_rows, n_keys, n_cols, row_offset,
-                          SHARPNESS: tl.constexpr, WITH_GRADIENT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr,
-                          PART: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def slot_contrast_forward(
+    anchor_ptr,
+    key_ptr,
+    pairs_ptr,
+    loss_ptr,
+    gradient_ptr,
+    flag_ptr,
+    anchor_slot_stride,
+    anchor_row_stride,
+    key_slot_stride,
+    key_row_stride,
+    anchor_slots,
+    key_slots,
+    n_rows,
+    n_keys,
+    n_cols,
+    row_offset,
+    SHARPNESS: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLS: tl.constexpr,
+    PART: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """loss[pair, row], and gradient[pair, row, part]: B times the derivative of the pair's loss by its anchors.
 
     SHARPNESS = 1 / temperature.
@@ -61,7 +87,8 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
     total = tl.zeros((ROWS,), ACC)
     positive = tl.zeros((ROWS,), ACC)  # cosine with the positive
     if WITH_GRADIENT:
-        # Sums over the negatives alone: where the positive has nearly all the weight, 1 - softmax[positive] would lose its digits.
+        # Sums over the negatives alone: where the positive has nearly all the weight, 1 - softmax[positive] would lose
+        # its digits.
         others = tl.zeros((ROWS,), ACC)  # weights
         expected = tl.zeros((ROWS,), ACC)  # weights * cosines
         pulled = tl.zeros((PART, ROWS), ACC)  # weights * unit keys, transposed
@@ -78,7 +105,8 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
             cols = first + tl.arange(0, COLS)
             k = tl.load(key_rows + cols[None, :], mask=key_inside[:, None] & (cols < n_cols)[None, :], other=0.0)
             a = tl.load(anchor_rows + cols[None, :], mask=row_inside[:, None] & (cols < n_cols)[None, :], other=0.0)
-            products = tl.dot(k.to(DOT), tl.trans(a.to(DOT)), products, input_precision="ieee", out_dtype=ACC)  # (KEYS, ROWS)
+            # (KEYS, ROWS)
+            products = tl.dot(k.to(DOT), tl.trans(a.to(DOT)), products, input_precision="ieee", out_dtype=ACC)
             k_squares += tl.sum(k.to(ACC) * k.to(ACC), 1)
         k_inverse = inverse_norm(k_squares)
         cosines = products * k_inverse[:, None] * a_inverse[None, :]
@@ -97,13 +125,17 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
             positive_inverse += tl.sum(tl.where(is_positive, k_inverse[:, None], 0.0), 0)
             k = tl.load(key_rows + part[None, :], mask=key_inside[:, None] & part_inside[None, :], other=0.0)
             weights = (weights * k_inverse[:, None]).to(k.dtype).to(DOT)  # (KEYS, ROWS); k (KEYS, PART)
-            pulled = tl.dot(tl.trans(k.to(DOT)), weights, pulled * rescale[None, :], input_precision="ieee", out_dtype=ACC)
+            pulled = tl.dot(
+                tl.trans(k.to(DOT)), weights, pulled * rescale[None, :], input_precision="ieee", out_dtype=ACC
+            )
 
     if tl.program_id(2) == 0:
         tl.store(loss_ptr + pair * n_rows + rows, top + tl.log(total) - positive * SHARPNESS, mask=row_inside)
     if WITH_GRADIENT:
         inside = row_inside[:, None] & part_inside[None, :]
-        k = tl.load(key_ptr + (row_offset + rows)[:, None].to(tl.int64) * key_row_stride + part[None, :], mask=inside, other=0.0).to(ACC)
+        k = tl.load(
+            key_ptr + (row_offset + rows)[:, None].to(tl.int64) * key_row_stride + part[None, :], mask=inside, other=0.0
+        ).to(ACC)
         a = tl.load(anchor_rows + part[None, :], mask=inside, other=0.0).to(ACC)
         along = a_inverse * (expected - others * positive)  # dz . z, which the division by the norm removes
         # (ROWS, PART), as k and a here
@@ -114,8 +146,18 @@ def slot_contrast_forward(anchor_ptr, key_ptr, pairs_ptr, loss_ptr, gradient_ptr
 
 
 @triton.jit
-def slot_contrast_backward(gradient_ptr, pairs_ptr, dout_ptr, danchor_ptr, dout_stride, n_pairs, slot_numbers, divisor, BLOCK: tl.constexpr,
-                           ACC: tl.constexpr):
+def slot_contrast_backward(
+    gradient_ptr,
+    pairs_ptr,
+    dout_ptr,
+    danchor_ptr,
+    dout_stride,
+    n_pairs,
+    slot_numbers,
+    divisor,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """danchor[slot] = sum over the pairs of that slot, in their order, of dout[pair] / divisor * gradient[pair]."""
     slot = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -132,18 +174,25 @@ def slot_contrast_backward(gradient_ptr, pairs_ptr, dout_ptr, danchor_ptr, dout_
 def _forward_cost(a: SimpleNamespace) -> Cost:
     n_pairs, (_, keys, width), size = a.grid[1], a.key_ptr.shape, a.anchor_ptr.element_size()
     gradients = n_pairs * a.n_rows * width * size if a.WITH_GRADIENT else 0
-    return Cost(a.anchor_ptr.nbytes + a.key_ptr.nbytes + gradients + a.loss_ptr.nbytes + a.pairs_ptr.nbytes,
-                (4 if a.WITH_GRADIENT else 2) * n_pairs * a.n_rows * keys * width)
+    return Cost(
+        a.anchor_ptr.nbytes + a.key_ptr.nbytes + gradients + a.loss_ptr.nbytes + a.pairs_ptr.nbytes,
+        (4 if a.WITH_GRADIENT else 2) * n_pairs * a.n_rows * keys * width,
+    )
 
 
 FORWARD = Kernel("slot_contrast forward", slot_contrast_forward, _forward_cost)
-BACKWARD = Kernel("slot_contrast backward", slot_contrast_backward,
-                  lambda a: Cost(a.gradient_ptr.nbytes + a.danchor_ptr.nbytes, 2 * a.gradient_ptr.numel()))
+BACKWARD = Kernel(
+    "slot_contrast backward",
+    slot_contrast_backward,
+    lambda a: Cost(a.gradient_ptr.nbytes + a.danchor_ptr.nbytes, 2 * a.gradient_ptr.numel()),
+)
 
 
 class _SlotContrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str) -> Tensor:
+    def forward(
+        ctx, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str
+    ) -> Tensor:
         gradient = anchor.new_empty((pairs.shape[0], *anchor.shape[1:]))
         losses = _forward(anchor, key, pairs, temperature, row_offset, gradient)
         ctx.save_for_backward(gradient, pairs)
@@ -158,36 +207,76 @@ class _SlotContrast(torch.autograd.Function):
         danchor, n_pairs = gradient.new_empty((slots, n_rows, n_cols)), pairs.shape[0]
         BACKWARD.launch(
             (ceil_div(n_rows * n_cols, SLOT_CONTRAST_SUM.block[0]), slots),
-            (gradient, pairs, dout, danchor, dout.stride(0) if dout.ndim else 0, n_pairs, n_rows * n_cols,
-             n_rows if dout.ndim else n_rows * n_pairs),
-            BLOCK=SLOT_CONTRAST_SUM.block[0], ACC=accumulator(gradient.dtype), num_warps=SLOT_CONTRAST_SUM.num_warps,
-            num_stages=SLOT_CONTRAST_SUM.num_stages)
+            (
+                gradient,
+                pairs,
+                dout,
+                danchor,
+                dout.stride(0) if dout.ndim else 0,
+                n_pairs,
+                n_rows * n_cols,
+                n_rows if dout.ndim else n_rows * n_pairs,
+            ),
+            BLOCK=SLOT_CONTRAST_SUM.block[0],
+            ACC=accumulator(gradient.dtype),
+            num_warps=SLOT_CONTRAST_SUM.num_warps,
+            num_stages=SLOT_CONTRAST_SUM.num_stages,
+        )
         return danchor, None, None, None, None, None
 
 
-def _forward(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, gradient: Tensor | None) -> Tensor:
+def _forward(
+    anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, gradient: Tensor | None
+) -> Tensor:
     """(P, B) losses; fills `gradient` (P, B, D), if there is one, with the derivative of each loss by its anchor."""
     anchor, key = (x if x.stride(2) == 1 else x.contiguous() for x in (anchor, key))
     (slots, n_rows, n_cols), (key_slots, n_keys, _), n_pairs = anchor.shape, key.shape, pairs.shape[0]
     losses = anchor.new_empty((n_pairs, n_rows), dtype=torch.promote_types(anchor.dtype, torch.float32))
     settings = _settings(anchor.dtype)
     FORWARD.launch(
-        (ceil_div(n_rows, settings["ROWS"]), n_pairs,
-         1 if gradient is None else ceil_div(n_cols, settings["PART"])),  # without a gradient no part repeats
-        (anchor, key, pairs, losses, losses if gradient is None else gradient, error_flag.flag_for(anchor), *anchor.stride()[:2],
-         *key.stride()[:2], slots, key_slots, n_rows, n_keys, n_cols, row_offset),
-        SHARPNESS=1 / temperature, WITH_GRADIENT=gradient is not None, **settings)
+        (
+            ceil_div(n_rows, settings["ROWS"]),
+            n_pairs,
+            1 if gradient is None else ceil_div(n_cols, settings["PART"]),
+        ),  # without a gradient no part repeats
+        (
+            anchor,
+            key,
+            pairs,
+            losses,
+            losses if gradient is None else gradient,
+            error_flag.flag_for(anchor),
+            *anchor.stride()[:2],
+            *key.stride()[:2],
+            slots,
+            key_slots,
+            n_rows,
+            n_keys,
+            n_cols,
+            row_offset,
+        ),
+        SHARPNESS=1 / temperature,
+        WITH_GRADIENT=gradient is not None,
+        **settings,
+    )
     return losses
 
 
 @functools.cache  # a Python launch costs more than this kernel runs
 def _settings(dtype: torch.dtype) -> dict[str, Any]:
     tile = SLOT_CONTRAST if dtype.itemsize == 2 else SLOT_CONTRAST_WIDE
-    return {**dict(zip(("ROWS", "KEYS", "COLS", "PART"), tile.block, strict=True)), "DOT": operand(dtype), "ACC": accumulator(dtype),
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {
+        **dict(zip(("ROWS", "KEYS", "COLS", "PART"), tile.block, strict=True)),
+        "DOT": operand(dtype),
+        "ACC": accumulator(dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
-def run(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> Tensor:
+def run(
+    anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean"
+) -> Tensor:
     """See ops/slot_contrast.py."""
     pairs = pairs.contiguous()
     if torch.is_grad_enabled() and anchor.requires_grad:
@@ -196,7 +285,9 @@ def run(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offs
     return losses.mean() if reduction == "mean" else losses.mean(dim=1)
 
 
-def why_not(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean") -> str | None:
+def why_not(
+    anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int = 0, *, reduction: str = "mean"
+) -> str | None:
     """None if the kernels can serve this call."""
     if pairs.shape[0] > 65535 or anchor.shape[0] > 65535:
         return f"a grid has at most 65535 pairs and slots, got {pairs.shape[0]} and {anchor.shape[0]}"

@@ -15,7 +15,9 @@ from star_fast.ops.triton.tiles import SWIGLU
 
 
 @triton.jit
-def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def swiglu_forward(
+    x_ptr, out_ptr, x_row_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
     """out[row, c] = silu(x[row, c]) * x[row, n_cols + c]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -28,8 +30,18 @@ def swiglu_forward(x_ptr, out_ptr, x_row_stride, n_rows, n_cols, ROWS: tl.conste
 
 
 @triton.jit
-def swiglu_backward(x_ptr, dout_ptr, dx_ptr, x_row_stride, dout_row_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                    ACC: tl.constexpr):
+def swiglu_backward(
+    x_ptr,
+    dout_ptr,
+    dx_ptr,
+    x_row_stride,
+    dout_row_stride,
+    n_rows,
+    n_cols,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """da = dout * b * s * (1 + a * (1 - s)); db = dout * a * s; s = sigmoid(a)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -67,7 +79,11 @@ class _SwiGLU(torch.autograd.Function):
         n_cols = dout.shape[-1]
         dx = torch.empty_like(w1w3, memory_format=torch.contiguous_format)
         if n_rows := dout.numel() // n_cols:
-            BACKWARD.launch(_grid(n_rows, n_cols), (x, dout, dx, row_stride, dout_stride, n_rows, n_cols), **_settings(n_cols, x.dtype))
+            BACKWARD.launch(
+                _grid(n_rows, n_cols),
+                (x, dout, dx, row_stride, dout_stride, n_rows, n_cols),
+                **_settings(n_cols, x.dtype),
+            )
         return dx
 
 
@@ -81,7 +97,13 @@ def _tile(n_cols: int) -> tuple[int, int]:
 @functools.cache  # a Python launch costs more than most kernels run
 def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
     rows, block = _tile(n_cols)
-    return {"ROWS": rows, "BLOCK": block, "ACC": accumulator(dtype), "num_warps": SWIGLU.num_warps, "num_stages": SWIGLU.num_stages}
+    return {
+        "ROWS": rows,
+        "BLOCK": block,
+        "ACC": accumulator(dtype),
+        "num_warps": SWIGLU.num_warps,
+        "num_stages": SWIGLU.num_stages,
+    }
 
 
 def _grid(n_rows: int, n_cols: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = tuple(dict.fromkeys(part.shape for part in PROVED))
 CAPABILITIES = (80, 90, 100)
 REGISTER_SLACK = 8  # a new assembler may move registers by one allocation step without a change of ours
+SPILLS_OF_ANOTHER = 64  # bytes, of another Triton: a few words beside hundreds of registers
 # Narrower accesses that are accepted: (start of the kernel's name, shape, "" for all, "load" or "store") and why.
 ACCEPTED_NARROW = {
     ("sample_tokens", "", "store"): "one code a row of logits",
@@ -176,10 +177,12 @@ def named(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return row["kernel"], row["shape"], row["dtype"], row["arch"]
 
 
-def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
-    """What is wrong with a row, each in one line."""
+def faults(row: dict[str, Any], committed: dict[str, Any] | None, same_compiler: bool = True) -> list[str]:
+    """What is wrong with a row, each in one line. Another Triton allocates otherwise: what it takes is held to the
+    device's limits, not to the table's numbers, and a few spilled words are its own.
+    """
     name, found = f"{row['kernel']}, {row['dtype']} at {row['shape']} on {row['arch']}", []
-    if row["spill_bytes"]:
+    if row["spill_bytes"] > (0 if same_compiler else SPILLS_OF_ANOTHER):
         found.append(f"{name}: spills {row['spill_bytes']} bytes of registers; use smaller tiles or more warps")
     limit = MULTIPROCESSORS[int(row["arch"][3:])].shared_bytes_a_program
     if row["shared_bytes"] > limit:
@@ -204,9 +207,9 @@ def faults(row: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
             f"{name}: not in the committed table; run benchmarks/kernel_resources.py and commit what it writes"
         )
     else:
-        if row["registers"] > committed["registers"] + REGISTER_SLACK:
+        if same_compiler and row["registers"] > committed["registers"] + REGISTER_SLACK:
             found.append(f"{name}: {row['registers']} registers, committed {committed['registers']}")
-        if row["shared_bytes"] > committed["shared_bytes"]:
+        if same_compiler and row["shared_bytes"] > committed["shared_bytes"]:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, committed {committed['shared_bytes']}")
         if row["tensor_cores"] != committed["tensor_cores"]:
             found.append(f"{name}: matrix instruction {row['tensor_cores']}, committed {committed['tensor_cores']}")
@@ -316,22 +319,25 @@ def main() -> int:
     rows = compile_all(
         tuple(arguments.shape), tuple(arguments.arch), arguments.kernel, arguments.workers, arguments.triton_only
     )
-    table = RESULTS / "kernel_resources.json"
-    held = json.loads(table.read_text())["rows"] if arguments.check else []
-    committed = {named(r): r for r in held}
-    if not arguments.check:
-        import torch
-        import triton
+    import torch
+    import triton
 
-        versions = {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "ptxas": triton.knobs.nvidia.ptxas.version,
-        }
-        table.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
+    table = RESULTS / "kernel_resources.json"
+    if arguments.check:
+        held = json.loads(table.read_text())
+    else:
+        held = {"versions": versions, "rows": rows}
+        table.write_text(json.dumps(held, indent=1) + "\n")
         table.with_suffix(".md").write_text(markdown(rows, versions))
-        committed = {named(r): r for r in rows}
-    found = [fault for r in rows for fault in faults(r, committed.get(named(r)))]
+    committed = {named(r): r for r in held["rows"]}
+    made_by = held["versions"]["triton"]
+    if made_by != versions["triton"]:
+        print(
+            f"The table is Triton {made_by}'s, here is {versions['triton']}: held to the device's limits and to the "
+            "table's instructions, not to its numbers of registers and shared bytes."
+        )
+    found = [fault for r in rows for fault in faults(r, committed.get(named(r)), made_by == versions["triton"])]
     print("\n".join(found) or f"{len(rows)} rows of {len({named(r)[:3] for r in rows})} kernels: no fault")
     return 1 if found else 0
 

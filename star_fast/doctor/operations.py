@@ -18,8 +18,8 @@ from star_fast.ops.decode_attention import laid_out
 from star_fast.ops.int8_linear import Int8Weight
 from star_fast.ops.kv_cache import KVCache
 
-NONE = "none"
-_NAMES = {"reference": "plain torch", "cpp": "C++", "triton": "Triton", NONE: "nothing can"}
+NONE, ELSEWHERE = "none", "elsewhere"
+_NAMES = {"reference": "plain torch", "cpp": "C++", "triton": "Triton", NONE: "nothing can", ELSEWHERE: "CPU alone"}
 _SHAPE, _DTYPE = "unit", torch.bfloat16
 
 
@@ -40,6 +40,8 @@ def choices(device: str) -> list[Choice]:
 
 
 def _choice(name: str, device: str) -> Choice:
+    if getattr(dispatch.module_of(name), "ONLY_ON", device) != device:
+        return Choice(name, ELSEWHERE, {})
     arguments = _arguments(name, None, device)
     call = getattr(dispatch.module_of(name), name)
     try:

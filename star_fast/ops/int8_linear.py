@@ -12,6 +12,7 @@ from star_fast.ops.shapes import SHAPES
 LARGEST_CODE = 127.0  # of a row's largest entry
 TAKEN_FOR_ZERO = 1e-35  # a row whose largest entry is smaller has no scale that float32 can invert
 MOST_INNER = 65536  # entries of a row: 65536 * 255 * 127 is below 2^31
+ONLY_ON = "cpu"  # the one kind of device that this operation is for
 TILE, BLOCK, GROUP, LANES = 16, 64, 256, 16  # csrc/int8_product.h
 DTYPES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")

@@ -151,6 +151,7 @@ def triton_without_gpu() -> Iterator[Callable[[], object]]:
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     before = driver._active
+    call.kernel.function.device_caches.clear()  # of a GPU that launched it before in this process
     driver.set_active(target)
     try:
         with mock.patch.object(JITFunction, "_do_compile", compile_nothing):

@@ -22,6 +22,7 @@ import torch
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import timing
 from star_fast.config import ModelConfig, TokenizerConfig
 from star_fast.generation import job, sample
 from star_fast.generation.npz_stream import NpzStream
@@ -291,7 +292,7 @@ def measure(size: tuple[int, int, int], quick: bool, before: Path | None, digits
         found = {
             "images": images,
             "turns": turns,
-            "before": before and _commit(before),
+            "before": before and timing.commit_of(before),
             "jobs": whole_jobs(model, images, turns, before),
         }
         if not torch.cuda.is_available():
@@ -300,12 +301,3 @@ def measure(size: tuple[int, int, int], quick: bool, before: Path | None, digits
                 f"{OURS}, int8": shares(model, images, {"products": "int8", "cache": "int8"}),
             }
     return {"shares": {}, **found, "quickstart": quickstart_s(digits, before, turns) if digits else {}}
-
-
-def _commit(checkout: Path) -> str:
-    return (
-        subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=checkout, check=False
-        ).stdout.strip()
-        or "unknown"
-    )

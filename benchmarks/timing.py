@@ -225,24 +225,26 @@ def _int8_products(device: str, edge: int) -> Iterator[Callable[[], object]]:
 
 def environment(device: str) -> dict[str, str | int]:
     """What a published number must carry: device, threads, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
     found: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit_of(Path(__file__).parent),
     }
     if device == "cuda":
         import triton
 
         found |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
     return found
+
+
+def commit_of(checkout: Path) -> str:
+    """As git describes it; "unknown" where there is no git, or no repository, as on a machine that got a copy."""
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False)
+        return done.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def _processor() -> str:

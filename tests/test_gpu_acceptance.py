@@ -22,6 +22,7 @@ case "$2" in
 esac
 echo "$*" >> "$CALLS"
 echo "output of $*"
+[ -n "$KILL" ] && case "$*" in *$KILL*) kill -9 "$(cut -d ' ' -f 4 "/proc/$PPID/stat")" ;; esac
 [ -n "$FAIL" ] && case "$*" in *$FAIL*) exit 3 ;; esac
 exit 0
 """
@@ -30,7 +31,7 @@ exit 0
 class Run:
     """One run of the script with the stand-in."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *parts: str, **environment: str) -> None:
         stand_in = folder / "python"
         stand_in.write_text(STAND_IN)
         stand_in.chmod(0o755)
@@ -43,7 +44,7 @@ class Run:
             **environment,
         }
         done = subprocess.run(
-            ["bash", "scripts/gpu_acceptance.sh"],
+            ["bash", "scripts/gpu_acceptance.sh", *parts],
             cwd=ROOT,
             env={**os.environ, **given},
             capture_output=True,
@@ -72,12 +73,12 @@ def test_from_a_smoke_test_upwards_on_one_screen(tmp_path: Path) -> None:
         "doctor --self-test --device cuda",
         "-m pytest -m gpu",
         "--ignore tests/ops",
+        "kernel_resources.py --check",
         "prepare digits",
         "train --preset tiny",
         "--resume",
         "sample --model",
         "report --run",
-        "kernel_resources.py --check",
         "throughput.py --device cuda --subject ops --json",
         "benchmarks/sampling.py",
         "benchmarks/training.py",
@@ -103,6 +104,34 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     assert run.code == 0
     assert run.report.count("skipped:") >= 4 and "deepspeed or mlxtend is not installed" in run.report
     assert not any("train" in call or "build_ext" in call for call in run.calls)
+
+
+def test_one_part_runs_alone_on_a_fresh_machine(tmp_path: Path) -> None:
+    """Where a call may last ten minutes the parts are called one by one; the sampler is built for each."""
+    run = Run(tmp_path, "speed")
+    ran = [next((word for word in call.split() if word.endswith(".py")), "doctor") for call in run.calls]
+    assert run.code == 0 and ran == [
+        "doctor",
+        "setup.py",
+        *["benchmarks/throughput.py"] * 2,
+        *(f"benchmarks/{name}.py" for name in ("sampling", "training", "plan_check", "loading")),
+    ]
+    assert "scripts/gpu_acceptance.sh speed`" in run.report
+
+
+def test_a_part_that_there_is_not_is_one_line(tmp_path: Path) -> None:
+    run = Run(tmp_path, "speed", "tests")
+    assert run.code == 2 and run.err.splitlines() == [
+        "error: no part tests: expected some of kernels journey speed checkers"
+    ]
+    assert not run.calls and not run.files
+
+
+def test_what_ends_half_way_keeps_its_report(tmp_path: Path) -> None:
+    """A stage that kills the script, as a limit from outside would."""
+    run = Run(tmp_path, KILL="plan_check.py")
+    assert run.code < 0 and "benchmark training | passed" in run.report and "planned" not in run.report
+    assert "output of benchmarks/training.py" in run.details
 
 
 def test_no_gpu_is_one_line(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_on_a_gpu_the_kernels_run_and_the_cpus_code_says_why_not() -> None:
     )
     told = shown("", operations.operations(list(found.values())))
     assert told.count("not cpp") >= 1 and "Triton" in told
+    assert found["int8_linear"] == ("int8_linear", operations.ELSEWHERE, {}) and "CPU alone" in told
 
 
 def test_an_extension_that_is_not_built_shows_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def _quietly(command: list[Any], environment: dict[str, str]) -> None:
     subprocess.run(
         [sys.executable, *command],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": timing.on_path(ROOT), **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

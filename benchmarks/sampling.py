@@ -125,18 +125,19 @@ def _peak_mib(config: SampleConfig) -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
-def measure(device: str, quick: bool, before: Path | None, digits: Path | None) -> dict[str, Any]:
+def measure(device: str, size: str, quick: bool, before: Path | None, digits: Path | None) -> dict[str, Any]:
     """All of it, what must not be disturbed by the rest's memory first."""
-    whole = sampling_whole.measure(SIZES["B"], quick, before, digits)
+    whole = sampling_whole.measure(SIZES[size], quick, before, digits)
     codes_before = sampling_steps.codes_against(before, quick) if before else {}
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
     ceilings_here = timing.ceilings(device, quick)
-    steps = Steps(gpt("B", torch.bfloat16, device), options)
+    steps = Steps(gpt(size, torch.bfloat16, device), options)
     step_ms, how = sampling_steps.step_times(steps, device, quick)
     launches = step_launches(ModelConfig(blocks=36, heads=20, width=1280, vocab=16384, positions=256, num_classes=1000))
     return {
         "environment": timing.environment(device),
         "quick": quick,
+        "size": size,
         "whole": whole,
         "codes_before": codes_before,
         "read_gb_per_s": ceilings_here.read_gb_per_s,
@@ -168,7 +169,7 @@ def text(found: dict[str, Any]) -> str:
         "",
         where + (" (quick: not to publish)" if found["quick"] else ""),
         "",
-        f"GPT-B, 256 px, VQ-16, random weights, guidance 2.0, top-k 2000, {IMAGES} images, bf16.",
+        f"GPT-{found['size']}, 256 px, VQ-16, random weights, guidance 2.0, top-k 2000, {IMAGES} images, bf16.",
         "",
         *sampling_whole.lines(found["whole"]),
         "",
@@ -307,6 +308,7 @@ def main() -> None:
         action="store_true",
         help="few positions and repeats: a check that all runs, not a measurement to publish",
     )
+    parser.add_argument("--size", choices=list(SIZES), default="B", help="of the model that is drawn from")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/sampling.{json,md}")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument(
@@ -323,6 +325,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = measure(
         device,
+        arguments.size,
         arguments.quick,
         arguments.before and arguments.before.resolve(),
         arguments.digits and arguments.digits.resolve(),

@@ -247,6 +247,11 @@ def commit_of(checkout: Path) -> str:
     return "unknown"
 
 
+def on_path(checkout: Path) -> str:
+    """PYTHONPATH of a process that takes its package from this checkout, and all others from where this one does."""
+    return os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")

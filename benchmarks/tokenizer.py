@@ -148,7 +148,7 @@ def measure(config: TokenizerConfig) -> dict[str, object]:
         load = os.getloadavg()[0]
         spent = timing.process(
             [sys.executable, "-m", "star_fast.cli", "prepare", f"{work}/pictures", "--out", f"{work}/codes", *options],
-            {**os.environ, "PYTHONPATH": str(ROOT)},
+            {**os.environ, "PYTHONPATH": timing.on_path(ROOT)},
         )
         judged = judge(Path(work, "codes"), Path(work, "pictures"))
     return {

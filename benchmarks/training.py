@@ -1,7 +1,7 @@
 """One optimizer step, end to end: star_fast against the same objective composed in plain PyTorch, and plain training
 against LlamaGen's way.
 
-    python benchmarks/training.py [--quick] [--profile] [--save] [--json FILE]
+    python benchmarks/training.py [--quick] [--size B|L|XL] [--images N] [--profile] [--save] [--json FILE]
 
 Preset B, 4 images x 2 views, 32 on a GPU (plain training: the same sequences), bf16, dropout 0.1. Each candidate lives
 in a process of its own; they take turns step by step; medians. Memory is a process's peak from before the model is
@@ -52,7 +52,7 @@ CANDIDATES = (OURS, COMPOSED, KEPT, OURS_PLAIN, LLAMAGEN)
 WARM_UP_STEPS = 2
 
 
-def run_config(star: bool, size: str = "B", **train: Any) -> RunConfig:
+def run_config(star: bool, size: str = "B", images: int | None = None, **train: Any) -> RunConfig:
     """The benchmark's run: plain training keeps the views, so that both see as many sequences. tiny: as on the built-in
     digits, with its own images a step.
     """
@@ -65,7 +65,7 @@ def run_config(star: bool, size: str = "B", **train: Any) -> RunConfig:
         config = plain(config)
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, views=VIEWS))
     return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, images_per_step=images_of(config, size), **train)
+        config, train=dataclasses.replace(config.train, images_per_step=images or images_of(config, size), **train)
     )
 
 
@@ -94,7 +94,7 @@ def micro_batch(config: RunConfig, step: int) -> MicroBatch:
 
 
 def build(
-    name: str, device: torch.device, size: str = "B"
+    name: str, device: torch.device, size: str = "B", images: int | None = None
 ) -> tuple[Callable[[int], float], Callable[[int], object] | None, Callable[[], int], RunConfig]:
     """One candidate: its step (number -> loss), its teacher's forward pass alone, the bytes of its lasting state, its
     config.
@@ -102,7 +102,7 @@ def build(
     from star_fast.training.engine import Engine, build_student
 
     star = name in (OURS, COMPOSED, KEPT)
-    config = run_config(star, size)
+    config = run_config(star, size, images)
     student = build_student(config)
     torch.nn.init.normal_(student.transformer.output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
     batches = [[micro_batch(config, step)] for step in range(4)]
@@ -129,7 +129,7 @@ def build(
     return lambda number: float(training.step(batches[number % 4], number)), None, training.state_bytes, config
 
 
-def work(name: str, threads: int, pipe: Connection, size: str = "B") -> None:
+def work(name: str, threads: int, pipe: Connection, size: str = "B", images: int | None = None) -> None:
     """A candidate's process: builds, then answers "step", "teacher", "memory" and "profile" until "end"."""
     torch.set_num_threads(threads)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -138,7 +138,7 @@ def work(name: str, threads: int, pipe: Connection, size: str = "B") -> None:
 
     _, _, device = start_ranks()
     memory = Memory(device)
-    step, teacher, state_bytes, _ = build(name, device, size)
+    step, teacher, state_bytes, _ = build(name, device, size, images)
     losses = [step(number) for number in range(WARM_UP_STEPS)]
     pipe.send(losses)
     number = WARM_UP_STEPS
@@ -206,13 +206,15 @@ def bf16_peak(device_name: str) -> float | None:
     return next((known.bf16_flops_per_s for known in DEVICES if known.name in device_name), None)
 
 
-def measure(names: list[str], repeats: int, threads: int, with_profile: bool, size: str = "B") -> dict[str, Any]:
+def measure(
+    names: list[str], repeats: int, threads: int, with_profile: bool, size: str = "B", images: int | None = None
+) -> dict[str, Any]:
     """Times in ms, peak and state bytes, first losses, the teacher's forward, and a profile of each candidate."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     found: dict[str, Any] = {name: {} for name in names}
     for name in names:
         pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, threads, theirs, size), daemon=True)
+        process = context.Process(target=work, args=(name, threads, theirs, size, images), daemon=True)
         process.start()
         theirs.close()
         pipes[name] = pipe
@@ -251,27 +253,26 @@ def measure(names: list[str], repeats: int, threads: int, with_profile: bool, si
 
 def text(found: dict[str, Any]) -> str:
     """The report as Markdown."""
-    rows, gib = found["candidates"], 2**30
+    rows, gib, images = found["candidates"], 2**30, found["images"]
     where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
     lines = [
         "# A training step",
         "",
         where + (" (quick: not to publish)" if found["quick"] else ""),
         "",
-        f"GPT-B, 256 px, {IMAGES} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of their own "
-        "take turns; medians of "
-        f"{found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to "
+        f"GPT-{found['size']}, 256 px, {images} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of "
+        f"their own take turns; medians of {found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to "
         f"{found['apart']:.0e}).",
         "",
         "| | ms a step | images/s | spread | peak GiB | above state GiB | share of the product ceiling | MFU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        student, teacher = model_flops(run_config(name in (OURS, COMPOSED, KEPT)))
+        student, teacher = model_flops(run_config(name in (OURS, COMPOSED, KEPT), found["size"], images))
         rate = 1e3 * (student + teacher) / row["median_ms"]
         mfu = "" if found["bf16_peak"] is None else f"{rate / found['bf16_peak']:.1%}"
         lines.append(
-            f"| {name} | {row['median_ms']:.0f} | {1e3 * IMAGES / row['median_ms']:.1f} | {row['spread']:.0%} | "
+            f"| {name} | {row['median_ms']:.0f} | {1e3 * images / row['median_ms']:.1f} | {row['spread']:.0%} | "
             f"{row['peak_bytes'] / gib:.2f} | "
             f"{(row['peak_bytes'] - row['state_bytes']) / gib:.2f} | {rate / 1e9 / found['bf16_gflop_per_s']:.0%} "
             f"| {mfu} |"
@@ -319,6 +320,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="three repeats: a check that all runs, not a measurement to publish"
     )
+    parser.add_argument("--size", choices=("B", "L", "XL"), default="B", help="the preset")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images a step, two views each")
     parser.add_argument("--profile", action="store_true", help="also where each candidate's time goes")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/training.{json,md}")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -339,11 +342,14 @@ def main() -> None:
     checking.join()
     if not apart < 1e-4:
         sys.exit(f"the candidates do not compute the same: losses are {apart:.1e} apart")
-    candidates = measure([CANDIDATES[index] for index in arguments.only], repeats, arguments.threads, arguments.profile)
+    names = [CANDIDATES[index] for index in arguments.only]
+    candidates = measure(names, repeats, arguments.threads, arguments.profile, arguments.size, arguments.images)
     peak = bf16_peak(torch.cuda.get_device_name()) if device == "cuda" else None
     found = {
         "environment": timing.environment(device),
         "quick": arguments.quick,
+        "size": arguments.size,
+        "images": arguments.images,
         "repeats": repeats,
         "bf16_gflop_per_s": bf16,
         "apart": apart,

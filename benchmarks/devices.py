@@ -35,15 +35,11 @@ class Multiprocessor(NamedTuple):
     count: int  # multiprocessors of the GPU
 
 
-# Memory and tensor-core peaks are planning's; compute capability and ordinary arithmetic (fp32) are added here.
+_CAPABILITIES = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}
+# The peaks are planning's.
 DEVICES = [
-    Device(name, capability, GPUS[name.lower()].bytes_per_s, GPUS[name.lower()].bf16_flops_per_s, fp32_flops_per_s)
-    for name, capability, fp32_flops_per_s in (
-        ("A100", 80, 19.5e12),
-        ("H100", 90, 67e12),
-        ("H200", 90, 67e12),
-        ("B200", 100, 75e12),
-    )
+    Device(name.upper(), _CAPABILITIES[name], gpu.bytes_per_s, gpu.bf16_flops_per_s, gpu.fp32_flops_per_s)
+    for name, gpu in GPUS.items()
 ]
 
 MULTIPROCESSORS = {

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_fast.ops.int8_linear import Int8Weight, rotated
+
 
 def swiglu(w1w3: Tensor) -> Tensor:
     """The gate as in LlamaGen's FeedForward."""
@@ -74,6 +76,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cos, averaged."""
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """What stands before every convolution of LlamaGen's tokenizer, by torch's operators."""
+    return F.silu(F.group_norm(x, groups, weight, bias, 1e-6))
+
+
+def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The same product in x's own dtype, by torch: what decoding does without 8-bit weights."""
+    return F.linear(x, weight)
+
+
+def in_floats(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """(N, K): the matrix that 8-bit weights stand for. Their rotation turns back by being done again."""
+    rows, columns = weight.shape
+    return rotated(weight.codes() * weight.scale[:rows, None])[:, :columns].to(dtype)
 
 
 def slot_contrast(anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float) -> Tensor:

@@ -28,6 +28,7 @@ from benchmarks.rows import Given, Piece, Row, told, without_figures
 from star_fast.host_memory import keep_freed_memory
 from star_fast.ops import dispatch
 from star_fast.ops.decode_attention import laid_out
+from star_fast.ops.int8_linear import Int8Weight
 
 
 class Subject(NamedTuple):
@@ -50,6 +51,11 @@ SUBJECTS = [
     Subject("swiglu", "swiglu", ("w1w3",)),
     Subject("ema_update", "ema_update", ()),
 ]
+# With a kernel on the CPU alone, where the tokenizer and 8-bit decoding need it.
+CPU_SUBJECTS = [
+    Subject("group_norm_silu", "group_norm_silu", ()),
+    Subject("int8_linear", "int8_linear", ()),
+]
 _CPU_ROWS = 2048  # of linear_cross_entropy's hidden states: the whole batch would take a CPU ten seconds a call
 _MEMORY_SHAPE = (8192, 768, 16384)  # N, D, V of the peak memory comparison
 
@@ -57,9 +63,9 @@ _MEMORY_SHAPE = (8192, 768, 16384)  # N, D, V of the peak memory comparison
 def pieces(given: Given) -> list[Piece]:
     """Each op forward alone without gradients, then forward and backward together where there are gradients."""
     found = []
-    for subject in SUBJECTS:
+    for subject in subjects(given):
         for gradients in ((), subject.gradients) if subject.gradients else ((),):
-            preset, dtype = setting(given)
+            preset, dtype = setting(given, subject)
             name = f"{subject.file} {'forward + backward' if gradients else 'forward'}, {preset} {str(dtype)[6:]}"
             found.append(Piece(name, partial(_made_rows, subject, gradients, name, given)))
     return found + (
@@ -69,18 +75,21 @@ def pieces(given: Given) -> list[Piece]:
     )
 
 
-def setting(given: Given) -> tuple[str, torch.dtype]:
-    """Preset and dtype of the ops' arguments."""
-    return (
-        ("B" if given.quick else "XL", torch.bfloat16)
-        if given.device == "cuda"
-        else ("tiny" if given.quick else "B", torch.float32)
-    )
+def subjects(given: Given) -> list[Subject]:
+    """What has a kernel on the device."""
+    return SUBJECTS if given.device == "cuda" else SUBJECTS + CPU_SUBJECTS
+
+
+def setting(given: Given, subject: Subject) -> tuple[str, torch.dtype]:
+    """Preset and dtype of an op's arguments: on the CPU float32, but bfloat16 where 8 bits stand in for it."""
+    if given.device == "cuda":
+        return "B" if given.quick else "XL", torch.bfloat16
+    return "tiny" if given.quick else "B", torch.bfloat16 if subject.file == "int8_linear" else torch.float32
 
 
 def arguments(subject: Subject, given: Given) -> dict[str, Any]:
     """An op's call at the setting's training shape."""
-    call = importlib.import_module(f"star_fast.ops.{subject.file}").inputs(*setting(given), given.device)
+    call = importlib.import_module(f"star_fast.ops.{subject.file}").inputs(*setting(given, subject), given.device)
     if given.device == "cpu" and subject.file == "linear_cross_entropy":
         call = {**call, "hidden": call["hidden"][:_CPU_ROWS], "target": call["target"][:_CPU_ROWS]}
     return call
@@ -102,7 +111,9 @@ def _rows(
 ) -> list[Row]:
     module = importlib.import_module(f"star_fast.ops.{subject.file}")
     public = getattr(module, subject.function)
-    candidates, failed = {"naive": runner(getattr(naive, subject.function), call, gradients)}, []
+    in_8_bits = isinstance(call.get("weight"), Int8Weight)
+    plain = {**call, "weight": naive.in_floats(call["weight"], call["x"].dtype)} if in_8_bits else call
+    candidates, failed = {"naive": runner(getattr(naive, subject.function), plain, gradients)}, []
     for backend in dispatch.backends(subject.function):
         suited = {**call, "cache": laid_out(call["cache"], backend)} if "cache" in call else call
         run = runner(lambda backend=backend, **kw: public(**kw, backend=backend), suited, gradients)
@@ -129,7 +140,7 @@ def _rows(
     peaks = {backend: memory.allocated_mib(run, device) for backend, run in candidates.items()}
     costs = [module.cost(call), *([module.cost(call, backward=True)] if gradients else [])]
     bytes_moved, flops = sum(cost.bytes_moved for cost in costs), sum(cost.flops for cost in costs)
-    dtype = next(iter(v for v in _tensors(call) if v.is_floating_point())).dtype
+    dtype = torch.int8 if in_8_bits else next(v for v in _tensors(call) if v.is_floating_point()).dtype
     least_ms = ceilings.least_ms(bytes_moved, flops, dtype)
     return failed + [
         Row(
@@ -158,7 +169,7 @@ def main_call(given: Given) -> Callable[[], object]:
             arguments(subject, given),
             subject.gradients,
         )
-        for subject in SUBJECTS
+        for subject in subjects(given)
     }
 
     def call() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -26,13 +27,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import sample_op, sampling_steps, sampling_whole, timing
-from benchmarks.devices import DEVICES
 from benchmarks.sampling_steps import GPU_OPTIONS, IMAGES, OPERATOR, OPTIONS, SIZES, Steps, gpt
 from star_fast.config import ModelConfig
 from star_fast.generation import Decoder
 from star_fast.generation.launch_count import step_launches
 from star_fast.generation.sample import SampleConfig, sample_images
 from star_fast.model.transformer import Transformer
+from star_fast.planning import decoding
+from star_fast.planning.gpus import gpu
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -68,25 +70,17 @@ def batch_dependence(device: str, quick: bool) -> dict[str, str]:
 
 def ceilings(size: str) -> list[tuple[int, float, float]]:
     """Images per second that memory bandwidth allows an H100, guided: (images in a batch, bf16 cache, int8 cache).
-    Weights once a step, the cache to the real length, averaged over an image's positions."""
+    Weights once a step, the cache to the real length, averaged over an image's positions; arithmetic and launches are
+    free.
+    """
     blocks, heads, width = SIZES[size]
-    config = ModelConfig(blocks=blocks, heads=heads, width=width)
-    weights = blocks * (4 * width * width + 3 * width * config.feed_forward) + 16384 * width
-    bytes_per_s = next(device.bytes_per_s for device in DEVICES if device.name == "H100")
-    rows = []
-    for batch in (1, 8, 32, 64, 128, 256):
-        cached = 2 * batch * blocks * 2 * width * 128.5  # 2B rows, keys and values, (T + 1) / 2 positions on average
-        scales = 2 * batch * blocks * 2 * heads * 128.5 * 4
-        rows.append(
-            (
-                batch,
-                *(
-                    batch * bytes_per_s / (256 * (2 * weights + cache_bytes))
-                    for cache_bytes in (2 * cached, cached + scales)
-                ),
-            )
-        )
-    return rows
+    model = ModelConfig(blocks=blocks, heads=heads, width=width, vocab=16384, positions=256, num_classes=1000)
+    reads_alone = decoding.Rates(gpu("h100").bytes_per_s, flops_per_s=math.inf, launch_s=0.0)
+
+    def images_per_s(batch: int, cache: str) -> float:
+        return batch / (model.positions * decoding.step_s(model, batch, reads_alone, cache=cache))
+
+    return [(batch, images_per_s(batch, "model"), images_per_s(batch, "int8")) for batch in (1, 8, 32, 64, 128, 256)]
 
 
 def streaming_memory(quick: bool) -> dict[str, float]:
@@ -132,7 +126,7 @@ def measure(device: str, size: str, quick: bool, before: Path | None, digits: Pa
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
     ceilings_here = timing.ceilings(device, quick)
     steps = Steps(gpt(size, torch.bfloat16, device), options)
-    step_ms, how = sampling_steps.step_times(steps, device, quick)
+    step = sampling_steps.step_times(steps, device, quick)
     launches = step_launches(ModelConfig(blocks=36, heads=20, width=1280, vocab=16384, positions=256, num_classes=1000))
     return {
         "environment": timing.environment(device),
@@ -141,8 +135,9 @@ def measure(device: str, size: str, quick: bool, before: Path | None, digits: Pa
         "whole": whole,
         "codes_before": codes_before,
         "read_gb_per_s": ceilings_here.read_gb_per_s,
-        "step_ms": step_ms,
-        "how": how,
+        "step_ms": {name: timed.median_ms for name, timed in step.items()},
+        "step_spread": {name: timed.spread for name, timed in step.items()},
+        "how": {name: timed.how for name, timed in step.items()},
         "images_per_s": {} if quick else sampling_steps.end_to_end(steps, device),
         "product_ms": {} if device == "cuda" else sampling_steps.product_times(steps, quick),
         "attention": {} if device == "cuda" else sampling_steps.attention_rates(steps, quick),
@@ -187,10 +182,10 @@ def _codes(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Codes alone",
         "",
-        "| | ms a step | images/s | x LlamaGen style | "
+        "| | ms a step | spread | images/s | x LlamaGen style | "
         + ("x before | " if before else "")
         + "x its step's products, F.linear | error of logits |",
-        "|---" * (6 + bool(before)) + "|",
+        "|---" * (7 + bool(before)) + "|",
     ]
     for name, ms in step.items():
         if "products" in name:
@@ -201,7 +196,8 @@ def _codes(found: dict[str, Any]) -> list[str]:
         error = f"{found['errors'][name]:.2%}" if name in found["errors"] else ""
         earlier = (f"{before[name][1] / before[name][0]:.2f} | " if name in before else " | ") if before else ""
         lines.append(
-            f"| {name} | {ms:.1f} | {per_s:.2f} | {per_s / base_per_s:.2f} | {earlier}{ms / products:.2f} | {error} |"
+            f"| {name} | {ms:.1f} | {found['step_spread'][name]:.0%} | {per_s:.2f} | {per_s / base_per_s:.2f} | "
+            f"{earlier}{ms / products:.2f} | {error} |"
         )
     lines += [f"\n{name}: {clock}." for name, clock in found["how"].items() if clock and clock != timing.REPLAYED]
     dependence = "; ".join(f"{dtype}: {what} differ" for dtype, what in found["batch_1_against_64"].items())
@@ -215,7 +211,8 @@ def _codes(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Images/s of {'whole batches' if rate else 'single steps over positions'}. Errors: relative, against the "
+        f"Images/s of {'whole batches' if rate else 'single steps over positions'}. Spread: the middle half of the "
+        "times at a position, over their median, averaged over positions. Errors: relative, against the "
         "float32 model; bf16 rounding "
         'itself is the row "plain".',
         "",

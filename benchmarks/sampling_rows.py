@@ -122,21 +122,21 @@ def _whole(name: str, size: tuple[int, int, int], images: int, given: Given) -> 
 def _steps(given: Given) -> list[Row]:
     options = sampling_steps.GPU_OPTIONS if given.device == "cuda" else sampling_steps.OPTIONS
     steps = sampling_steps.Steps(sampling_steps.gpt("B", torch.bfloat16, given.device), options)
-    step_ms, how = sampling_steps.step_times(steps, given.device, given.quick)
-    work, base = Work(sampling_steps.SIZES["B"], sampling_steps.IMAGES), step_ms["LlamaGen style"]
+    times = sampling_steps.step_times(steps, given.device, given.quick)
+    work, base = Work(sampling_steps.SIZES["B"], sampling_steps.IMAGES), times["LlamaGen style"]
     rows = []
-    for candidate, ms in step_ms.items():
+    for candidate, found in times.items():
         if "products" not in candidate:
             least_ms = work.step_ms(given.ceilings, POSITIONS / 2, *_kinds(candidate))
             rows.append(
                 Row(
                     f"decoding step, B, {work.images} images guided, bf16",
                     candidate,
-                    ms,
-                    None,
-                    base / ms,
-                    least_ms / ms,
-                    how=how[candidate],
+                    found.median_ms,
+                    found.spread,
+                    base.median_ms / found.median_ms,
+                    least_ms / found.median_ms,
+                    how=found.how,
                     ceiling="products or reads",
                 )
             )

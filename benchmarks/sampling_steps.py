@@ -206,13 +206,12 @@ def attention_rates(steps: Steps, quick: bool) -> dict[str, dict[int, tuple[floa
     return found
 
 
-def step_times(steps: Steps, device: str, quick: bool) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of a step by candidate: medians at each of some positions, averaged over the positions of an image;
-    and on CUDA how each was timed.
+def step_times(steps: Steps, device: str, quick: bool) -> dict[str, timing.Timing]:
+    """A step of each candidate: medians at each of some positions, averaged over the positions of an image, and the
+    spreads at them, weighted by the medians; a step grows with its position, which is no spread.
     """
     positions = range(16, 256, 64) if quick else range(4, 256, 8)
-    sums: dict[str, float] = {}
-    how: dict[str, str] = {}
+    at_positions: dict[str, list[timing.Timing]] = {}
     for position in positions:
         # Where the decoder's own graph has it
         at = torch.tensor(position, device=device) if device == "cuda" else position
@@ -223,9 +222,18 @@ def step_times(steps: Steps, device: str, quick: bool) -> tuple[dict[str, float]
         }
         candidates |= {name: lambda p=at, name=name: steps.ours(name, p) for name in steps.decoders}
         for name, found in timing.compare(candidates, device, seconds=0.0, repeats=(3 if quick else 7, 7)).items():
-            sums[name] = sums.get(name, 0.0) + found.median_ms / len(positions)
-            how[name] = found.how
-    return sums, how
+            at_positions.setdefault(name, []).append(found)
+    return {name: _averaged(timings) for name, timings in at_positions.items()}
+
+
+def _averaged(timings: list[timing.Timing]) -> timing.Timing:
+    total_ms = sum(found.median_ms for found in timings)
+    return timing.Timing(
+        total_ms / len(timings),
+        sum(found.spread * found.median_ms for found in timings) / total_ms,
+        sum(found.repeats for found in timings),
+        timings[-1].how,
+    )
 
 
 def end_to_end(steps: Steps, device: str) -> dict[str, float]:

@@ -68,8 +68,11 @@ class Ceilings(NamedTuple):
         )
 
     def least_ms(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
-        """Time that these ceilings allow for so much memory traffic and arithmetic at once."""
-        flops_per_s = 1e9 * (self.fp32_gflop_per_s if dtype == torch.float32 else self.bf16_gflop_per_s)
+        """Time that these ceilings allow for so much memory traffic and arithmetic at once; arithmetic in 8 bits at the
+        rate of bfloat16 where torch has no such product.
+        """
+        rates = {torch.float32: self.fp32_gflop_per_s, torch.int8: self.int8_gop_per_s}
+        flops_per_s = 1e9 * (rates.get(dtype) or self.bf16_gflop_per_s)
         return 1e3 * max(bytes_moved / (1e9 * max(self.read_gb_per_s, self.copy_gb_per_s)), flops / flops_per_s)
 
 

@@ -261,7 +261,8 @@ def text(found: dict[str, Any]) -> str:
         where + (" (quick: not to publish)" if found["quick"] else ""),
         "",
         f"GPT-{found['size']}, 256 px, {images} images x {VIEWS} views, bf16, dropout 0.1. Candidates in processes of "
-        f"their own take turns; medians of {found['repeats']}. Before: both compute one objective (float32, dropout 0, losses equal to "
+        f"their own take turns; medians of {found['repeats']}. Before: both compute one objective (float32, dropout 0, "
+        "losses equal to "
         f"{found['apart']:.0e}).",
         "",
         "| | ms a step | images/s | spread | peak GiB | above state GiB | share of the product ceiling | MFU |",

@@ -83,8 +83,10 @@ from benchmarks import sampling_steps as sampling
 sampling.IMAGES, sampling.SIZES = 2, {"B": (2, 2, 64)}
 with CudaDouble(), dispatch.use_backend("reference"):
     steps = sampling.Steps(sampling.gpt("B", torch.float32, "cuda"), {"plain": ("plain", None)})
-    ms, how = sampling.step_times(steps, "cuda", True)
-print(json.dumps({"ms": ms, "how": how}))
+    at = sampling.step_times(steps, "cuda", True)
+averaged = sampling._averaged([timing.Timing(2.0, 0.5, 7, "x"), timing.Timing(6.0, 0.1, 7, "y")])
+print(json.dumps({"ms": {name: found.median_ms for name, found in at.items()}, "how": at["plain"].how,
+                  "repeats": at["plain"].repeats, "averaged": averaged}))
 """
 )
 
@@ -173,7 +175,8 @@ def test_the_baselines_pixels_are_ours() -> None:
 
 def test_a_decoding_step_is_timed_as_a_replay() -> None:
     found = run(DECODING)
-    assert found["how"]["plain"] == "replay of a CUDA graph"
+    assert found["how"] == "replay of a CUDA graph" and found["repeats"] == 4 * 2  # positions x turns
+    assert found["averaged"] == [4.0, (2.0 * 0.5 + 6.0 * 0.1) / 8.0, 14, "y"]
     assert (
         set(found["ms"]) == {"LlamaGen style", "its products", "our products", "plain"}
         and min(found["ms"].values()) > 0

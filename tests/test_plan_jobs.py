@@ -186,15 +186,22 @@ def test_launches_are_those_of_the_traced_step() -> None:
 
 
 def test_with_nothing_but_bandwidth_the_speeds_are_the_committed_ceilings() -> None:
-    """Of benchmarks/sampling.py, which counts on its own."""
+    """Of benchmarks/sampling.py, and both are what a hand counts: weights in 16 bits once a step; of every row keys and
+    values at 128.5 positions on average, 16 bits or 8 and a float32 a head.
+    """
     ceilings = json.loads((RESULTS / "sampling.json").read_text())["h100_ceilings"]
     limits = decoding.Rates(gpu("h100").bytes_per_s, 1e30, 0.0)
-    assert {"B", "L", "XL"} <= ceilings.keys()
-    for name in ("B", "L", "XL"):
+    sizes = {"B": (12, 12, 768, 2048), "L": (24, 16, 1024, 2816), "XL": (36, 20, 1280, 3584)}
+    assert sizes.keys() <= ceilings.keys()
+    for name, (blocks, heads, width, feed_forward) in sizes.items():
+        weights = 2 * (blocks * (4 * width * width + 3 * width * feed_forward) + 16384 * width)
         for images, bf16, int8 in ceilings[name]:
-            for cache, expected in (("model", bf16), ("int8", int8)):
+            vectors = 2 * images * blocks * 2 * 128.5
+            for cache, committed, bytes_each in (("model", bf16, 2 * width), ("int8", int8, width + 4 * heads)):
                 step_s = decoding.step_s(preset(name).model, images, limits, cache=cache)
+                expected = images * 3.35e12 / (256 * (weights + vectors * bytes_each))
                 assert images / (256 * step_s) == pytest.approx(expected, rel=1e-6)
+                assert committed == pytest.approx(expected, rel=1e-6)
 
 
 def test_each_part_of_a_step_takes_the_longest_of_its_bounds() -> None:

@@ -235,7 +235,7 @@ from benchmarks import naive, ops, rows, timing
 from star_fast.ops import dispatch
 compare = timing.compare
 timing.compare = lambda candidates, device, **_: compare(candidates, device, 0.0, (2, 2))
-ops.SUBJECTS, ops.setting = ops.SUBJECTS[-2:-1], lambda given: ("unit", torch.float32)
+ops.SUBJECTS, ops.setting = ops.SUBJECTS[-2:-1], lambda given, subject: ("unit", torch.float32)
 ops._peak_memory_rows = lambda quick: []
 given = rows.Given("cpu", True, timing.Ceilings(1.0, 1.0, 1.0, 1.0))
 
@@ -274,6 +274,48 @@ def test_a_broken_backend_leaves_the_others_their_figures() -> None:
     assert forward["peak_mib"] >= 3 * 2 * 17 * 256 * 4 / 2**20 and forward["megabytes"] == pytest.approx(
         3 * 102 * 256 * 4 / 1e6
     )
+
+
+NAIVE = """
+import json, torch
+from benchmarks import naive, ops, rows, timing
+from star_fast.ops.int8_linear import Int8Weight
+torch.manual_seed(0)
+apart = {}
+for shape in ((5, 7), (40, 300)):
+    weight = torch.randn(shape)
+    back = naive.in_floats(Int8Weight(weight), torch.float32)
+    apart[str(shape)] = float((back - weight).norm() / weight.norm())
+ceilings = timing.Ceilings(1.0, 1.0, 2.0, 3.0, 5.0)
+least = [ceilings.least_ms(0, 30, dtype) * 1e6 for dtype in (torch.float32, torch.bfloat16, torch.int8)]
+without = ceilings._replace(int8_gop_per_s=None).least_ms(0, 30, torch.int8) * 1e6
+compare = timing.compare
+timing.compare = lambda candidates, device, **_: compare(candidates, device, 0.0, (2, 2))
+ops.SUBJECTS, ops._peak_memory_rows = [], lambda quick: []
+given = rows.Given("cpu", True, ceilings)
+made = [row._asdict() for piece in ops.pieces(given) for row in rows.measured(piece)]
+print(json.dumps({"apart": apart, "least": least, "without": without, "rows": made,
+                  "names": [ceilings.named(1, 30, torch.int8), ceilings.named(100, 1, torch.int8)],
+                  "on_cuda": [piece.name for piece in ops.pieces(given._replace(device="cuda"))]}))
+"""
+
+
+def test_ops_of_the_cpu_alone_stand_beside_their_baselines() -> None:
+    found = run(NAIVE)
+    # 127 levels of a row's largest rotated entry, rounded: about 3.4 / 127 / sqrt(12) of the entries' own size
+    assert all(0.001 < apart < 0.015 for apart in found["apart"].values())
+    assert found["least"] == pytest.approx([15, 10, 6]) and found["without"] == pytest.approx(10)
+    assert found["names"] == ["products, int8", "memory"] and found["on_cuda"] == []
+    by_op: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        by_op.setdefault(row["name"], {})[row["backend"]] = row
+    assert by_op.keys() == {"group_norm_silu forward, tiny float32", "int8_linear forward, tiny bfloat16"}
+    for backends in by_op.values():
+        assert backends.keys() == {"naive", "cpp", "reference"} and backends["naive"]["ratio"] == 1
+        assert all(row["median_ms"] > 0 and row["share"] > 0 and not row["error"] for row in backends.values())
+    # 64 rows, F = 512, D = 128: bytes of codes, correction and scale; x read and written in 16 bits; so many products
+    [row] = {row["megabytes"] for row in by_op["int8_linear forward, tiny bfloat16"].values()}
+    assert row == pytest.approx((1024 * 128 + 4 * 1024 + 64 * (128 + 1024) * 2) / 1e6)
 
 
 MEMORY = """

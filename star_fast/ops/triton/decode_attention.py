@@ -233,7 +233,8 @@ def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tens
         return f"the kernel takes head sizes up to 128, got {qkv.shape[-1]}"
     if (
         cache.k.dtype == torch.float8_e4m3fn
-        and torch.cuda.is_available()
+        and qkv.is_cuda
+        and torch.cuda.is_available()  # fake CUDA tensors need none
         and torch.cuda.get_device_capability(qkv.device) < (8, 9)
     ):
         return "a float8_e4m3fn cache needs compute capability 8.9 or more; int8 works everywhere"

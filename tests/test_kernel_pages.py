@@ -79,6 +79,7 @@ def test_links_lead_somewhere(name: str) -> None:
         assert file.exists(), f"{name}: {target}"
         if re.fullmatch(r"`\w+`", text):
             assert re.search(rf"\b{text.strip('`')}\b", file.read_text()), f"{name}: {target} has no {text}"
+    assert max(map(len, page(name).splitlines())) <= 120
     if "(README.md#on-a-gpu)" in page(name):
         assert "\n## On a GPU\n" in page("README")
 

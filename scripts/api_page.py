@@ -210,12 +210,10 @@ def described(one: Found) -> Iterator[str]:
     if isinstance(one.node, Function):
         yield from explained(one.node, signature(one.source, one.node, whole))
         return
-    fields = list(fields_of(one))
     makes = next((node for node in methods(one.node) if node.name == "__init__"), None)
-    yield from explained(
-        one.node, signature(one.source, makes, whole) if makes is not None and not fields else f"class {whole}"
-    )
-    if makes is not None and not fields:
+    fields = [] if makes is not None else list(fields_of(one))
+    yield from explained(one.node, f"class {whole}" if makes is None else signature(one.source, makes, whole))
+    if makes is not None:
         yield from points_of(makes, "- ")
     if 0 < len(fields) <= MOST_FIELDS:
         yield from ("```python", *fields, "```")

@@ -7,6 +7,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +131,22 @@ def test_bytes_and_flops_are_the_ops_own(name: str) -> None:
     for direction, told in rows.items():
         bytes_moved, flops = cost(arguments(name), **({"backward": True} if direction == "backward" else {}))
         assert told == f"{bytes_moved / 1e6:.1f} | {flops / 1e9:.3f}", direction
+
+
+def test_plain_pytorch_costs_what_is_said() -> None:
+    """As the benchmark counts it now; and the pages say no other number of it."""
+    index = page("README")
+    if not torch.__version__.startswith(re.search(r"\(torch ([\d.]+)\)", index)[1]):
+        pytest.skip("another torch takes other operations")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/plain_bytes.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"\n{done.stdout}\n" in index
+    for name, _, moved, _, backward in re.findall(
+        r"^\| (\w+) \| (\d+) \| (\d+) \| (\d*) \| (\d*) \|$", index, re.MULTILINE
+    ):
+        section = re.search(r"## What a plain implementation costs\n(.*?)\n## ", page(name), re.DOTALL)[1]
+        assert re.search(rf"\b{backward or moved}\s+MB", section), name
 
 
 def test_what_is_said_of_gpus() -> None:

@@ -116,7 +116,7 @@ own_stages='"training", "sampling", "loading"'  # below, in full
 for subject in $("$python" -c "from benchmarks.throughput import SUBJECTS
 print(*(name for name in SUBJECTS if name not in ($own_stages)))"); do
   stage "benchmark $subject" \
-    "shares of the ceiling in its table, and the reasons below it; benchmarks/results/kernel_resources.md for occupancy" \
+    "shares of the ceiling in its table, and the reasons below it; occupancy: benchmarks/results/kernel_resources.md" \
     "$python" benchmarks/throughput.py --device cuda --subject "$subject" --json "${report}_$subject.json"
 done
 stage "benchmark sampling" "its breakdown: launches, products, attention, draw" "$python" benchmarks/sampling.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the cluster lines of README.md as they stand, but for smaller numbers, on two "hosts": network namespaces with
-# names, addresses, sshd and slurmd of their own, joined by a virtual cable. Two ranks on each, on the CPU, with gloo. All
-# must train the same: four ranks, equal losses.
+# names, addresses, sshd and slurmd of their own, joined by a virtual cable. Two ranks on each, on the CPU, with gloo.
+# All must train the same: four ranks, equal losses.
 #
 #     sudo scripts/two_hosts.sh [deepspeed] [torchrun] [slurm]      all where none is named
 #     scripts/two_hosts.sh --lines                       only shows what would be run
@@ -32,8 +32,8 @@ lines() { # NAME: what is run for it
   case $1 in
     deepspeed) smaller "$(line_of 'deepspeed --hostfile')" "$1" " hosts " " $work/hosts " ;;
     torchrun) smaller "$(line_of 'torchrun --nnodes')" "$1" "--nproc-per-node 8" "--nproc-per-node 2" ;;
-    slurm) smaller "$(line_of 'sbatch --nodes')" "$1" "--ntasks-per-node 8 --gpus-per-node 8" \
-      "--ntasks-per-node 2 --gpus-per-node 2 --cpus-per-task 1 --wait --output $work/slurm-job.log" ;;
+    slurm) smaller "$(line_of 'sbatch --nodes')" "$1" "--nodes 2" \
+      "--nodes 2 --ntasks-per-node 2 --gpus-per-node 2 --cpus-per-task 1 --wait --output $work/slurm-job.log" ;;
     *) echo "error: expected deepspeed, torchrun or slurm, got $1" >&2; return 2 ;;
   esac
 }
@@ -132,7 +132,7 @@ case " $* " in *" slurm "*)
   daemon slurmctld node1 slurmctld -D
   for host in $hosts; do daemon slurmd-$host $host slurmd -D; done
   for _ in $(seq 60); do [ "$(on node1 sinfo -h -t idle -o %D 2>/dev/null)" = 2 ] && break; sleep 0.5; done
-  [ "$(on node1 sinfo -h -t idle -o %D)" = 2 ] || { echo "Slurm did not start"; tail -n 15 "$work"/slurm*.log; exit 1; } ;;
+  [ "$(on node1 sinfo -h -t idle -o %D)" = 2 ] || { tail -n 15 "$work"/slurm*.log; exit 1; } ;;
 esac
 
 # A shared file system, as a cluster has, is the one that both see.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with everything that installs without a GPU, from pinned versions. Safe to run again: it does nothing when all is there.
+# Makes .venv with everything that installs without a GPU, from pinned versions. Safe to run again: it does nothing when
+# all is there.
 # usage: scripts/setup.sh [--tests]     --tests: DALI too (0.6 GB), which the quickstart does without
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +18,10 @@ pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@" -c scri
 
 if ! { there "$stamp" && .venv/bin/python -c 'import star_fast' 2>/dev/null; }; then
   python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $python is $("$python" --version); set PYTHON" >&2; exit 2; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: Python 3.11 or newer is needed, $python is $("$python" --version); set PYTHON" >&2
+    exit 2
+  }
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   echo "Installing torch and the build tools into .venv ..."
   pip install torch torchvision numpy setuptools wheel ninja pybind11
@@ -30,7 +34,8 @@ fi
 if [ -n "${tests-}" ] && ! there "$tests_stamp"; then
   echo "Installing what the tests need besides: DALI ..."
   # The extra's requirements alone: naming star_fast again would compile it again.
-  mapfile -t extra < <(.venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["data"], sep="\n")')
+  mapfile -t extra < <(.venv/bin/python -c 'import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["data"], sep="\n")')
   if pip install "${extra[@]}"; then
     printf '%s' "$wanted" > "$tests_stamp"
   else

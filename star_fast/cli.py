@@ -98,7 +98,8 @@ def convert(arguments: list[str]) -> None:
 
 def sample(arguments: list[str]) -> None:
     """star-fast sample ..."""
-    from star_fast.generation.sample import SampleConfig, sample_images
+    from star_fast.generation.sample import sample_images
+    from star_fast.generation.sample_config import SampleConfig
 
     sample_images(parse(SampleConfig, arguments, "star-fast sample", SampleConfig.__doc__ or ""))
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from star_fast.errors import UserError
+from star_fast.generation.batch import Drawer
 from star_fast.generation.grid import grid_size
-
-if TYPE_CHECKING:
-    from star_fast.generation.batch import Drawer
-    from star_fast.generation.sample import SampleConfig
+from star_fast.generation.sample_config import SampleConfig
 
 _MOST_GRID_PIXELS = 2**28  # a picture of them takes 0.8 GB while it is drawn
 _LABEL_BYTES = 8 + 8  # of each image while labels are planned

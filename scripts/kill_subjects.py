@@ -31,11 +31,11 @@ class Subject:
     """
 
     prepare: Callable[[Path], None]  # writes into an empty folder what every run of the job reads; called once
-    # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK
+    # (that folder, work folder, small): the job from its start or from where it was killed, as one rank (RANK and
+    # WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather than
+    # starting most of its time
     run: Callable[[Path, Path, bool], None]
-    # and WORLD_SIZE are set); small: for kills at every sync, with few of them; else for random kills, working rather
-    # than starting most of its time Of a file in the work folder: its bytes without what may differ between runs
-    # (dates, times)
+    # Of a file in the work folder: its bytes without what may differ between runs (dates, times)
     canonical: Callable[[Path], bytes] = Path.read_bytes
     preload: tuple[str, ...] = ()  # modules that every process of it needs
     ignored: tuple[str, ...] = (".lock", ".report.lock")  # names that may be there or not (locks that stay)

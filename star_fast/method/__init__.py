@@ -1,9 +1,10 @@
 """The idea: ST-AR's random choices, objective, student and teacher, for our transformer or anybody's decoder. Read
 objective.py first.
 
-masking     every random choice: views, key masks, dropped labels, positions, as pure functions of seed, epoch or step,
-and image objective   one function an equation, on features alone Student     a model (FeatureModel) and a projector as
-one module; its forward pass returns the losses Teacher     the moving average of the student's model
+    masking     every random choice: views, key masks, dropped labels, positions; pure functions of seed, epoch, image
+    objective   one function an equation, on features alone
+    Student     a model (FeatureModel) and a projector as one module; its forward pass returns the losses
+    Teacher     the moving average of the student's model
 """
 
 from star_fast.config import MethodConfig

@@ -2,9 +2,9 @@
 
     model.safetensors     the student
     teacher.safetensors   the EMA teacher, where there is one
-    config.json           ModelConfig, class names, sha256 of the weights, and the record of the run (method, step,
-    images seen ...) tokenizer/            the VQ tokenizer that made the codes, where it is known README.md
-    a card for people, where the folder is to be shown
+    config.json           ModelConfig, class names, sha256 of the weights, the record of the run (method, step ...)
+    tokenizer/            the VQ tokenizer that made the codes, where it is known
+    README.md             a card for people, where the folder is to be shown
 
 A folder is whole or absent: it is written beside its place, then renamed.
 """

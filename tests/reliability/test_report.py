@@ -23,8 +23,7 @@ import yaml
 from star_fast import cli
 from star_fast.errors import UserError
 from star_fast.evaluation import classifier as classifier_module
-from star_fast.evaluation import page, plots
-from star_fast.evaluation import report as report_module
+from star_fast.evaluation import page, plots, report_material
 from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
 from star_fast.evaluation.limits import explain_out_of_memory, require_memory
 from star_fast.evaluation.probe import ProbeConfig, run_probe
@@ -559,7 +558,7 @@ def test_numbers_of_the_classifier_out_of_range(field: str, value: float) -> Non
 
 
 def test_more_samples_than_memory_should_hold(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "MOST_SAMPLE_BYTES", 8 * 8 * 3 * 100 + 1)
+    monkeypatch.setattr(report_material, "MOST_SAMPLE_BYTES", 8 * 8 * 3 * 100 + 1)
     with one_line("--samples-per-class: expected at most 100 images of 8 x 8 pixels of each of 3 classes, got 101"):
         write_report(ReportConfig(run, **{**QUICK, "samples_per_class": 101}))
 

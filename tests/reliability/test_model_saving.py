@@ -23,7 +23,7 @@ from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import load_model, save_model
 from star_fast.records import to_dict
 from star_fast.storage import StorageError
-from tests.reliability.test_models import NAMES, SMALL, TOKENIZER, model, refusal, same
+from tests.reliability.refused_models import NAMES, SMALL, TOKENIZER, model, refusal, same
 
 
 @pytest.fixture

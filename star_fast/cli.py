@@ -106,7 +106,8 @@ def sample(arguments: list[str]) -> None:
 
 def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
-    from star_fast.evaluation.probe import ProbeConfig, run_probe, table
+    from star_fast.evaluation.probe import ProbeConfig, run_probe
+    from star_fast.evaluation.probe_result import table
 
     config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
     result = run_probe(config)

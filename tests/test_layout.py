@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "presets": {"config"},
     "config_file": {"config", "presets", "records", "storage", "errors"},
     "ops": {"ops"},
-    "model": {"model", "ops", "config", "records", "storage", "errors"},
+    "model": {"model", "host_memory", "ops", "config", "records", "storage", "errors"},
     "method": {"method", "model", "ops", "config"},
     "data": {"data", "model", "config", "records", "storage", "locks", "errors"},
     "training": {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "generation": {"generation", "host_memory", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {
         "evaluation",
+        "host_memory",
         "generation",
         "model",
         "data",
@@ -212,13 +213,13 @@ def test_tests_never_import_benchmarks() -> None:
         assert not any(module.split(".")[0] == "benchmarks" for module in imports(path)), path
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*MODULES, *TESTS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_no_file_over_600_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 600
+def test_no_file_over_500_lines() -> None:
+    """As ruff lays them out. Past 300 look for the noun that is missing."""
+    named = [path for name in ("benchmarks", "scripts", "examples") for path in (ROOT / name).rglob("*.*")]
+    code = [path for path in named if path.suffix in (".py", ".sh")]
+    paths = [*MODULES, *TESTS, *code, *(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert len(lines) > 400 and not {path: count for path, count in lines.items() if count > 500}
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)

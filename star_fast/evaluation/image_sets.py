@@ -2,7 +2,7 @@
 that draws them on the way.
 
 Each is an ImageSet: batches of uint8 images, once through, nothing held but a batch or two; and a record of what
-    decides its pixels.
+decides its pixels.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The first step, whose input is the class, is a graph of its own, captured once a
 kernels take 1 ms for 16 rows: as much as four more positions.
 
 Not measured: the machines that built this have no GPU. The step is traced on fake CUDA tensors by
-    tests/generation/test_device_step.py.
+tests/generation/test_device_step.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Letters: B images, M views, T positions, K sampled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,13 +40,17 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on `device`."""
-        return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same in memory that a GPU copies from without waiting; without a GPU as it is."""
-        if not torch.cuda.is_available():
-            return self
-        return Batch(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
+        return self._with_each(lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else self
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**changed)
 
 
 def make_batch(

@@ -102,6 +102,18 @@ def test_without_a_loss_that_needs_it_the_teacher_computes_nothing() -> None:
     assert Teacher(silent, method, 1).features(*batch.teacher_inputs) == (None, None)
 
 
+def test_moved_as_a_whole() -> None:
+    for changes in ({}, {"mask_ratio": 0.0}):
+        (_, batch), *_ = batches(InMemory(), MethodConfig(**changes), PER_STEP, first=7, end=8)
+        moved = batch.to("meta")
+        for before, after in zip(batch, moved, strict=True):
+            if isinstance(before, Tensor):
+                assert after.device.type == "meta" and (after.shape, after.dtype) == (before.shape, before.dtype)
+            else:
+                assert after == before
+        assert moved.images_seen == 7 * PER_STEP and equal(batch.pinned(), batch)
+
+
 def test_what_does_not_fit_names_the_function() -> None:
     store = InMemory()
     for images_per_step in (0, 11):

@@ -98,14 +98,16 @@ def convert(arguments: list[str]) -> None:
 
 def sample(arguments: list[str]) -> None:
     """star-fast sample ..."""
-    from star_fast.generation.sample import SampleConfig, sample_images
+    from star_fast.generation.sample import sample_images
+    from star_fast.generation.sample_config import SampleConfig
 
     sample_images(parse(SampleConfig, arguments, "star-fast sample", SampleConfig.__doc__ or ""))
 
 
 def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
-    from star_fast.evaluation.probe import ProbeConfig, run_probe, table
+    from star_fast.evaluation.probe import ProbeConfig, run_probe
+    from star_fast.evaluation.probe_result import table
 
     config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
     result = run_probe(config)

@@ -24,8 +24,8 @@ from star_fast.evaluation import attention, evaluate, figure6, probe, stability
 from star_fast.model.weights import load_model, save_model
 from tests.command_lines import COMMANDS, PAGES, lines_of, understood
 from tests.evaluation.conftest import finished_run as finished_run  # a fixture
-from tests.evaluation.test_evaluate import FewFeatures, pictures, write_adm_reference
-from tests.evaluation.test_evaluate import few_features as few_features  # a fixture
+from tests.evaluation.few_features import FewFeatures, pictures, write_adm_reference
+from tests.evaluation.few_features import few_features as few_features  # a fixture
 from tests.generation.small_model import save_small_model
 
 ROOT = Path(__file__).resolve().parents[1]

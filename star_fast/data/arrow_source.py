@@ -29,7 +29,7 @@ class ArrowDataset:
     """Images and labels of a data set on disk, in its own order. Keys are row numbers.
 
     The columns are found by their types: the one of images; the one of class labels, else one of whole numbers or texts
-        that is called like a label.
+    that is called like a label.
 
     Raises:
         DataError: the package is not installed, the folder holds several splits or cannot be read, or the columns

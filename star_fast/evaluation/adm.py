@@ -3,8 +3,9 @@ precision, recall.
 
     FID         Fréchet distance of the pool features (2048) of samples and of the reference
     sFID        the same of the spatial features (2023)
-    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000 in
-    the order that they come precision, recall   manifolds.py, on the pool features
+    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000
+                in the order that they come
+    precision, recall   manifolds.py, on the pool features
 
 Everything but the distances of precision and recall is float64. Features come in batches and are not kept, except the
 pool features, which precision and recall need: 8 KiB an image.

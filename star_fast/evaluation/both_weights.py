@@ -5,7 +5,7 @@ its claims are about no guidance.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from star_fast.evaluation.attention_maps import attention_shares, mean_attention
 from star_fast.evaluation.frechet import frechet_distance_of_features
+from star_fast.evaluation.report_material import Material
 from star_fast.evaluation.runs import codes_of, spread
 from star_fast.evaluation.samples import draw_samples
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import WEIGHTS_FILES, load_model
-
-if TYPE_CHECKING:
-    from star_fast.evaluation.report import Material
 
 ATTENTION_IMAGES = 32  # held-out images that attention is averaged over
 

@@ -2,7 +2,7 @@
 that draws them on the way.
 
 Each is an ImageSet: batches of uint8 images, once through, nothing held but a batch or two; and a record of what
-    decides its pixels.
+decides its pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from star_fast.generation.limits import require_memory
 from star_fast.generation.npz_file import LABELS_MEMBER
 from star_fast.generation.npz_stream import IMAGES_MEMBER
 from star_fast.generation.record import read_finished
-from star_fast.generation.sample import SampleConfig, prepare_drawing
+from star_fast.generation.sample import prepare_drawing
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.records import to_dict
 from star_fast.storage import StorageError
 

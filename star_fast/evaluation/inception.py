@@ -79,7 +79,7 @@ class Inception:
         """Features of uint8 images (N, 3, H, W), of any size, on any device.
 
         Numerics: float32 throughout, TF32 switched off, so that CPU and GPU agree to rounding; not bit for bit between
-            batch sizes.
+        batch sizes.
 
         Raises:
             ValueError: another dtype or shape. UserError: out of memory.

@@ -8,7 +8,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from star_fast.generation.decoder import Decoder
 from star_fast.generation.device import native_dtype
 from star_fast.generation.products import resolve
 from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering, pixel_precision
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from star_fast.generation.sample import SampleConfig
 
 EXACT_IMAGES = PIECE_IMAGES  # of a fixed block: image i is always computed in slot i mod 8 of block i div 8
 _CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

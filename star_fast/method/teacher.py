@@ -108,6 +108,8 @@ class Teacher:
 
         Same tokens as the student's; labels too, dropped ones included, or the true ones (`method.teacher_label`).
         """
+        if not self.method.has_teacher:  # no loss asks for anything
+            return None, None
         if self.method.contrasts and positions is None:
             raise ValueError("Teacher.features: positions must be given where a contrastive loss is on, got none")
         self.settle()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from star_fast.errors import UserError
+from star_fast.host_memory import physical_bytes
 from star_fast.model.bounded_file import BoundedFile, Damaged, StoredTensor, are_sizes, contiguous, open_bounded, short
 from star_fast.model.torch_files import describe
 from star_fast.storage import parse_json
@@ -80,10 +80,10 @@ def hold(module: nn.Module, dtype: torch.dtype, source: str | Path) -> nn.Module
     UserError: more than this machine has.
     """
     needed = sum(tensor.numel() for tensor in module.state_dict().values()) * dtype.itemsize
-    if needed > _physical_memory():
+    if needed > physical_bytes():
         raise UserError(
             f"{source}: its weights take {needed / 2**30:,.1f} GiB of memory in {dtype}, this machine has "
-            f"{_physical_memory() / 2**30:,.1f} GiB"
+            f"{physical_bytes() / 2**30:,.1f} GiB"
         )
     return module.to(dtype).to_empty(device="cpu").eval()
 
@@ -147,10 +147,6 @@ def some(names: Collection[str], separator: str = ", ") -> str:
     return (separator.join(shown) or "nothing") + (
         f"{separator}and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     )
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _safetensors(file: BoundedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -3,9 +3,8 @@ for.
 
 Such a file is a zip archive: a pickle, and one member for each storage. Its directory is read first and every size in
 it held against the file's length; members must be stored as they are (torch.save never packs them); the pickle is read
-without running it (plain_pickle.py); a tensor must lie within its
-storage. Files of torch before 1.6 have no directory that could be checked, and are refused: load and save them again
-    with torch.
+without running it (plain_pickle.py); a tensor must lie within its storage. Files of torch before 1.6 have no directory
+that could be checked, and are refused: load and save them again with torch.
 """
 
 from __future__ import annotations

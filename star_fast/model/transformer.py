@@ -2,8 +2,8 @@
 names.
 
 Letters: B images, M views, T positions, D width, H heads, E head size, F feed-forward width, V codebook, K sampled
-    positions,
-L blocks, N flattened rows, R rows of a decoding batch, n image tokens given. A tensor wears its letters: x_BTD.
+positions, L blocks, N flattened rows, R rows of a decoding batch, n image tokens given. A tensor wears its letters:
+x_BTD.
 
 Position 0 holds the class embedding, position t >= 1 holds image token t - 1; the hidden state at t predicts image
 token t.

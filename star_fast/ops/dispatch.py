@@ -8,17 +8,15 @@ loaded by name at first use, that define functions with the op's own arguments:
     fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
     new_cache(...)     optional, decode_attention: a cache in the layout that `run` reads (see ops/kv_cache.py)
-    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel
-        included
+    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches around a kernel included
 
 `fake` and `launches` are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes
 FakeTensors, and the one place that launches (ops/triton/launching.py) then notes what it would launch.
 
 Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order
-    for the
-device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A backend
-that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives way to
-the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
+for the device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A
+backend that was asked for and cannot serve the call raises with the reason; one that was merely first in the order
+gives way to the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
 """
 
 from __future__ import annotations

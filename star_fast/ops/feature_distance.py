@@ -16,7 +16,7 @@ def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = 
     """mean over n of 1 - cos(student[n], teacher[n]); a vector of norm < 1e-12 has cosine 0 and gradient 0.
 
     Backward, with s, t one row each and c their cosine: ds = -dout / N * (t / |t| - c s / |s|) / |s|. No gradient goes
-        to the teacher.
+    to the teacher.
 
     Args:
         student: (N, D) float, N, D >= 1. Norms below 1e19, so that their squares fit float32.

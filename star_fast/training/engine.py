@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from star_fast.config import RunConfig
 from star_fast.host_memory import keep_freed_memory
+from star_fast.method.batch import Batch
 from star_fast.method.masking import dropout_seed
 from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
@@ -23,7 +24,6 @@ from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
 from star_fast.training import deepspeed_settings, zero1
-from star_fast.training.batches import MicroBatch
 from star_fast.training.masters import masters_of
 from star_fast.training.ranks import import_deepspeed
 from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
@@ -160,18 +160,17 @@ class Engine:
         tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
         return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
-    def losses(self, batch: MicroBatch) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         """The student's losses on one micro-batch; the teacher runs first and hands over features only."""
         self.settle()
         batch = batch.to(self.device)
         torch.manual_seed(dropout_seed(self.config.train.seed, self.rank, batch.images_seen))
         return self.deepspeed(lambda: self._losses(batch))
 
-    def _losses(self, batch: MicroBatch) -> Losses:
+    def _losses(self, batch: Batch) -> Losses:
         teacher_last = keys = None
         if self.teacher is not None:
-            label = batch.label if batch.teacher_label is None else batch.teacher_label
-            teacher_last, keys = self.teacher.features(batch.tokens, label, batch.positions)
+            teacher_last, keys = self.teacher.features(*batch.teacher_inputs)
             keys = self._of_all_ranks(keys)
         images = batch.label.shape[0] // self.config.method.views
         return self.student(
@@ -185,7 +184,7 @@ class Engine:
             self.rank * images,
         )
 
-    def step(self, batches: list[MicroBatch], step: int, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, batches: list[Batch], step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches.
 
         Returns:
@@ -246,7 +245,7 @@ class Engine:
         self.settle()
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> float:
+    def evaluate(self, batches: list[Batch]) -> float:
         """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches
         of all ranks.
 
@@ -259,7 +258,7 @@ class Engine:
         idle = torch.zeros(1, self.config.model.positions, dtype=torch.int64)
         for index in range(self._most(len(batches))):
             counted = index < len(batches)
-            batch = (batches[index] if counted else MicroBatch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(
+            batch = (batches[index] if counted else Batch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(
                 self.device
             )
             losses = self.deepspeed(

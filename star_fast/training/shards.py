@@ -1,9 +1,8 @@
 """A run's state as plain safetensors: what each rank holds, and the same put together for any number of ranks.
 
 As saved: `optimizer-R.safetensors` (rank R's float32 masters and AdamW's moments, by shard) and
-    `teacher-R.safetensors`. Each names in its metadata which
-elements of which parameters its shards hold. Put together: one file a kind, whole tensors by parameter name, which any
-    layout can be filled from.
+`teacher-R.safetensors`. Each names in its metadata which elements of which parameters its shards hold. Put together:
+one file a kind, whole tensors by parameter name, which any layout can be filled from.
 """
 
 from __future__ import annotations

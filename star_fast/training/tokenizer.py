@@ -23,6 +23,7 @@ from star_fast.errors import UserError, printable
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import CONFIG_FILE, VQTokenizer, at_size
 from star_fast.storage import StorageError, read_record, remove_leftovers
+from star_fast.training.tokenizer_limits import SHAPE, require_possible, require_same_shape
 from star_fast.training.tokenizer_report import TrainingRecord
 from star_fast.training.tokenizer_state import (
     RECORD_FILE,
@@ -32,13 +33,7 @@ from star_fast.training.tokenizer_state import (
     require_same_settings,
     require_same_start,
 )
-from star_fast.training.tokenizer_training import (
-    REPORT_FILE,
-    SHAPE,
-    require_possible,
-    require_same_shape,
-    train_tokenizer,
-)
+from star_fast.training.tokenizer_training import REPORT_FILE, train_tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"  # within a code store's
 FINE_TUNING_LR = 1e-4  # (LlamaGen)

@@ -3,8 +3,7 @@ unbroken one would have ended with.
 
 unfinished.json               how many steps are done, of which job, and the sha256 of the file below; replaced whole
 unfinished-STEP.safetensors   weights, their average and Adam's moments, those of the discriminator, the random
-generator, the images still to come,
-                              the codes in use
+                              generator, the images still to come, the codes in use
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class _Steps:
         """One AdamW step on the masters, then the rounded weights to all ranks. Nothing is read back to the host.
 
         With gradients g summed over R ranks: norm n = ||g|| / R; AdamW sees g / (R * max(1, (n + 1e-6) / clip)), and
-            skips the step if n is not finite.
+        skips the step if n is not finite.
         """
         for wait in self._waits:
             wait.wait()

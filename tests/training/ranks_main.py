@@ -1,8 +1,9 @@
 """The jobs of tests/training/test_ranks.py: small trainings through Engine and what they saw. Not a test itself.
 
 One rank runs them in the test's own process; several ranks in one launch of
-    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes is the
-    store)
+
+    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes: the store)
+
 which runs all jobs one after the other and leaves FOLDER/rank-N.pt.
 """
 

@@ -1,10 +1,9 @@
 """One decoding step of attention in one launch: rotary, append to the cache, attend over what is there.
 
 A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows)
-    to 2560 (XL, 128),
-several programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position
-p it moves 4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit
-cache.
+to 2560 (XL, 128), several programs for each multiprocessor, so the sequence is not split further. The step is bound by
+bytes: at position p it moves 4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position)
+with an 8-bit cache.
 """
 
 from __future__ import annotations

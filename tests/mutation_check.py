@@ -1,0 +1,282 @@
+"""Mutation spot-check: does a test fail where the code is wrong? Each fault of tests/faults.txt is put into a copy of
+the tree, one at a time, and the tests that are named for it must fail.
+
+    python tests/mutation_check.py [--list] [--only NAME ...] [--jobs 2] [--save]
+
+faults.txt is written as a diff: "@@ FILE" and "tests: FILES" hold for the faults below them; "# NAME: what goes wrong"
+begins a fault, "- " lines are the text that must be in the file exactly once, "+ " lines what takes its place. A fault
+is caught when a test fails that passes without it. An error of import, syntax or collection catches nothing: the fault
+is badly made. Faults in csrc/ are compiled, so they need a compiler and some minutes; they share a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+FAULTS = ROOT / "tests/faults.txt"
+PAGE = ROOT / "benchmarks/results/mutations.md"
+_PATIENCE_S = 900  # of one run of pytest
+_FAILED = re.compile(r"^FAILED (?P<test>\S+?\.py::.*?)(?: - (?P<reason>.*))?$", re.MULTILINE)
+_BADLY_MADE = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError")
+
+
+class Fault(NamedTuple):
+    """One wrong edit, and the tests that must notice it."""
+
+    name: str
+    harm: str
+    file: str
+    tests: tuple[str, ...]
+    old: str
+    new: str
+
+    def wrong(self, text: str) -> str:
+        """The file's text with the fault in it. Raises ValueError unless `old` is there exactly once."""
+        if (found := text.count(self.old)) != 1:
+            raise ValueError(f"{self.name}: {self.file} holds its text {found} times, expected once: {self.old!r}")
+        return text.replace(self.old, self.new)
+
+
+class Outcome(NamedTuple):
+    """What the tests said of a fault."""
+
+    verdict: str  # "caught", "survived" or "badly made"
+    by: str  # the test that failed, or what happened instead
+    seconds: float
+
+
+def read_faults(text: str) -> list[Fault]:
+    """The faults of a text as tests/faults.txt is written. Raises ValueError at a line that has no place."""
+    faults: list[Fault] = []
+    file, tests = "", ()
+    name, harm, old, new = "", "", [], []
+
+    def close() -> None:
+        if name:
+            if not (old and file and tests):
+                raise ValueError(f"faults: {name} needs a file, tests and a text to replace")
+            faults.append(Fault(name, harm, file, tests, "\n".join(old), "\n".join(new)))
+
+    for line in [*text.splitlines(), "@@ "]:
+        mark, rest = line[:2], line[2:]
+        if mark in ("@@", "# "):
+            close()
+            name, harm, old, new = "", "", [], []
+        if mark == "@@":
+            file, tests = rest.strip(), ()
+        elif mark == "# ":
+            name, _, harm = rest.partition(": ")
+        elif line.startswith("tests: "):
+            tests = tuple(line.split()[1:])
+        elif mark in ("- ", "+ "):
+            (old if mark == "- " else new).append(rest)
+        elif line:
+            raise ValueError(f"faults: expected @@, tests:, #, - or + at the start, got {line!r}")
+    if len({fault.name for fault in faults}) != len(faults):
+        raise ValueError("faults: a name stands there twice")
+    return faults
+
+
+class Copy:
+    """A copy of the tracked tree and the built extension, to be broken and mended again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+        extensions = [str(path.relative_to(ROOT)) for path in ROOT.glob("star_fast/_C*.so")]
+        for name in [*filter(None, listed.split("\0")), *extensions]:
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        # Without byte code: two edits within a second may leave a file's time and size as they were
+        paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "300",
+        }
+
+    @contextlib.contextmanager
+    def with_fault(self, fault: Fault) -> Iterator[None]:
+        """Within the block the copy has the fault, compiled where that is needed."""
+        path, built = self.folder / fault.file, list(self.folder.glob("star_fast/_C*.so"))
+        before = {kept: kept.read_bytes() for kept in (path, *built)}
+        path.write_text(fault.wrong(path.read_text()))
+        try:
+            if fault.file.startswith("csrc/"):
+                self._run("setup.py", "build_ext", "--inplace", STAR_FAST_NO_CUDA="1").check_returncode()
+            yield
+        finally:
+            for kept, content in before.items():
+                kept.write_bytes(content)
+
+    def test(self, files: Sequence[str]) -> Outcome:
+        """Run tests until one fails."""
+        began = time.monotonic()
+        try:
+            done = self._run("-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *files)
+        except subprocess.TimeoutExpired:
+            return Outcome("badly made", f"no end within {_PATIENCE_S} s", time.monotonic() - began)
+        seconds, last = time.monotonic() - began, (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
+        if done.returncode == 0:
+            return Outcome("survived", "", seconds)
+        failed = _FAILED.search(done.stdout)
+        if done.returncode != 1 or not failed or (failed["reason"] or "").startswith(_BADLY_MADE):
+            return Outcome("badly made", f"exit {done.returncode}: {' '.join(last)[:120]}", seconds)
+        return Outcome("caught", failed["test"], seconds)
+
+    def _run(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.folder,
+            env=self.environment | more,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+
+
+class Copies:
+    """As many copies as jobs run at once."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self._free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        for number in range(jobs):
+            self._free.put(Copy(folder / str(number)))
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Copy]:
+        """A copy that nobody else has."""
+        copy = self._free.get()
+        try:
+            yield copy
+        finally:
+            self._free.put(copy)
+
+
+def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
+    """An outcome for each fault, by name. Where the tests fail without it nothing can be judged: it is badly made."""
+    sets = list(dict.fromkeys(fault.tests for fault in faults))
+    compiled = [fault for fault in faults if fault.file.startswith("csrc/")]
+    tasks = [compiled, *([fault] for fault in faults if fault not in compiled)]
+    with (
+        tempfile.TemporaryDirectory(prefix="mutations-") as folder,
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(sets) + len(faults), desc="tests as they are", unit="run") as bar,
+    ):
+        copies = Copies(Path(folder), jobs)
+
+        def unchanged(files: tuple[str, ...]) -> Outcome:
+            with copies.one() as copy:
+                outcome = copy.test(files)
+            bar.update()
+            return outcome
+
+        def broken(task: list[Fault]) -> dict[str, Outcome]:
+            found = {}
+            with copies.one() as copy:
+                for fault in task:
+                    if without[fault.tests].verdict == "survived":
+                        with copy.with_fault(fault):
+                            found[fault.name] = copy.test(fault.tests)
+                    else:
+                        found[fault.name] = Outcome("badly made", f"fails without it: {without[fault.tests].by}", 0.0)
+                    bar.update()
+            return found
+
+        without = dict(zip(sets, pool.map(unchanged, sets), strict=True))
+        bar.set_description("tests with a fault")
+        outcomes = {name: outcome for found in pool.map(broken, tasks) for name, outcome in found.items()}
+    return {fault.name: outcomes[fault.name] for fault in faults}
+
+
+def total(outcomes: dict[str, Outcome]) -> str:
+    """One sentence."""
+    caught = sum(outcome.verdict == "caught" for outcome in outcomes.values())
+    seconds = sum(outcome.seconds for outcome in outcomes.values())
+    return f"{caught} of {len(outcomes)} faults were caught by a test, in {seconds / 60:.0f} minutes of tests."
+
+
+def page(faults: Sequence[Fault], outcomes: dict[str, Outcome]) -> str:
+    """The page in benchmarks/results."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "pytest"))
+    rows = [
+        f"| {fault.name} | {fault.harm} | `{fault.file}` | {_caught_by(outcomes[fault.name])} "
+        f"| {outcomes[fault.name].seconds:.0f} |"
+        for fault in faults
+    ]
+    return "\n".join(
+        [
+            "# Faults put in by hand",
+            "",
+            f"`python tests/mutation_check.py --save`, {datetime.date.today()}, Python {platform.python_version()}, "
+            f"{versions}.",
+            "Each fault of [`tests/faults.txt`](../../tests/faults.txt) is put into a copy of the tree, alone, and the",
+            f"tests named there are run until one fails. {total(outcomes)}",
+            "",
+            "| fault | what goes wrong | file | caught by | s |",
+            "|---|---|---|---|--:|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _caught_by(outcome: Outcome) -> str:
+    return f"`{outcome.by.partition('[')[0]}`" if outcome.verdict == "caught" else f"{outcome.verdict} {outcome.by}"
+
+
+def main() -> int:
+    """The command line. 0: all faults were caught."""
+    parser = argparse.ArgumentParser(description="Put faults in by hand; see whether a test fails.")
+    parser.add_argument("--list", action="store_true", help="name the faults, run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults")
+    parser.add_argument("--jobs", type=int, default=1, help="copies of the tree that are tested at once")
+    parser.add_argument("--save", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    given = parser.parse_args()
+    faults = read_faults(FAULTS.read_text())
+    if unknown := set(given.only or ()) - {fault.name for fault in faults}:
+        parser.error(f"no fault is called {', '.join(sorted(unknown))}; see --list")
+    faults = [fault for fault in faults if not given.only or fault.name in given.only]
+    for fault in faults:
+        fault.wrong((ROOT / fault.file).read_text())
+    table = Table("fault", "what goes wrong", *(() if given.list else ("caught by", "s")))
+    outcomes = {} if given.list else check(faults, given.jobs)
+    for fault in faults:
+        told = [] if given.list else [_caught_by(outcomes[fault.name]), f"{outcomes[fault.name].seconds:.0f}"]
+        table.add_row(fault.name, fault.harm, *told)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if given.list:
+        return 0
+    print(total(outcomes))
+    if given.save:
+        PAGE.write_text(page(faults, outcomes))
+    return int(any(outcome.verdict != "caught" for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

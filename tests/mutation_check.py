@@ -205,6 +205,8 @@ def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
                             found[fault.name] = copy.test(fault.tests)
                     else:
                         found[fault.name] = Outcome("badly made", f"fails without it: {without[fault.tests].by}", 0.0)
+                    if found[fault.name].verdict != "caught":
+                        bar.write(f"{fault.name}: {_caught_by(found[fault.name])}")
                     bar.update()
             return found
 

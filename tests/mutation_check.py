@@ -160,59 +160,39 @@ class Copy:
         )
 
 
-class Copies:
-    """As many copies as jobs run at once."""
-
-    def __init__(self, folder: Path, jobs: int) -> None:
-        self._free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
-        for number in range(jobs):
-            self._free.put(Copy(folder / str(number)))
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[Copy]:
-        """A copy that nobody else has."""
-        copy = self._free.get()
-        try:
-            yield copy
-        finally:
-            self._free.put(copy)
-
-
 def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
     """An outcome for each fault, by name. Where the tests fail without it nothing can be judged: it is badly made."""
-    sets = list(dict.fromkeys(fault.tests for fault in faults))
-    compiled = [fault for fault in faults if fault.file.startswith("csrc/")]
-    tasks = [compiled, *([fault] for fault in faults if fault not in compiled)]
+    groups: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault(fault.tests, []).append(fault)
+    compiled = [tests for tests, those in groups.items() if any(fault.file.startswith("csrc/") for fault in those)]
+    tasks = [compiled, *([tests] for tests in groups if tests not in compiled)]  # one copy compiles: later, only a part
     with (
         tempfile.TemporaryDirectory(prefix="mutations-") as folder,
         ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(sets) + len(faults), desc="tests as they are", unit="run") as bar,
+        tqdm(total=len(groups) + len(faults), unit="run") as bar,
     ):
-        copies = Copies(Path(folder), jobs)
+        copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        for number in range(jobs):
+            copies.put(Copy(Path(folder, str(number))))
 
-        def unchanged(files: tuple[str, ...]) -> Outcome:
-            with copies.one() as copy:
-                outcome = copy.test(files)
-            bar.update()
-            return outcome
-
-        def broken(task: list[Fault]) -> dict[str, Outcome]:
-            found = {}
-            with copies.one() as copy:
-                for fault in task:
-                    if without[fault.tests].verdict == "survived":
+        def judged(task: list[tuple[str, ...]]) -> dict[str, Outcome]:
+            found, copy = {}, copies.get()
+            for tests in task:
+                without = copy.test(tests)
+                bar.update()
+                for fault in groups[tests]:
+                    found[fault.name] = Outcome("badly made", f"the tests fail without it: {without.by}", 0.0)
+                    if without.verdict == "survived":
                         with copy.with_fault(fault):
-                            found[fault.name] = copy.test(fault.tests)
-                    else:
-                        found[fault.name] = Outcome("badly made", f"fails without it: {without[fault.tests].by}", 0.0)
+                            found[fault.name] = copy.test(tests)
                     if found[fault.name].verdict != "caught":
-                        bar.write(f"{fault.name}: {_caught_by(found[fault.name])}")
+                        bar.write(f"{fault.name}: {_caught_by(found[fault.name])}", file=sys.stderr)
                     bar.update()
+            copies.put(copy)
             return found
 
-        without = dict(zip(sets, pool.map(unchanged, sets), strict=True))
-        bar.set_description("tests with a fault")
-        outcomes = {name: outcome for found in pool.map(broken, tasks) for name, outcome in found.items()}
+        outcomes = {name: outcome for found in pool.map(judged, tasks) for name, outcome in found.items()}
     return {fault.name: outcomes[fault.name] for fault in faults}
 
 

@@ -12,7 +12,6 @@ is badly made. Faults in csrc/ are compiled, so they need a compiler and some mi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -119,16 +118,17 @@ class Copy:
             "COLUMNS": "300",
         }
 
-    @contextlib.contextmanager
-    def with_fault(self, fault: Fault) -> Iterator[None]:
-        """Within the block the copy has the fault, compiled where that is needed."""
+    def test_with(self, fault: Fault) -> Outcome:
+        """Run its tests with the fault in the copy, compiled where that is needed; then all is as before."""
         path, built = self.folder / fault.file, list(self.folder.glob("star_fast/_C*.so"))
         before = {kept: kept.read_bytes() for kept in (path, *built)}
         path.write_text(fault.wrong(path.read_text()))
         try:
             if fault.file.startswith("csrc/"):
-                self._run("setup.py", "build_ext", "--inplace", STAR_FAST_NO_CUDA="1").check_returncode()
-            yield
+                done = self._run("setup.py", "build_ext", "--inplace", STAR_FAST_NO_CUDA="1")
+                if done.returncode:
+                    return Outcome("badly made", f"does not compile: {done.stdout[-200:]}", 0.0)
+            return self.test(fault.tests)
         finally:
             for kept, content in before.items():
                 kept.write_bytes(content)
@@ -184,8 +184,7 @@ def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
                 for fault in groups[tests]:
                     found[fault.name] = Outcome("badly made", f"the tests fail without it: {without.by}", 0.0)
                     if without.verdict == "survived":
-                        with copy.with_fault(fault):
-                            found[fault.name] = copy.test(tests)
+                        found[fault.name] = copy.test_with(fault)
                     if found[fault.name].verdict != "caught":
                         bar.write(f"{fault.name}: {_caught_by(found[fault.name])}", file=sys.stderr)
                     bar.update()

@@ -56,6 +56,7 @@ def test_length_of_a_run(store, given: dict[str, float], steps: int) -> None:
 def test_ranks_and_micro_batches_split_the_same_global_batch(store, ranks: int, micro: int) -> None:
     config = resolve(run_config(), store)
     whole = Batches(store, config).step(11)[0]
+    assert torch.equal(whole.tokens, whole.targets[:, :-1]), "the model sees the codes before the one that it predicts"
     split = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_images=micro))
     parts = [Batches(store, split, rank, ranks) for rank in range(ranks)]
     pieces = [part.step(11) for part in parts]

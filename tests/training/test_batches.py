@@ -83,6 +83,8 @@ def test_an_epoch_has_every_training_image_once_and_no_held_out_one(store) -> No
     assert sorted(images) == store.train_indices.tolist()
     again = torch.cat([batches.step(step)[0].targets for step in range(9, 18)])
     assert not torch.equal(seen, again)
+    images_again = [known[row.numpy().tobytes()] for row in again]
+    assert sorted(images_again) == sorted(images) and images_again != images
 
 
 def test_labels_of_one_image_are_dropped_by_view_and_by_epoch(store) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import queue
@@ -97,17 +98,25 @@ def read_faults(text: str) -> list[Fault]:
     return faults
 
 
-class Copy:
-    """A copy of the tracked tree and the built extension, to be broken and mended again."""
+def tracked() -> list[str]:
+    """The files of the tree that git knows, and the built extension."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    built = (str(path.relative_to(ROOT)) for path in ROOT.glob("star_fast/_C*.so"))
+    return [name for name in (*listed.split("\0"), *built) if (ROOT / name).is_file()]
 
-    def __init__(self, folder: Path) -> None:
+
+class Copy:
+    """A copy of the tree, to be broken and mended again.
+
+    Args:
+        files: their paths within the tree.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.folder = folder
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-        extensions = [str(path.relative_to(ROOT)) for path in ROOT.glob("star_fast/_C*.so")]
-        for name in [*filter(None, listed.split("\0")), *extensions]:
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
         # Without byte code: two edits within a second may leave a file's time and size as they were
         paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         self.environment = {
@@ -125,7 +134,7 @@ class Copy:
         path.write_text(fault.wrong(path.read_text()))
         try:
             if fault.file.startswith("csrc/"):
-                done = self._run("setup.py", "build_ext", "--inplace", STAR_FAST_NO_CUDA="1")
+                done = self._build()
                 if done.returncode:
                     return Outcome("badly made", f"does not compile: {done.stdout[-200:]}", 0.0)
             return self.test(fault.tests)
@@ -134,30 +143,57 @@ class Copy:
                 kept.write_bytes(content)
 
     def test(self, files: Sequence[str]) -> Outcome:
-        """Run tests until one fails."""
+        """Run tests until one fails, in a process that has loaded torch already."""
         began = time.monotonic()
-        try:
-            done = self._run("-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *files)
-        except subprocess.TimeoutExpired:
-            return Outcome("badly made", f"no end within {_PATIENCE_S} s", time.monotonic() - began)
-        seconds, last = time.monotonic() - began, (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-        if done.returncode == 0:
+        said = self.folder / "pytest.txt"
+        process = _PROCESSES.Process(target=_pytest, args=(self.folder, self.environment, said, tuple(files)))
+        process.start()
+        process.join(_PATIENCE_S)
+        seconds = time.monotonic() - began
+        if process.exitcode is None:
+            process.kill()
+            return Outcome("badly made", f"no end within {_PATIENCE_S} s", seconds)
+        if process.exitcode == 0:
             return Outcome("survived", "", seconds)
-        failed = _FAILED.search(done.stdout)
-        if done.returncode != 1 or not failed or (failed["reason"] or "").startswith(_BADLY_MADE):
-            return Outcome("badly made", f"exit {done.returncode}: {' '.join(last)[:120]}", seconds)
+        text = said.read_text()
+        failed = _FAILED.search(text)
+        if process.exitcode != 1 or not failed or (failed["reason"] or "").startswith(_BADLY_MADE):
+            last = " ".join(text.strip().splitlines()[-1:])
+            return Outcome("badly made", f"exit {process.exitcode}: {last[:120]}", seconds)
         return Outcome("caught", failed["test"], seconds)
 
-    def _run(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def _build(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *arguments],
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
             cwd=self.folder,
-            env=self.environment | more,
+            env=self.environment | {"STAR_FAST_NO_CUDA": "1"},
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_S,
             check=False,
         )
+
+
+# Forked off one that has imported what takes seconds; star_fast and the tests each imports afresh, from its copy
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch", "torch.testing", "torch._dynamo", "triton", "deepspeed", "pytest"])
+
+
+def _pytest(folder: Path, environment: dict[str, str], said: Path, files: Sequence[str]) -> None:
+    """The body of such a process: pytest on a copy, its words into the file `said`, its status as the exit status."""
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT / "tests"))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("star_fast", "tests")]:
+        del sys.modules[name]
+    import pytest
+
+    status = pytest.main(["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *files])
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
@@ -166,6 +202,7 @@ def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
     for fault in faults:
         groups.setdefault(fault.tests, []).append(fault)
     compiled = [tests for tests, those in groups.items() if any(fault.file.startswith("csrc/") for fault in those)]
+    files = tracked()
     tasks = [compiled, *([tests] for tests in groups if tests not in compiled)]  # one copy compiles: later, only a part
     with (
         tempfile.TemporaryDirectory(prefix="mutations-") as folder,
@@ -174,7 +211,7 @@ def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
     ):
         copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         for number in range(jobs):
-            copies.put(Copy(Path(folder, str(number))))
+            copies.put(Copy(Path(folder, str(number)), files))
 
         def judged(task: list[tuple[str, ...]]) -> dict[str, Outcome]:
             found, copy = {}, copies.get()
@@ -239,6 +276,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="copies of the tree that are tested at once")
     parser.add_argument("--save", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     given = parser.parse_args()
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # as tests/conftest.py, but before Triton is imported
     faults = read_faults(FAULTS.read_text())
     if unknown := set(given.only or ()) - {fault.name for fault in faults}:
         parser.error(f"no fault is called {', '.join(sorted(unknown))}; see --list")

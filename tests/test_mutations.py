@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation_check import FAULTS, ROOT, Copy, Fault, read_faults
+from tests.mutation_check import _PROCESSES, FAULTS, ROOT, Copy, Fault, read_faults
 
 ALL = read_faults(FAULTS.read_text())
 
@@ -70,6 +70,7 @@ def test_a_list_that_makes_no_sense_is_refused(text: str, complaint: str) -> Non
 )
 def test_verdicts(tmp_path: Path, body: str, verdict: str) -> None:
     """Only a test that ran and failed catches a fault."""
+    _PROCESSES.set_forkserver_preload([])  # no torch for these
     copy = Copy(tmp_path, [])
     (tmp_path / "test_it.py").write_text(body)
     outcome = copy.test(["test_it.py"])

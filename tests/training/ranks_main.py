@@ -95,15 +95,16 @@ def read(named: Any) -> dict[str, Tensor]:
 
 
 def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int) -> dict[str, Any]:
-    """A few steps: mean losses of all ranks, student and teacher after each."""
+    """A few steps: mean losses of all ranks, gradient norms, student and teacher after each."""
     engine, batches = start(config, store, device)
     saved: dict[str, Any] = {
         "student": [whole(engine, engine.masters.tensors())],
         "teacher": [whole(engine, engine.teacher.masters)],
     }
-    terms = []
+    terms, norms = [], []
     for step, micro in batches.steps(0, steps):
-        losses, _ = engine.step(micro, step, config.lr)
+        losses, norm = engine.step(micro, step, config.lr)
+        norms.append(float(norm))
         dist.all_reduce(losses)
         terms.append(losses / engine.ranks)
         saved["student"].append(whole(engine, engine.masters.tensors()))
@@ -111,6 +112,7 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int)
     engine.settle()
     return saved | {
         "losses": torch.stack(terms),
+        "norms": torch.tensor(norms),
         "copies": read(engine.teacher.model.named_parameters()),
         "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters()),
     }

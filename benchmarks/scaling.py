@@ -45,7 +45,8 @@ SHORT = {  # of a curve's name, in the legend
     "star-fast ": "",
 }
 READING = (
-    "Across: how many times as large the size is\nas at the curve's first point; up: how many\ntimes the cost is (time or memory)."
+    "Across: how many times as large the size is\nas at the curve's first point; up: how many\n"
+    "times the cost is (time or memory)."
     "\n\nSolid: measured. Dashed, in the same colour:\nwhat the counted work alone would give.\n\n"
     "Exponents are the slopes: $B^{1.00}$ doubles\nwith B, $B^{2.00}$ takes four times as long.\n"
     "Below theory: a cost that stays (calls, weights\nthat all rows share) is spread over more."

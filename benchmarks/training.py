@@ -340,6 +340,7 @@ def main() -> None:
     pipe, theirs = context.Pipe()
     checking = context.Process(target=difference, args=(arguments.threads, theirs))
     checking.start()
+    theirs.close()  # else one that fails would be waited for without end
     apart = pipe.recv()
     checking.join()
     if not apart < 1e-4:

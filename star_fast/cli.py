@@ -196,7 +196,7 @@ def doctor(arguments: list[str]) -> int:
                 "self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them"
             )
     if missing:
-        print(f"missing: {', '.join(missing)}")
+        print(printable(f"missing: {', '.join(missing)}"))
     return 1 if missing else 0
 
 

@@ -229,6 +229,18 @@ def test_the_linter_and_the_formatter_are_content(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_lines_of_120_columns_where_the_linter_does_not_look() -> None:
+    sources = [path for folder in ("csrc", "tests/csrc") for path in (ROOT / folder).iterdir() if path.is_file()]
+    paths = [*sources, *(ROOT / "scripts").glob("*.sh"), ROOT / "pyproject.toml", ROOT / "setup.py"]
+    assert len(sources) > 30 and len(paths) > len(sources) + 5  # they are found
+    assert not [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted(paths)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+
+
 def test_no_drawer_files_and_no_package_names() -> None:
     for path in [*PACKAGE.rglob("*")]:
         assert path.stem not in FORBIDDEN_NAMES, f"{path}: a function without a home means a missing room"

@@ -27,7 +27,8 @@ esac
 def project(tmp_path: Path) -> Path:
     for name in ("scripts", "csrc"):
         (tmp_path / name).mkdir()
-    for name in ("scripts/setup.sh", "scripts/constraints.txt", "pyproject.toml", "setup.py", "csrc/schema.cpp"):
+    scripts = ("scripts/setup.sh", "scripts/environment.sh", "scripts/constraints.txt")
+    for name in (*scripts, "pyproject.toml", "setup.py", "csrc/schema.cpp"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)

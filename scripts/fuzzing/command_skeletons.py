@@ -235,6 +235,13 @@ def _train(random: Random, whole: bool) -> list[str]:
     ]
 
 
+def _doctor(random: Random, whole: bool) -> list[str]:
+    """The kernels are tested on a device that is not there: on the others that takes longer than an input may."""
+    if whole:
+        return random.choice(([], ["--weights", random.choice(("run", "run/model", "store", "released"))]))
+    return ["--self-test", "--device", random.choice(("cuda:99", "cuda:", "meta", "tpu", "\x1b[31m", "x" * 300))]
+
+
 def _data(random: Random, whole: bool) -> list[str]:
     """One of its commands; a store that is shown, imported or exported whole is small."""
     command = random.choice((*data_commands.DATA_COMMANDS, random.choice(WORDS)))
@@ -261,4 +268,5 @@ SKELETONS = {
     "evaluate": _evaluate,
     "paper": _paper,
     "demo": _demo,
+    "doctor": _doctor,
 }

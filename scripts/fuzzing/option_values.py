@@ -242,7 +242,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "probe": dict(options_of(ProbeConfig)),
     "report": dict(options_of(ReportConfig)),
     "train": dict(options_of(train.TrainCommand, {"config": ""})) | {"--preset": str, "--config": str},
-    "doctor": {},
+    "doctor": dict(options_of(cli.DoctorCommand)),
     "presets": {},
     "attention": dict(options_of(AttentionConfig)),
     "stability": dict(options_of(StabilityConfig)),
@@ -250,10 +250,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "evaluate": dict(options_of(EvaluateConfig)),
     "paper": dict(options_of(cli.PaperCommand)),
     "demo": dict(options_of(demo.DemoCommand)),
-    "plan": dict(options_of(plan_commands.PlanCommand, {"config": "", "config_file": "config"})),
 }
+for _name, _command in (
+    ("plan", plan_commands.PlanCommand),
+    ("plan sample", plan_commands.PlanSampleCommand),
+    ("plan prepare", plan_commands.PlanPrepareCommand),
+):
+    OPTIONS[_name] = dict(options_of(_command, {"config": "", "config_file": "config"}))
 for _command, _positional in (("prepare", "--source"), ("paper", "--exhibit"), ("demo", "--model")):
     OPTIONS[_command].pop(_positional)
+OPTIONS["doctor"].pop("--self-test")  # seconds: only with a device that is not there
 OPTIONS["data"] = {
     name: hint
     for kind in ("Show", "Import", "Export")
@@ -272,7 +278,7 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
         return [random.choice(("out/plan.json", "out/plan.json", "/proc/new.json", "/dev/null/x.json"))]
     if option == "--out" or (option == "--run" and command in ("train", "train.py")):
         return [random.choice({"sample": FILES_TO_WRITE, "evaluate": RESULTS_TO_WRITE}.get(command, PLACES))]
-    if option in _PATHS:
+    if option in _PATHS or (option == "--weights" and command == "doctor"):
         return [random.choice((*BROKEN, *(() if whole else HERE)))]
     if option == "--device":
         return [random.choice(DEVICES)]
@@ -281,7 +287,9 @@ def value_of(random: Random, command: str, option: str, whole: bool) -> list[str
     if typing.get_origin(hint) is typing.Literal:
         return [random.choice((*(list(map(str, typing.get_args(hint))) * 3), random.choice(WORDS)))]
     if typing.get_origin(hint) is tuple:
-        return random.choices(NUMBERS, k=random.choice((0, 1, 2, 3, 20)))
+        (kind_of_one, *_) = typing.get_args(hint)
+        named = typing.get_args(kind_of_one) if typing.get_origin(kind_of_one) is typing.Literal else ()
+        return random.choices((*named * 8, *WORDS) if named else NUMBERS, k=random.choice((0, 1, 2, 3, 20)))
     if hint is bool:
         # Settings of a run are no flags
         return [random.choice(("True", "False"))] if "." in option and command != "evaluate" else []

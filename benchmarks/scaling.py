@@ -144,6 +144,8 @@ def draw(curves: list[Curve], file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(sorted(sizes) if over != "T" else [1, 2, 4, 8])
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.8), max(high, 2.2))  # a doubling is always in sight, and what stays looks flat
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(lambda value, _: f"{value:.3g}x")
         axis.minorticks_off()

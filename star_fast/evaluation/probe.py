@@ -198,7 +198,7 @@ class OtherProbe:
 class Subject:
     """What is probed: features of three sets of images, and what is known of them."""
 
-    sets: list[Features]  # to learn from, to be judged on, and (of several learning rates) kept aside
+    sets: Sequence[Features]  # to learn from, to be judged on, and (of several learning rates) kept aside
     rows: list[Tensor]  # of the store, (N,) int64 each
     labels: list[Tensor]  # (N,) int64 each
     judged_on: str
@@ -292,7 +292,8 @@ def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConf
     positions, device = probe_positions(model.config.positions, config.points), take_device(config.device)
     images = sum(len(each.rows) * len(each.views) for each in wanted)
     rank, ranks = rank_and_ranks()
-    settings = {"batch_images": config.batch_images, "device": device}
+    sets: Sequence[Features]
+    settings: dict[str, Any] = {"batch_images": config.batch_images, "device": device}
     if (
         not config.features
         and ranks == 1

@@ -118,8 +118,8 @@ class Material:
     tokenizer: VQTokenizer
     source: RealImages | None  # None where it is not known
     real: Tensor | None = None  # (N, C, H, W) uint8 of `rows`; None where the source of the images is not known
-    samples: SampleSet | None = None
-    reconstruction: Reconstruction | None = None
+    samples: SampleSet = field(init=False, repr=False)  # these two are measured first
+    reconstruction: Reconstruction = field(init=False, repr=False)
     attention: list[report_sections.AttentionExample] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     against: Figures | None = None  # of the other run's report
@@ -290,7 +290,7 @@ def _sample(material: Material) -> None:
 
 def _reconstruct(material: Material) -> None:
     material.reconstruction = reconstruct_held_out(material.run.store, material.tokenizer, material.rows)
-    figures = {
+    figures: dict[str, Any] = {
         "held_out_images": len(material.rows),
         "codes_used": material.reconstruction.codes_used,
         "codebook": material.reconstruction.codebook,
@@ -314,6 +314,7 @@ def _classify(material: Material) -> None:
     if reason is not None:
         material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
+    assert material.source is not None and material.real is not None
     material.classifier = classifier = _classifier(material, material.source)
     samples, real, rebuilt = (
         classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images)
@@ -341,6 +342,7 @@ def _classify(material: Material) -> None:
 
 def _compare_with_training(material: Material, samples: Tensor, held_out: Tensor) -> None:
     """Samples against the training images of their classes, by the classifier's features."""
+    assert material.source is not None and material.classifier is not None
     store = material.run.store
     learn = store.train_indices
     most = max(1, min(MOST_TRAINING_IMAGES, MOST_COMPARED_BYTES // (material.source.channels * store.image_size**2)))

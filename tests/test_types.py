@@ -60,7 +60,9 @@ def test_what_the_type_checker_overlooks_has_a_reason() -> None:
 
 
 def test_other_packages_are_told_of_the_types(tmp_path: Path) -> None:
-    """py.typed lies in what is installed: without it a type checker takes everything of star_fast for Any."""
+    """py.typed lies in what is installed (setuptools takes it along by itself): without it a type checker takes
+    everything of star_fast for Any.
+    """
     build = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
     environment = {**os.environ, "STAR_FAST_NO_EXT": "1"}
     done = subprocess.run(

@@ -33,15 +33,15 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(
-            *(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self)
+        return MicroBatch._make(
+            value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self
         )
 
     def pinned(self) -> MicroBatch:
         """The same in memory that a GPU copies from without waiting; without a GPU as it is."""
         if not torch.cuda.is_available():
             return self
-        return MicroBatch(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
+        return MicroBatch._make(value.pin_memory() if isinstance(value, Tensor) else value for value in self)
 
 
 def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
@@ -145,8 +145,8 @@ class Batches:
         true = np.broadcast_to(self.store.labels.numpy()[images][:, None], dropped.shape)
         label = torch.from_numpy(np.where(dropped, model.num_classes, true).astype(np.int64).ravel())
         kept = torch.from_numpy(true.astype(np.int64).ravel()) if method.teacher_label == "kept" else None
-        keep = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
-        keep = None if keep is None else torch.from_numpy(keep).flatten(0, 1)
+        visible = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
+        keep = None if visible is None else torch.from_numpy(visible).flatten(0, 1)
         return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen, kept)
 
     def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -154,6 +154,7 @@ class Batches:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead = pool.submit(self.step, first) if first < end else None
             for step in range(first, end):
+                assert ahead is not None, "there is a next step"
                 batches = ahead.result()
                 ahead = pool.submit(self.step, step + 1) if step + 1 < end else None
                 yield step, batches

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,11 @@ def test_the_tests_get_dali_and_the_quickstart_does_not_wait_for_it() -> None:
         line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if "==" in line
     )
     assert "nvidia-dali-cuda130" in pinned
+
+
+def test_what_the_tests_run_as_a_program_is_installed_and_pinned() -> None:
+    """Another version of a linter or a type checker finds other faults in the same code."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    pinned = [line.partition("==")[0] for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()]
+    for name in ("ruff", "mypy"):
+        assert any(one.startswith(f"{name}>=") for one in extra) and name in pinned

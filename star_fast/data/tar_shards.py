@@ -103,7 +103,7 @@ class TarShards:
         again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
         if not len(again):
             return
-        seen = {}
+        seen: dict[str, list[int]] = {}
         for index in np.flatnonzero(np.isin(hashes, hashes[again])).tolist():
             seen.setdefault(self.files[index], []).append(index)
         dropped = sorted(index for indices in seen.values() for index in indices[1:])

@@ -10,9 +10,10 @@ training. The features are taken once (probe_features.py) for all depths and lea
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class ProbeConfig:
 class Subject:
     """What is probed: features of three sets of images, and what is known of them."""
 
-    sets: list[Features]  # to learn from, to be judged on, and (of several learning rates) kept aside
+    sets: Sequence[Features]  # to learn from, to be judged on, and (of several learning rates) kept aside
     rows: list[Tensor]  # of the store, (N,) int64 each
     labels: list[Tensor]  # (N,) int64 each
     judged_on: str
@@ -217,7 +218,8 @@ def _extract(model: Transformer, store: CodeStore, depth: int, config: ProbeConf
     positions, device = probe_positions(model.config.positions, config.points), take_device(config.device)
     images = sum(len(each.rows) * len(each.views) for each in wanted)
     rank, ranks = rank_and_ranks()
-    settings = {"batch_images": config.batch_images, "device": device}
+    sets: Sequence[Features]
+    settings: dict[str, Any] = {"batch_images": config.batch_images, "device": device}
     if (
         not config.features
         and ranks == 1

@@ -94,6 +94,7 @@ def write_reference(
     StorageError where it cannot be written.
     """
     gaussians = statistics.gaussians()
+    assert gaussians.mu_s is not None and gaussians.sigma_s is not None, "only files of others lack them"
     atomic_write_json(Path(path).with_suffix(".json"), record)
     with atomic_writer(path) as file:
         np.savez(

@@ -100,8 +100,8 @@ class Material:
     tokenizer: VQTokenizer
     source: RealImages | None  # None where it is not known
     real: Tensor | None = None  # (N, C, H, W) uint8 of `rows`; None where the source of the images is not known
-    samples: SampleSet | None = None
-    reconstruction: Reconstruction | None = None
+    samples: SampleSet = field(init=False, repr=False)  # these two are measured first
+    reconstruction: Reconstruction = field(init=False, repr=False)
     attention: list[AttentionExample] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     against: Figures | None = None  # of the other run's report

@@ -62,7 +62,7 @@ def _sample(material: Material) -> None:
 
 def _reconstruct(material: Material) -> None:
     material.reconstruction = reconstruct_held_out(material.run.store, material.tokenizer, material.rows)
-    figures = {
+    figures: dict[str, Any] = {
         "held_out_images": len(material.rows),
         "codes_used": material.reconstruction.codes_used,
         "codebook": material.reconstruction.codebook,
@@ -86,6 +86,7 @@ def _classify(material: Material) -> None:
     if reason is not None:
         material.figures |= {"classifier": None, "classifier_not_computed": reason}
         return
+    assert material.source is not None and material.real is not None
     material.classifier = classifier = _classifier(material, material.source)
     samples, real, rebuilt = (
         classifier.judge(images) for images in (material.samples.images, material.real, material.reconstruction.images)
@@ -113,6 +114,7 @@ def _classify(material: Material) -> None:
 
 def _compare_with_training(material: Material, samples: Tensor, held_out: Tensor) -> None:
     """Samples against the training images of their classes, by the classifier's features."""
+    assert material.source is not None and material.classifier is not None
     store = material.run.store
     learn = store.train_indices
     most = max(1, min(MOST_TRAINING_IMAGES, MOST_COMPARED_BYTES // (material.source.channels * store.image_size**2)))

@@ -69,7 +69,8 @@ class Drawer:
             UserError: the model's numbers are not finite, or the memory does not suffice.
         """
         with _explained(self.config):
-            if self._decoder is None:  # not before it is known that there is something to draw
+            # Not before it is known that there is something to draw
+            if self._decoder is None or self._renderer is None:
                 self._decoder = self._new_decoder(self.images_together)
                 self._renderer = Renderer(
                     self._tokenizer, self.device, self.config.pixels, float32=self._float32_pixels
@@ -87,6 +88,7 @@ class Drawer:
     def _codes(self, index: Tensor, labels: Tensor) -> Tensor:
         label = torch.where(index < len(labels), labels[index.clamp(max=len(labels) - 1)], 0)
         c = self.config
+        assert self._decoder is not None, "start makes one"
         return self._decoder.generate(
             label,
             guidance=c.guidance,

@@ -149,6 +149,7 @@ class Decoder:
 
     def _generate_on_device(self, label: Tensor, image_index: Tensor, sampling: Sampling) -> Tensor:
         """The same loop with everything that changes held on the device: each position replays a captured graph."""
+        assert self._graphs is not None, "on CUDA only"
         state = self._graphs.state(len(label), self.config.positions, self.device)
         kinds = [(sampling.guided_at(position), position == 0) for position in range(self.config.positions)]
         replay = {kind: self._graphs.step(self.advance, state, sampling, *kind) for kind in dict.fromkeys(kinds)}

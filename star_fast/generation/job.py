@@ -297,6 +297,7 @@ class Job:
         return self.parts / f"batch-{number:07d}.npy"
 
     def _png(self, image: int) -> Path:
+        assert self.pngs is not None, "asked only where PNGs are wanted"
         return self.pngs / f"{image:06d}.png"
 
     def _start(self, number: int) -> Rendering:

@@ -93,9 +93,8 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _amount(size: int) -> str:
+def _amount(size: float) -> str:
     """A number of bytes for people."""
-    size = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"

@@ -68,7 +68,7 @@ class StepGraphs:
     def __init__(self) -> None:
         self._states: dict[int, DeviceState] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._pool = None
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def state(self, batch: int, positions: int, device: torch.device) -> DeviceState:
         """The state of this batch size, allocated at its first use."""

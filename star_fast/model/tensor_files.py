@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from star_fast.model.bounded_file import BoundedFile, Damaged, StoredTensor, are
 from star_fast.model.torch_files import describe
 from star_fast.storage import parse_json
 
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 _NAMES_SHOWN = 6  # of each list in an error line
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a safetensors file; one of 1000 tensors takes 0.1 MB. Each byte may become twenty in memory
@@ -91,7 +92,7 @@ class Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def hold(module: nn.Module, dtype: torch.dtype, source: str | Path) -> nn.Module:
+def hold(module: SomeModule, dtype: torch.dtype, source: str | Path) -> SomeModule:
     """A module without memory (on the meta device), now with some on the CPU, in eval mode, to be filled. Raises
     UserError: more than this machine has.
     """

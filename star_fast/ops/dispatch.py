@@ -145,7 +145,8 @@ class _AsThen:
     """A block, entered any number of times, with the choice that held when it was made."""
 
     def __init__(self) -> None:
-        self.then, self.before = _override, []
+        self.then = _override
+        self.before: list[tuple[str, dict[str, str]] | None] = []
 
     def __enter__(self) -> None:
         global _override
@@ -195,6 +196,7 @@ def noting() -> bool:
 
 def note(launch: Launch) -> None:
     """Tell of a launch. Called by ops/triton/launching.py."""
+    assert _noted is not None, "asked only where noting()"
     _noted.append(launch)
 
 
@@ -245,13 +247,13 @@ def _first_or_cheapest(
     fewest = None
     for candidate in op.order.get(device.type, ()):
         module, reason = _try(op, candidate, args, kwargs)
-        if reason is None and not hasattr(module, "moved_bytes"):
-            return (candidate, module) if fewest is None else best
-        if reason is None:
+        if module is not None and reason is None:
+            if not hasattr(module, "moved_bytes"):
+                return (candidate, module) if fewest is None else best
             moved = module.moved_bytes(*args, **kwargs)
             if fewest is None or moved < fewest:
                 best, fewest = (candidate, module), moved
-        elif (op.name, candidate, reason) not in _gave_way:
+        elif reason is not None and (op.name, candidate, reason) not in _gave_way:
             _gave_way.add((op.name, candidate, reason))
             log.info("%s: backend %s gives way: %s", op.name, candidate, reason)
     return best
@@ -286,7 +288,7 @@ def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: 
         with note_launches() as launches:
             result = module.run(*args, **kwargs)
     if _recorder is not None:
-        moved = module.moved_bytes(*args, **kwargs) if hasattr(module, "moved_bytes") else None
+        moved = module.moved_bytes(*args, **kwargs) if module is not None and hasattr(module, "moved_bytes") else None
         _recorder.append(Recorded(op.name, backend, launches, moved))
     return result
 

@@ -123,6 +123,7 @@ class Batches:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead = pool.submit(self.step, first) if first < end else None
             for step in range(first, end):
+                assert ahead is not None, "there is a next step"
                 batches = ahead.result()
                 ahead = pool.submit(self.step, step + 1) if step + 1 < end else None
                 yield step, batches

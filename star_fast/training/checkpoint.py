@@ -323,7 +323,7 @@ def check_files(folder: Path, record: CheckpointRecord, rank: int = 0, ranks: in
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path, any_ranks: bool = False) -> None:
     """Settings that would make a resume something else than the same run must agree. How long it lasts, what is logged
     and the optimizer's settings may change: the latter is how a run goes on that has diverged, and it is said."""
-    free = {
+    free: dict[str, set[str]] = {
         "train": {
             "epochs",
             "max_steps",
@@ -340,15 +340,15 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path, any_ra
             "keep_attention",
         },
         "data": {"codes"},
-        "tokenizer": None,
-        "optim": None,
     }
     unsaid = to_dict(RunConfig())  # a setting that did not exist yet had the value that is its default now
     if any_ranks:  # how the work is dealt out may change too
         free["train"] |= {"zero_stage", "gradient_precision", "offload_optimizer", "micro_batch_images"}
     for section, values in wanted.items():
+        if section in ("tokenizer", "optim"):
+            continue
         ignored = free.get(section, set())
-        for name, value in values.items() if ignored is not None else ():
+        for name, value in values.items():
             before = found.get(section, {}).get(name, unsaid[section][name])
             if name not in ignored and before != value:
                 raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def build_student(config: RunConfig) -> Student:
     if config.train.compile:
         # What is left between our own ops; a block's dropout seeds would compile it anew each step
         for block in transformer.layers:
-            block.feed_forward.compile()
+            cast("nn.Module", block.feed_forward).compile()
     return Student(
         transformer,
         Projector.of_method(config.model.width, config.method, generator),
@@ -79,7 +79,7 @@ def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, An
     groups are left out.
     """
     groups = []
-    for part in (student.transformer, student.projector):
+    for part in (cast("nn.Module", student.transformer), student.projector):
         parameters = list(part.parameters()) if part is not None else []
         for decays in (True, False):
             chosen = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]
@@ -91,7 +91,7 @@ def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, An
 def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW: NVIDIA apex's fused one where it is really installed and the device is CUDA, else torch's."""
     optim = config.optim
-    settings = {"lr": config.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if device.type == "cuda":
         try:
             import amp_C  # noqa: F401  apex's compiled module: `apex` on PyPI is something else
@@ -115,7 +115,12 @@ class Engine:
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
         self.doing: Callable[[str], None] = lambda what: None  # told what begins within a step
         # A signal to one rank is for all: asked each step, over the hosts, so that no GPU waits.
-        self.hosts = dist.new_group(backend="gloo") if device.type == "cuda" and self.ranks > 1 else None
+        # Every rank is a member: it is a group indeed
+        self.hosts = (
+            cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+            if device.type == "cuda" and self.ranks > 1
+            else None
+        )
         self.student, self.clips_here = student, deepspeed_settings.clips_outside(config)
         self.settings = deepspeed_settings.settings(config, micro_images, accumulation)
         self.teacher: Teacher | None = None
@@ -156,7 +161,7 @@ class Engine:
             if isinstance(value, Tensor)
         ]
         if self.teacher is not None:
-            tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
+            tensors += [*cast("nn.Module", self.teacher.model).parameters(), *self.teacher.masters]
         tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
         return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
@@ -168,10 +173,10 @@ class Engine:
         return self.deepspeed(lambda: self._losses(batch))
 
     def _losses(self, batch: Batch) -> Losses:
-        teacher_last = keys = None
+        teacher_last, keys = None, None
         if self.teacher is not None:
-            teacher_last, keys = self.teacher.features(*batch.teacher_inputs)
-            keys = self._of_all_ranks(keys)
+            teacher_last, slots = self.teacher.features(*batch.teacher_inputs)
+            keys = self._of_all_ranks(slots)
         images = batch.label.shape[0] // self.config.method.views
         return self.student(
             batch.tokens,
@@ -304,6 +309,7 @@ class Engine:
         arrival = dist.all_gather_into_tensor(gathered, keys, async_op=True)
 
         def arrived() -> Tensor:
+            assert arrival is not None, "async_op"
             arrival.wait()
             return gathered.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
 

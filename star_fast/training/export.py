@@ -25,6 +25,7 @@ def export(engine: Engine, store: CodeStore, folder: Path, step: int) -> Path:
     teacher = _whole(engine, engine.teacher.masters) if engine.teacher is not None else None
 
     def write() -> None:
+        assert student is not None, "rank 0 has it whole"
         record = {
             "step": step,
             "images_seen": step * engine.config.train.images_per_step,

@@ -96,12 +96,12 @@ def together(job: Callable[[], Result]) -> Result:
     """A collective: run `job` here, and if it failed on any rank raise that error on all. `job` itself must not be a
     collective.
     """
-    result, problem = None, None
+    problem = None
     try:
         result = job()
     except UserError as error:
         problem = str(error)
-    agree(problem)
+    agree(problem)  # raises where `job` did, here or elsewhere
     return result
 
 
@@ -143,6 +143,7 @@ def _local_store(rank: int, ranks: int) -> dist.Store:
         if note is not None:
             atomic_write_bytes(note, str(port).encode())
     else:
+        assert note is not None, "there are several ranks"
         port = _wait_for_port(note)
         store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

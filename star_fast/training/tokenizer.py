@@ -233,8 +233,9 @@ def fine_tuning_config(
         for f in fields(TokenizerConfig)
         if defaults is None or getattr(config, f.name) != getattr(defaults, f.name)
     }
-    shape = {name: getattr(start.config, name) for name in (*SHAPE, "image_size") if name not in chosen}
-    gentle = {name: value for name, value in (("lr", FINE_TUNING_LR), ("reseed_every_steps", 0)) if name not in chosen}
+    shape: dict[str, Any] = {name: getattr(start.config, name) for name in (*SHAPE, "image_size") if name not in chosen}
+    usual: dict[str, Any] = {"lr": FINE_TUNING_LR, "reseed_every_steps": 0}
+    gentle = {name: value for name, value in usual.items() if name not in chosen}
     config = replace(config, **shape, **gentle)
     require_same_shape(start.config, config)
     return config

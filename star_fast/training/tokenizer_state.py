@@ -236,6 +236,7 @@ def _tensors(training: Training, step: int) -> dict[str, Tensor]:
 def _put_back(training: Training, found: dict[str, Tensor], images: int, step: int) -> None:
     """Raises KeyError or ValueError for what does not fit, before anything is changed."""
     weights = _weights(training)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
     expected = {name: (value.shape, value.dtype) for name, value in weights.items()}
     for prefix, module, _, begun in training.learners(step):
         expected |= {

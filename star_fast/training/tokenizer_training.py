@@ -5,6 +5,7 @@ tokenizer_objective.py.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import signal
 import threading
@@ -93,7 +94,7 @@ def train_tokenizer(
     folder = None if out is None else Path(out)
     job = TrainingJob(
         seed,
-        sha256_of_bytes(memoryview(images.contiguous().numpy()).cast("B")),
+        sha256_of_bytes(images.contiguous().numpy().data.cast("B")),
         recorded(config),
         "" if start is None else start.weights_hash(),
         "" if perceptual is None else perceptual.weights_hash(),
@@ -210,7 +211,7 @@ def _train(
                     training,
                     target,
                     output.reconstruction,
-                    lambda measured, step=step: _require_finite(measured, step, config, folder),
+                    functools.partial(_require_finite, step=step, config=config, folder=folder),
                 )
             # A short history is averaged over its own length: the first weights must not weigh long
             if training.averaged is not None:
@@ -243,6 +244,7 @@ def _train(
             if forecast is not None:
                 forecast.tick()
             if step + 1 in pictures:
+                assert folder is not None, "without one there are no pictures"
                 write_reconstructions(training.result, shown, folder / PICTURE_FILE)
                 if not announced:
                     tqdm.write(

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every test that needs no GPU, and which lines of star_fast/ they run, in all processes that they start; about half an hour on two cores.
+# Every test that needs no GPU, and which lines of star_fast/ they run, in all processes that they start; about half an
+# hour on two cores.
 # Arguments go to pytest. With SAVE=1 the totals go into benchmarks/results/coverage.md.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -34,7 +34,7 @@ def test_the_lines_of_python_are_those_of_the_example_that_is_run() -> None:
 def test_the_two_commands_can_be_run() -> None:
     assert lines_of(ROOT / "README.md")[:2] == ["scripts/quickstart.sh", "scripts/test.sh"]
     for script in (ROOT / "scripts").glob("*.sh"):
-        assert os.access(script, os.X_OK), script
+        assert os.access(script, os.X_OK) == script.read_text().startswith("#!"), script  # without: to be sourced
 
 
 def test_files_named_in_the_text_exist() -> None:

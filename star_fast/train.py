@@ -305,5 +305,8 @@ class _Callable(ModuleType):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if joined := sys.modules.get("star_fast.training.ranks"):  # absent: it ended before torch was loaded
+        joined.end(status)
+    sys.exit(status)
 sys.modules[__name__].__class__ = _Callable

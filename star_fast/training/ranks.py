@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import stat
+import sys
 import tempfile
 import time
 import warnings
@@ -79,6 +80,20 @@ def start_ranks() -> tuple[int, int, torch.device]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> None:
+    """End the process of a rank among several, with this exit status; returns in one that is alone.
+
+    Python's own end runs beside gloo's and torch's threads, and was seen to abort (SIGABRT) a rank whose work was done:
+    its launcher then takes the whole job for a failed one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def agree(problem: str | None) -> None:

@@ -9,6 +9,7 @@ which runs all jobs one after the other and leaves FOLDER/rank-N.pt.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -31,7 +32,7 @@ from star_fast.training import checkpoint, shards, zero1
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
 from star_fast.training.export import export
-from star_fast.training.ranks import together
+from star_fast.training.ranks import end, together
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
@@ -317,7 +318,8 @@ def main() -> None:
     }
     torch.save(seen, folder / f"rank-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    atexit.register(os.abort)  # as Python's own end may: the job's work is done, and its status must say so
+    end(0)
 
 
 if __name__ == "__main__":

@@ -150,13 +150,13 @@ SCALED = Kernel("group_norm_silu scaled", group_norm_scaled, _scaled_cost)
 def _settings(tile: Tile, pixels: int, channels: int) -> dict[str, int]:
     """Rows and columns of a program, by an image's sizes alone: images beside it change no order of its sums.
 
-    tile.block: most elements; fewest; parts that an image has at least, where that leaves the fewest.
+    tile.block: most numbers of a program, fewest, parts that an image has at least if that leaves the fewest, most
+    channels.
     """
-    most, fewest, parts = tile.block[:3]
-    cols = min(tile.block[3], triton.next_power_of_2(channels))
+    most, fewest, parts, most_cols = tile.block
+    cols = min(most_cols, triton.next_power_of_2(channels))
     rows = min(most // cols, max(fewest // cols, triton.next_power_of_2(ceil_div(pixels, parts))))
-    warps = max(1, min(tile.num_warps, rows * cols // tile.block[4]))
-    return {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": tile.num_stages}
+    return {"ROWS": rows, "COLS": cols, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 @functools.cache

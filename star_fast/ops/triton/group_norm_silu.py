@@ -180,9 +180,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: 
     parts = ceil_div(pixels, tile["ROWS"])
     moments = torch.empty((images, parts, 2, channels), dtype=torch.float32, device=x.device)
     scaling = torch.empty((images, 2, channels), dtype=torch.float32, device=x.device)
-    MOMENTS.launch(
-        (images * parts * ceil_div(channels, tile["COLS"]),), (x, moments, pixels, channels, parts), **tile
-    )
+    MOMENTS.launch((images * parts * ceil_div(channels, tile["COLS"]),), (x, moments, pixels, channels, parts), **tile)
     MERGE.launch(
         (images * groups,),
         (moments, weight.contiguous(), scaling, pixels, channels, parts),

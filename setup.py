@@ -8,7 +8,7 @@ Environment:
     MAX_JOBS                 compilers at once, default: from cores and free memory
 
 Needs PyTorch at build time: install with `pip install --no-build-isolation -e .`, or build in place with `python
-    setup.py build_ext --inplace`.
+setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Count what attention's kernels do for each tile that they stream: SASS instructions of the loop, without a GPU.
 
     python benchmarks/attention_loops.py              writes results/attention_loops.md (a minute)
-    python benchmarks/attention_loops.py --check      the bars: at E = 64 on sm_90 at most 480 instructions forward and
-    one load of the mask a tile
+    python benchmarks/attention_loops.py --check      the bars: at E = 64 on sm_90 at most 480 instructions forward
+                                                      and one load of the mask a tile
 
 A loop is what lies between a backward branch and its target in nvdisasm's listing, the causal branch included, which
 only tiles on the diagonal take. On sm_100 the matrix unit is waited for in loops of their own, so nothing is counted

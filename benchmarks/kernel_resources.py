@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is a GPU the same is compiled, from the same descriptions
 
 from benchmarks import cuda_sources
 from benchmarks.devices import DEVICES, MULTIPROCESSORS, floor_us, memory_bound, occupancy

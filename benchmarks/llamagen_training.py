@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from benchmarks import naive
 from star_fast.config import RunConfig
+from star_fast.method.batch import Batch
 from star_fast.method.student import Student
 from star_fast.method.teacher import ema_decay
 from star_fast.model.transformer import NORM_EPS, rotary_table
-from star_fast.training.batches import MicroBatch
 
 
 class RMSNorm(nn.Module):
@@ -142,7 +142,7 @@ class PlainTraining:
             fused=True if device.type == "cuda" else None,
         )
 
-    def step(self, batches: list[MicroBatch], step: int) -> Tensor:
+    def step(self, batches: list[Batch], step: int) -> Tensor:
         """The total loss of one step."""
         (batch,) = batches
         batch = batch.to(self.device)
@@ -169,7 +169,7 @@ class PlainTraining:
             for t in [*self.parameters, *moments, *(self.teacher.parameters() if self.teacher is not None else ())]
         )
 
-    def loss(self, batch: MicroBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """All terms of one micro-batch."""
         method = self.method
         logits, last, middle = self.model(batch.tokens, batch.label, batch.keep)

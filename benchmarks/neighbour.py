@@ -2,10 +2,9 @@
 core.
 
     python benchmarks/neighbour.py CODES RUN [--save]      of the digits, as scripts/quickstart.sh makes both
-    (data/digits, runs/digits)
 
 Three ways of waiting take turns: OpenMP's default, the bound that star_fast sets (star_fast/threads.py), and no
-    spinning at all.
+spinning at all.
 """
 
 from __future__ import annotations

@@ -99,12 +99,12 @@ def measure(case: Case) -> dict[str, Any]:
     """One case, in a process of its own."""
     import torch
 
+    from star_fast.method.batch import Batch
     from star_fast.planning.activations import activations
     from star_fast.planning.plan import peak_bytes
     from star_fast.planning.sizes import micro, parameters
     from star_fast.planning.states import states
     from star_fast.training import engine as training
-    from star_fast.training.batches import MicroBatch
     from star_fast.training.engine import Engine, build_student, start_ranks
 
     # Else the process keeps what one phase has freed when the next comes: fragments, not tensors
@@ -113,15 +113,13 @@ def measure(case: Case) -> dict[str, Any]:
     _, _, device = start_ranks()
     config = case.config()
 
-    def batches(settings: RunConfig, count: int) -> list[MicroBatch]:
+    def batches(settings: RunConfig, count: int) -> list[Batch]:
         model, rows = settings.model, settings.train.micro_batch_images * settings.method.views
         targets = torch.randint(model.vocab, (rows, model.positions))
         keep = torch.rand(rows, model.positions) >= settings.method.mask_ratio
         keep[:, 0] = True
         return [
-            MicroBatch(
-                targets[:, :-1].contiguous(), torch.zeros(rows, dtype=torch.int64), targets, keep, torch.arange(4), 0
-            )
+            Batch(targets[:, :-1].contiguous(), torch.zeros(rows, dtype=torch.int64), targets, keep, torch.arange(4), 0)
         ] * count
 
     tiny = dataclasses.replace(

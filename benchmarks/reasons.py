@@ -98,6 +98,39 @@ REASONS = [
         "^swiglu", "^reference$", "cpu", "The same operators as naive: the gate's own temporary goes through memory."
     ),
     Reason(
+        "^decode_attention",
+        "^reference$",
+        "cpu",
+        "Two batched products of one query row each, scores and weights through memory between them; naive is torch's "
+        "fused attention on the same cache.",
+    ),
+    Reason(
+        "^linear_cross_entropy",
+        "^reference$",
+        "cpu",
+        "Three products a chunk of rows, and between them the softmax of its logits through memory; the ceiling counts "
+        "the products.",
+    ),
+    Reason(
+        "^ema_update",
+        "^reference$",
+        "cpu",
+        "Two of torch's operators, the average and the copy: the second reads again what the first wrote.",
+    ),
+    Reason(
+        "^group_norm_silu",
+        "^reference$",
+        "cpu",
+        "The same operators as naive: what the norm wrote goes through memory to the gate.",
+    ),
+    Reason(
+        "^int8_linear",
+        "^reference$",
+        "cpu",
+        "The formula, its sums in float64, which holds them exactly: it decides what is right and is not meant to be "
+        "fast.",
+    ),
+    Reason(
         "^sample_tokens.*temperature 0$",
         "^reference$",
         "",
@@ -108,6 +141,40 @@ REASONS = [
         "^reference$",
         "",
         "The formula, by sorting, with exact integer weights: it decides what is right and is not meant to be fast.",
+    ),
+    # Kernels
+    Reason(
+        "^decode_attention",
+        "^cpp$",
+        "cpu",
+        "One query row meets every cached row: a product and a sum for each number read, and an exponential a "
+        "position, take about as long as the read.",
+    ),
+    Reason(
+        "^add_rms_norm",
+        "^cpp$",
+        "cpu",
+        "The dropout mask is hashed for every entry, integer work that the ceiling, bytes alone, does not count.",
+    ),
+    Reason(
+        "^swiglu",
+        "^cpp$",
+        "cpu",
+        "An exponential and a division an entry, which the ceiling, bytes alone, does not count.",
+    ),
+    Reason(
+        "^group_norm_silu",
+        "^cpp$",
+        "cpu",
+        "Every number is read twice, for the sums and for the result, and takes an exponential and a division; the "
+        "ceiling counts one read and one write.",
+    ),
+    Reason(
+        "^int8_linear",
+        "^cpp$",
+        "cpu",
+        "64 rows: a weight that was read serves few products, where the ceiling's serves as many rows as it has "
+        "columns; rotating and rounding x come before.",
     ),
     Reason(
         "^sample_tokens",

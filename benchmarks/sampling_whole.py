@@ -116,17 +116,20 @@ def whole_jobs(model: Path, images: int, turns: int, before: Path | None) -> dic
             for number, (name, command) in enumerate(commands.items()):
                 out, root = Path(folder, f"{turn}-{number}.npz"), before if name == BEFORE else ROOT
                 start = time.perf_counter()
-                said = subprocess.run(
+                done = subprocess.run(
                     [out if word == "OUT" else word for word in command],
-                    check=True,
+                    check=False,
                     capture_output=True,
                     text=True,
                     cwd=folder,
                     env={**os.environ, "PYTHONPATH": timing.on_path(root), "TQDM_DISABLE": "1"},
-                ).stdout
+                )
+                if done.returncode:
+                    why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                    raise RuntimeError(f"{name}: {why[-1]}")
                 seconds[name]["process_s"].append(time.perf_counter() - start)
                 drawn = (
-                    json.loads(said)["all_s"]
+                    json.loads(done.stdout)["all_s"]
                     if name == LLAMAGEN
                     else json.loads(out.with_suffix(".json").read_text())["run"]["here_s"]
                 )

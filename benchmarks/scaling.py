@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from benchmarks import timing
-from benchmarks.scaling_curves import Curve, all_curves
+from benchmarks.scaling_curves import IMAGES_OF_A_RANK, Curve, all_curves
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ALLOWED = 0.15
@@ -34,6 +34,23 @@ PANELS = {
     "ranks": "ranks (gloo)",
     "N": "images sampled, N",
 }
+
+COLUMNS = 2
+MARKERS = "osD^v<>Ph"
+SHORT = {  # of a curve's name, in the legend
+    ", forward + backward": "",
+    ", forward": "",
+    f", {IMAGES_OF_A_RANK} images a rank": "",
+    "ST-AR step, preset tiny": "ST-AR step",
+    "star-fast ": "",
+}
+READING = (
+    "Across: how many times as large the size is\nas at the curve's first point; up: how many\n"
+    "times the cost is (time or memory)."
+    "\n\nSolid: measured. Dashed, in the same colour:\nwhat the counted work alone would give.\n\n"
+    "Exponents are the slopes: $B^{1.00}$ doubles\nwith B, $B^{2.00}$ takes four times as long.\n"
+    "Below theory: a cost that stays (calls, weights\nthat all rows share) is spread over more."
+)
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -95,56 +112,59 @@ def text(curves: list[Curve], environment: dict[str, str | int], quick: bool) ->
 
 
 def draw(curves: list[Curve], file: Path) -> None:
-    """A panel a size: cost over the first point's, the theory's line dashed in the same colour."""
+    """A panel a size: cost over the first point's, the theory's line dashed in the same colour, slopes in the legend
+    below it; how to read it in the last place.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     overs = [over for over in PANELS if any(curve.over == over for curve in curves)]
-    columns = min(4, len(overs))
-    rows = -(-len(overs) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.6 * rows), squeeze=False, layout="constrained")
+    rows = -(-(len(overs) + 1) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 5.4 * rows), squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
     for axis in axes.flat[len(overs) :]:
         axis.axis("off")
+    axes.flat[len(overs)].text(0.03, 0.97, READING, fontsize=13, va="top", linespacing=1.6)
     for axis, over in zip(axes.flat, overs, strict=False):
-        sizes: set[int] = set()
-        for curve in (curve for curve in curves if curve.over == over):
-            slope, theory = exponent(curve.sizes, curve.costs), exponent(curve.sizes, curve.work)
-            name = (
-                curve.what.replace(", forward + backward", "")
-                .replace(", forward", "")
-                .replace("ST-AR step, preset tiny", "step")
-                .replace("star-fast ", "")
-            )
+        sizes: set[float] = set()
+        for number, curve in enumerate(curve for curve in curves if curve.over == over):
             scale = [size / curve.sizes[0] for size in curve.sizes]
             (line,) = axis.plot(
                 scale,
                 [cost / curve.costs[0] for cost in curve.costs],
-                marker="o",
-                markersize=4,
-                label=f"{name}: {slope:.2f} ({theory:.2f}){' !' if too_steep(curve) else ''}",
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=6,
+                label=_label(curve),
             )
-            axis.plot(
-                scale,
-                [work / curve.work[0] for work in curve.work],
-                linestyle="--",
-                linewidth=0.9,
-                color=line.get_color(),
-            )
+            work = [work / curve.work[0] for work in curve.work]
+            axis.plot(scale, work, linestyle="--", linewidth=1, color=line.get_color())
             sizes |= set(scale)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(sorted(sizes) if over != "T" else [1, 2, 4, 8])
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}x")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.8), max(high, 2.2))  # a doubling is always in sight, and what stays looks flat
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:.3g}x")
         axis.minorticks_off()
-        axis.set_xlabel(PANELS[over])
+        axis.tick_params(labelsize=11)
+        axis.set_xlabel(PANELS[over], fontsize=13)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7.5, loc="upper left")
-    figure.suptitle("Cost over the first point's, log-log: measured exponent (theory's); dashed: theory", fontsize=12)
-    figure.savefig(file, dpi=110)
+        axis.legend(fontsize=11, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def _label(curve: Curve) -> str:
+    name = curve.what
+    for words, short in SHORT.items():
+        name = name.replace(words, short)
+    letter = curve.over if len(curve.over) == 1 else rf"\mathrm{{{curve.over}}}"
+    slope, theory = exponent(curve.sizes, curve.costs), exponent(curve.sizes, curve.work)
+    mark = ", too steep" if too_steep(curve) else ""
+    return f"{name}: ${letter}^{{{slope:.2f}}}$, theory ${letter}^{{{theory:.2f}}}${mark}"
 
 
 def main() -> int:

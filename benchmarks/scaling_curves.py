@@ -179,7 +179,7 @@ def rank_curves(quick: bool) -> list[Curve]:
     same but for the others' keys.
 
     Where there are more ranks than cores they share them: then the wall clock must grow, and a rank's CPU time, which
-        need not, is what tells.
+    need not, is what tells.
     """
     counts, steps = (1, 2) if quick else (1, 2, 4), 3 if quick else 12
     found = [_ranks_ms(count, steps) for count in counts]

@@ -1,10 +1,9 @@
 """The paper's Table 3 and Figure 7 in small: the built-in digits, the preset `tiny`, every combination of losses; what
 the paper leaves open, one seed each.
 
-    python benchmarks/small_study.py                      the core: baseline (one and two views) and the four rows of
-    Table 3, three seeds each python benchmarks/small_study.py --runs core alone open      each loss alone; what the
-    paper does not say python benchmarks/small_study.py --report             only write the tables and figures from the
-    rows that are there
+    python benchmarks/small_study.py     the core: baseline (one and two views), the four rows of Table 3, three seeds
+    ... --runs core alone open           each loss alone, too; what the paper does not say
+    ... --report                         only write the tables and figures from the rows that are there
 
 Runs go two at a time, one thread each. A run that is finished is one line of benchmarks/results/small_study.jsonl and
 is not made again; one that was killed goes on. The page, results/small_study.md, says what came out, the claims that

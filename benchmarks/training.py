@@ -34,9 +34,8 @@ from benchmarks import profiling, timing
 from benchmarks.devices import DEVICES
 from benchmarks.memory import Memory
 from star_fast.config import RunConfig
-from star_fast.method import masking
+from star_fast.method.batch import Batch, make_batch
 from star_fast.presets import plain, preset
-from star_fast.training.batches import MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGES, VIEWS = 32 if torch.cuda.is_available() else 4, 2
@@ -74,22 +73,24 @@ def images_of(config: RunConfig, size: str) -> int:
     return config.train.images_per_step if size == "tiny" else IMAGES
 
 
-def micro_batch(config: RunConfig, step: int) -> MicroBatch:
-    """Random codes with the masks, dropped labels and position set that training would draw."""
+def micro_batch(config: RunConfig, step: int) -> Batch:
+    """Random codes and labels with the masks and the position set that training would draw."""
     model, method, count = config.model, config.method, config.train.images_per_step
     images = np.arange(count) + count * step
     generator = torch.Generator().manual_seed(step)
-    targets = torch.randint(0, model.vocab, (count * VIEWS, model.positions), generator=generator)
-    label = torch.randint(0, model.num_classes, (count,), generator=generator).repeat_interleave(VIEWS)
-    keep = masking.key_mask(0, 0, images, VIEWS, model.positions, method.mask_ratio)
-    positions = torch.from_numpy(masking.position_set(0, step, model.positions, method.contrast_positions))
-    return MicroBatch(
-        targets[:, :-1].contiguous(),
-        label,
-        targets,
-        None if keep is None else torch.from_numpy(keep).flatten(0, 1),
-        positions,
-        count * step,
+    codes = torch.randint(0, model.vocab, (count, VIEWS, model.positions), generator=generator)
+    labels = torch.randint(0, model.num_classes, (count,), generator=generator)
+    return make_batch(
+        codes,
+        labels,
+        images,
+        method,
+        model.num_classes,
+        seed=0,
+        epoch=0,
+        step=step,
+        images_seen=count * step,
+        label_dropout=0.0,
     )
 
 
@@ -339,6 +340,7 @@ def main() -> None:
     pipe, theirs = context.Pipe()
     checking = context.Process(target=difference, args=(arguments.threads, theirs))
     checking.start()
+    theirs.close()  # else one that fails would be waited for without end
     apart = pipe.recv()
     checking.join()
     if not apart < 1e-4:

@@ -1,8 +1,9 @@
-// Rows and heads of one decoding step on the CPU: rotary, append, then scores, softmax and weighted sum over cached keys and values, each read once.
-// decode_attention_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no #pragma once), after lanes.h.
-// Knows no torch.
+// Rows and heads of one decoding step on the CPU: rotary, append, then scores, softmax and weighted sum over cached
+// keys and values, each read once. decode_attention_cpu.cpp includes this file once per instruction set, inside a
+// namespace of its own (hence no #pragma once), after lanes.h. Knows no torch.
 //
-// Memory is what this waits for: values come in while scores are computed, the next head's keys while values are summed.
+// Memory is what this waits for: values come in while scores are computed, the next head's keys while values are
+// summed.
 
 #include "block_products.h"
 
@@ -24,7 +25,8 @@ STAR_FAST_INLINE IntLanes first_lanes(int count) {  // -1 where the lane's numbe
   return numbers < count;
 }
 
-// scores -> e^(score - largest), zero from n on to the end of the block; returns their sum. NaN or +inf among the scores make it NaN.
+// scores -> e^(score - largest), zero from n on to the end of the block; returns their sum. NaN or +inf among the
+// scores make it NaN.
 static float softmax_weights(float* scores, int n) {
   Lanes largest = Lanes{} - INFINITY;
   for (int s = 0; s < n; s += kLanes) {
@@ -44,7 +46,8 @@ static float softmax_weights(float* scores, int n) {
   return sum_of(total);
 }
 
-// Numbers of one head on the way: `width` of each, zero past the head's size, and `positions` scores, both whole vectors. Only an 8-bit cache needs wholes.
+// Numbers of one head on the way: `width` of each, zero past the head's size, and `positions` scores, both whole
+// vectors. Only an 8-bit cache needs wholes.
 struct Scratch {
   Scratch(int64_t width, int64_t positions) : floats(4 * width + positions), wholes((width + positions) / 4) {
     query = floats.data();
@@ -84,7 +87,8 @@ static void attend_row(const Head<Cached>& head, const Cached* next_keys, int n,
 }
 
 // The same with 8-bit codes: the query, then the weights with the values' scales in them, as whole numbers.
-static inline void attend_row(const Head<int8_t>& head, const int8_t* next_keys, int n, int size, const Scratch& scratch) {
+static inline void attend_row(const Head<int8_t>& head, const int8_t* next_keys, int n, int size,
+                              const Scratch& scratch) {
   const int64_t block = Layout<int8_t>::block_entries(size), width = Layout<int8_t>::width(size);
   const float largest_query = largest_of(scratch.query, int(width));
   to_wholes(scratch.query, int(width), largest_query, scratch.whole_query);
@@ -131,8 +135,10 @@ static inline void to_stored(const float* x, int64_t width, int8_t* codes, float
   for (int64_t e = 0; e < width; e += kLanes) {
     const Lanes shifted = load(x + e) / step + 0.5f;
     const IntLanes cut = __builtin_convertvector(shifted, IntLanes);
-    IntLanes code = cut + (__builtin_convertvector(cut, Lanes) > shifted);  // rounded down: a comparison that holds is -1
-    code = code > 127 ? IntLanes{} + 127 : code < -127 ? IntLanes{} - 127 : code;  // a scale too small for a float of full precision
+    // Rounded down: a comparison that holds is -1.
+    IntLanes code = cut + (__builtin_convertvector(cut, Lanes) > shifted);
+    // Where the scale is too small for a float of full precision.
+    code = code > 127 ? IntLanes{} + 127 : code < -127 ? IntLanes{} - 127 : code;
     store(code, codes + e);
   }
 }
@@ -140,7 +146,8 @@ static inline void to_stored(const float* x, int64_t width, int8_t* codes, float
 template <class Cached>
 static void append_key(const Cached* stored, int64_t position, int size, Cached* keys) {
   constexpr int kGroup = Layout<Cached>::kGroup;
-  for (int e = 0; e < size; e += kGroup) std::memcpy(keys + Layout<Cached>::key_at(position, e, size), stored + e, kGroup * sizeof(Cached));
+  for (int e = 0; e < size; e += kGroup)
+    std::memcpy(keys + Layout<Cached>::key_at(position, e, size), stored + e, kGroup * sizeof(Cached));
 }
 
 template <class Cached>

@@ -1,5 +1,6 @@
-// What stands between a block's matrix products, one row at a time, with its gradients: residual add with dropout and RMSNorm, and SwiGLU. between_cpu.cpp
-// includes this file once per instruction set, inside a namespace of its own, after lanes.h and dropout_row.h. Knows no torch. Everything is computed in float32.
+// What stands between a block's matrix products, one row at a time, with its gradients: residual add with dropout and
+// RMSNorm, and SwiGLU. between_cpu.cpp includes this file once per instruction set, inside a namespace of its own,
+// after lanes.h and dropout_row.h. Knows no torch. Everything is computed in float32.
 
 typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes)));
 
@@ -18,10 +19,11 @@ STAR_FAST_INLINE Lanes rounded_to(const Lanes& lanes, const Bfloat16Bits*) {
   return load(bits);
 }
 
-// sum = round(residual + dropout(x)); normed = round(round(sum / rms(sum)) * weight). `width` is a multiple of kLanes. `residual` may be null; without a
-// residual and dropout the sum is x itself and nothing is written to `sum`.
+// sum = round(residual + dropout(x)); normed = round(round(sum / rms(sum)) * weight). `width` is a multiple of kLanes.
+// `residual` may be null; without a residual and dropout the sum is x itself and nothing is written to `sum`.
 template <class T>
-static void add_rms_norm_row(const T* x, const T* residual, const T* weight, float eps, int width, const DropoutRow& dropout, T* normed, T* sum) {
+static void add_rms_norm_row(const T* x, const T* residual, const T* weight, float eps, int width,
+                             const DropoutRow& dropout, T* normed, T* sum) {
   const bool separate = residual || dropout.column_hashes;
   Lanes squares = {};
   for (int e = 0; e < width; e += kLanes) {
@@ -50,11 +52,12 @@ static void swiglu_row(const T* row, int width, T* out) {
   }
 }
 
-// Gradients of add_rms_norm_row by its sum h and by x, and one row's share of the weight's, added to `dweight`. With n = h / rms(h):
-// dh = (dnormed * weight - n * mean(dnormed * weight * n)) / rms(h) + dsum, dx = dropout(dh). `dnormed` or `dsum` may be null, `dh` or `dx` too.
+// Gradients of add_rms_norm_row by its sum h and by x, and one row's share of the weight's, added to `dweight`. With
+// n = h / rms(h): dh = (dnormed * weight - n * mean(dnormed * weight * n)) / rms(h) + dsum, dx = dropout(dh). `dnormed`
+// or `dsum` may be null, `dh` or `dx` too.
 template <class T>
-static void add_rms_norm_backward_row(const T* h, const T* weight, const T* dnormed, const T* dsum, float eps, int width, const DropoutRow& dropout, T* dh,
-                                      T* dx, float* dweight) {
+static void add_rms_norm_backward_row(const T* h, const T* weight, const T* dnormed, const T* dsum, float eps,
+                                      int width, const DropoutRow& dropout, T* dh, T* dx, float* dweight) {
   float inverse = 0.0f, mean = 0.0f;
   if (dnormed) {
     Lanes squares = {};
@@ -84,7 +87,8 @@ static void swiglu_backward_row(const T* row, const T* dout, int width, T* drow)
     const Lanes a = load(row + e), b = load(row + width + e), given = load(dout + e);
     const Lanes small = exp_of(a < 0.0f ? a : -a);
     const Lanes whole = small + 1.0f;
-    const Lanes s = (a < 0.0f ? small : small * 0.0f + 1.0f) / whole, rest = (a < 0.0f ? small * 0.0f + 1.0f : small) / whole;  // rest = 1 - s
+    const Lanes s = (a < 0.0f ? small : small * 0.0f + 1.0f) / whole;
+    const Lanes rest = (a < 0.0f ? small * 0.0f + 1.0f : small) / whole;  // 1 - s
     store(given * b * s * (a * rest + 1.0f), drow + e);
     store(given * a * s, drow + width + e);
   }

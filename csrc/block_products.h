@@ -1,8 +1,10 @@
-// Scores of a block of cached keys and weighted sums of cached values. Included once per instruction set, inside a namespace of its own (hence no
-// #pragma once and no includes), after lanes.h; needs scalars.h, decode_step.h and, where STAR_FAST_VECTOR_BYTES
-// (of the instruction set's integer products: 64, 32, 16, or 0 for none by name) is not 0, <immintrin.h>. Knows no torch.
+// Scores of a block of cached keys and weighted sums of cached values. Included once per instruction set, inside a
+// namespace of its own (hence no #pragma once and no includes), after lanes.h; needs scalars.h, decode_step.h and,
+// where STAR_FAST_VECTOR_BYTES (of the instruction set's integer products: 64, 32, 16, or 0 for none by name) is not 0,
+// <immintrin.h>. Knows no torch.
 //
-// Sums are float32, those of an 8-bit cache exact integers, in an order that depends on the shape alone: every instruction set gives the same bits.
+// Sums are float32, those of an 8-bit cache exact integers, in an order that depends on the shape alone: every
+// instruction set gives the same bits.
 
 typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
 static_assert(kBlock == kLanes, "a block of positions is one vector");
@@ -29,7 +31,8 @@ STAR_FAST_INLINE Lanes block_scores(const float* query, const float* block, int 
   return even + odd;
 }
 
-// A pair of entries is one word: the first its low half, the second its high half; either is a float32 once the other is gone.
+// A pair of entries is one word: the first its low half, the second its high half; either is a float32 once the other
+// is gone.
 STAR_FAST_INLINE Lanes block_scores(const float* query, const Bfloat16Bits* block, int size) {
   Lanes sums[4] = {};
   const auto add_pair = [&](int e, Lanes& even, Lanes& odd) __attribute__((always_inline)) {
@@ -48,7 +51,8 @@ STAR_FAST_INLINE Lanes block_scores(const float* query, const Bfloat16Bits* bloc
 
 // out[i] = share * sum over s < n of weights[s] values[s][i], i < kVectors * kLanes; `next` is asked for on the way.
 template <int kVectors, class Cached>
-STAR_FAST_INLINE void weighted_sum(const float* weights, const Cached* values, int64_t width, int n, float share, const Cached* next, float* out) {
+STAR_FAST_INLINE void weighted_sum(const float* weights, const Cached* values, int64_t width, int n, float share,
+                                   const Cached* next, float* out) {
   Lanes sums[kVectors] = {};
   for (int s = 0; s < n; ++s) {
     ask_for(next + s * width, kVectors * kLanes * sizeof(Cached));
@@ -62,14 +66,16 @@ STAR_FAST_INLINE void weighted_sum(const float* weights, const Cached* values, i
 constexpr float kLargestWhole = 32767.0f;
 constexpr int kExactSum = 512;  // so many products of 127 and kLargestWhole fit 32 bits
 
-// What four 8-bit numbers in a word are multiplied by, as pairs of 16 bits: numbers 0 and 2 in the low half, 1 and 3 in the high half.
+// What four 8-bit numbers in a word are multiplied by, as pairs of 16 bits: numbers 0 and 2 in the low half, 1 and 3 in
+// the high half.
 typedef uint64_t FourWholes;
 
 // x / largest * kLargestWhole, rounded; n is a multiple of kLanes, no |x| is larger than `largest`.
 static void to_wholes(const float* x, int n, float largest, FourWholes* wholes) {
   const float scale = largest > 0.0f ? kLargestWhole / largest : 0.0f;
   for (int i = 0; i < n; i += kLanes) {
-    const IntLanes rounded = __builtin_convertvector(load(x + i) * scale + (kLargestWhole + 1.5f), IntLanes) - int32_t(kLargestWhole + 1.0f);
+    const IntLanes rounded =
+        __builtin_convertvector(load(x + i) * scale + (kLargestWhole + 1.5f), IntLanes) - int32_t(kLargestWhole + 1.0f);
     uint64_t two[kLanes / 2];
     const uint64_t low = 0x0000ffff0000ffff;
     std::memcpy(two, &rounded, sizeof(two));
@@ -100,7 +106,8 @@ STAR_FAST_INLINE IntLanes pair_products(const WordLanes& a, int32_t b) {
 STAR_FAST_INLINE IntLanes four_products(const int8_t* at, FourWholes by) {
   typedef int16_t HalfWords __attribute__((vector_size(4 * kLanes)));
   const HalfWords both = same_bits<HalfWords>(words(at));
-  return pair_products(same_bits<WordLanes>(both << 8 >> 8), int32_t(by)) + pair_products(same_bits<WordLanes>(both >> 8), int32_t(by >> 32));
+  return pair_products(same_bits<WordLanes>(both << 8 >> 8), int32_t(by)) +
+         pair_products(same_bits<WordLanes>(both >> 8), int32_t(by >> 32));
 }
 
 STAR_FAST_INLINE Lanes block_scores(const FourWholes* query, const int8_t* block, int size) {
@@ -113,7 +120,8 @@ STAR_FAST_INLINE Lanes block_scores(const FourWholes* query, const int8_t* block
 }
 
 template <int kVectors>
-STAR_FAST_INLINE void weighted_sum(const FourWholes* weights, const int8_t* values, int64_t width, int n, float share, const int8_t* next, float* out) {
+STAR_FAST_INLINE void weighted_sum(const FourWholes* weights, const int8_t* values, int64_t width, int n, float share,
+                                   const int8_t* next, float* out) {
   Lanes sums[kVectors] = {};
   for (int begin = 0; begin < n; begin += kExactSum) {
     const int end = n < begin + kExactSum ? n : begin + kExactSum;
@@ -129,10 +137,12 @@ STAR_FAST_INLINE void weighted_sum(const FourWholes* weights, const int8_t* valu
 
 // All of a head's entries: as many vectors at once as keep their sums in registers.
 template <class Weight, class Cached>
-STAR_FAST_INLINE void weighted_sums(const Weight* weights, const Cached* values, int64_t width, int n, float share, const Cached* next, float* out) {
+STAR_FAST_INLINE void weighted_sums(const Weight* weights, const Cached* values, int64_t width, int n, float share,
+                                    const Cached* next, float* out) {
   constexpr int kEach = Layout<Cached>::kTogether;
   int64_t e = 0;
-  for (; e + 4 * kLanes <= width; e += 4 * kLanes) weighted_sum<4>(weights, values + e * kEach, width, n, share, next + e * kEach, out + e);
+  for (; e + 4 * kLanes <= width; e += 4 * kLanes)
+    weighted_sum<4>(weights, values + e * kEach, width, n, share, next + e * kEach, out + e);
   if (e + 2 * kLanes <= width) {
     weighted_sum<2>(weights, values + e * kEach, width, n, share, next + e * kEach, out + e);
     e += 2 * kLanes;

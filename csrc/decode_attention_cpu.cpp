@@ -1,4 +1,5 @@
-// decode_attention on the CPU: rotary, append and attention in one pass, rows and heads over threads. Semantics: star_fast/ops/decode_attention.py.
+// decode_attention on the CPU: rotary, append and attention in one pass, rows and heads over threads. Semantics:
+// star_fast/ops/decode_attention.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -40,7 +41,8 @@ AttendRows<T, Cached> attend_rows_here() {
 }
 
 template <class T, class Cached>
-void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales, float* v_scales, int64_t position, const float* table, at::Tensor& out) {
+void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales, float* v_scales, int64_t position,
+            const float* table, at::Tensor& out) {
   Step<T, Cached> step{};
   step.qkv = static_cast<const T*>(qkv.const_data_ptr());
   step.row_stride = qkv.stride(0);
@@ -58,7 +60,8 @@ void attend(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, float* k_scales
   step.out = static_cast<T*>(out.mutable_data_ptr());
   const AttendRows<T, Cached> attend_rows = attend_rows_here<T, Cached>();
   const int64_t worth_a_thread = std::max<int64_t>(1, 32768 / ((position + 1) * step.size));
-  at::parallel_for(0, qkv.size(0) * step.heads, worth_a_thread, [&](int64_t begin, int64_t end) { attend_rows(step, begin, end); });
+  at::parallel_for(0, qkv.size(0) * step.heads, worth_a_thread,
+                   [&](int64_t begin, int64_t end) { attend_rows(step, begin, end); });
 }
 
 template <class Cached>
@@ -68,25 +71,33 @@ void check_layout(const at::Tensor& qkv, const at::Tensor& k, const at::Tensor& 
   const int size = int(qkv.size(3));
   const int64_t keys[] = {rows, heads, blocks, rounded_up(size, At::kGroup) / At::kGroup, kBlock, At::kGroup};
   const int64_t values[] = {rows, heads, blocks * kBlock / At::kTogether, At::width(size), At::kTogether};
-  TORCH_CHECK_VALUE(k.sizes() == at::IntArrayRef(keys) && v.sizes() == at::IntArrayRef(values) && k.is_contiguous() && v.is_contiguous(),
-                    "decode_attention: a blocked cache for qkv ", qkv.sizes(), " has k ", at::IntArrayRef(keys), " and v ", at::IntArrayRef(values),
-                    ", got ", k.sizes(), " and ", v.sizes());
+  TORCH_CHECK_VALUE(k.sizes() == at::IntArrayRef(keys) && v.sizes() == at::IntArrayRef(values) && k.is_contiguous() &&
+                        v.is_contiguous(),
+                    "decode_attention: a blocked cache for qkv ", qkv.sizes(), " has k ", at::IntArrayRef(keys),
+                    " and v ", at::IntArrayRef(values), ", got ", k.sizes(), " and ", v.sizes());
 }
 
 void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, const std::optional<at::Tensor>& k_scale,
-                          const std::optional<at::Tensor>& v_scale, int64_t position, const std::optional<at::Tensor>& rotary, at::Tensor& out) {
-  // The public function has checked all this and says it in better words; these checks keep the loops inside their memory whoever calls.
-  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.stride(3) == 1 && qkv.size(3) % 2 == 0 && qkv.size(3) <= baseline::kExactSum,
-                    "decode_attention: qkv must be (R, 3, H, E), E even and at most ", baseline::kExactSum, ", got ", qkv.sizes());
+                          const std::optional<at::Tensor>& v_scale, int64_t position,
+                          const std::optional<at::Tensor>& rotary, at::Tensor& out) {
+  // The public function has checked all this and says it in better words; these checks keep the loops inside their
+  // memory whoever calls.
+  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.stride(3) == 1 && qkv.size(3) % 2 == 0 &&
+                        qkv.size(3) <= baseline::kExactSum,
+                    "decode_attention: qkv must be (R, 3, H, E), E even and at most ", baseline::kExactSum, ", got ",
+                    qkv.sizes());
   const bool eight_bit = k.scalar_type() == at::kChar;
-  TORCH_CHECK_TYPE((eight_bit || k.scalar_type() == qkv.scalar_type()) && v.scalar_type() == k.scalar_type(), "decode_attention: a cache of ",
-                   k.scalar_type(), " and ", v.scalar_type(), " with qkv of ", qkv.scalar_type());
+  TORCH_CHECK_TYPE((eight_bit || k.scalar_type() == qkv.scalar_type()) && v.scalar_type() == k.scalar_type(),
+                   "decode_attention: a cache of ", k.scalar_type(), " and ", v.scalar_type(), " with qkv of ",
+                   qkv.scalar_type());
   if (eight_bit) check_layout<int8_t>(qkv, k, v);
   else if (k.scalar_type() == at::kBFloat16) check_layout<Bfloat16Bits>(qkv, k, v);
   else check_layout<float>(qkv, k, v);
-  TORCH_CHECK_VALUE(position >= 0 && position < k.size(2) * kBlock, "decode_attention: position ", position, " is outside the cache ", k.sizes());
-  TORCH_CHECK_VALUE(out.dim() == 3 && out.size(0) == qkv.size(0) && out.size(1) == qkv.size(2) && out.size(2) == qkv.size(3) && out.is_contiguous() &&
-                        out.scalar_type() == qkv.scalar_type(), "decode_attention: out ", out.sizes(), " does not fit qkv ", qkv.sizes());
+  TORCH_CHECK_VALUE(position >= 0 && position < k.size(2) * kBlock, "decode_attention: position ", position,
+                    " is outside the cache ", k.sizes());
+  TORCH_CHECK_VALUE(out.dim() == 3 && out.size(0) == qkv.size(0) && out.size(1) == qkv.size(2) &&
+                        out.size(2) == qkv.size(3) && out.is_contiguous() && out.scalar_type() == qkv.scalar_type(),
+                    "decode_attention: out ", out.sizes(), " does not fit qkv ", qkv.sizes());
   const auto scales = [&](const std::optional<at::Tensor>& scale) -> float* {
     if (!eight_bit) return nullptr;
     TORCH_CHECK_VALUE(scale && scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
@@ -96,7 +107,8 @@ void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, c
   };
   float *k_scales = scales(k_scale), *v_scales = scales(v_scale);
   if (rotary) {
-    TORCH_CHECK_VALUE(rotary->scalar_type() == at::kFloat && rotary->is_contiguous() && rotary->numel() >= (position + 1) * qkv.size(3),
+    TORCH_CHECK_VALUE(rotary->scalar_type() == at::kFloat && rotary->is_contiguous() &&
+                          rotary->numel() >= (position + 1) * qkv.size(3),
                       "decode_attention: rotary must be float32 (T, E/2, 2), contiguous");
   }
   const float* table = rotary ? rotary->const_data_ptr<float>() : nullptr;
@@ -104,7 +116,8 @@ void decode_attention_cpu(const at::Tensor& qkv, at::Tensor& k, at::Tensor& v, c
     return eight_bit ? attend<float, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
                      : attend<float, float>(qkv, k, v, k_scales, v_scales, position, table, out);
   }
-  TORCH_CHECK_TYPE(qkv.scalar_type() == at::kBFloat16, "decode_attention: qkv must be float32 or bfloat16, got ", qkv.scalar_type());
+  TORCH_CHECK_TYPE(qkv.scalar_type() == at::kBFloat16, "decode_attention: qkv must be float32 or bfloat16, got ",
+                   qkv.scalar_type());
   return eight_bit ? attend<Bfloat16Bits, int8_t>(qkv, k, v, k_scales, v_scales, position, table, out)
                    : attend<Bfloat16Bits, Bfloat16Bits>(qkv, k, v, k_scales, v_scales, position, table, out);
 }

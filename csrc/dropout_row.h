@@ -1,4 +1,5 @@
-// The dropout mask of a row: an element survives when the hash of row hash + column hash is below `limit` (star_fast/ops/add_rms_norm.py). Knows no torch.
+// The dropout mask of a row: an element survives when the hash of row hash + column hash is below `limit`
+// (star_fast/ops/add_rms_norm.py). Knows no torch.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,8 @@ struct DropoutRow {
   float scale;
 };
 
-// lowbias32 (github.com/skeeto/hash-prospector) of an unsigned 32-bit number, or of a vector of them; inlined, so that it is compiled for its caller's
-// instructions.
+// lowbias32 (github.com/skeeto/hash-prospector) of an unsigned 32-bit number, or of a vector of them; inlined, so that
+// it is compiled for its caller's instructions.
 template <class Word>
 static inline __attribute__((always_inline)) Word hash_of(Word x) {
   x ^= x >> 16;

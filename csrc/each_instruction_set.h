@@ -1,7 +1,8 @@
-// The loops of the header that STAR_FAST_ROWS names, compiled once for each instruction set, in namespaces baseline, avx2 and avx512, each after lanes.h; and
-// STAR_FAST_HERE(function): that template of theirs, for this machine and the entries' type T. Included inside a namespace (hence no #pragma once), after
-// instruction_sets.h. STAR_FAST_VECTOR_BYTES tells the loops how wide registers are, 0 where no instruction may be called by name: by hand, as g++ defines
-// __AVX2__ and the like for the command line only, not after a pragma.
+// The loops of the header that STAR_FAST_ROWS names, compiled once for each instruction set, in namespaces baseline,
+// avx2 and avx512, each after lanes.h; and STAR_FAST_HERE(function): that template of theirs, for this machine and the
+// entries' type T. Included inside a namespace (hence no #pragma once), after instruction_sets.h.
+// STAR_FAST_VECTOR_BYTES tells the loops how wide registers are, 0 where no instruction may be called by name: by hand,
+// as g++ defines __AVX2__ and the like for the command line only, not after a pragma.
 
 #ifdef __x86_64__
 #define STAR_FAST_VECTOR_BYTES 16
@@ -34,8 +35,10 @@ namespace avx512 {
 #undef STAR_FAST_VECTOR_BYTES
 #pragma GCC pop_options
 
-#define STAR_FAST_HERE(function) \
-  (widest_set() == WidestSet::avx512 ? &avx512::function<T> : widest_set() == WidestSet::avx2 ? &avx2::function<T> : &baseline::function<T>)
+#define STAR_FAST_HERE(function)                            \
+  (widest_set() == WidestSet::avx512 ? &avx512::function<T> \
+   : widest_set() == WidestSet::avx2 ? &avx2::function<T>   \
+                                     : &baseline::function<T>)
 #else
 #define STAR_FAST_HERE(function) (&baseline::function<T>)
 #endif

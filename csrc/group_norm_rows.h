@@ -1,9 +1,11 @@
-// GroupNorm over pixels whose channels lie side by side, with or without SiLU: sums of a part of an image, and its scaled rows. group_norm_cpu.cpp includes
-// this file once per instruction set, inside a namespace of its own, after lanes.h. Knows no torch. Everything is computed in float32.
+// GroupNorm over pixels whose channels lie side by side, with or without SiLU: sums of a part of an image, and its
+// scaled rows. group_norm_cpu.cpp includes this file once per instruction set, inside a namespace of its own, after
+// lanes.h. Knows no torch. Everything is computed in float32.
 //
-// A row is one pixel, or as many as fill whole blocks together (four pixels of 24 channels are 96 entries). A block of 32 entries is handled as two groups
-// of lanes: of bfloat16 the even and the odd entries, which one shift and one mask take apart; of float the first and the second half. What belongs to a
-// row's entries (centers, sums, scales) lies in the same order: entry_at.
+// A row is one pixel, or as many as fill whole blocks together (four pixels of 24 channels are 96 entries). A block of
+// 32 entries is handled as two groups of lanes: of bfloat16 the even and the odd entries, which one shift and one mask
+// take apart; of float the first and the second half. What belongs to a row's entries (centers, sums, scales) lies in
+// the same order: entry_at.
 
 constexpr int kBlock = 2 * kLanes;
 constexpr int kColumns = 4;  // blocks whose sums stay in registers: 128 channels in one sweep
@@ -34,7 +36,8 @@ STAR_FAST_INLINE void store_pair(const Pair& pair, float* at) {
   store(pair.second, at + kLanes);
 }
 
-// To nearest, ties to even. NaN needs no care: those of arithmetic on bfloat16 have no last bits that rounding could carry over into the sign.
+// To nearest, ties to even. NaN needs no care: those of arithmetic on bfloat16 have no last bits that rounding could
+// carry over into the sign.
 STAR_FAST_INLINE UintLanes rounded_bits(const Lanes& lanes) {
   const UintLanes bits = same_bits<UintLanes>(lanes);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -45,8 +48,8 @@ STAR_FAST_INLINE void store_pair(const Pair& pair, Bfloat16Bits* at) {
   std::memcpy(at, &both, sizeof(both));
 }
 
-// Of `kCount` blocks over `rows` rows: sums of x - center, and of its square. The center (any number near the channel's mean) keeps the variance's digits
-// where the mean is much larger than the deviation.
+// Of `kCount` blocks over `rows` rows: sums of x - center, and of its square. The center (any number near the channel's
+// mean) keeps the variance's digits where the mean is much larger than the deviation.
 template <int kCount, class T>
 STAR_FAST_INLINE void column_sums(const T* x, int rows, int width, const float* center, float* sums, float* squares) {
   Pair near[kCount], sum[kCount] = {}, square[kCount] = {};
@@ -71,12 +74,14 @@ STAR_FAST_INLINE void column_sums(const T* x, int rows, int width, const float* 
 template <class T>
 static void part_sums(const T* x, int rows, int width, const float* center, float* sums, float* squares) {
   int e = 0;
-  for (; e + kColumns * kBlock <= width; e += kColumns * kBlock) column_sums<kColumns>(x + e, rows, width, center + e, sums + e, squares + e);
+  for (; e + kColumns * kBlock <= width; e += kColumns * kBlock)
+    column_sums<kColumns>(x + e, rows, width, center + e, sums + e, squares + e);
   for (; e < width; e += kBlock) column_sums<1>(x + e, rows, width, center + e, sums + e, squares + e);
 }
 
-// x / (1 + e^-x), with the digits that T keeps: relative error 1e-6 for float, 1e-4 for bfloat16. No division, and an exponential with no case apart, since
-// arithmetic and not memory bounds the pass. Beyond +-40 the sigmoid stays what it is there: 1 or 4e-18. NaN stays NaN.
+// x / (1 + e^-x), with the digits that T keeps: relative error 1e-6 for float, 1e-4 for bfloat16. No division, and an
+// exponential with no case apart, since arithmetic and not memory bounds the pass. Beyond +-40 the sigmoid stays what
+// it is there: 1 or 4e-18. NaN stays NaN.
 template <class T>
 STAR_FAST_INLINE Lanes silu_of(const Lanes& x) {
   const Lanes none = {}, least = none - 40.0f, most = none + 40.0f;
@@ -93,7 +98,8 @@ STAR_FAST_INLINE Lanes silu_of(const Lanes& x) {
     power = power * f + 9.9992807e-1f;
   }
   const Lanes whole = same_bits<Lanes>(same_bits<IntLanes>(power) + (same_bits<IntLanes>(shifted) << 23)) + 1.0f;
-  Lanes inverse = same_bits<Lanes>(0x7ef311c7 - same_bits<IntLanes>(whole));  // within 5 %; each of Newton's steps squares the error
+  // Within 5 %; each of Newton's steps squares the error.
+  Lanes inverse = same_bits<Lanes>(0x7ef311c7 - same_bits<IntLanes>(whole));
   for (int step = 0; step < (sizeof(T) == 4 ? 3 : 2); ++step) inverse *= 2.0f - whole * inverse;
   return x * inverse;
 }

@@ -1,12 +1,14 @@
-// The sums of int8_dot.h by the matrix unit (AMX) of newer Xeons: same layouts, same numbers. Included by int8_cpu.cpp in int8_dot.h's place, inside
-// a namespace for amx-int8. Knows no torch.
+// The sums of int8_dot.h by the matrix unit (AMX) of newer Xeons: same layouts, same numbers. Included by int8_cpu.cpp
+// in int8_dot.h's place, inside a namespace for amx-int8. Knows no torch.
 
-constexpr int kRowsTogether = 32;    // two tile registers of codes times two of weights: the fewest loads for the four of sums
+// Two tile registers of codes times two of weights: the fewest loads for the four of sums.
+constexpr int kRowsTogether = 32;
 constexpr int kTilesTogether = 2;
-constexpr int kTileBytes = 1024;     // a register: 16 rows of 64 bytes
-constexpr int kBytesAhead = 8192;    // of weights, asked for before their turn
+constexpr int kTileBytes = 1024;   // a register: 16 rows of 64 bytes
+constexpr int kBytesAhead = 8192;  // of weights, asked for before their turn
 
-// Tile registers of 16 rows of 64 bytes, while it lives; then as before, since PyTorch's own kernels may count on theirs.
+// Tile registers of 16 rows of 64 bytes, while it lives; then as before, since PyTorch's own kernels may count on
+// theirs.
 class Registers {
  public:
   Registers() {
@@ -31,7 +33,8 @@ class Registers {
 
 // As int8_dot.h's; with 16 rows or fewer the second half of `sums` is left alone.
 template <int TILES>
-static void dot_rows(const uint8_t* codes, int64_t block_stride, int rows, const int8_t* weights, int64_t tile_bytes, int blocks, int32_t* sums) {
+static void dot_rows(const uint8_t* codes, int64_t block_stride, int rows, const int8_t* weights, int64_t tile_bytes,
+                     int blocks, int32_t* sums) {
   const bool both = rows > kTile;
   _tile_zero(0);
   _tile_zero(1);
@@ -40,7 +43,8 @@ static void dot_rows(const uint8_t* codes, int64_t block_stride, int rows, const
   for (int block = 0; block < blocks; ++block) {
     const int8_t* here = weights + block * kTileBytes;
     for (int tile = 0; tile < TILES; ++tile)
-      for (int line = 0; line < kTileBytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(here) + tile * tile_bytes + kBytesAhead + line, _MM_HINT_T1);
+      for (int line = 0; line < kTileBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(here) + tile * tile_bytes + kBytesAhead + line, _MM_HINT_T1);
     const uint8_t* row_codes = codes + block * block_stride;
     _tile_loadd(4, here, 64);
     _tile_loadd(6, row_codes, 64);

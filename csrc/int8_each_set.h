@@ -1,5 +1,6 @@
-// The 8-bit loops compiled once for each way of multiplying, in namespaces baseline, avx2, avx512, vnni and amx, each after lanes.h; all but the first where
-// STAR_FAST_X86 is defined. Included inside a namespace (hence no #pragma once), after int8_product.h, scalars.h and, on x86, <immintrin.h>. Knows no torch.
+// The 8-bit loops compiled once for each way of multiplying, in namespaces baseline, avx2, avx512, vnni and amx, each
+// after lanes.h; all but the first where STAR_FAST_X86 is defined. Included inside a namespace (hence no #pragma once),
+// after int8_product.h, scalars.h and, on x86, <immintrin.h>. Knows no torch.
 
 #define STAR_FAST_DOT 0
 namespace baseline {

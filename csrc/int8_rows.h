@@ -14,7 +14,8 @@ STAR_FAST_INLINE IntLanes larger(const IntLanes& largest, const Lanes& x) {
   return magnitude > largest ? magnitude : largest;
 }
 
-// round(x * inverse) + kZeroPoint in the low byte, for |x * inverse| <= 127, ties to even: the sum's last bit is worth 1.
+// round(x * inverse) + kZeroPoint in the low byte, for |x * inverse| <= 127, ties to even: the sum's last bit is
+// worth 1.
 STAR_FAST_INLINE UintLanes code_of(const Lanes& x, float inverse) {
   return same_bits<UintLanes>(x * inverse + (12582912.0f + kZeroPoint));
 }
@@ -22,11 +23,13 @@ STAR_FAST_INLINE UintLanes code_of(const Lanes& x, float inverse) {
 // The codes of kBlock entries, in the order of int8_product.h: no byte changes its lane.
 STAR_FAST_INLINE void store_codes(const float* x, float inverse, uint8_t* at) {
   const UintLanes codes = (code_of(load(x), inverse) & 0xffu) | (code_of(load(x + kLanes), inverse) & 0xffu) << 8 |
-                          (code_of(load(x + 2 * kLanes), inverse) & 0xffu) << 16 | code_of(load(x + 3 * kLanes), inverse) << 24;
+                          (code_of(load(x + 2 * kLanes), inverse) & 0xffu) << 16 |
+                          code_of(load(x + 3 * kLanes), inverse) << 24;
   std::memcpy(at, &codes, sizeof(codes));
 }
 
-// Every 16 entries of a group that are 16 apart times the Hadamard matrix of size 16: sums and differences of neighbours at distance 1, 2, 4, 8.
+// Every 16 entries of a group that are 16 apart times the Hadamard matrix of size 16: sums and differences of
+// neighbours at distance 1, 2, 4, 8.
 template <class T>
 STAR_FAST_INLINE void rotate(const T* x, Lanes* rotated) {
   for (int part = 0; part < kGroup / kLanes; ++part) rotated[part] = load(x + part * kLanes);
@@ -39,8 +42,9 @@ STAR_FAST_INLINE void rotate(const T* x, Lanes* rotated) {
       }
 }
 
-// rotated x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last group filled up; `rotated` has room for them as
-// floats. Returns the scale: largest / 127, 0 for a row of zeros, NaN (and codes of no meaning) for one that is not finite.
+// rotated x ~ (codes - kZeroPoint) * scale. Codes in blocks of kBlock, `block_stride` bytes apart, the last group
+// filled up; `rotated` has room for them as floats. Returns the scale: largest / 127, 0 for a row of zeros, NaN (and
+// codes of no meaning) for one that is not finite.
 template <class T>
 static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stride, float* rotated) {
   const int rest = width % kGroup, padded = width - rest + (rest ? kGroup : 0);
@@ -64,10 +68,11 @@ static float round_row(const T* x, int width, uint8_t* codes, int64_t block_stri
   return !finite ? same_bits<float>(0x7fc00000) : inverse == 0.0f ? 0.0f : most / kLargestCode;
 }
 
-// out[row] = (sums[row] - correction) * weight_scale * scale[row], in this order, rounded once, for the first `count` of 16 columns.
+// out[row] = (sums[row] - correction) * weight_scale * scale[row], in this order, rounded once, for the first `count`
+// of 16 columns.
 template <class T>
-static void store_rows(const int32_t* sums, int64_t sums_stride, int rows, const int32_t* correction, const float* weight_scale, const float* scale,
-                       int count, T* out, int64_t out_stride) {
+static void store_rows(const int32_t* sums, int64_t sums_stride, int rows, const int32_t* correction,
+                       const float* weight_scale, const float* scale, int count, T* out, int64_t out_stride) {
   const Lanes column_scale = load(weight_scale);
   IntLanes zero;
   std::memcpy(&zero, correction, sizeof(zero));

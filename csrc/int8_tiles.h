@@ -1,4 +1,5 @@
-// The product of int8_product.h by the sums of int8_dot.h or int8_amx.h: int8_cpu.cpp includes this file after each. Knows no torch.
+// The product of int8_product.h by the sums of int8_dot.h or int8_amx.h: int8_cpu.cpp includes this file after each.
+// Knows no torch.
 
 // Columns of tiles `begin` ... `end` - 1 of the product, into out (rows, columns).
 template <class T>
@@ -15,8 +16,8 @@ static void product_tiles(const Int8Product& p, int64_t begin, int64_t end, T* o
       for (int tile = 0; tile < tiles; ++tile) {
         const int64_t column = (first + tile) * kTile;
         const int count = int(p.columns - column < kTile ? p.columns - column : kTile);
-        store_rows(sums + tile * kTile, tiles * kTile, rows, p.correction + column, p.weight_scale + column, p.scale + row, count,
-                   out + row * p.columns + column, p.columns);
+        store_rows(sums + tile * kTile, tiles * kTile, rows, p.correction + column, p.weight_scale + column,
+                   p.scale + row, count, out + row * p.columns + column, p.columns);
       }
     }
   }

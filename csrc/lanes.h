@@ -1,7 +1,8 @@
-// Sixteen floats at a time, written once for every instruction set: GCC and Clang turn these vectors into what the target has. Included inside a namespace
-// per instruction set (hence no #pragma once and no includes), after scalars.h. Knows no torch.
+// Sixteen floats at a time, written once for every instruction set: GCC and Clang turn these vectors into what the
+// target has. Included inside a namespace per instruction set (hence no #pragma once and no includes), after scalars.h.
+// Knows no torch.
 
-constexpr int kLanes = 16;    // floats handled together
+constexpr int kLanes = 16;  // floats handled together
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float HalfLanes __attribute__((vector_size(2 * kLanes)));
@@ -34,7 +35,8 @@ STAR_FAST_INLINE Lanes load(const Bfloat16Bits* at) {
 
 STAR_FAST_INLINE Lanes load(const int8_t* at) {
   typedef int8_t Raw __attribute__((vector_size(kLanes)));
-  typedef int16_t Wide __attribute__((vector_size(2 * kLanes)));  // in two steps: GCC 12 takes one step of four times the width entry by entry
+  // In two steps: GCC 12 takes one step of four times the width entry by entry.
+  typedef int16_t Wide __attribute__((vector_size(2 * kLanes)));
   Raw raw;
   std::memcpy(&raw, at, sizeof(raw));
   return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(raw, Wide), IntLanes), Lanes);

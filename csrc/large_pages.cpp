@@ -1,4 +1,5 @@
-// Asks the system for large pages: a processor that reads many megabytes in order waits for address translation at every 4 KiB.
+// Asks the system for large pages: a processor that reads many megabytes in order waits for address translation at
+// every 4 KiB.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -16,7 +17,8 @@ namespace {
 void large_pages(at::Tensor& memory) {
 #ifdef __linux__
   TORCH_CHECK_VALUE(memory.is_contiguous(), "large_pages: the tensor must be contiguous");
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
   const uintptr_t begin = (start + page - 1) / page * page, end = (start + memory.nbytes()) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif

@@ -1,4 +1,5 @@
-// sample_tokens on the CPU: rows over threads, each row by the widest instruction set that PyTorch itself uses here (ATEN_CPU_CAPABILITY lowers it).
+// sample_tokens on the CPU: rows over threads, each row by the widest instruction set that PyTorch itself uses here
+// (ATEN_CPU_CAPABILITY lowers it).
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -55,12 +56,12 @@ void sample_rows(const Problem& p, int64_t begin, int64_t end, std::atomic<int64
   for (int64_t row = begin; row < end; ++row) {
     const T* cond = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
     const T* uncond = p.uncond ? static_cast<const T*>(p.uncond) + row * p.uncond_row_stride : nullptr;
-    const int token = sample_row(cond, uncond, p.vocab, p.settings, uniform64(seed, uint64_t(p.image_index[row]), position), scratch);
+    const int token =
+        sample_row(cond, uncond, p.vocab, p.settings, uniform64(seed, uint64_t(p.image_index[row]), position), scratch);
     p.out[row] = token < 0 ? 0 : token;
     if (token < 0) {
       int64_t lowest = bad.load();
-      while (row < lowest && !bad.compare_exchange_weak(lowest, row)) {
-      }
+      while (row < lowest && !bad.compare_exchange_weak(lowest, row)) {}
     }
   }
 }
@@ -77,9 +78,12 @@ void sample_rows_here(const Problem& p, int64_t begin, int64_t end, std::atomic<
 }
 
 void sample_tokens_cpu(const at::Tensor& logits, const std::optional<at::Tensor>& uncond, const at::Tensor& image_index,
-                       const std::optional<at::Tensor>& seed_at, int64_t seed, const std::optional<at::Tensor>& position_at, int64_t position,
-                       double temperature, int64_t top_k, double top_p, double guidance, at::Tensor& out, const std::optional<at::Tensor>& bad_rows) {
-  const Problem p = make_problem(logits, uncond, image_index, seed_at, seed, position_at, position, temperature, top_k, top_p, guidance, out, bad_rows);
+                       const std::optional<at::Tensor>& seed_at, int64_t seed,
+                       const std::optional<at::Tensor>& position_at, int64_t position, double temperature,
+                       int64_t top_k, double top_p, double guidance, at::Tensor& out,
+                       const std::optional<at::Tensor>& bad_rows) {
+  const Problem p = make_problem(logits, uncond, image_index, seed_at, seed, position_at, position, temperature, top_k,
+                                 top_p, guidance, out, bad_rows);
   std::atomic<int64_t> bad{p.rows};
   const int64_t rows_worth_a_thread = std::max<int64_t>(1, 8192 / p.vocab);
   at::parallel_for(0, p.rows, rows_worth_a_thread, [&](int64_t begin, int64_t end) {
@@ -89,7 +93,8 @@ void sample_tokens_cpu(const at::Tensor& logits, const std::optional<at::Tensor>
       case LogitType::float16: return sample_rows_here<Float16>(p, begin, end, bad);
     }
   });
-  TORCH_CHECK_VALUE(bad.load() == p.rows, "sample_tokens: row ", bad.load(), " of the (guided) logits holds NaN or +inf, or nothing but -inf; ",
+  TORCH_CHECK_VALUE(bad.load() == p.rows, "sample_tokens: row ", bad.load(),
+                    " of the (guided) logits holds NaN or +inf, or nothing but -inf; ",
                     "every row needs a finite logit, and -inf only for excluded tokens");
 }
 

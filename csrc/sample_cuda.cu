@@ -1,7 +1,9 @@
-// sample_tokens on CUDA: one block a row, no sort, no host sync, no scratch memory; one launch, which a CUDA graph can hold (seed and position may
-// lie in device memory). Knows no torch. tests/csrc runs this same file on the host, with real threads, under ThreadSanitizer and AddressSanitizer.
+// sample_tokens on CUDA: one block a row, no sort, no host sync, no scratch memory; one launch, which a CUDA graph can
+// hold (seed and position may lie in device memory). Knows no torch. tests/csrc runs this same file on the host, with
+// real threads, under ThreadSanitizer and AddressSanitizer.
 //
-// Rows of up to 16384 tokens are read once and stay in registers; longer ones (up to 65536) are read again from the L2 cache in each pass.
+// Rows of up to 16384 tokens are read once and stay in registers; longer ones (up to 65536) are read again from the L2
+// cache in each pass.
 #include <cuda_runtime.h>
 
 #include "sample_cuda.h"
@@ -10,9 +12,9 @@ namespace star_fast {
 namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr uint32_t kBadKey = 0xffffffffu;        // above the key of +inf
+constexpr uint32_t kBadKey = 0xffffffffu;         // above the key of +inf
 constexpr uint32_t kMinusInfinity = 0x007fffffu;  // key of -inf
-constexpr int kSegment = 128;                     // consecutive tokens that one warp holds at a time: 32 lanes, four each
+constexpr int kSegment = 128;                     // consecutive tokens that a warp holds at a time: 32 lanes, four each
 constexpr int kMaxSegments = kMaxVocab / kSegment;
 
 template <class T>
@@ -21,17 +23,18 @@ struct alignas(4 * sizeof(T)) Four {
 };
 
 struct Shared {
-  uint32_t low[kBins], high[kBins];    // a histogram's 64-bit sums, in halves: shared memory adds 32 bits at a time
-  uint64_t segment[kMaxSegments];      // kept weight of each segment
+  uint32_t low[kBins], high[kBins];  // a histogram's 64-bit sums, in halves: shared memory adds 32 bits at a time
+  uint64_t segment[kMaxSegments];    // kept weight of each segment
   uint64_t warp_sum[32];
   uint32_t warp_top[32];
-  uint32_t smallest, greatest;         // keys
-  int found;                           // bin, digit or segment in which a sum crosses its limit
-  uint64_t before;                     // what stands before it
+  uint32_t smallest, greatest;  // keys
+  int found;                    // bin, digit or segment in which a sum crosses its limit
+  uint64_t before;              // what stands before it
   uint64_t limit;
 };
 
-// A row of logits, four tokens at a time, as keys (one register each; the logit is two instructions away). Beyond its end -inf.
+// A row of logits, four tokens at a time, as keys (one register each; the logit is two instructions away). Beyond its
+// end -inf.
 template <class T>
 struct Row {
   const T* cond;
@@ -61,8 +64,8 @@ struct Row {
   }
 };
 
-// The block's view of its row: for_each(f) calls f(first token, four keys) for this thread's share. Group q of thread t is tokens
-// 4 * (q * THREADS + t) ... + 3, so that a warp holds 128 consecutive tokens in each group.
+// The block's view of its row: for_each(f) calls f(first token, four keys) for this thread's share. Group q of thread t
+// is tokens 4 * (q * THREADS + t) ... + 3, so that a warp holds 128 consecutive tokens in each group.
 template <class T, int THREADS, int GROUPS, bool CACHED>
 struct Share {
   const Row<T>& row;
@@ -112,10 +115,12 @@ __device__ __forceinline__ uint64_t sum_of_lanes(uint64_t x) {
   return x;
 }
 
-__device__ __forceinline__ float logit_of(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+__device__ __forceinline__ float logit_of(uint32_t key) {
+  return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
 
-// A copy that the compiler cannot see through: what a pass derives from it for each token is computed anew, not kept from the pass before in registers that
-// there are not.
+// A copy that the compiler cannot see through: what a pass derives from it for each token is computed anew, not kept
+// from the pass before in registers that there are not.
 __device__ __forceinline__ float afresh(float x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+f"(x));
@@ -137,8 +142,8 @@ __device__ uint32_t find_largest(const ShareT& share, Shared& s) {
   return __reduce_max_sync(kAllLanes, lane() < THREADS / 32 ? s.warp_top[lane()] : 0u);
 }
 
-// Which of the histogram's sums carries the running sum beyond the limit (found), and what stands before it (before). With `share_of_total` the limit
-// is first set to that share of the whole, in units of 2^-64.
+// Which of the histogram's sums carries the running sum beyond the limit (found), and what stands before it (before).
+// With `share_of_total` the limit is first set to that share of the whole, in units of 2^-64.
 template <int THREADS>
 __device__ void find_crossing(Shared& s, bool share_of_total, uint64_t share) {
   constexpr int kOwn = kBins / THREADS;
@@ -184,11 +189,13 @@ __device__ void clear_bins(Shared& s) {
   __syncthreads();
 }
 
-// The cut: the smallest key that stays when a token of key >= floor stays if the tokens of strictly greater key amount to at most a limit.
-// BY_MASS: tokens amount to their weight and the limit is a share of the whole; else each amounts to one and the limit is `limit`.
+// The cut: the smallest key that stays when a token of key >= floor stays if the tokens of strictly greater key amount
+// to at most a limit. BY_MASS: tokens amount to their weight and the limit is a share of the whole; else each amounts
+// to one and the limit is `limit`.
 // First a histogram over bins of log-weight, then, within the bin of the cut, over 11 bits of the key at a time.
 template <int THREADS, bool BY_MASS, class ShareT>
-__device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, float scale, uint32_t floor, uint64_t limit) {
+__device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, float scale, uint32_t floor,
+                             uint64_t limit) {
   clear_bins<THREADS>(s);
   largest = afresh(largest);
   share.for_each([&](int, const uint32_t (&key)[4]) {
@@ -244,11 +251,15 @@ __device__ uint32_t find_cut(const ShareT& share, Shared& s, float largest, floa
 
 // Step 5. Only the thread that holds the token writes it.
 template <int THREADS, class T, class ShareT>
-__device__ void draw(const Row<T>& row, const ShareT& share, Shared& s, float largest, float scale, uint32_t cut, uint64_t bits, int64_t* out) {
+__device__ void draw(const Row<T>& row, const ShareT& share, Shared& s, float largest, float scale, uint32_t cut,
+                     uint64_t bits, int64_t* out) {
   largest = afresh(largest);
-  const auto kept_weight = [&](uint32_t key) { return key >= cut ? weight(exponent(logit_of(key), largest, scale)) : 0; };
+  const auto kept_weight = [&](uint32_t key) {
+    return key >= cut ? weight(exponent(logit_of(key), largest, scale)) : 0;
+  };
   share.for_each([&](int first, const uint32_t (&key)[4]) {
-    const uint64_t sum = sum_of_lanes(kept_weight(key[0]) + kept_weight(key[1]) + kept_weight(key[2]) + kept_weight(key[3]));
+    const uint64_t sum =
+        sum_of_lanes(kept_weight(key[0]) + kept_weight(key[1]) + kept_weight(key[2]) + kept_weight(key[3]));
     if (lane() == 0 && first < row.n) s.segment[first / kSegment] = sum;
   });
   __syncthreads();
@@ -284,7 +295,8 @@ __global__ void __launch_bounds__(THREADS, 1) sample_tokens_kernel(const Problem
   __shared__ Shared s;
   const int64_t index = blockIdx.x;
   const Row<T> row{static_cast<const T*>(p.logits) + index * p.logits_row_stride,
-                   p.uncond ? static_cast<const T*>(p.uncond) + index * p.uncond_row_stride : nullptr, p.settings.guidance, p.vocab};
+                   p.uncond ? static_cast<const T*>(p.uncond) + index * p.uncond_row_stride : nullptr,
+                   p.settings.guidance, p.vocab};
   const Share<T, THREADS, GROUPS, CACHED> share(row);
   const uint32_t top = find_largest<THREADS>(share, s);
   if (top == kBadKey || top <= kMinusInfinity) {
@@ -313,7 +325,8 @@ __global__ void __launch_bounds__(THREADS, 1) sample_tokens_kernel(const Problem
   if (p.settings.restrict_mass) cut = find_cut<THREADS, true>(share, s, largest, scale, cut, p.settings.top_p);
   const uint64_t seed = uint64_t(p.seed_at ? *p.seed_at : p.seed);
   const uint32_t position = uint32_t(p.position_at ? *p.position_at : p.position);
-  draw<THREADS>(row, share, s, largest, scale, cut, uniform64(seed, uint64_t(p.image_index[index]), position), p.out + index);
+  draw<THREADS>(row, share, s, largest, scale, cut, uniform64(seed, uint64_t(p.image_index[index]), position),
+                p.out + index);
 }
 
 }  // namespace
@@ -324,7 +337,8 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
   Problem copy = p;
   void* arguments[] = {&copy};
   const dim3 grid(static_cast<unsigned>(p.rows)), block(THREADS);
-  if (p.vocab <= 4 * THREADS * GROUPS) return cudaLaunchKernel(sample_tokens_kernel<T, THREADS, GROUPS, true>, grid, block, arguments, 0, stream);
+  if (p.vocab <= 4 * THREADS * GROUPS)
+    return cudaLaunchKernel(sample_tokens_kernel<T, THREADS, GROUPS, true>, grid, block, arguments, 0, stream);
   return cudaLaunchKernel(sample_tokens_kernel<T, THREADS, GROUPS, false>, grid, block, arguments, 0, stream);
 }
 

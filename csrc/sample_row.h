@@ -1,26 +1,29 @@
-// One row on the CPU: plain loops that vectorise. sample_cpu.cpp includes this file once per instruction set, inside a namespace of its own (hence no
-// #pragma once and no includes); all copies give the same tokens, since token_choice.h leaves nothing to the instruction set. Knows no torch.
-// Indices are 64 bits wide: setuptools compiles with -fwrapv, under which a loop over int indices does not vectorise.
+// One row on the CPU: plain loops that vectorise. sample_cpu.cpp includes this file once per instruction set, inside a
+// namespace of its own (hence no #pragma once and no includes); all copies give the same tokens, since token_choice.h
+// leaves nothing to the instruction set. Knows no torch. Indices are 64 bits wide: setuptools compiles with -fwrapv,
+// under which a loop over int indices does not vectorise.
 //
-// No sort: a histogram over bins of log-weight finds the bin in which a cut (top-k or top-p) falls, and only that bin's few tokens are compared by value.
+// No sort: a histogram over bins of log-weight finds the bin in which a cut (top-k or top-p) falls, and only that bin's
+// few tokens are compared by value.
 
 constexpr int kChunk = 256;     // tokens whose weights are summed together before the draw walks through one such chunk
 constexpr int kFlagBlock = 64;  // tokens compared at once when few of many are wanted
 
 struct Scratch {
-  std::vector<float> guided = std::vector<float>(kMaxVocab);       // the row in float32
+  std::vector<float> guided = std::vector<float>(kMaxVocab);  // the row in float32
   std::vector<uint16_t> bin = std::vector<uint16_t>(kMaxVocab);
   std::vector<uint64_t> weight = std::vector<uint64_t>(kMaxVocab);
-  std::vector<int32_t> kept = std::vector<int32_t>(kMaxVocab);     // indices of the tokens that top-k left, ascending
+  std::vector<int32_t> kept = std::vector<int32_t>(kMaxVocab);  // indices of the tokens that top-k left, ascending
   std::vector<float> kept_logit = std::vector<float>(kMaxVocab);
-  std::vector<int32_t> rivals = std::vector<int32_t>(kMaxVocab);   // indices of the tokens in the bin of the cut
+  std::vector<int32_t> rivals = std::vector<int32_t>(kMaxVocab);  // indices of the tokens in the bin of the cut
   std::vector<uint16_t> counts = std::vector<uint16_t>(4 * kBins);
   std::vector<uint64_t> masses = std::vector<uint64_t>(kBins);
 };
 
 // The float32 row: `cond` itself where it is one already, else converted or guided into `out`.
 template <class T>
-const float* load_row(const T* __restrict cond, const T* __restrict uncond, float guidance, int n, float* __restrict out) {
+const float* load_row(const T* __restrict cond, const T* __restrict uncond, float guidance, int n,
+                      float* __restrict out) {
   if constexpr (std::is_same_v<T, float>) {
     if (!uncond) return cond;
   }
@@ -32,7 +35,8 @@ const float* load_row(const T* __restrict cond, const T* __restrict uncond, floa
   return out;
 }
 
-// The largest logit; false if the row holds NaN or +inf, or nothing but -inf. Compared as integers, which vectorises without any licence to reorder floats.
+// The largest logit; false if the row holds NaN or +inf, or nothing but -inf. Compared as integers, which vectorises
+// without any licence to reorder floats.
 inline bool find_largest(const float* __restrict g, int n, float* largest) {
   int32_t top = INT32_MIN, magnitude = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -72,8 +76,9 @@ inline uint64_t top_bits(const uint8_t* bytes) {
 #endif
 }
 
-// Calls take(i) for each i in 0 ... n-1 with wanted(values[i]), ascending. For conditions that few tokens meet: 64 are compared at once and become the bits
-// of a word. (`wanted` by value, and holding values only: what it read through a reference could, to the compiler, be what `flags` writes.)
+// Calls take(i) for each i in 0 ... n-1 with wanted(values[i]), ascending. For conditions that few tokens meet: 64 are
+// compared at once and become the bits of a word. (`wanted` by value, and holding values only: what it read through a
+// reference could, to the compiler, be what `flags` writes.)
 template <class Value, class Wanted, class Take>
 inline void for_each_wanted(const Value* __restrict values, int n, const Wanted wanted, const Take& take) {
   alignas(64) uint8_t flags[kFlagBlock];
@@ -91,7 +96,8 @@ inline void find_bins(const float* __restrict g, int n, float largest, float sca
   for (int64_t i = 0; i < n; ++i) bin[i] = uint16_t(bin_of(exponent(g[i], largest, scale)));
 }
 
-inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float largest, float scale, uint16_t* __restrict bin, uint64_t* __restrict w) {
+inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float largest, float scale,
+                                      uint16_t* __restrict bin, uint64_t* __restrict w) {
   uint64_t total = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float z = exponent(g[i], largest, scale);
@@ -102,17 +108,19 @@ inline uint64_t find_bins_and_weights(const float* __restrict g, int n, float la
   return total;
 }
 
-// The smallest logit of a bin that stays, given that the tokens of the heavier bins (lower numbers) amount to `before`: a token stays if what is
-// strictly greater amounts to at most `limit`.
+// The smallest logit of a bin that stays, given that the tokens of the heavier bins (lower numbers) amount to `before`:
+// a token stays if what is strictly greater amounts to at most `limit`.
 template <class Amount>
-inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before, uint64_t limit, const Amount& amount,
-                           int32_t* rivals) {
+inline float smallest_kept(const float* g, const uint16_t* bin, int n, uint16_t wanted_bin, uint64_t before,
+                           uint64_t limit, const Amount& amount, int32_t* rivals) {
   int count = 0;
   bool all_equal = true;
-  for_each_wanted(bin, n, [=](uint16_t b) { return b == wanted_bin; }, [&](int64_t i) {
-    rivals[count++] = int32_t(i);
-    all_equal = all_equal && g[i] == g[rivals[0]];
-  });
+  for_each_wanted(
+      bin, n, [=](uint16_t b) { return b == wanted_bin; },
+      [&](int64_t i) {
+        rivals[count++] = int32_t(i);
+        all_equal = all_equal && g[i] == g[rivals[0]];
+      });
   if (!all_equal) std::sort(rivals, rivals + count, [&](int32_t a, int32_t b) { return g[a] > g[b]; });
   float smallest = g[rivals[0]];
   for (int64_t j = 0; j < count && !all_equal; ++j) {
@@ -142,7 +150,8 @@ inline float count_cut(const float* g, int n, float largest, float scale, uint32
   uint64_t before = 0;
   for (int b = 0; b < kBins - 1; ++b) {
     const uint64_t here = uint64_t{counts[4 * b]} + counts[4 * b + 1] + counts[4 * b + 2] + counts[4 * b + 3];
-    if (before + here >= k) return smallest_kept(g, bin, n, uint16_t(b), before, k - 1, [](int32_t) { return uint64_t{1}; }, s.rivals.data());
+    if (before + here >= k)
+      return smallest_kept(g, bin, n, uint16_t(b), before, k - 1, [](int32_t) { return uint64_t{1}; }, s.rivals.data());
     before += here;
   }
   return -INFINITY;
@@ -167,10 +176,12 @@ inline int keep_top_k(const float* g, int n, float largest, float scale, uint32_
   int count = 0;
   int32_t* const kept = s.kept.data();
   float* const logit = s.kept_logit.data();
-  for_each_wanted(g, n, [=](float x) { return x >= kth; }, [&](int64_t i) {
-    kept[count] = int32_t(i);
-    logit[count++] = g[i];
-  });
+  for_each_wanted(
+      g, n, [=](float x) { return x >= kth; },
+      [&](int64_t i) {
+        kept[count] = int32_t(i);
+        logit[count++] = g[i];
+      });
   return count;
 }
 
@@ -197,7 +208,8 @@ inline int draw(int n, uint64_t bits, const WeightOf& weight_of) {
 }
 
 // Steps 4 and 5 on `n` logits: the index of the one drawn.
-inline int draw_from(const float* __restrict g, int n, float largest, const Settings& settings, uint64_t bits, Scratch& s) {
+inline int draw_from(const float* __restrict g, int n, float largest, const Settings& settings, uint64_t bits,
+                     Scratch& s) {
   const float scale = settings.scale;
   if (!settings.restrict_mass) return draw(n, bits, [=](int64_t i) { return weight(exponent(g[i], largest, scale)); });
   const float cut = mass_cut(g, n, largest, scale, settings.top_p, s);

@@ -1,6 +1,7 @@
-// The maths of one token's choice: guidance, weight, order, cut and draw (star_fast/ops/sample_tokens.py states the five steps).
-// Host and device; knows no torch. Every function gives the same bits everywhere: float operations are rounded one by one (device intrinsics that the
-// compiler may not fuse; the host compiles with -ffp-contract=off), and everything that is summed is an integer, so that no order can matter.
+// The maths of one token's choice: guidance, weight, order, cut and draw (star_fast/ops/sample_tokens.py states the
+// five steps). Host and device; knows no torch. Every function gives the same bits everywhere: float operations are
+// rounded one by one (device intrinsics that the compiler may not fuse; the host compiles with -ffp-contract=off), and
+// everything that is summed is an integer, so that no order can matter.
 #pragma once
 
 #include <cmath>
@@ -11,10 +12,10 @@
 
 namespace star_fast {
 
-constexpr int kMaxVocab = 65536;       // 2^16 weights of at most 2^40: every sum stays below 2^57
-constexpr int kWeightBits = 40;        // the largest logit weighs 2^40
-constexpr int kBinsPerOctave = 48;     // bins of weights for the search of a cut: a factor 2^(1/48) each
-constexpr int kBins = 2048;            // 2048 / 48 = 42.7 octaves; all that is lighter than 2^-42 falls into the last bin, and weighs 0
+constexpr int kMaxVocab = 65536;    // 2^16 weights of at most 2^40: every sum stays below 2^57
+constexpr int kWeightBits = 40;     // the largest logit weighs 2^40
+constexpr int kBinsPerOctave = 48;  // bins of weights for the search of a cut: a factor 2^(1/48) each
+constexpr int kBins = 2048;  // 42.7 octaves; all that is lighter than 2^-42 falls into the last bin, and weighs 0
 
 // What the caller asked for, in the numbers that the rows need.
 struct Settings {
@@ -90,14 +91,15 @@ STAR_FAST_BOTH float to_float(Bfloat16 x) { return float_of(uint32_t{x.bits} << 
 
 STAR_FAST_BOTH float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + (112u << 23);              // exponent bias 127 instead of 15
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;              // infinities and NaN
+  const uint32_t normal = (magnitude << 13) + (112u << 23);  // exponent bias 127 instead of 15
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinities and NaN
   const uint32_t subnormal = bits_of(times(float(int(magnitude)), 0x1p-24f));
   const uint32_t bits = magnitude >= 0x7c00u ? special : magnitude < 0x0400u ? subnormal : normal;
   return float_of(bits | sign);
 }
 
-// Classifier-free guidance; a token without a chance under the condition keeps none (and makes no NaN of two infinities).
+// Classifier-free guidance; a token without a chance under the condition keeps none (and makes no NaN of two
+// infinities).
 STAR_FAST_BOTH float guide(float cond, float uncond, float guidance) {
   const float mixed = plus(uncond, times(guidance, plus(cond, -uncond)));
   return cond == -INFINITY ? cond : mixed;
@@ -109,7 +111,8 @@ STAR_FAST_BOTH float exponent(float logit, float largest, float scale) {
   return z > -64.0f ? z : -64.0f;
 }
 
-// 2^(z + 40) in float32, -64 <= z <= 0: 2^n from the exponent bits times a polynomial in f = z - n of relative error 2e-7 (ops/sample_tokens.py, `weights`).
+// 2^(z + 40) in float32, -64 <= z <= 0: 2^n from the exponent bits times a polynomial in f = z - n of relative error
+// 2e-7 (ops/sample_tokens.py, `weights`).
 STAR_FAST_BOTH float power(float z) {
   const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits below 1
   const float shifted = plus(z, to_integer);

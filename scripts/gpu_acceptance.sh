@@ -36,6 +36,7 @@ fi
 IFS='|' read -r device capability arch <<< "$facts"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
+export TQDM_DISABLE=1  # the outputs are kept
 unset TRITON_INTERPRET
 
 mkdir -p "$results"
@@ -46,6 +47,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 summary="" details=""
+
+plain() { sed -e "s|$PWD/||g; s|$results/||g; s|$work/||g" | cut -c1-2000 | sed 's/^/    /'; }  # no machine's paths
 
 wants() { [[ " ${parts[*]} " == *" $1 "* ]]; }  # wants PART
 
@@ -68,7 +71,7 @@ stage() {  # stage NAME "WHERE TO LOOK WHEN IT FAILS" COMMAND...
   echo "== $name ..."
   timeout "$seconds" "$@" 2>&1 | tee "$log"
   code=${PIPESTATUS[0]}
-  details+=$'\n'"## $name"$'\n\n'"    $*"$'\n\n'"$(tail -n 150 "$log" | cut -c1-2000 | sed 's/^/    /')"$'\n'
+  details+=$'\n'"## $name"$'\n\n'"$(plain <<< "$*")"$'\n\n'"$(tail -n 150 "$log" | plain)"$'\n'
   case $code in
     0) note "$name" passed $((SECONDS - start)) ;;
     124) note "$name" "**FAILED**: over $seconds s" $((SECONDS - start)) "$look"; failed=1 ;;

@@ -9,7 +9,7 @@ run=${1:-runs/digits}
 
 star-fast prepare digits --out data/digits
 resume=()
-[ -n "$(ls -d "$run"/checkpoints/step-* 2>/dev/null)" ] && resume=(--resume)
+[ -n "$(ls -d "$run"/checkpoints/step-*[0-9] 2>/dev/null)" ] && resume=(--resume)
 deepspeed --num_accelerators 1 star_fast/train.py --preset tiny --data.codes data/digits --run "$run" "${resume[@]}"
 star-fast sample --model "$run/model" --out "$run/samples.npz" --images 100
 star-fast probe --run "$run"

@@ -1,13 +1,12 @@
 """Does training compute the same on 1, 2 and 4 ranks and under ZeRO 0 to 3? Measures it, and writes the table.
 
     python scripts/ranks_and_zero.py [--save]        about four minutes on two cores; --save writes
-    benchmarks/results/ranks_and_zero.{md,png}
+                                                     benchmarks/results/ranks_and_zero.{md,png}
 
 Float32 without dropout: losses of 20 steps, gradients of the first, teacher after the last, against one rank without
-    ZeRO; accumulation against a hand-written
-loop. bf16: the teacher against the closed-form float32 average of the masters; the loss curve against float32 weights
-    under autocast (LlamaGen's way). And a
-run that goes from 2 ranks to 4 to 1: its held-out loss before and after each conversion.
+ZeRO; accumulation against a hand-written loop. bf16: the teacher against the closed-form float32 average of the
+masters; the loss curve against float32 weights under autocast (LlamaGen's way). And a run that goes from 2 ranks to 4
+to 1: its held-out loss before and after each conversion.
 """
 
 from __future__ import annotations

@@ -2,14 +2,12 @@
 
 From Python:
 
-    load(path)            a model to draw from and look into: a run folder, a model folder, or a released LlamaGen file
-    -> ImageModel run_config(preset)    the settings of a named run, each of which can be changed
-    -> RunConfig train(config, run)    train in this process
-    -> the run's folder
+    load(path)            -> ImageModel, to draw from and look into: of a run folder, a model folder, a LlamaGen file
+    run_config(preset)    -> RunConfig: the settings of a named run, each of which can be changed
+    train(config, run)    -> the run's folder; trains in this process
     ops                   the operations: masked attention, cross-entropy without whole logits, token drawing ...
     method                ST-AR itself, for our transformer or anybody's decoder: masking, objective, Student, Teacher
-    UserError             what every mistake that a user can mend raises: one line with what was expected, what came and
-        what to do
+    UserError             every mistake that a user can mend: one line with what was expected, what came, what to do
 
     import star_fast
     model = star_fast.load("runs/digits")

@@ -128,7 +128,7 @@ class ImageModel:
         Raises:
             UserError: no such class, a setting that makes no sense, or a model without a tokenizer.
         """
-        self._need_tokenizer("sample")
+        tokenizer = self._need_tokenizer("sample")
         labels = self._labels("sample", classes)
         for name, value in (("n", n), ("batch_images", batch_images)):
             if not is_int(value) or value < 1:
@@ -157,7 +157,7 @@ class ImageModel:
                 )
             except ValueError as error:
                 raise UserError(f"sample: {self.source or 'the model'} cannot be drawn from: {error}") from error
-            parts.append(self._rendering().start(codes))
+            parts.append(self._rendering(tokenizer).start(codes))
         return Images(torch.cat([part.wait() for part in parts]), columns=n if 1 < n <= 10 else 0)
 
     def codes(self, images: Pictures, *, batch_images: int = _ENCODED_TOGETHER) -> Tensor:
@@ -175,7 +175,7 @@ class ImageModel:
             UserError: something that is no image, of no such size, or a model without a tokenizer.
         """
         tokenizer = self._need_tokenizer("codes")
-        pixels = self._pixels(images)
+        pixels = self._pixels(tokenizer, images)
         if pixels.dtype == torch.uint8:
             return torch.from_numpy(Encoder(tokenizer, "fp32", batch_images)(pixels))
         with ieee_products():
@@ -187,9 +187,9 @@ class ImageModel:
         Raises:
             UserError: codes of another shape, or outside the codebook; or a model without a tokenizer.
         """
-        self._need_tokenizer("decode")
+        tokenizer = self._need_tokenizer("decode")
         codes = self._checked_codes("decode", codes)
-        return Images(self._rendering().start(codes.to(self.device)).wait())
+        return Images(self._rendering(tokenizer).start(codes.to(self.device)).wait())
 
     @torch.no_grad()
     def features(
@@ -217,8 +217,10 @@ class ImageModel:
                 f"features: block must be a number 1 ... {self.transformer.config.blocks} (0: "
                 f"{self.contrast_depth}), got {block!r}"
             )
-        is_codes = isinstance(images_or_codes, Tensor) and images_or_codes.dtype == torch.int64
-        codes = self._checked_codes("features", images_or_codes) if is_codes else self.codes(images_or_codes)
+        if isinstance(images_or_codes, Tensor) and images_or_codes.dtype == torch.int64:
+            codes = self._checked_codes("features", images_or_codes)
+        else:
+            codes = self.codes(images_or_codes)
         chosen = self._labels("features", labels)
         if len(chosen) not in (1, len(codes)):
             raise UserError(f"features: expected one label, or one for each of {len(codes)} images, got {len(chosen)}")
@@ -230,6 +232,7 @@ class ImageModel:
                 out = self.transformer.features(
                     part[:, :-1].to(self.device), part_label.to(self.device), block=block, last=False
                 )
+                assert out.middle is not None, "a block was named"
                 parts.append(out.middle.float().cpu())
         finally:
             self.transformer.train(training)
@@ -297,14 +300,16 @@ class ImageModel:
         wanted = [int(one) if isinstance(one, np.integer) else one for one in wanted]
         if not wanted or not all(one is None or isinstance(one, str) or is_int(one) for one in wanted):
             raise UserError(f"{function}: expected classes by name or number, or None, got {classes!r:.80}")
-        known = {one: self.transformer.null_class if one is None else None for one in wanted}
         try:
-            known.update({one: find_classes([one], self.class_names)[0] for one in known if one is not None})
+            known = {
+                one: self.transformer.null_class if one is None else find_classes([one], self.class_names)[0]
+                for one in dict.fromkeys(wanted)
+            }
         except UserError as error:
             raise UserError(f"{function}: {error}") from error
         return [known[one] for one in wanted]
 
-    def _checked_codes(self, function: str, codes: Tensor) -> Tensor:
+    def _checked_codes(self, function: str, codes: object) -> Tensor:
         positions, vocab = self.transformer.config.positions, self.transformer.config.vocab
         told = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
         if (
@@ -320,9 +325,9 @@ class ImageModel:
             raise UserError(f"{function}: codes must lie in 0 ... {vocab - 1}, got {low} ... {high}")
         return codes if codes.ndim == 2 else codes[None]
 
-    def _pixels(self, images: Pictures) -> Tensor:
+    def _pixels(self, tokenizer: VQTokenizer, images: Pictures) -> Tensor:
         """(N, C, S, S): uint8, or float in [-1, 1] as given."""
-        channels, side = self.tokenizer.config.image_channels, self.side
+        channels, side = tokenizer.config.image_channels, self.side
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Images):
@@ -364,10 +369,10 @@ class ImageModel:
             self._decoder = (state, Decoder(self.transformer, rows))
         return self._decoder[1]
 
-    def _rendering(self) -> Renderer:
-        state = _state_of(self.tokenizer)
+    def _rendering(self, tokenizer: VQTokenizer) -> Renderer:
+        state = _state_of(tokenizer)
         if self._renderer is None or self._renderer[0] != state:
-            self._renderer = (state, Renderer(self.tokenizer, self.device))
+            self._renderer = (state, Renderer(tokenizer, self.device))
         return self._renderer[1]
 
 

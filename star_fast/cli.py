@@ -98,14 +98,16 @@ def convert(arguments: list[str]) -> None:
 
 def sample(arguments: list[str]) -> None:
     """star-fast sample ..."""
-    from star_fast.generation.sample import SampleConfig, sample_images
+    from star_fast.generation.sample import sample_images
+    from star_fast.generation.sample_config import SampleConfig
 
     sample_images(parse(SampleConfig, arguments, "star-fast sample", SampleConfig.__doc__ or ""))
 
 
 def probe(arguments: list[str]) -> None:
     """star-fast probe ..."""
-    from star_fast.evaluation.probe import ProbeConfig, run_probe, table
+    from star_fast.evaluation.probe import ProbeConfig, run_probe
+    from star_fast.evaluation.probe_result import table
 
     config = parse(ProbeConfig, arguments, "star-fast probe", ProbeConfig.__doc__ or "")
     result = run_probe(config)
@@ -194,7 +196,7 @@ def doctor(arguments: list[str]) -> int:
                 "self-test: a kernel failed, see the table; STAR_FAST_BACKEND=reference runs without any of them"
             )
     if missing:
-        print(f"missing: {', '.join(missing)}")
+        print(printable(f"missing: {', '.join(missing)}"))
     return 1 if missing else 0
 
 

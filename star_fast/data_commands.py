@@ -66,9 +66,8 @@ def prepare(arguments: list[str]) -> None:
         word == BUILT_IN and ("=" in before or not before.startswith("--"))
         for before, word in zip(["", *arguments], arguments, strict=False)
     )
-    defaults = (
-        {"data": tiny.data, "train_tokenizer": tiny.tokenizer} if built_in else {"train_tokenizer": FOLDER_TOKENIZER}
-    )
+    usual = tiny.tokenizer if built_in else FOLDER_TOKENIZER
+    defaults: dict[str, Any] = {"train_tokenizer": usual, **({"data": tiny.data} if built_in else {})}
     try:
         command = parse(
             PrepareCommand,
@@ -85,7 +84,7 @@ def prepare(arguments: list[str]) -> None:
                     "ones; leave one of the two out"
                 )
             command = dataclasses.replace(command, data=dataclasses.replace(command.data, held_out_share=0.0))
-        _prepare(command, defaults["train_tokenizer"])
+        _prepare(command, usual)
     except ConfigError as error:
         raise ConfigError(_as_typed(str(error))) from error
     except KeyboardInterrupt as interrupt:

@@ -20,7 +20,7 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2.
 
     Attributes: of_one_rank (whether, of a job of several ranks, any rank that meets it says so; else rank 0 says it for
-        all).
+    all).
     """
 
     of_one_rank = True

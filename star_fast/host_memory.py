@@ -1,10 +1,18 @@
-"""The C library's allocator, told to keep what is freed: the same large tensors are needed again a moment later."""
+"""The host's memory: how much there is, and the C library's allocator, told to keep what is freed, since the same large
+tensors are needed again a moment later.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of mallopt's parameters (malloc.h)
+
+
+def physical_bytes() -> int:
+    """Of this machine, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory(most_bytes: int = 2**31 - 1) -> bool:

@@ -76,7 +76,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _convert(hint: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, name + ".", ignore_unknown=ignore_unknown)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -112,13 +112,13 @@ def _convert(hint: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
 
 
 def _float(value: Any, name: str) -> float:
-    number = None
+    number = math.nan
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as a string
             number = float(value)
         except (ValueError, OverflowError):
-            number = None
-    require(number is not None and math.isfinite(number), name, value, "a finite number")
+            number = math.nan
+    require(math.isfinite(number), name, value, "a finite number")
     return number
 
 

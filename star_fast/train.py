@@ -22,7 +22,7 @@ if (
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -74,6 +74,7 @@ def train(command: TrainCommand) -> Path:
     from star_fast.data.codes import CodeStore
     from star_fast.method.student import Student
     from star_fast.model.class_names import read_class_names
+    from star_fast.model.transformer import Transformer
     from star_fast.model.weights import load_into
     from star_fast.training import checkpoint
     from star_fast.training.batches import Batches, resolve
@@ -112,7 +113,7 @@ def train(command: TrainCommand) -> Path:
             student, adapted = build_student(config), []
             if command.init and not command.resume:
                 adapted = load_into(
-                    student.transformer,
+                    cast("Transformer", student.transformer),  # build_student made it
                     command.init,
                     weights=command.init_weights,
                     tokenizer_hash=store.tokenizer_hash,
@@ -304,5 +305,8 @@ class _Callable(ModuleType):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if joined := sys.modules.get("star_fast.training.ranks"):  # absent: it ended before torch was loaded
+        joined.end(status)
+    sys.exit(status)
 sys.modules[__name__].__class__ = _Callable

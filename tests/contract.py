@@ -1,9 +1,8 @@
 """The checks that every op gets, on every backend.
 
 Error rule: truth is the reference in float64. A backend's error may be at most twice the error that the reference makes
-    in the same
-dtype, plus a floor. Floors (below) allow for one rounding more: they are stated per dtype, relative to the truth's
-    largest entry.
+in the same dtype, plus a floor. Floors (below) allow for one rounding more: they are stated per dtype, relative to the
+truth's largest entry.
 """
 
 from __future__ import annotations

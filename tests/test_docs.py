@@ -1,9 +1,11 @@
-"""docs/understanding.md and docs/evaluation.md are true: every command line in them is understood as it stands, and
-does its job in miniature.
+"""The pages are true. Every command line of every page is understood as it stands; those of docs/understanding.md and
+docs/evaluation.md do their job in miniature; error lines that docs/troubleshooting.md quotes are what the code says.
+Links resolve, options exist, prose is at most 120 columns wide.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -15,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from star_fast import cli
+from star_fast import cli, data_commands
 from star_fast.data.codes import CodeStore
 from star_fast.data.origin import Origin, write_origin
 from star_fast.evaluation import attention, evaluate, figure6, probe, stability
 from star_fast.model.weights import load_model, save_model
+from tests.command_lines import COMMANDS, PAGES, lines_of, understood
 from tests.evaluation.conftest import finished_run as finished_run  # a fixture
-from tests.evaluation.test_evaluate import FewFeatures, pictures, write_adm_reference
-from tests.evaluation.test_evaluate import few_features as few_features  # a fixture
+from tests.evaluation.few_features import FewFeatures, pictures, write_adm_reference
+from tests.evaluation.few_features import few_features as few_features  # a fixture
 from tests.generation.small_model import save_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,20 +55,17 @@ FASTER = {
 }
 
 
-def lines_of(name: str) -> list[str]:
+def commands_of(name: str) -> list[str]:
     """The commands of a page in their order: of its bash blocks, and whole ones within its text."""
-    text = (DOCS / name).read_text()
-    assert not re.search(r"^    (star-fast|torchrun)", text, re.MULTILINE), f"{name}: a command outside a bash block"
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    page = DOCS / name
     inline = re.findall(
-        r"`((?:star-fast \S+|torchrun [^`]*star-fast \S+) --[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        r"`((?:star-fast \S+|torchrun [^`]*star-fast \S+) --[^`]+)`",
+        re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL),
     )
-    return [
-        line.split("#")[0].strip() for block in blocks for line in block.splitlines() if not line.startswith("scripts/")
-    ] + inline
+    return [line for line in lines_of(page) if not line.startswith("scripts/")] + inline
 
 
-UNDERSTANDING, EVALUATION = lines_of("understanding.md"), lines_of("evaluation.md")
+UNDERSTANDING, EVALUATION = commands_of("understanding.md"), commands_of("evaluation.md")
 
 
 def words_of(line: str) -> list[str]:
@@ -75,6 +75,125 @@ def words_of(line: str) -> list[str]:
         words = words[words.index("--") + 1 :]
     assert words[0] == "star-fast", line
     return words[1:]
+
+
+LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in lines_of(page) if line.startswith(COMMANDS)]
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page.name}: {line}" for page, line in LINES])
+def test_a_command_is_understood_as_it_stands(page: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the parsers of the command and of its launcher, checks of the settings included."""
+    understood(line, monkeypatch)
+
+
+def test_every_other_line_starts_something_that_is_there() -> None:
+    """A line of a bash block is a command of ours, a script or a benchmark; what installs things is shown alone."""
+    for page in PAGES:
+        for line in lines_of(page):
+            word = line.removeprefix("python ").split()[0]
+            if word not in {*COMMANDS, "git", "pip"}:
+                assert re.match(r"(scripts|benchmarks)/[\w.]+$", word) and (ROOT / word).exists(), f"{page}: {line}"
+
+
+def test_the_recipes_show_what_they_are_about() -> None:
+    lines = lines_of(DOCS / "recipes.md")
+    shown = {line.split()[-1 if "paper" in line else 0] for line in lines}
+    assert {"deepspeed", "torchrun", "star-fast", "scripts/quickstart.sh", "table3"} <= shown and len(lines) > 30
+    for part in (
+        *("--plain --method.views 2", "--data.online True", "--init c2i_L_256.pt", "--init-weights teacher"),
+        *("--preset B", "--preset L", "--preset XL", "--images 50000", "--products int8", "convert runs/XL"),
+    ):
+        assert any(part in line for line in lines), part
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_at_most_120_columns_wide(page: Path) -> None:
+    """Tables excepted, whose rows cannot be broken."""
+    wide = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not wide
+
+
+def test_scripts_are_at_most_120_columns_wide() -> None:
+    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / "scripts/train.sbatch", *(ROOT / ".ci").iterdir()]
+    assert len(scripts) > 6
+    for script in scripts:
+        assert not [line for line in script.read_text().splitlines() if len(line) > 120], script
+
+
+def anchor_of(heading: str) -> str:
+    """As a page's reader makes it of a heading: links are their words."""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w -]", "", words).lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path) -> None:
+    """Files and folders beside the page; of a heading (FILE#heading), that the file has it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            file, _, heading = target.partition("#")
+            assert (page.parent / file).exists() if file else True, f"{page.name}: {target}"
+            if heading:
+                there = re.findall(r"^#+ (.*)$", (page.parent / file if file else page).read_text(), re.MULTILINE)
+                assert heading in [anchor_of(text) for text in there], target
+
+
+def options_of_all_commands(capsys: pytest.CaptureFixture) -> str:
+    """The help of every command and of those within `data` and `plan`."""
+    asked = [[name] for name in cli.COMMANDS if name not in ("data", "presets")]
+    asked += [["data", name] for name in data_commands.DATA_COMMANDS] + [
+        ["plan", name] for name in ("sample", "prepare")
+    ]
+    for words in asked:
+        with pytest.raises(SystemExit):
+            cli.COMMANDS[words[0]][0]([*words[1:], "--help"])
+    return capsys.readouterr().out
+
+
+def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture) -> None:
+    told = set(re.findall(r"--[a-z][\w.-]*[a-z\d]", options_of_all_commands(capsys)))
+    assert len(told) > 100
+    others = (ROOT / "star_fast/cli.py").read_text()  # star-fast --version
+    of_launchers = {"--requeue", "--signal", "--cpus-per-task", "--nnodes", "--save", "--compare", "--hugging-face"}
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for code in re.findall(r"`([^`]*)`", prose):
+            if "pip install" in code or code.startswith(("hf ", "torchrun ", "python scripts", "python benchmarks")):
+                continue
+            for option in re.findall(r"(?<!\S)--[a-z][\w.-]*[a-z\d]", code):
+                known = option in told or option in of_launchers or option in others
+                assert known or any(name.startswith(option + ".") for name in told), f"{page.name}: {code}"
+
+
+def said_in_the_code() -> list[str]:
+    """Every text of the package's sources, on one line; `…` stands for what is put in."""
+    texts = []
+    for path in (ROOT / "star_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return [" ".join(text.split()) for text in texts]
+
+
+def test_error_lines_are_what_the_code_says() -> None:
+    said = said_in_the_code()
+    quoted = re.findall(r"\*\*`([^`]*)`\*\*", (DOCS / "troubleshooting.md").read_text())
+    section = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    short = re.findall(r"^- `([^`]*)`", section, re.MULTILINE)
+    assert len(quoted) > 25 and len(short) > 4
+    for line in quoted + short:
+        assert any(" ".join(line.split()) in text for text in said), line
+
+
+def test_the_page_on_launching_shows_the_batch_script_and_the_readme_s_lines() -> None:
+    text = (DOCS / "launch.md").read_text()
+    script = (ROOT / "scripts/train.sbatch").read_text()
+    [shown] = re.findall(r"```text\n(run=.*?)```", text, re.DOTALL)
+    assert script.endswith(shown)
+    cluster = (ROOT / "README.md").read_text().split("## On a cluster")[1].split("```")[1]
+    assert all(line in text for line in cluster.splitlines()[2:] if not line.startswith("#"))
 
 
 def test_the_pages_show_every_command_that_they_are_about() -> None:

@@ -356,5 +356,31 @@ def test_weights_files_are_told_apart(
     assert str(tmp_path) not in found["cut.pt"].told
     assert cli.main(["doctor", "--need", "sample", "--weights", str(tmp_path)]) == 1
     assert f"missing: weights: cut.pt, weights: {WEIGHTS_FILE}" in capfd.readouterr().out
-    assert cli.main(["doctor", "--weights", str(tmp_path / "nowhere")]) == 2
-    assert "expected a folder of weights files" in capfd.readouterr().err
+    for no_folder in ("nowhere", "x" * 5000):
+        assert cli.main(["doctor", "--weights", str(tmp_path / no_folder)]) == 2
+        assert "expected a folder of weights files" in capfd.readouterr().err
+
+
+def test_names_of_weights_files_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(examination, "choices", lambda device: [])
+    folder = tmp_path / "\x1b[31mred"
+    folder.mkdir()
+    (folder / "a\nb.pt").write_bytes(b"nothing")
+    (folder / "gone.pt").symlink_to("gone.pt")  # not a file, whatever its name: never opened
+    assert cli.main(["doctor", "--need", "sample", "--weights", str(folder)]) == 1
+    lines = capfd.readouterr().out.split("\n")
+    assert all(line.isprintable() for line in lines) and "missing: weights: a\\nb.pt" in lines
+    assert f"Weights in {tmp_path}/\\x1b[31mred" in lines
+
+
+def test_a_weights_file_that_cannot_be_read_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"nothing")
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    [found, _] = weight_files.weight_files(tmp_path)
+    assert found.mark == MISSING and "Permission denied" in found.told

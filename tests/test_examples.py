@@ -201,7 +201,7 @@ def test_a_decoder_that_is_not_ours_shows_what_the_method_needs(kind: str, digit
 def test_a_decoder_that_is_not_ours_is_trained(kind: str, digits: Path) -> None:
     """Finite losses, gradients through each of the four, and a teacher that is the running mean of the student."""
     own, store = module_of("own_model"), CodeStore.open("data/digits")
-    method = own.METHODS["ST-AR"]
+    method = own.ST_AR
     own.IMAGES = 8
     model = body_of(store, kind)
     start = [weight.detach().clone() for weight in model.parameters()]

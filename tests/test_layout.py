@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "presets": {"config"},
     "config_file": {"config", "presets", "records", "storage", "errors"},
     "ops": {"ops"},
-    "model": {"model", "ops", "config", "records", "storage", "errors"},
+    "model": {"model", "host_memory", "ops", "config", "records", "storage", "errors"},
     "method": {"method", "model", "ops", "config"},
     "data": {"data", "model", "config", "records", "storage", "locks", "errors"},
     "training": {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "generation": {"generation", "host_memory", "model", "ops", "config", "records", "storage", "locks", "errors"},
     "evaluation": {
         "evaluation",
+        "host_memory",
         "generation",
         "model",
         "data",
@@ -144,6 +145,56 @@ def test_imports_follow_the_plan(path: Path) -> None:
             )
 
 
+def modules_imported(path: Path) -> set[str]:
+    """The package's modules that a file imports: at its head, inside a function, for type checkers alone. A name that
+    is a module counts as that module, not as the package it is taken from.
+    """
+    modules = {name_of(module) for module in MODULES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named = {f"{node.module}.{alias.name}": node.module for alias in node.names}
+            found |= {name if name in modules else module for name, module in named.items()}
+    return found & modules
+
+
+def rings(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that all reach each other, a node that reaches itself included."""
+
+    def reached(start: str) -> set[str]:
+        found, ahead = set(), list(graph[start])
+        while ahead:
+            node = ahead.pop()
+            if node not in found:
+                found.add(node)
+                ahead += graph[node]
+        return found
+
+    onward = {node: reached(node) for node in graph}
+    groups = {frozenset(other for other in onward[node] if node in onward[other]) for node in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def test_rings_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"e"}, "e": {"e"}, "f": {"a", "d"}}
+    assert rings(graph) == [["b", "c"], ["e"]]
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Imports inside functions and for type checkers count: a ring is two modules that are one, or a thing that both
+    need in the wrong one of them. (Backends and commands loaded by name are not seen here; they are loaded so to load
+    late.)
+    """
+    graph = {name_of(path): modules_imported(path) for path in MODULES}
+    assert sum(map(len, graph.values())) > len(graph)
+    found = rings(graph)
+    assert not found, "\n".join(
+        f"{module} imports {', '.join(sorted(graph[module] & set(ring)))}" for ring in found for module in ring
+    )
+
+
 def test_every_part_is_in_the_plan() -> None:
     parts = {part_of(name_of(path)) for path in MODULES} - {""}
     assert parts <= set(MAY_IMPORT) | ENTRANCES, sorted(parts - set(MAY_IMPORT) - ENTRANCES)
@@ -162,13 +213,13 @@ def test_tests_never_import_benchmarks() -> None:
         assert not any(module.split(".")[0] == "benchmarks" for module in imports(path)), path
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*MODULES, *TESTS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_no_file_over_600_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 600
+def test_no_file_over_500_lines() -> None:
+    """As ruff lays them out. Past 300 look for the noun that is missing."""
+    named = [path for name in ("benchmarks", "scripts", "examples") for path in (ROOT / name).rglob("*.*")]
+    code = [path for path in named if path.suffix in (".py", ".sh")]
+    paths = [*MODULES, *TESTS, *code, *(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert len(lines) > 400 and not {path: count for path, count in lines.items() if count > 500}
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
@@ -176,6 +227,18 @@ def test_the_linter_and_the_formatter_are_content(command: list[str]) -> None:
     """Lines of 120 columns among it: pyproject.toml says which rules."""
     done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lines_of_120_columns_where_the_linter_does_not_look() -> None:
+    sources = [path for folder in ("csrc", "tests/csrc") for path in (ROOT / folder).iterdir() if path.is_file()]
+    paths = [*sources, *(ROOT / "scripts").glob("*.sh"), ROOT / "pyproject.toml", ROOT / "setup.py"]
+    assert len(sources) > 30 and len(paths) > len(sources) + 5  # they are found
+    assert not [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted(paths)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
 
 
 def test_no_drawer_files_and_no_package_names() -> None:

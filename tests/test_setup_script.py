@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ esac
 def project(tmp_path: Path) -> Path:
     for name in ("scripts", "csrc"):
         (tmp_path / name).mkdir()
-    for name in ("scripts/setup.sh", "scripts/constraints.txt", "pyproject.toml", "setup.py", "csrc/schema.cpp"):
+    scripts = ("scripts/setup.sh", "scripts/environment.sh", "scripts/constraints.txt")
+    for name in (*scripts, "pyproject.toml", "setup.py", "csrc/schema.cpp"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
@@ -92,3 +94,11 @@ def test_the_tests_get_dali_and_the_quickstart_does_not_wait_for_it() -> None:
         line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if "==" in line
     )
     assert "nvidia-dali-cuda130" in pinned
+
+
+def test_what_the_tests_run_as_a_program_is_installed_and_pinned() -> None:
+    """Another version of a linter or a type checker finds other faults in the same code."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    pinned = [line.partition("==")[0] for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()]
+    for name in ("ruff", "mypy"):
+        assert any(one.startswith(f"{name}>=") for one in extra) and name in pinned

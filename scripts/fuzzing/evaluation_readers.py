@@ -16,7 +16,8 @@ from star_fast.demo import DemoCommand, Painter
 from star_fast.errors import printable
 from star_fast.evaluation import plots
 from star_fast.evaluation.evaluate import EvaluateConfig, run_evaluate
-from star_fast.evaluation.probe import ProbeConfig, probe, read_probe, table
+from star_fast.evaluation.probe import ProbeConfig, probe
+from star_fast.evaluation.probe_result import read_probe, table
 from star_fast.evaluation.runs import Run, open_run
 
 # As in the goods' folder

@@ -29,7 +29,7 @@ class ArrowDataset:
     """Images and labels of a data set on disk, in its own order. Keys are row numbers.
 
     The columns are found by their types: the one of images; the one of class labels, else one of whole numbers or texts
-        that is called like a label.
+    that is called like a label.
 
     Raises:
         DataError: the package is not installed, the folder holds several splits or cannot be read, or the columns
@@ -58,7 +58,7 @@ class ArrowDataset:
         try:
             table = datasets.load_from_disk(os.fspath(self.folder))
             image = _image_column(self.folder, table.features, datasets.Image)
-            label, names = _label_column(self.folder, table.features, datasets.ClassLabel)
+            label, class_names = _label_column(self.folder, table.features, datasets.ClassLabel)
             self._rows = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
             values = np.asarray(table.select_columns([label]).with_format("numpy")[:][label])
         except DataError:
@@ -69,7 +69,7 @@ class ArrowDataset:
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
         self._column = image
-        self._take(values, names)
+        self._take(values, class_names)
         if not len(self):
             raise DataError(f"{self.folder}: none of its {len(values)} rows has a label in column {label!r}")
         self._sha256 = sha256_of_bytes(

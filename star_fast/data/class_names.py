@@ -28,7 +28,7 @@ def renamed_classes(names: Sequence[str], given: str) -> tuple[str, ...]:
             or `imagenet`.
 
     Where the classes are whole numbers and there are more names than classes, the numbers say which names: some classes
-        may have no image.
+    may have no image.
 
     Raises:
         DataError: the file names other classes, or another number of them. UserError: it cannot be read.

@@ -107,7 +107,9 @@ class CodeStore:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def codes(self, image_indices: Tensor | Sequence[int], views: Tensor | Sequence[int]) -> Tensor:
+    def codes(
+        self, image_indices: Tensor | np.ndarray | Sequence[int], views: Tensor | np.ndarray | Sequence[int]
+    ) -> Tensor:
         """Codes (B, M, T) int64 of rows `image_indices` (B,): `views` is (B, M), views of each row, or (M,), the same
         for all.
 

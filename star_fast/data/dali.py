@@ -121,7 +121,8 @@ class DaliViews(ABC):
         ]
         results: dict[int, Future[Views | Refused]] = {}
         for batch in self._batches(chosen, opened):  # the pool cuts one batch while DALI decodes the next
-            files, headers, of_batch = ([every[place] for place in batch] for every in (encoded, opened, keys))
+            files, headers = [encoded[place] for place in batch], [opened[place] for place in batch]
+            of_batch = [keys[place] for place in batch]
             results |= {
                 place: views
                 for place, views in zip(batch, self._by_dali(files, headers, of_batch), strict=True)
@@ -187,7 +188,9 @@ class DaliViews(ABC):
                 for views in self._by_dali(files[part], opened[part], keys[part])
             ]
         if self.device == "mixed":
-            made = [_done([as_tensor(output[place]) for output in outputs]) for place in range(len(files))]
+            made: list[Future[Views | Refused] | None] = [
+                _done([as_tensor(output[place]) for output in outputs]) for place in range(len(files))
+            ]
             torch.cuda.current_stream().synchronize()  # DALI uses its memory again
             return made
         # Copies: DALI uses its memory again
@@ -261,7 +264,7 @@ class DaliSquares(DaliViews):
 
     def _gpu_inputs(self, opened: Sequence[Any], keys: Sequence[Any]) -> dict[str, list[np.ndarray]]:
         return {
-            f"shape {number}": [square_shape(*image.size, size) for image in opened]
+            f"shape {number}": [square_shape(image.width, image.height, size) for image in opened]
             for number, size in enumerate(self.sizes)
         }
 
@@ -313,8 +316,8 @@ class DaliAugment(DaliViews):
     def _gpu_inputs(self, opened: Sequence[Any], keys: Sequence[Any]) -> dict[str, list[np.ndarray]]:
         return {
             f"crop {view}": [
-                np.array(crop_box(self.settings, self.seed, *key, view, *image.size), dtype=np.float32)
-                for image, key in zip(opened, keys, strict=True)
+                np.array(crop_box(self.settings, self.seed, epoch, index, view, image.width, image.height), np.float32)
+                for image, (epoch, index) in zip(opened, keys, strict=True)
             ]
             for view in range(self.views)
         }

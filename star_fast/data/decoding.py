@@ -167,7 +167,7 @@ def _white_level(image: Image.Image) -> int | None:
         return None
     bits = 16
     if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
+        tags = image.tag_v2  # type: ignore[attr-defined]  # which TIFF images alone have
         bits = tags.get(_BITS, (16,))[0]
         if image.mode.startswith("I;16") and 8 < bits <= 16:
             return (2**bits - 1) * (-1 if tags.get(_PHOTOMETRIC) == 0 else 1)

@@ -56,7 +56,10 @@ class ImageFolder(FilesInFolder):
         entries = folder_entries(self.folder, "FOLDER/class name/image files")
         _require_classes(self.folder, entries)
         self.files: list[str] = []  # relative to folder, with '/'
-        self.skipped, self._sizes, labels, names = [], [], [], []
+        self.skipped: list[dict[str, str]] = []
+        self._sizes: list[int] = []
+        labels: list[int] = []
+        names: list[str] = []
         loose = [entry.name for entry in entries if not os.path.isdir(entry) and is_image(entry.name)]
         for entry in (entry for entry in entries if os.path.isdir(entry)):
             if entry.is_symlink() and _leads_back(entry.path, self.folder):

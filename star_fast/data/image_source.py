@@ -48,8 +48,12 @@ class ImageSource(Protocol):
 
     class_names: tuple[str, ...]
     labels: np.ndarray  # (images,) int64, known without decoding anything
-    files: Sequence[str]  # the key of each image
     skipped: list[dict[str, str]]  # what was left out before any image was read: {"key", "reason"} each
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The key of each image."""
+        ...
 
     def __len__(self) -> int: ...
 

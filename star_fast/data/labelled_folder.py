@@ -85,9 +85,9 @@ class LabelledFolder(FilesInFolder):
             Path(labels) if os.path.exists(labels) or not os.path.exists(self.folder / labels) else self.folder / labels
         )
         by_stem: dict[str, str | None] = {}
-        for key in sizes:  # None: two files differ in the suffix alone, so that without it neither is meant
-            stem = os.path.splitext(key)[0]
-            by_stem[stem] = None if stem in by_stem else key
+        for file in sizes:  # None: two files differ in the suffix alone, so that without it neither is meant
+            stem = os.path.splitext(file)[0]
+            by_stem[stem] = None if stem in by_stem else file
         found: dict[str, _Row] = {}
         useless: list[dict[str, str]] = []
         more = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from star_fast.data.sources import DataError, ImageSource, UnreadableImage
 from star_fast.data.view_reading import processors_of_this_rank
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import VQTokenizer
+
+if TYPE_CHECKING:
+    from star_fast.data.dali import DaliAugment, Refused, Views
 
 
 class OnlineCodes:
@@ -59,7 +63,8 @@ class OnlineCodes:
         self._encoder = Encoder(tokenizer.to(device), "fp32", 64)  # which copies it
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
-        self._decoder, self._workers, self._dali = data.decoder, workers, {}
+        self._decoder, self._workers = data.decoder, workers
+        self._dali: dict[int, DaliAugment] = {}
         self.seconds = {"views_s": 0.0, "tokenizer_s": 0.0}
 
     def __call__(self, epoch: int, rows: np.ndarray, views: int) -> Tensor:
@@ -86,25 +91,26 @@ class OnlineCodes:
         """(B * M, C, S, S) uint8."""
         files = [None] * len(indices) if self._decoder == "pillow" else list(self._pool.map(self._file, indices))
         with_file = [place for place, file in enumerate(files) if file is not None]
-        made: dict[int, object] = {}
+        made: dict[int, Views | Refused] = {}
         if with_file:
             numbers = [int(indices[place]) for place in with_file]
-            made = dict(
-                zip(with_file, self._by_dali(views)([files[place] for place in with_file], numbers, epoch), strict=True)
-            )
+            encoded = [file for file in files if file is not None]
+            made = dict(zip(with_file, self._by_dali(views)(encoded, numbers, epoch), strict=True))
         without = [place for place, file in enumerate(files) if file is None]
         made |= zip(
             without,
             self._pool.map(lambda place: self._by_pillow(epoch, int(indices[place]), views), without),
             strict=True,
         )
-        for place, crops in made.items():
-            if not isinstance(crops, list):  # Refused
-                raise self._gone(UnreadableImage(self.source.files[indices[place]], crops.reason))
+        crops: dict[int, Views] = {}
+        for place, found in made.items():
+            if not isinstance(found, list):  # Refused
+                raise self._gone(UnreadableImage(self.source.files[indices[place]], found.reason))
+            crops[place] = found
         # Images without a file are cut on the CPU whoever decodes the others
         where = self.device if self._decoder == "dali-gpu" else "cpu"
         return torch.stack(
-            [torch.as_tensor(crop, device=where) for place in range(len(indices)) for crop in made[place]]
+            [torch.as_tensor(crop, device=where) for place in range(len(indices)) for crop in crops[place]]
         )
 
     def _file(self, index: int) -> bytes | None:
@@ -121,7 +127,7 @@ class OnlineCodes:
         except UnreadableImage as error:
             raise self._gone(error) from error
 
-    def _by_dali(self, views: int) -> object:
+    def _by_dali(self, views: int) -> DaliAugment:
         if views not in self._dali:
             from star_fast.data.dali import DaliAugment
 

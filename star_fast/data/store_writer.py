@@ -55,7 +55,7 @@ class StoreWriter:
         about: the manifest's entries that are known beforehand. They identify the job: another job's folder is refused.
 
     Attributes: complete (the folder already holds this job's finished store); next_index (the first source image not
-        yet recorded).
+    yet recorded).
 
     Raises:
         StorageError: `out` holds a store, finished or not, of another job, or cannot be written.

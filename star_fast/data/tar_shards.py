@@ -103,7 +103,7 @@ class TarShards:
         again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
         if not len(again):
             return
-        seen = {}
+        seen: dict[str, list[int]] = {}
         for index in np.flatnonzero(np.isin(hashes, hashes[again])).tolist():
             seen.setdefault(self.files[index], []).append(index)
         dropped = sorted(index for indices in seen.values() for index in indices[1:])
@@ -132,7 +132,7 @@ class TarShards:
         """The file of image number `index`. Raises UnreadableImage.
 
         The shard is opened for this one image: microseconds beside its decoding, and no number of threads, forks or
-            shards runs out of open files.
+        shards runs out of open files.
         """
         path, offset, size = self._shards[self._shard[index]], self._offset[index], self._size[index]
         if size > MOST_FILE_BYTES:

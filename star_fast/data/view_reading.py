@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import PIL
@@ -92,7 +92,7 @@ class _Dali(_Pillow):
         from star_fast.data.dali_pipelines import dali_version
 
         super().__init__(source, data, image_size, channels, seed, workers)
-        device = "mixed" if data.decoder == "dali-gpu" else "cpu"
+        device: Literal["cpu", "mixed"] = "mixed" if data.decoder == "dali-gpu" else "cpu"
         self._squares = DaliSquares(square_sizes(data, image_size), channels, device=device, threads=workers)
         self.decoder = f"DALI {dali_version()} ({'GPU' if device == 'mixed' else 'CPU'}), {self.decoder}"
 
@@ -113,13 +113,12 @@ class _Dali(_Pillow):
         files = list(self._pool.map(self._file, indices))
         found: dict[int, ImageViews | UnreadableImage] = {}
         encoded = [place for place, file in enumerate(files) if isinstance(file, bytes)]
-        cut = self._pool.map(
-            self._cut, (indices[place] for place in encoded), self._squares([files[place] for place in encoded])
-        )
+        squares = self._squares([file for file in files if isinstance(file, bytes)])
+        cut = self._pool.map(self._cut, (indices[place] for place in encoded), squares)
         found |= zip(encoded, cut, strict=True)
         without = [place for place, file in enumerate(files) if file is None]
         found |= zip(without, super().__call__([indices[place] for place in without]), strict=True)
-        return [found.get(place, file) for place, file in enumerate(files)]
+        return [file if isinstance(file, UnreadableImage) else found[place] for place, file in enumerate(files)]
 
     def counts(self) -> dict[str, int]:
         counts = dict(self._squares.counts)

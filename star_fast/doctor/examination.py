@@ -37,7 +37,7 @@ def examine(needed: Sequence[str], weights: str = "", show: Callable[[str], None
     Raises:
         UserError: `weights` is no folder.
     """
-    missing = []
+    missing: list[str] = []
 
     def group(title: str, name: str, findings: list[Finding]) -> None:
         show(f"{shown(title, findings)}\n")

@@ -27,9 +27,9 @@ class Finding(NamedTuple):
 
 def shown(title: str, findings: list[Finding]) -> str:
     """A heading and its findings, at most WIDTH columns but for what cannot be broken, such as a command."""
-    lines = [title]
+    lines = [printable(title)]
     for finding in findings:
-        start = f"  {finding.mark}  {finding.name:{_NAME_WIDTH}} "
+        start = f"  {finding.mark}  {printable(finding.name):{_NAME_WIDTH}} "
         lines += _wrapped(finding.told, start, " " * len(start))
         if finding.fix:
             lines += [f"{' ' * len(start)}fix: {printable(finding.fix)}"]

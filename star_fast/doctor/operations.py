@@ -44,13 +44,13 @@ def _choice(name: str, device: str) -> Choice:
         return Choice(name, ELSEWHERE, {})
     arguments = _arguments(name, None, device)
     call = getattr(dispatch.module_of(name), name)
+    failed: dict[str, str] = {}
     try:
         with FakeTensorMode(), torch.no_grad(), dispatch.record() as recorded:
             call(**_fake(arguments, device))
         taken = recorded[-1].backend
-        failed = {}
     except dispatch.BackendUnavailable:  # STAR_FAST_BACKEND names one that cannot serve it
-        taken, failed = NONE, {}
+        taken = NONE
     except Exception as error:  # of a backend that was taken: the doctor goes on, and tells
         taken, failed = NONE, {"any": _told(error)}
     others = dict(failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from star_fast.doctor.findings import MISSING, OK, WITHOUT, Finding
@@ -22,7 +23,7 @@ def weight_files(folder: Path) -> list[Finding]:
     Raises:
         UserError: no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of os.path: unlike Path.is_dir it raises for no name
         raise UserError(f"--weights: expected a folder of weights files, got {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
     found = [_file(path, str(path.relative_to(folder))) for path in files[:_MOST_FILES]]
@@ -41,8 +42,9 @@ def weight_files(folder: Path) -> list[Finding]:
 
 
 def _file(path: Path, name: str) -> Finding:
-    size = f"{path.stat().st_size / 1e6:,.1f} MB"
+    size = "unreadable"
     try:
+        size = f"{path.stat().st_size / 1e6:,.1f} MB"
         if path.name == WEIGHTS_FILE:
             return _inception(path, size)
         with open_checkpoint(path) as checkpoint:
@@ -62,7 +64,7 @@ def _file(path: Path, name: str) -> Finding:
                 "an image, "
                 f"{model.num_classes} classes, {size}",
             )
-    except UserError as error:
+    except (UserError, OSError) as error:
         return Finding(
             MISSING,
             name,

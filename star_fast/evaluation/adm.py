@@ -3,8 +3,9 @@ precision, recall.
 
     FID         Fréchet distance of the pool features (2048) of samples and of the reference
     sFID        the same of the spatial features (2023)
-    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000 in
-    the order that they come precision, recall   manifolds.py, on the pool features
+    IS          exp of the mean KL divergence of each image's class distribution from their mean, in groups of 5000
+                in the order that they come
+    precision, recall   manifolds.py, on the pool features
 
 Everything but the distances of precision and recall is float64. Features come in batches and are not kept, except the
 pool features, which precision and recall need: 8 KiB an image.
@@ -13,7 +14,7 @@ pool features, which precision and recall need: 8 KiB an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ class FeatureStatistics:
         self.pool_moments = Moments(POOL_WIDTH, device, "pool features")
         self.spatial_moments = Moments(SPATIAL_WIDTH, device, "spatial features")
         self.inception_score = InceptionScore(split_images)
-        self._keep_every, self._keep_most, self._pool = keep_every, keep_most, []
+        self._keep_every, self._keep_most = keep_every, keep_most
+        self._pool: list[Tensor] = []
         self._kept = 0
 
     @property
@@ -171,21 +173,21 @@ def adm_metrics(
         UserError: too few images, features that are not finite, or a reference whose covariance is none.
     """
     own = samples.gaussians()
-    distance = {}
-    for name, mine, theirs in (("FID", own[:2], reference[:2]), ("sFID", own[2:], reference[2:])):
-        if theirs[0] is None:
-            distance[name] = None
-            continue
-        try:
-            distance[name] = frechet_distance(*mine, *theirs, device=device)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}; the reference's statistics are damaged or of other features") from error
+    fid, sfid = _distance("FID", own[:2], reference[:2], device), None
+    if reference.mu_s is not None:
+        sfid = _distance("sFID", own[2:], reference[2:], device)
     scores = samples.inception_score.scores()
     shares = None
     if reference_pool is not None:
         shares = precision_recall(
             samples.pool().to(device), reference_pool.to(device), neighbours, distances, progress=progress
         )
-    return AdmMetrics(
-        distance["FID"], distance["sFID"], float(np.mean(scores)), float(np.std(scores)), *(shares or (None, None))
-    )
+    return AdmMetrics(fid, sfid, float(np.mean(scores)), float(np.std(scores)), *(shares or (None, None)))
+
+
+def _distance(name: str, mine: tuple[Any, Any], theirs: tuple[Any, Any], device: torch.device | str) -> float:
+    """Of two means and covariances."""
+    try:
+        return frechet_distance(*mine, *theirs, device=device)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; the reference's statistics are damaged or of other features") from error

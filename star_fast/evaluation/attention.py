@@ -30,6 +30,7 @@ from star_fast.evaluation.runs import Run, codes_of, only_report, open_run, spre
 from star_fast.evaluation.samples import decode
 from star_fast.generation.device import take_device
 from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.weights import Weights
 from star_fast.records import require
 from star_fast.storage import atomic_write_bytes, atomic_write_json
 
@@ -94,7 +95,7 @@ def run_attention(config: AttentionConfig) -> list[Looked]:
             block, row or position.
     """
     device = take_device(config.device)
-    kinds = ("student", "teacher") if config.weights == "both" else (config.weights,)
+    kinds: tuple[Weights, ...] = ("student", "teacher") if config.weights == "both" else (config.weights,)
     opened = [
         (kind, open_run(folder, codes=config.codes, weights=kind))
         for folder in (config.run, *([config.against] if config.against else ()))

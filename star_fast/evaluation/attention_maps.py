@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from star_fast.model.transformer import Transformer
+from star_fast.model.transformer import Block, Transformer
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def all_attention(model: Transformer, codes: Tensor, label: Tensor, first: int =
 
 
 def _probabilities(model: Transformer, number: int, residual_BTD: Tensor) -> Tensor:
-    config, block = model.config, model.layers[number - 1]
+    config, block = model.config, cast("Block", model.layers[number - 1])
     normed_BTD = block.attention_norm(residual_BTD)[0].float()
     B, T, D = normed_BTD.shape
     qk_weight = block.attention.wqkv.weight[: 2 * D].float()

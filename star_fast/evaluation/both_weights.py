@@ -5,7 +5,7 @@ its claims are about no guidance.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from star_fast.evaluation.attention_maps import attention_shares, mean_attention
 from star_fast.evaluation.frechet import frechet_distance_of_features
+from star_fast.evaluation.report_material import Material
 from star_fast.evaluation.runs import codes_of, spread
 from star_fast.evaluation.samples import draw_samples
 from star_fast.model.transformer import Transformer
-from star_fast.model.weights import WEIGHTS_FILES, load_model
-
-if TYPE_CHECKING:
-    from star_fast.evaluation.report import Material
+from star_fast.model.weights import WEIGHTS_FILES, Weights, load_model
 
 ATTENTION_IMAGES = 32  # held-out images that attention is averaged over
 
@@ -36,13 +34,14 @@ def next_token_loss(model: Transformer, codes: Tensor, labels: Tensor, batch_ima
     return total / codes.numel()
 
 
-def other_weights(material: Material) -> dict[str, Transformer]:
+def other_weights(material: Material) -> dict[Weights, Transformer]:
     """{name: model} of the run's weights that the report does not show; empty where training kept no teacher."""
     folder = material.run.folder / "model"
+    kinds: tuple[Weights, ...] = ("student", "teacher")
     return {
         name: load_model(folder, weights=name).transformer.to(material.device).eval()
-        for name, file in WEIGHTS_FILES.items()
-        if name != material.config.weights and os.path.exists(folder / file)
+        for name in kinds
+        if name != material.config.weights and os.path.exists(folder / WEIGHTS_FILES[name])
     }
 
 
@@ -82,6 +81,7 @@ def judge_drawn(material: Material, model: Transformer, guidance: float) -> dict
         batch_images=config.batch_images,
         **settings,
     )
+    assert material.real_features is not None, "measured with the classifier"
     verdict = material.classifier.judge(samples.images)
     return {
         "agreement": verdict.accuracy(samples.labels),

@@ -32,7 +32,7 @@ from star_fast.evaluation.reconstructions import TokenizerPass, open_tokenizer
 from star_fast.evaluation.reference import read_reference, write_reference
 from star_fast.evaluation.runs import only_result
 from star_fast.generation.device import take_device
-from star_fast.generation.sample import SampleConfig
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.storage import atomic_write_bytes, atomic_write_json
 
 ADM_PRECISION_IMAGES = 10_000  # of the ADM suite's references

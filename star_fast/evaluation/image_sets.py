@@ -2,7 +2,7 @@
 that draws them on the way.
 
 Each is an ImageSet: batches of uint8 images, once through, nothing held but a batch or two; and a record of what
-    decides its pixels.
+decides its pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from star_fast.generation.limits import require_memory
 from star_fast.generation.npz_file import LABELS_MEMBER
 from star_fast.generation.npz_stream import IMAGES_MEMBER
 from star_fast.generation.record import read_finished
-from star_fast.generation.sample import SampleConfig, prepare_drawing
+from star_fast.generation.sample import prepare_drawing
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.records import to_dict
 from star_fast.storage import StorageError
 
@@ -59,7 +60,9 @@ class NpzImages:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.skipped, self.warnings = Path(path), [], []
+        self.path = Path(path)
+        self.skipped: list[dict[str, str]] = []
+        self.warnings: list[str] = []
         with NpzFile(path, f"expected images in {IMAGES_MEMBER}, uint8 (N, H, W, 3)") as file:
             self.images, self.height, self.width = file.image_shape(IMAGES_MEMBER)
             crc = file.header(IMAGES_MEMBER).crc
@@ -105,7 +108,8 @@ class _ReadImages:
     """Images read one by one, by threads one batch ahead; what cannot be read is skipped and listed."""
 
     def __init__(self, name: str, images: int, skipped: list[dict[str, str]]) -> None:
-        self.name, self.images, self.skipped, self.warnings, self.jpeg_images = name, images, list(skipped), [], 0
+        self.name, self.images, self.skipped, self.jpeg_images = name, images, list(skipped), 0
+        self.warnings: list[str] = []
         self.advice = "expected images of one size"
 
     def _image(self, index: int) -> _Read:
@@ -216,7 +220,9 @@ class DrawnImages:
                     f"--draw.{name.replace('_', '-')}: no file of images is written here; leave it out, or use "
                     "star-fast sample"
                 )
-        self.config, self.images, self.skipped, self.warnings = config, config.images, [], []
+        self.config, self.images = config, config.images
+        self.skipped: list[dict[str, str]] = []
+        self.warnings: list[str] = []
         self.drawing = prepare_drawing(config, device)
         require_memory(self.drawing.drawer)
         self.labels = plan_labels(config.images, self.drawing.classes, config.labels, config.seed)
@@ -231,6 +237,7 @@ class DrawnImages:
             if waiting is not None:
                 yield from waiting.wait().permute(0, 3, 1, 2).split(size)
             waiting = begun
+        assert waiting is not None, "at least one image is drawn"
         yield from waiting.wait().permute(0, 3, 1, 2).split(size)
 
     def record(self) -> dict[str, Any]:

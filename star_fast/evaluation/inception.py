@@ -65,7 +65,7 @@ class Inception:
 
     def __init__(self, state: dict[str, Tensor] | None, device: torch.device | str = "cpu", sha256: str = "") -> None:
         self.device, self.sha256 = torch.device(device), sha256
-        self.network = _build(state).to(self.device)
+        self.network = _build(state).to(self.device)  # whose layers have no types
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # oneDNN's convolutions are 1.45 times as fast so
         self._spatial: Tensor | None = None
@@ -79,7 +79,7 @@ class Inception:
         """Features of uint8 images (N, 3, H, W), of any size, on any device.
 
         Numerics: float32 throughout, TF32 switched off, so that CPU and GPU agree to rounding; not bit for bit between
-            batch sizes.
+        batch sizes.
 
         Raises:
             ValueError: another dtype or shape. UserError: out of memory.
@@ -88,6 +88,7 @@ class Inception:
             raise ValueError(f"Inception: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         with ieee_products(), explain_out_of_memory("give a smaller --batch-images"):
             pool, logits = self.network(images.to(self.device))
+        assert self._spatial is not None, "_see has seen it"
         spatial, self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1).float(), None
         return Features(pool, spatial, logits)
 
@@ -188,7 +189,7 @@ def _download(path: Path) -> None:
             ) from error
 
 
-def _build(state: dict[str, Tensor] | None) -> nn.Module:
+def _build(state: dict[str, Tensor] | None) -> Any:
     """The network, frozen, in eval mode. Raises RuntimeError where `state` is not its own."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UserError(_NEED)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from star_fast.errors import UserError
+from star_fast.host_memory import physical_bytes
 from star_fast.records import require
 
 MOST_SEED = 2**63 - 1
@@ -32,7 +32,7 @@ def option(name: str, section: str = "") -> str:
 
 def require_memory(needed_bytes: int, what: str, remedy: str) -> None:
     """Raise UserError if this machine has not even that much memory."""
-    there = memory_bytes()
+    there = physical_bytes()
     if needed_bytes > there:
         raise UserError(
             f"{what} take {needed_bytes / 2**30:,.1f} GiB of memory, this machine has {there / 2**30:,.1f} GiB; "
@@ -56,11 +56,6 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def memory_bytes() -> int:
-    """Of this machine, in use or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _shown(limit: float) -> str:

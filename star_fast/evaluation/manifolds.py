@@ -95,7 +95,7 @@ class _Exact:
     """Float32 products, float64 where they cannot decide. Radii are squared distances in float64.
 
     Products are of points less a common centre: distances stay what they are, and the rounding error falls with the
-        norms.
+    norms.
     """
 
     def radii(self, points: Tensor, k: int, bar: tqdm) -> Tensor:

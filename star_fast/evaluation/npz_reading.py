@@ -5,11 +5,12 @@ images come in batches.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 
@@ -153,10 +154,10 @@ class NpzFile:
     @staticmethod
     def _values(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         array = np.empty(shape, dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+        view = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         filled = 0
         while filled < len(view):
-            took = file.readinto(view[filled:])  # type: ignore[attr-defined]
+            took = cast("io.BufferedIOBase", file).readinto(view[filled:])  # a zip archive's member is one
             if not took:
                 raise ValueError(f"ends {len(view) - filled:,} bytes early")
             filled += took

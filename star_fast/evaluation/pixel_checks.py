@@ -27,7 +27,7 @@ class PixelChecks:
         """uint8 (n, C, H, W) on the CPU."""
         rows = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
         self.shape = rows.shape[1:3]
-        self._all.update(rows)
+        self._all.update(rows.data)
         low, high = rows.min((1, 2, 3)), rows.max((1, 2, 3))
         self._constant += int((low == high).sum())
         self._smallest, self._largest = min(self._smallest, int(low.min())), max(self._largest, int(high.max()))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.patches
@@ -21,11 +21,14 @@ from torch import Tensor
 
 from star_fast.errors import printable
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = {False: ("#2563eb", "#d97706", "#059669", "#9333ea"), True: ("#7aa8ff", "#fbbf5c", "#4ade9f", "#c9a2ff")}
 INK = {False: "#3f4650", True: "#c8ced8"}
 FAINT = {False: "#6b7280", True: "#9ca3af"}  # of what is not ours
 _RULE = {False: "#e2e6ec", True: "#343b46"}
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -70,8 +73,8 @@ def curves(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4) if behind else (3.9, 2.7), dpi=170, layout="constrained")
         axes = figure.add_subplot()
-        for x, y in (behind or {}).values():
-            axes.plot(x, y, color=FAINT[dark], linewidth=1, linestyle=(0, (4, 2.5)), zorder=2)
+        for there, beside in (behind or {}).values():
+            axes.plot(there, beside, color=FAINT[dark], linewidth=1, linestyle=(0, (4, 2.5)), zorder=2)
         for index, (name, (x, y)) in enumerate(lines.items()):
             colour = COLOURS[dark][index % 4]
             values = np.array([value if plottable(value) else np.nan for value in y])

@@ -46,9 +46,14 @@ _HINT = "remove the folder, or give another one with --features"
 class Features(Protocol):
     """Features of `count` images at `heads` heads, `width` numbers each."""
 
-    count: int
-    heads: int
-    width: int
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
     def epoch(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """count // batch batches: (batch, heads, width) of any float dtype, and which images they are, (batch,) int64.
@@ -126,7 +131,7 @@ class OnDisk:
         found = require_regular(path, "extract the features again")
         if found != size:
             raise StorageError(f"{path}: expected {size} bytes, got {found}; {_HINT}")
-        place = memoryview(into[: rows.stop - rows.start].view(torch.int16).numpy()).cast("B")
+        place = into[: rows.stop - rows.start].view(torch.int16).numpy().data.cast("B")
         with open(path, "rb", buffering=0) as file:
             done = 0
             while done < size:
@@ -283,9 +288,7 @@ def store_features(
             device=device,
             quiet=True,
         )
-        atomic_write_bytes(
-            sets[place].path(view, chunk), memoryview(features.bfloat16().view(torch.int16).numpy()).cast("B")
-        )
+        atomic_write_bytes(sets[place].path(view, chunk), features.bfloat16().view(torch.int16).numpy().data.cast("B"))
     return sets
 
 

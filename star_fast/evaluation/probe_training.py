@@ -198,9 +198,8 @@ def neighbour_accuracies(
     """(P,) float64: the share of judged images whose class their nearest training images name.
 
     As in DINO: of the k nearest by cosine (fewer where there are fewer) each votes for its class with weight exp(cosine
-        / 0.07); no training, no scaling.
-    Memory: the judged features of one reading and their neighbours (at most 1 GiB, twice while they are gathered), a
-    block of training images, and one head's 4096 x 4096 cosines.
+    / 0.07); no training, no scaling. Memory: the judged features of one reading and their neighbours (at most 1 GiB,
+    twice while they are gathered), a block of training images, and one head's 4096 x 4096 cosines.
     """
     right, k, first = torch.zeros(train.heads, dtype=torch.float64), min(neighbours, train.count), 0
     for queries in _gathered(judged, 12 * k * judged.heads):  # a float32 and an int64 for each neighbour

@@ -3,10 +3,9 @@ files.
 
     mu, sigma        (2048,), (2048, 2048)   of the pool features
     mu_s, sigma_s    (2023,), (2023, 2023)   of the spatial features
-    arr_0            (N, H, W, 3) uint8      images for precision and recall (ADM's: 10 000, of which the statistics are
-    not) pool             (N, 2048) float32       their pool features, where this project wrote the file: 24 times
-    smaller than the images inception_sha256 (32,) uint8             of the network's weights, where this project wrote
-    the file
+    arr_0            (N, H, W, 3) uint8      images for precision and recall (ADM's 10 000 are not those of mu, sigma)
+    pool             (N, 2048) float32       in their place where this project wrote the file: their pool features
+    inception_sha256 (32,) uint8             of the network's weights, where this project wrote the file
 
 A file without `mu` and `sigma` is taken for images whose statistics are still to be found, as ADM's evaluator does.
 """
@@ -95,6 +94,7 @@ def write_reference(
     StorageError where it cannot be written.
     """
     gaussians = statistics.gaussians()
+    assert gaussians.mu_s is not None and gaussians.sigma_s is not None, "only files of others lack them"
     atomic_write_json(Path(path).with_suffix(".json"), record)
     with atomic_writer(path) as file:
         np.savez(

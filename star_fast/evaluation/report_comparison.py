@@ -132,7 +132,8 @@ _CONDITIONS: dict[str, Callable[[Figures], Any]] = {
     "sampler settings": lambda f: (f.samples.settings, f.samples.per_class, list(f.samples.classes)),
 }
 
-_ROWS: dict[str, Callable[[Figures], Any]] = {
+# Of Figures; what a report lacks, its row raises (_find)
+_ROWS: dict[str, Callable[[Any], str]] = {
     "Steps": lambda f: number(f.trained.step),
     "Images seen": lambda f: number(f.trained.images_seen),
     "Views a step": lambda f: number(f.trained.config.method.views),
@@ -195,7 +196,7 @@ def differences(ours: Figures, other: Figures) -> list[str]:
     return named
 
 
-def _find(pick: Callable[[Figures], Any], figures: Figures) -> str:
+def _find(pick: Callable[[Any], str], figures: Figures) -> str:
     """A figure of a report that may lack it (no real images were given, no validation ran)."""
     try:
         return pick(figures)

@@ -5,14 +5,12 @@ with nothing.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from star_fast.evaluation import page
 from star_fast.evaluation.page import Section
+from star_fast.evaluation.report_material import Material
 from star_fast.evaluation.wording import duration, number
-
-if TYPE_CHECKING:
-    from star_fast.evaluation.report import Material
 
 
 def protocol(material: Material) -> dict[str, Any]:

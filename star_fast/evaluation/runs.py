@@ -156,7 +156,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
         UserError: the file is missing, empty, or a line is not what training writes.
     """
     file = folder / "metrics.jsonl"
-    training, validation = [], []
+    training: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
     for row in _metrics_lines(file):
         (validation if "val_ar" in row else training).append(row)
     if not training:

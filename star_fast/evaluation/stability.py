@@ -127,7 +127,10 @@ def _measure(
     wide = int(side * views.ranges[0]) if views.kind == "ten-crop" else side  # what the store's plain view is cut from
     ranged = [int(side * crop_range) for crop_range in CROP_RANGES]
     encoder = Encoder(tokenizer, "fp32", config.batch_views)
-    rows, codes, pixels, skipped = [], [], [], []
+    rows: list[int] = []
+    codes: list[np.ndarray] = []
+    pixels: list[np.ndarray] = []
+    skipped: list[dict[str, str]] = []
     for row, squares in tqdm(
         _squares(store, source, spread(store.judging().judge, config.images), [wide, *ranged], skipped),
         desc="stability",

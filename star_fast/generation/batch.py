@@ -8,7 +8,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from star_fast.generation.decoder import Decoder
 from star_fast.generation.device import native_dtype
 from star_fast.generation.products import resolve
 from star_fast.generation.render import PIECE_IMAGES, Renderer, Rendering, pixel_precision
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from star_fast.generation.sample import SampleConfig
 
 EXACT_IMAGES = PIECE_IMAGES  # of a fixed block: image i is always computed in slot i mod 8 of block i div 8
 _CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -72,7 +69,8 @@ class Drawer:
             UserError: the model's numbers are not finite, or the memory does not suffice.
         """
         with _explained(self.config):
-            if self._decoder is None:  # not before it is known that there is something to draw
+            # Not before it is known that there is something to draw
+            if self._decoder is None or self._renderer is None:
                 self._decoder = self._new_decoder(self.images_together)
                 self._renderer = Renderer(
                     self._tokenizer, self.device, self.config.pixels, float32=self._float32_pixels
@@ -90,6 +88,7 @@ class Drawer:
     def _codes(self, index: Tensor, labels: Tensor) -> Tensor:
         label = torch.where(index < len(labels), labels[index.clamp(max=len(labels) - 1)], 0)
         c = self.config
+        assert self._decoder is not None, "start makes one"
         return self._decoder.generate(
             label,
             guidance=c.guidance,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from star_fast.generation.products import Products, with_products
 from star_fast.generation.sampling import Sampling, draw, is_int, is_number
-from star_fast.generation.step_graph import StepGraphs
+from star_fast.generation.step_graph import DeviceState, StepGraphs
 from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
 from star_fast.ops.decode_attention import new_cache
@@ -132,6 +132,15 @@ class Decoder:
             hidden_RD = torch.lerp(without_BD, with_class_BD, guidance)
         return self.model.output(hidden_RD).float()
 
+    def advance(self, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False) -> None:
+        """One step of the loop on the device: embed the class (`first`: position 0) or the last tokens, decode, draw,
+        store. Reads nothing back to the host.
+        """
+        embedded_RD = self.embed_label(state.label, guided) if first else self.embed_tokens(state.tokens, guided)
+        logits_BV = self.logits(embedded_RD, state.position, sampling.guidance if guided else 1.0)
+        draw(logits_BV, sampling, state.seed, state.image_index, state.position, state.tokens)
+        state.keep_tokens()
+
     def _rows(self, count: int) -> Sequence[KVCache]:
         """Every block's cache, cut to its first `count` rows."""
         if count not in self._views:
@@ -140,9 +149,10 @@ class Decoder:
 
     def _generate_on_device(self, label: Tensor, image_index: Tensor, sampling: Sampling) -> Tensor:
         """The same loop with everything that changes held on the device: each position replays a captured graph."""
+        assert self._graphs is not None, "on CUDA only"
         state = self._graphs.state(len(label), self.config.positions, self.device)
         kinds = [(sampling.guided_at(position), position == 0) for position in range(self.config.positions)]
-        replay = {kind: self._graphs.step(self, state, sampling, *kind) for kind in dict.fromkeys(kinds)}
+        replay = {kind: self._graphs.step(self.advance, state, sampling, *kind) for kind in dict.fromkeys(kinds)}
         state.begin(label, image_index, sampling.seed)
         for kind in kinds:
             replay[kind]()

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -36,11 +35,9 @@ from star_fast.generation.npz_stream import NpzStream, images_appended
 from star_fast.generation.parts import read_part, write_part
 from star_fast.generation.record import JobPlan, read_finished, read_plan, write_finished, write_plan
 from star_fast.generation.render import Rendering
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.locks import LOCK_FILE, Busy, only_writer
 from star_fast.storage import StorageError, explain_write_errors, read_json, remove_leftovers, require_regular
-
-if TYPE_CHECKING:
-    from star_fast.generation.sample import SampleConfig
 
 _POLL_S = 0.05
 _PATIENCE_S = 3600  # rank 0 gives up when no other rank has delivered a batch for so long
@@ -300,6 +297,7 @@ class Job:
         return self.parts / f"batch-{number:07d}.npy"
 
     def _png(self, image: int) -> Path:
+        assert self.pngs is not None, "asked only where PNGs are wanted"
         return self.pngs / f"{image:06d}.png"
 
     def _start(self, number: int) -> Rendering:

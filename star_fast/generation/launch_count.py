@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from star_fast.config import ModelConfig
 from star_fast.generation.decoder import Decoder
 from star_fast.generation.sampling import Sampling
-from star_fast.generation.step_graph import DeviceState, advance
+from star_fast.generation.step_graph import DeviceState
 from star_fast.model.transformer import Transformer
 from star_fast.ops import dispatch
 
@@ -109,7 +109,7 @@ def _trace(
         decoder = Decoder(model, 2 * batch if sampling.guided else batch, cache_dtype)
         state = DeviceState.empty(batch, config.positions, decoder.device)
         with dispatch.record() as recorded, _Counting() as counting:
-            advance(decoder, state, sampling, sampling.guided)
+            decoder.advance(state, sampling, sampling.guided)
     for call in recorded:
         counting.counts.update(launch.kernel for launch in call.launches)
     return counting.counts, {call.op: call.backend for call in recorded}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from star_fast.errors import UserError
+from star_fast.generation.batch import Drawer
 from star_fast.generation.grid import grid_size
-
-if TYPE_CHECKING:
-    from star_fast.generation.batch import Drawer
-    from star_fast.generation.sample import SampleConfig
+from star_fast.generation.sample_config import SampleConfig
+from star_fast.host_memory import physical_bytes
 
 _MOST_GRID_PIXELS = 2**28  # a picture of them takes 0.8 GB while it is drawn
 _LABEL_BYTES = 8 + 8  # of each image while labels are planned
@@ -52,11 +50,11 @@ def require_memory(drawer: Drawer) -> None:
     pieces = min(8, drawer.images_together) * image * 4 if config.pixels else 0  # float32, while they are resized
     decoding = caches + 4 * rows * model.vocab + pieces
     kept = drawer.images_together * image + _LABEL_BYTES * config.images  # in the host's memory, whatever the device
-    amounts = [(decoding + kept, _host_memory(), "this machine")]
+    amounts = [(decoding + kept, physical_bytes(), "this machine")]
     if drawer.device.type == "cuda":
         amounts = [
             (decoding, torch.cuda.mem_get_info(drawer.device)[1], str(drawer.device)),
-            (kept, _host_memory(), "this machine"),
+            (kept, physical_bytes(), "this machine"),
         ]
     for needed, most, where in amounts:
         if needed > most:
@@ -95,13 +93,8 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _amount(size: int) -> str:
+def _amount(size: float) -> str:
     """A number of bytes for people."""
-    size = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"

@@ -22,7 +22,8 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias, self.packed = convolution.weight.detach(), convolution.bias.detach(), False
+        self.weight, self.packed = convolution.weight.detach(), False
+        self.bias = None if convolution.bias is None else convolution.bias.detach()
         self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
 
     def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
@@ -45,16 +46,16 @@ def bfloat16_decoder(tokenizer: VQTokenizer) -> VQTokenizer:
     decoding = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     # The first decides VQTokenizer.dtype
     for part in (decoding.quant_conv, decoding.post_quant_conv, decoding.decoder):
-        part.to(torch.bfloat16, memory_format=torch.channels_last)
+        part.to(torch.bfloat16).to(memory_format=torch.channels_last)
     for module in decoding.decoder.modules():
         if isinstance(module, ResidualBlock):
             module.norm2.in_place = True
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        decoding.post_quant_conv = PackedConv2d(decoding.post_quant_conv)
-        for module in list(decoding.decoder.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Conv2d):
-                    setattr(module, name, PackedConv2d(child))
+        modules = [decoding, *decoding.decoder.modules()]
+        children = [(module, *named) for module in modules for named in module.named_children()]
+        for module, name, child in children:
+            if isinstance(child, nn.Conv2d) and child is not decoding.quant_conv:
+                setattr(module, name, PackedConv2d(child))
     return decoding
 
 

@@ -20,7 +20,7 @@ and, with GPT-B as it is in float32 and rows not rotated, if only this has 8 bit
     wo 2.4 %     wqkv 2.3 %     w2 2.1 %     w13 1.6 %     output matrix 1.1 %
 
 No matrix stands out: keeping any one in bfloat16 leaves 3.7 ... 4.1 %. 16 bits for all inputs, at twice the products'
-    work, would leave 3.2 %.
+work, would leave 3.2 %.
 
 8-bit weights on a GPU are not built; what they would bring, in us a block at position 128, counted for an H100 (80 % of
 3.35 TB/s, 2 us a launch or more):

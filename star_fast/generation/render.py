@@ -66,10 +66,11 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: VQTokenizer, device: torch.device, pixels: int = 0, *, float32: bool = False) -> None:
-        self.device, self.pixels, self.stream = device, pixels, None
+        self.device, self.pixels = device, pixels
+        self.stream: torch.cuda.Stream | None = None
         self.precision = pixel_precision(device, float32)
         if device.type == "cuda":
-            self.tokenizer = _ready(tokenizer).to(device).to(torch.bfloat16, memory_format=torch.channels_last)
+            self.tokenizer = _ready(tokenizer).to(device).to(torch.bfloat16).to(memory_format=torch.channels_last)
             self.stream = torch.cuda.Stream(device)
         elif self.precision == "bf16":
             keep_freed_memory(_KEPT_BYTES)
@@ -112,6 +113,7 @@ class Renderer:
                     len(codes_BT), *piece_BCHW.shape[2:], 3, dtype=torch.uint8, device=self.device
                 )
             images_BHWC[start : start + piece] = to_uint8(piece_BCHW).permute(0, 2, 3, 1)
+        assert images_BHWC is not None, "no codes, no images"
         return images_BHWC
 
 

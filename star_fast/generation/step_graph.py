@@ -1,30 +1,26 @@
 """The decoding step as a CUDA graph: whatever changes from step to step lives on the device, so one launch replays the
-whole step.
+whole step. What a step computes is the decoder's (`Decoder.advance`); here it is captured and replayed.
 
 The first step, whose input is the class, is a graph of its own, captured once as the later ones are. Made outside it is
 297 launches (XL) through Python, some 4 ms at 6 us for torch's products and 20 for our kernels, where the step's
 kernels take 1 ms for 16 rows: as much as four more positions.
 
-Not measured: the machines that built this have no GPU. The body (`advance`) is traced on fake CUDA tensors by
-    tests/generation/test_device_step.py.
+On an H100 a step of B with 32 images takes 0.57 ms on average (benchmarks/results/h100.md). Elsewhere it is traced on
+fake CUDA tensors by tests/generation/test_device_step.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from star_fast.generation.sampling import Sampling, draw
+from star_fast.generation.sampling import Sampling
 from star_fast.ops import error_flag
 from star_fast.ops.on_device import on_device
 from star_fast.ops.sample_tokens import bad_rows_flag
-
-if TYPE_CHECKING:
-    from star_fast.generation.decoder import Decoder
 
 WARM_UP_RUNS = 2  # compile the kernels, then run once as captured
 
@@ -62,14 +58,8 @@ class DeviceState:
         self.position.add_(1)
 
 
-def advance(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False) -> None:
-    """One step: embed the class (`first`: position 0) or the last tokens, decode, draw, store. Reads nothing back to
-    the host.
-    """
-    embedded_RD = decoder.embed_label(state.label, guided) if first else decoder.embed_tokens(state.tokens, guided)
-    logits_BV = decoder.logits(embedded_RD, state.position, sampling.guidance if guided else 1.0)
-    draw(logits_BV, sampling, state.seed, state.image_index, state.position, state.tokens)
-    state.keep_tokens()
+# (state, sampling, guided, first): one step. It reads nothing back to the host
+Advance = Callable[[DeviceState, Sampling, bool, bool], None]
 
 
 class StepGraphs:
@@ -78,7 +68,7 @@ class StepGraphs:
     def __init__(self) -> None:
         self._states: dict[int, DeviceState] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._pool = None
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def state(self, batch: int, positions: int, device: torch.device) -> DeviceState:
         """The state of this batch size, allocated at its first use."""
@@ -87,10 +77,10 @@ class StepGraphs:
         return self._states[batch]
 
     def step(
-        self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False
+        self, advance: Advance, state: DeviceState, sampling: Sampling, guided: bool, first: bool = False
     ) -> Callable[[], None]:
-        """A function that replays `advance`. Captures it at first use, which overwrites cache positions 0 and 1: call
-        before decoding a batch.
+        """A function that replays `advance`, always the same decoder's. Captures it at first use, which overwrites
+        cache positions 0 and 1: call before decoding a batch.
         """
         key = (
             len(state.tokens),
@@ -102,26 +92,27 @@ class StepGraphs:
             sampling.top_p,
         )
         if key not in self._graphs:
-            with on_device(decoder.device):  # torch captures on the current device, whatever the tensors' device
-                self._graphs[key] = self._capture(decoder, state, sampling, guided, first)
+            with on_device(state.tokens.device):  # torch captures on the current device, whatever the tensors' device
+                self._graphs[key] = self._capture(advance, state, sampling, guided, first)
         return self._graphs[key].replay
 
     def _capture(
-        self, decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool
+        self, advance: Advance, state: DeviceState, sampling: Sampling, guided: bool, first: bool
     ) -> torch.cuda.CUDAGraph:
-        bad_rows_flag(decoder.device)  # both flags are allocated outside the graph, which keeps their addresses
-        error_flag.flag(decoder.device)
-        aside = torch.cuda.Stream(decoder.device)
-        aside.wait_stream(torch.cuda.current_stream(decoder.device))
+        device = state.tokens.device
+        bad_rows_flag(device)  # both flags are allocated outside the graph, which keeps their addresses
+        error_flag.flag(device)
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_RUNS):
                 state.position.fill_(0 if first else 1)
-                advance(decoder, state, sampling, guided, first)
+                advance(state, sampling, guided, first)
             state.position.fill_(0 if first else 1)
-        torch.cuda.current_stream(decoder.device).wait_stream(aside)
+        torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
-            advance(decoder, state, sampling, guided, first)
+            advance(state, sampling, guided, first)
         return graph

@@ -224,8 +224,10 @@ def objective(
     ar = autoregressive_loss(hidden, weight, targets)
     mim = step = view = ar.new_zeros(())
     if method.mim_weight:
+        assert teacher_last is not None
         mim = masked_feature_loss(last, teacher_last, _counted(method, keep))
     if method.contrasts:
+        assert anchor is not None and key is not None
         step, view = contrastive_losses(
             anchor,
             key,

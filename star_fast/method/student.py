@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ class Projector(nn.Sequential):
                 module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
             elif isinstance(module, BatchNorm):
                 module.weight.fill_(1.0)
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                bias.zero_()
 
 
 class Student(nn.Module):
@@ -72,6 +72,8 @@ class Student(nn.Module):
         projector: see Projector.of_method.
         contrast_depth: block whose output is contrasted, counted from 1.
     """
+
+    pairs: Tensor | None
 
     def __init__(
         self, transformer: FeatureModel, projector: Projector | None, method: MethodConfig, contrast_depth: int
@@ -139,6 +141,7 @@ class Student(nn.Module):
         check_features(self.transformer, out, (sizes["B*M"], sizes["T"]), self.method.contrasts)
         anchor = None
         if self.method.contrasts:
+            assert out.middle is not None and positions is not None and self.projector is not None
             # The projector needs no other position than the K sampled ones: project these only.
             slots_BMKD = objective.gather_slots(out.middle, positions, self.method.views)
             anchor = objective.slots_first(self.projector(slots_BMKD))
@@ -163,7 +166,10 @@ def check_features(model: FeatureModel, out: Features, size: tuple[int, int], mi
     """Raises TypeError or ValueError, in the name of the model's own method, for features that are not of `size` (N,
     T), or a missing `middle`.
     """
-    wanted = {"hidden": (out.hidden, f"{size[0]} {size[1]} D"), "last": (out.last, f"{size[0]} {size[1]} D")}
+    wanted: dict[str, tuple[Tensor, str]] = {
+        "hidden": (out.hidden, f"{size[0]} {size[1]} D"),
+        "last": (out.last, f"{size[0]} {size[1]} D"),
+    }
     if middle:
-        wanted["middle"] = (out.middle, f"{size[0]} {size[1]} D")
+        wanted["middle"] = (cast(Tensor, out.middle), f"{size[0]} {size[1]} D")  # none is told like another shape
     check_shapes(f"{type(model).__name__}.features", **wanted)

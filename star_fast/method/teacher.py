@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from star_fast.config import MethodConfig
 from star_fast.method import objective
@@ -34,7 +34,8 @@ class Teacher:
     """
 
     def __init__(self, transformer: FeatureModel, method: MethodConfig, contrast_depth: int) -> None:
-        self.model = copy.deepcopy(transformer).eval().requires_grad_(False)
+        frozen = cast(nn.Module, copy.deepcopy(transformer)).eval().requires_grad_(False)
+        self.model = cast(FeatureModel, frozen)
         self.method = method
         self.contrast_depth = contrast_depth
         self.masters: list[Tensor] = []
@@ -50,7 +51,7 @@ class Teacher:
         `update` then takes the student's weights (`list(model.parameters())`), float32 too: masters, where the student
         trains in less precision.
         """
-        own = list(self.model.parameters())
+        own = list(cast(nn.Module, self.model).parameters())
         exact = all(weight.dtype == torch.float32 for weight in own)
         self.attach(own if exact else [weight.detach().float() for weight in own], None if exact else own)
         return self
@@ -108,6 +109,8 @@ class Teacher:
 
         Same tokens as the student's; labels too, dropped ones included, or the true ones (`method.teacher_label`).
         """
+        if not self.method.has_teacher:  # no loss asks for anything
+            return None, None
         if self.method.contrasts and positions is None:
             raise ValueError("Teacher.features: positions must be given where a contrastive loss is on, got none")
         self.settle()
@@ -117,5 +120,7 @@ class Teacher:
         )
         slots = None
         if self.method.contrasts:
-            slots = objective.slots_first(objective.gather_slots(out.middle, positions, self.method.views)).contiguous()
+            assert positions is not None
+            middle = cast(Tensor, out.middle)  # gather_slots refuses none
+            slots = objective.slots_first(objective.gather_slots(middle, positions, self.method.views)).contiguous()
         return out.last if self.method.mim_weight else None, slots

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def read_small_json(path: Path, hint: str, most_bytes: int) -> dict[str, Any]:
     return read_json(path, hint)
 
 
-def are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
     """Whether these are a few whole numbers from 0 on, small enough to be sizes in a file."""
     return (
         isinstance(values, (tuple, list))
@@ -130,7 +130,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
-def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Numbers from the first of a strided tensor to its last, gaps included."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
 
@@ -150,4 +150,4 @@ def shown(value: object) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data

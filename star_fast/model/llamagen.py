@@ -75,7 +75,7 @@ class Checkpoint(NamedTuple):
     weights: Mapping[str, StoredTensor]
     freqs_cis: tuple[int, ...] | None
     args: dict[Any, Any]
-    file: BoundedFile | None = None
+    file: BoundedFile
 
 
 def load_transformer(
@@ -221,15 +221,15 @@ def checkpoint_config(
             f"layers.{absent}"
         )
 
-    told = [
+    told: list[tuple[str, Mapping[str, int | None]]] = [
         ("the argument", {"heads": heads, "positions": positions}),
         ("the shape of freqs_cis", _told_by_freqs_cis(path, checkpoint.freqs_cis, width)),
         ("the file's args", _told_by_args(path, args)),
         ("the file's name", _told_by_name(path.name)),
     ]
-    shapes = ("the weights' shapes", {"blocks": blocks, "width": width, "vocab": vocab, "num_classes": num_classes})
+    sizes = {"blocks": blocks, "width": width, "vocab": vocab, "num_classes": num_classes}
     agreed: dict[str, tuple[int, str]] = {}
-    for source, claims in (shapes, *told):
+    for source, claims in (("the weights' shapes", sizes), *told):
         for name, value in claims.items():
             first, first_source = agreed.setdefault(name, (value, source)) if value is not None else (None, "")
             if first != value:

@@ -55,7 +55,7 @@ class _Name(str):
 
 
 def read_plain(
-    data: bytes, make_tensor: Callable[[PickledTensor], Any], allowed: Mapping[str, type] | None = None
+    data: bytes, make_tensor: Callable[[PickledTensor], Any], allowed: Mapping[str, type[Any]] | None = None
 ) -> Any:
     """What a pickle holds: dicts, lists, tuples, text, bytes, numbers, None, argparse.Namespace, and what `make_tensor`
     makes of its tensors.
@@ -121,7 +121,7 @@ _LITERALS = {
     "BINBYTES",
     "BINBYTES8",
 }
-_MAKERS = {
+_MAKERS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
@@ -130,7 +130,7 @@ _MAKERS = {
     "NEWFALSE": lambda: False,
 }
 # What REDUCE makes of a name and arguments.
-_MAKES = {
+_MAKES: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,  # only ever called without arguments
     "torch.Size": _size,
     "torch.device": lambda *where: where,
@@ -187,7 +187,7 @@ class _Machine:
     `read_plain` takes for damage.
     """
 
-    def __init__(self, make_tensor: Callable[[PickledTensor], Any], classes: Mapping[str, type]) -> None:
+    def __init__(self, make_tensor: Callable[[PickledTensor], Any], classes: Mapping[str, type[Any]]) -> None:
         self.make_tensor, self.classes = make_tensor, classes
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -270,7 +270,7 @@ class _Machine:
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not _Name or name not in self.classes or arguments != ():
             raise Foreign(name if type(name) is _Name else type(name).__name__)
-        cls = self.classes[name]
+        cls: Any = self.classes[name]
         made = cls.__new__(cls)
         self.fresh[id(made)] = made
         self.stack.append(made)
@@ -300,7 +300,7 @@ class _Machine:
         self.stack.append(Storage(kind[1].rpartition(".")[2].removesuffix("Storage"), kind[2], kind[4]))
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": _Machine.mark,
     "BINPUT": _Machine.put,
     "LONG_BINPUT": _Machine.put,

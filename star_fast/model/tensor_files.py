@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from star_fast.errors import UserError
+from star_fast.host_memory import physical_bytes
 from star_fast.model.bounded_file import BoundedFile, Damaged, StoredTensor, are_sizes, contiguous, open_bounded, short
 from star_fast.model.torch_files import describe
 from star_fast.storage import parse_json
 
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 _NAMES_SHOWN = 6  # of each list in an error line
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a safetensors file; one of 1000 tensors takes 0.1 MB. Each byte may become twenty in memory
@@ -75,15 +77,30 @@ def open_tensors(path: str | Path, hint: str) -> Iterator[TensorFile]:
         yield TensorFile(file, content, metadata)
 
 
-def hold(module: nn.Module, dtype: torch.dtype, source: str | Path) -> nn.Module:
+class Undrawn(TorchFunctionMode):
+    """Within it modules are made without the random numbers of torch.nn.init: their weights are memory that nobody has
+    written to, which takes no time and, until they are replaced, no room.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch.nn.init's functions give their tensor back as it is; all others run."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def hold(module: SomeModule, dtype: torch.dtype, source: str | Path) -> SomeModule:
     """A module without memory (on the meta device), now with some on the CPU, in eval mode, to be filled. Raises
     UserError: more than this machine has.
     """
     needed = sum(tensor.numel() for tensor in module.state_dict().values()) * dtype.itemsize
-    if needed > _physical_memory():
+    if needed > physical_bytes():
         raise UserError(
             f"{source}: its weights take {needed / 2**30:,.1f} GiB of memory in {dtype}, this machine has "
-            f"{_physical_memory() / 2**30:,.1f} GiB"
+            f"{physical_bytes() / 2**30:,.1f} GiB"
         )
     return module.to(dtype).to_empty(device="cpu").eval()
 
@@ -147,10 +164,6 @@ def some(names: Collection[str], separator: str = ", ") -> str:
     return (separator.join(shown) or "nothing") + (
         f"{separator}and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     )
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _safetensors(file: BoundedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -35,7 +35,7 @@ class AddingConv2d(nn.Conv2d):
     """A convolution whose result is added to what is given beside its input: where both are computed at once, the sum
     costs no pass, and in inference no memory."""
 
-    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:  # type: ignore[override]  # no stand-in for a Conv2d
         out = super().forward(x)
         return beside + out if torch.is_grad_enabled() or out.dtype != beside.dtype else out.add_(beside)
 

@@ -3,9 +3,8 @@ for.
 
 Such a file is a zip archive: a pickle, and one member for each storage. Its directory is read first and every size in
 it held against the file's length; members must be stored as they are (torch.save never packs them); the pickle is read
-without running it (plain_pickle.py); a tensor must lie within its
-storage. Files of torch before 1.6 have no directory that could be checked, and are refused: load and save them again
-    with torch.
+without running it (plain_pickle.py); a tensor must lie within its storage. Files of torch before 1.6 have no directory
+that could be checked, and are refused: load and save them again with torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ _IN_64_BITS = 2**32 - 1  # says that the number stands in a field of 64 bits
 def load_plain(
     path: Path,
     *,
-    allowed: Sequence[Callable | tuple[Callable, str]] = (),
+    allowed: Sequence[type[Any] | tuple[type[Any], str]] = (),
     map_location: Any = "cpu",
     meaning: str = "a torch checkpoint",
 ) -> Any:
@@ -81,7 +80,7 @@ def write_archive(content: Any, file: BinaryIO) -> None:
     """
     target = _Written(file)
     try:
-        torch.save(content, target)
+        torch.save(content, cast("IO[bytes]", target))  # write and flush are all that it asks of a file
     except RuntimeError as error:
         if target.error is None:
             raise
@@ -92,7 +91,8 @@ class _Written:
     """A file that remembers the error that a write met."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
@@ -131,7 +131,8 @@ class Archive:
     """The zip archive in a .pt file. Raises Damaged where it is not one that torch.save may have written."""
 
     def __init__(self, file: BoundedFile) -> None:
-        self._file, self._members, self._storages, self._read_bytes = file, dict(_members(file)), {}, 0
+        self._file, self._members, self._read_bytes = file, dict(_members(file)), 0
+        self._storages: dict[str, Tensor] = {}
         pickles = [name for name in self._members if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise Damaged("expected one data.pkl in the archive")

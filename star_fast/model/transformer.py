@@ -2,8 +2,8 @@
 names.
 
 Letters: B images, M views, T positions, D width, H heads, E head size, F feed-forward width, V codebook, K sampled
-    positions,
-L blocks, N flattened rows, R rows of a decoding batch, n image tokens given. A tensor wears its letters: x_BTD.
+positions, L blocks, N flattened rows, R rows of a decoding batch, n image tokens given. A tensor wears its letters:
+x_BTD.
 
 Position 0 holds the class embedding, position t >= 1 holds image token t - 1; the hidden state at t predicts image
 token t.
@@ -12,8 +12,8 @@ token t.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,8 @@ class Transformer(nn.Module):
     (training.batches.resolve).
     """
 
+    rotary: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if min(config.vocab, config.positions, config.num_classes) < 1:
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
             else:
                 parameter.fill_(1.0)
 
-    def _apply(self, fn, recurse: bool = True) -> Transformer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as nn.Module does, but the rotary table is computed anew in float32 or float64: its angles
         survive no other dtype.
         """
@@ -225,6 +227,9 @@ class Transformer(nn.Module):
             dtype = torch.float64 if self.rotary.dtype == torch.float64 else torch.float32
             self.rotary = rotary_table(self.config.positions, self.config.head_size, self.rotary.device, dtype)
         return self
+
+    def _blocks(self) -> Sequence[Block]:
+        return cast("Sequence[Block]", self.layers)  # ModuleList's type does not say of what
 
     def embed(self, tokens: Tensor, label: Tensor) -> Tensor:
         """Class and token embeddings: (B, n) and (B,) int64 -> (B, n+1, D)."""
@@ -267,11 +272,12 @@ class Transformer(nn.Module):
         seeds = _dropout_seeds(2 * self.config.blocks + 1) if dropout else [0] * (2 * self.config.blocks + 1)
         rotary = self.rotary[: n + 1]
         recompute = self.block_checkpointing and self.training and torch.is_grad_enabled()
-        norms = [*(block.attention_norm for block in self.layers[1:]), self.norm]
-        normed_BTD, residual_BTD = self.layers[0].attention_norm(self.embed(tokens, label), None, dropout, seeds[-1])
+        layers = self._blocks()
+        norms = [*(block.attention_norm for block in layers[1:]), self.norm]
+        normed_BTD, residual_BTD = layers[0].attention_norm(self.embed(tokens, label), None, dropout, seeds[-1])
         features = {}
         for index, (block, closing_norm) in enumerate(
-            zip(self.layers[: last_block or None], norms[: last_block or None], strict=True)
+            zip(layers[: last_block or None], norms[: last_block or None], strict=True)
         ):
             arguments = (normed_BTD, residual_BTD, keep, rotary, dropout, seeds[2 * index])
             if recompute and not self.keep_attention:
@@ -307,9 +313,10 @@ class Transformer(nn.Module):
         Returns:
             (R, D) after the final norm. The caller combines guided rows, then multiplies by `output`.
         """
-        normed_RD, residual_RD = self.layers[0].attention_norm(embedded)
-        norms = [*(block.attention_norm for block in self.layers[1:]), self.norm]
-        for block, closing_norm, cache in zip(self.layers, norms, caches, strict=True):
+        layers = self._blocks()
+        normed_RD, residual_RD = layers[0].attention_norm(embedded)
+        norms = [*(block.attention_norm for block in layers[1:]), self.norm]
+        for block, closing_norm, cache in zip(layers, norms, caches, strict=True):
             branch_RD, residual_RD = block.step(normed_RD, residual_RD, cache, position, self.rotary)
             normed_RD, residual_RD = closing_norm(branch_RD, residual_RD)
         return normed_RD

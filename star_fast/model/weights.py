@@ -2,19 +2,17 @@
 
     model.safetensors     the student
     teacher.safetensors   the EMA teacher, where there is one
-    config.json           ModelConfig, class names, sha256 of the weights, and the record of the run (method, step,
-    images seen ...) tokenizer/            the VQ tokenizer that made the codes, where it is known README.md
-    a card for people, where the folder is to be shown
+    config.json           ModelConfig, class names, sha256 of the weights, the record of the run (method, step ...)
+    tokenizer/            the VQ tokenizer that made the codes, where it is known
+    README.md             a card for people, where the folder is to be shown
 
-A folder is whole or absent: it is written beside its place, then renamed.
+A folder is whole or absent (folder_swap.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from star_fast.config import ModelConfig
 from star_fast.errors import UserError
 from star_fast.model.bounded_file import read_small_json, shown
 from star_fast.model.class_table import match_classes
+from star_fast.model.folder_swap import replaced_folder, require_in_place
 from star_fast.model.llamagen import (
     CLASS_TABLE,
     Checkpoint,
@@ -39,14 +38,7 @@ from star_fast.model.tensor_files import require_finite, require_fit
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer
 from star_fast.records import require, to_dict
-from star_fast.storage import (
-    atomic_write_bytes,
-    atomic_write_json,
-    explain_write_errors,
-    sha256_of_bytes,
-    sync_folder,
-    to_record,
-)
+from star_fast.storage import atomic_write_bytes, atomic_write_json, sha256_of_bytes, to_record
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -138,8 +130,8 @@ def save_model(
         record: anything JSON can hold: method settings, step, images_seen, tokenizer hash ...
         card: README.md, in Markdown (hub.model_card); "": none.
 
-    Leftovers of saves to `folder` that were killed are cleared (a model that such a save had moved out of the way comes
-    back first); so there must be one writer of a folder at a time, as a run's lock provides.
+    There must be one writer of a folder at a time, as a run's lock provides: leftovers of killed saves are cleared (see
+    replaced_folder).
 
     Raises:
         ValueError: number of class names, or teacher's weights, do not fit. UserError: other files are in `folder`;
@@ -169,12 +161,7 @@ def save_model(
         require_finite(state, f"{folder}: not saved: of the {name}")
     if tokenizer is not None and not isinstance(tokenizer, VQTokenizer):
         tokenizer = VQTokenizer.load(tokenizer)
-    with explain_write_errors(folder):
-        _recover(folder)
-        _refuse_foreign_files(folder)
-
-    staging, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
+    with replaced_folder(folder, _MEMBERS, CONFIG_FILE) as staging:
         hashes = {}
         for name, state in states.items():
             data = safetensors_bytes(state, config)
@@ -194,19 +181,6 @@ def save_model(
                 "record": dict(record or {}),
             },
         )
-        with explain_write_errors(folder):
-            if folder.exists():
-                os.rename(folder, replaced)
-            try:
-                os.rename(staging, folder)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, folder)
-                raise
-            sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_model(path: str | Path, *, weights: Weights = "student", dtype: torch.dtype | None = None) -> LoadedModel:
@@ -341,8 +315,7 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
     if weights not in WEIGHTS_FILES:
         raise UserError(f"weights: expected {' or '.join(WEIGHTS_FILES)}, got {weights!r}")
     path = Path(path)
-    if not os.path.lexists(path) and (moved := _moved_away(path)):
-        raise _interrupted(path, moved)
+    require_in_place(path, CONFIG_FILE)
     if not os.path.exists(path):  # of os.path: unlike Path.exists it raises for no name
         raise UserError(
             f"{path}: not found; expected a model folder (with {CONFIG_FILE}), a run folder or a LlamaGen file"
@@ -350,8 +323,7 @@ def _model_folder(path: str | Path, weights: str) -> Path | None:
     if os.path.isdir(path):
         if os.path.exists(path / CONFIG_FILE):
             return path
-        if not os.path.lexists(path / "model") and (moved := _moved_away(path / "model")):
-            raise _interrupted(path / "model", moved)
+        require_in_place(path / "model", CONFIG_FILE)
         return path / "model" if os.path.exists(path / "model" / CONFIG_FILE) else path
     if path.name in WEIGHTS_FILES.values() and os.path.exists(path.parent / CONFIG_FILE):
         raise UserError(
@@ -393,50 +365,3 @@ def _open_weights(folder: Path, weights: str, about: _About) -> Iterator[tuple[C
                 "resume the run"
             )
         yield checkpoint, sha256
-
-
-def _leftovers(folder: Path) -> dict[Path, str]:
-    """What earlier saves to `folder` left beside it, each with its suffix: "tmp" (half written) or "old" (the model
-    that was being replaced).
-    """
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9]+\.(tmp|old)")
-    try:
-        return {entry: match[1] for entry in folder.parent.iterdir() if (match := pattern.fullmatch(entry.name))}
-    except (OSError, ValueError):
-        return {}
-
-
-def _moved_away(folder: Path) -> Path | None:
-    """The model that a save, killed between its two renames, had moved out of its place; of several the newest."""
-    kept = [
-        entry for entry, suffix in _leftovers(folder).items() if suffix == "old" and os.path.isfile(entry / CONFIG_FILE)
-    ]
-    return max(kept, key=os.path.getmtime, default=None)
-
-
-def _interrupted(folder: Path, moved: Path) -> UserError:
-    return UserError(
-        f"{folder}: not found: a save was killed while it replaced this model; the older one is in {moved.name}: "
-        "rename that to "
-        f"{folder.name}, or resume the run, which saves again"
-    )
-
-
-def _recover(folder: Path) -> None:
-    """Clear what killed saves have left beside `folder`; a model that one of them had moved away comes back."""
-    if not os.path.lexists(folder) and (moved := _moved_away(folder)):
-        os.rename(moved, folder)
-    for entry in _leftovers(folder):
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _refuse_foreign_files(folder: Path) -> None:
-    """Replacing a folder removes what is in it: only files of a model may be."""
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder}: a file; expected a folder to save the model in")
-    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MEMBERS) if folder.exists() else []
-    if foreign:
-        raise UserError(
-            f"{folder}: holds other files than a model's ({', '.join(foreign[:6])}); save the model in a folder "
-            "of its own"
-        )

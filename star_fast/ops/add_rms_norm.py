@@ -4,6 +4,8 @@ block.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,11 +106,11 @@ class _Dropout(torch.autograd.Function):
     """x * kept / (1 - dropout); backward draws the same mask again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dropout: float, seed: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropout: float, seed: int) -> Tensor:
         ctx.dropout, ctx.seed = dropout, seed
         rows = x.reshape(-1, x.shape[-1])
         out, limit = torch.empty(rows.shape, dtype=x.dtype, device=x.device), threshold(dropout)
-        row_hashes, column_hashes = _hashes(*rows.shape, seed, x.device)
+        row_hashes, column_hashes = _hashes(rows.shape[0], rows.shape[1], seed, x.device)
         step = max(1, _BLOCK_NUMBERS // rows.shape[1])
         for block in range(0, rows.shape[0], step):
             mask = _survivors(row_hashes[block : block + step], column_hashes, limit).to(x.dtype)
@@ -116,7 +118,7 @@ class _Dropout(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         return _Dropout.apply(dout, ctx.dropout, ctx.seed), None, None
 
 
@@ -187,7 +189,7 @@ def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
     return {"x": x, "residual": residual, "weight": weight, "dropout": 0.1, "seed": seed}
 
 
-def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
+def cost(call: dict[str, Any], backward: bool = False) -> dispatch.Cost:
     """Least bytes and FLOPs of one call with these arguments, of the backward pass if `backward` (integer hashing not
     counted).
     """

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from star_fast.ops.dispatch import Launch
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
     ) -> tuple[Tensor, Tensor | None]:
         x, weight = x.contiguous(), weight.contiguous()
         mask = _mask(dropout, seed)
@@ -31,7 +33,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dnormed: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dnormed: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         wants_x, wants_residual, wants_weight = ctx.needs_input_grad[:3]
         dx = torch.empty_like(h) if wants_x else None

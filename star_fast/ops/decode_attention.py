@@ -135,7 +135,7 @@ def _check(qkv: Tensor, cache: KVCache) -> None:
         raise RuntimeError("decode_attention: it has no gradient; call it under torch.no_grad()")
     rows, _, heads, size = qkv.shape
     k, v, k_scale, v_scale, layout = cache
-    scale_shape = k.shape[:3]
+    scale_shape: tuple[int, ...] = k.shape[:3]
     if layout is None:
         if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (rows, heads, size) or v.shape != k.shape:
             raise ValueError(
@@ -181,9 +181,10 @@ def reference(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Te
     refuse_blocks(cache)
     compute = torch.promote_types(qkv.dtype, torch.float32)
     qk, v = qkv[:, :2], qkv[:, 2]
-    on_device = isinstance(position, Tensor)
     positions = cache.k.shape[2]
-    if on_device:  # nothing here may wait for the device: a bad position is noted, and position 0 stands in for it
+    bad: Tensor | None = None
+    if isinstance(position, Tensor):
+        # Nothing here may wait for the device: a bad position is noted, and position 0 stands in for it
         bad = (position < 0) | (position >= positions)
         error_flag.note(bad, error_flag.POSITION_OUT_OF_RANGE)
         position, n = position.masked_fill(bad, 0).view(1), positions
@@ -193,11 +194,11 @@ def reference(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Te
     if rotary is not None:
         qk = rotate(qk.to(compute) if eight_bit else qk, rotary[position])
     q, k = qk.unbind(1)
-    _append(cache.k, cache.k_scale, k, position, bad if on_device else None)
-    _append(cache.v, cache.v_scale, v, position, bad if on_device else None)
+    _append(cache.k, cache.k_scale, k, position, bad)
+    _append(cache.v, cache.v_scale, v, position, bad)
     keys, values = (_rows(x, scale, n, qkv.dtype) for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)))
     scores = torch.bmm(q.to(qkv.dtype).reshape(-1, 1, q.shape[-1]), keys.transpose(1, 2)) * q.shape[-1] ** -0.5
-    if on_device:
+    if bad is not None:
         scores = scores.masked_fill(torch.arange(n, device=qkv.device) > position, float("-inf"))
     return torch.bmm(torch.softmax(scores, dim=-1), values).view(q.shape)
 
@@ -210,7 +211,7 @@ def _append(store: Tensor, scale: Tensor | None, x: Tensor, position: int | Tens
 
 
 def _put(store: Tensor, x: Tensor, position: int | Tensor, bad: Tensor | None) -> None:
-    if bad is None:
+    if bad is None or isinstance(position, int):
         store[:, :, position] = x
         return
     place = store.view(torch.uint8) if store.dtype == torch.float8_e4m3fn else store  # index_copy_ knows no 8-bit float

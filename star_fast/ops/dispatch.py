@@ -8,17 +8,15 @@ loaded by name at first use, that define functions with the op's own arguments:
     fake(...)      an empty result of the right shape, dtype and device, for FakeTensors
     launches(...)  the kernel launches of the forward pass, as a list of `Launch`
     new_cache(...)     optional, decode_attention: a cache in the layout that `run` reads (see ops/kv_cache.py)
-    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches before and after a kernel
-        included
+    moved_bytes(...)   optional: bytes that the whole forward path moves, torch's own launches around a kernel included
 
 `fake` and `launches` are for backends whose kernels nobody here launches. A Triton backend has neither: its `run` takes
 FakeTensors, and the one place that launches (ops/triton/launching.py) then notes what it would launch.
 
 Choice, at each call: argument `backend=` -> `with use_backend(...)` -> environment STAR_FAST_BACKEND -> the op's order
-    for the
-device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A backend
-that was asked for and cannot serve the call raises with the reason; one that was merely first in the order gives way to
-the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
+for the device: the first that can serve the call or, of those that count their bytes, the one that moves the fewest. A
+backend that was asked for and cannot serve the call raises with the reason; one that was merely first in the order
+gives way to the next, logged once. Every backend meets the same error bound, so giving way never changes the numerics.
 """
 
 from __future__ import annotations
@@ -147,7 +145,8 @@ class _AsThen:
     """A block, entered any number of times, with the choice that held when it was made."""
 
     def __init__(self) -> None:
-        self.then, self.before = _override, []
+        self.then = _override
+        self.before: list[tuple[str, dict[str, str]] | None] = []
 
     def __enter__(self) -> None:
         global _override
@@ -197,6 +196,7 @@ def noting() -> bool:
 
 def note(launch: Launch) -> None:
     """Tell of a launch. Called by ops/triton/launching.py."""
+    assert _noted is not None, "asked only where noting()"
     _noted.append(launch)
 
 
@@ -247,13 +247,13 @@ def _first_or_cheapest(
     fewest = None
     for candidate in op.order.get(device.type, ()):
         module, reason = _try(op, candidate, args, kwargs)
-        if reason is None and not hasattr(module, "moved_bytes"):
-            return (candidate, module) if fewest is None else best
-        if reason is None:
+        if module is not None and reason is None:
+            if not hasattr(module, "moved_bytes"):
+                return (candidate, module) if fewest is None else best
             moved = module.moved_bytes(*args, **kwargs)
             if fewest is None or moved < fewest:
                 best, fewest = (candidate, module), moved
-        elif (op.name, candidate, reason) not in _gave_way:
+        elif reason is not None and (op.name, candidate, reason) not in _gave_way:
             _gave_way.add((op.name, candidate, reason))
             log.info("%s: backend %s gives way: %s", op.name, candidate, reason)
     return best
@@ -288,7 +288,7 @@ def _run(op: _Op, backend: str, module: ModuleType | None, args: tuple, kwargs: 
         with note_launches() as launches:
             result = module.run(*args, **kwargs)
     if _recorder is not None:
-        moved = module.moved_bytes(*args, **kwargs) if hasattr(module, "moved_bytes") else None
+        moved = module.moved_bytes(*args, **kwargs) if module is not None and hasattr(module, "moved_bytes") else None
         _recorder.append(Recorded(op.name, backend, launches, moved))
     return result
 

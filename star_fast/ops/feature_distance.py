@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def feature_distance(student: Tensor, teacher: Tensor, *, backend: str | None = 
     """mean over n of 1 - cos(student[n], teacher[n]); a vector of norm < 1e-12 has cosine 0 and gradient 0.
 
     Backward, with s, t one row each and c their cosine: ds = -dout / N * (t / |t| - c s / |s|) / |s|. No gradient goes
-        to the teacher.
+    to the teacher.
 
     Args:
         student: (N, D) float, N, D >= 1. Norms below 1e19, so that their squares fit float32.
@@ -62,7 +64,7 @@ def reference(student: Tensor, teacher: Tensor) -> Tensor:
 
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         loss = _by_blocks(student, teacher, gradient)
         ctx.save_for_backward(gradient)
@@ -70,7 +72,7 @@ class _FeatureDistance(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         return scaled(ctx.saved_tensors[0], dout), None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,7 +141,7 @@ def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
     return {"x": torch.randn(shape.sequences, shape.D, generator=generator).to(dtype), "weight": Int8Weight(weight)}
 
 
-def cost(call: dict[str, Tensor | Int8Weight], backward: bool = False) -> dispatch.Cost:
+def cost(call: dict[str, Any], backward: bool = False) -> dispatch.Cost:
     """Least bytes and operations of one call with these arguments; it has no backward pass."""
     x, (N, K) = call["x"], call["weight"].shape
     return dispatch.Cost(N * K + 4 * N + len(x) * (K + N) * x.element_size(), 2 * len(x) * N * K)

@@ -49,12 +49,8 @@ class KVCache(NamedTuple):
 
     def first_rows(self, count: int) -> KVCache:
         """A view of the first `count` rows."""
-        return self._replace(
-            **{
-                name: None if part is None else part[:count]
-                for name, part in zip(self._fields[:4], self[:4], strict=True)
-            }
-        )
+        k_scale, v_scale = (None if scale is None else scale[:count] for scale in (self.k_scale, self.v_scale))
+        return self._replace(k=self.k[:count], v=self.v[:count], k_scale=k_scale, v_scale=v_scale)
 
 
 def new_rows(
@@ -108,10 +104,10 @@ def in_rows(cache: KVCache) -> KVCache:
     positions, size = cache.layout
     k = cache.k.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :positions, :size].contiguous()
     v = cache.v.transpose(3, 4).flatten(2, 3)[:, :, :positions, :size].contiguous()
-    scales = (
+    k_scale, v_scale = (
         None if scale is None else scale[:, :, :positions].contiguous() for scale in (cache.k_scale, cache.v_scale)
     )
-    return KVCache(k, v, *scales)
+    return KVCache(k, v, k_scale, v_scale)
 
 
 def in_blocks(cache: KVCache) -> KVCache:
@@ -133,7 +129,7 @@ def in_blocks(cache: KVCache) -> KVCache:
     )
     blocked.v.copy_(padded_to(_rounded_up(size, BLOCK), cache.v).unflatten(2, (-1, together)).transpose(3, 4))
     for mine, theirs in ((blocked.k_scale, cache.k_scale), (blocked.v_scale, cache.v_scale)):
-        if mine is not None:
+        if mine is not None and theirs is not None:
             mine[:, :, :positions] = theirs
     return blocked
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +124,8 @@ def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, o
     """The mean loss, with its gradients where they are wanted; `overwrite` turns a chunk of logits into losses and
     their gradient.
     """
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    wanted_hidden, wanted_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    wanted = (wanted_hidden, wanted_weight)
     if any(wanted):
         return _InChunks.apply(hidden, weight, target, chunk_rows, overwrite, wanted)
     return _chunk_by_chunk(hidden, weight, target, chunk_rows, overwrite, wanted)[0]
@@ -131,7 +134,7 @@ def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, o
 class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
@@ -146,7 +149,7 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target = ctx.saved_tensors
         # Scaled in place and handed over, so that no second copy exists; hence gone at a second backward.
         dhidden, dweight = ctx.gradients or _chunk_by_chunk(hidden, weight, target, *ctx.how)[1:]
@@ -226,10 +229,10 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -
         # By blocks of codes, so that the product waits for its addition in cache; by whole 128s, so that every block
         # stays aligned. On the CPU torch.mm cannot return float32 for bfloat16 factors: there a chunk's share is
         # rounded once, and the shares are added in float32.
-        wider = {"out_dtype": total.dtype} if total.is_cuda else {}
+        product = functools.partial(torch.mm, out_dtype=total.dtype) if total.is_cuda else torch.mm
         codes = max(1, _PARTIAL_BYTES // (4 * hidden.shape[1] * 128)) * 128
         for part, columns in zip(total.split(codes), gradient.split(codes, dim=1), strict=True):
-            share = torch.mm(columns.t(), hidden, **wider)
+            share = product(columns.t(), hidden)
             part.copy_(share) if first else part.add_(share)
 
 

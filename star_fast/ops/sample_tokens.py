@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -287,7 +288,7 @@ def uniform64(seed: int | Tensor, image_index: Tensor, position: int | Tensor) -
     """
     counter = (position & _MASK32, 0, image_index & _MASK32, (image_index >> 32) & _MASK32)
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    return (words[0] << 32) | words[1]
+    return cast(Tensor, (words[0] << 32) | words[1])  # as image_index is one
 
 
 def philox4x32(
@@ -347,7 +348,7 @@ def _float32(number: float) -> float:
     return struct.unpack("f", struct.pack("f", number))[0]
 
 
-def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments for one call at a preset's sampling shape: logits (B, V), image_index (B,), seed and position."""
     shape = SHAPES[preset]
     logits = 2 * torch.randn(shape.B, shape.V, generator=torch.Generator().manual_seed(seed))
@@ -359,7 +360,7 @@ def inputs(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
     }
 
 
-def cost(call: dict[str, Tensor]) -> dispatch.Cost:
+def cost(call: dict[str, Any]) -> dispatch.Cost:
     """Least bytes (each logit once, tokens and stream names) and FLOPs (18 for a weight, 3 for guidance) of one call
     with these arguments.
     """

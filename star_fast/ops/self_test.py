@@ -32,7 +32,7 @@ _GRADIENTS = {
 }
 _EXACT = {"sample_tokens", "int8_linear"}  # every backend gives the same numbers
 # Calls beside the usual one: {op: [(what is other, changes to `inputs`, changes to its arguments)]}.
-_MORE_CALLS = {
+_MORE_CALLS: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "masked_attention_qkv": [(", nothing hidden", {}, {"keep": None})],
     "decode_attention": [(", 8-bit cache", {"cache_dtype": torch.int8}, {})],
 }
@@ -152,9 +152,6 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, KVCache):
-        scales = {
-            name: None if scale is None else scale.clone()
-            for name, scale in (("k_scale", value.k_scale), ("v_scale", value.v_scale))
-        }
-        return value._replace(k=change(value.k), v=change(value.v), **scales)
+        k_scale, v_scale = (None if scale is None else scale.clone() for scale in (value.k_scale, value.v_scale))
+        return value._replace(k=change(value.k), v=change(value.v), k_scale=k_scale, v_scale=v_scale)
     return type(value)(_each(item, change) for item in value) if isinstance(value, (list, tuple)) else value

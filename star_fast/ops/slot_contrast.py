@@ -144,8 +144,8 @@ def reference(
         logits = torch.bmm(z[anchor_slots], k[key_slots].transpose(1, 2)) / temperature
         positive = logits.diagonal(row_offset, dim1=1, dim2=2)
         losses.append((torch.logsumexp(logits, dim=2) - positive).mean(dim=1))
-    losses = torch.cat(losses)
-    return losses.mean() if reduction == "mean" else losses
+    loss = torch.cat(losses)
+    return loss.mean() if reduction == "mean" else loss
 
 
 def differentiable_inverse_norm(x: Tensor) -> Tensor:

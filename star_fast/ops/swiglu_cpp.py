@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from star_fast.ops.dispatch import Launch
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w1w3: Tensor) -> Tensor:
+    def forward(ctx: Any, w1w3: Tensor) -> Tensor:
         w1w3 = w1w3.contiguous()
         out = fake(w1w3)
         torch.ops.star_fast.swiglu(w1w3, out)
@@ -20,7 +22,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> Tensor:
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
         (w1w3,) = ctx.saved_tensors
         dw1w3 = torch.empty_like(w1w3)
         torch.ops.star_fast.swiglu_backward(w1w3, dout.contiguous(), dw1w3)

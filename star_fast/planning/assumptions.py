@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from star_fast.records import require, require_finite
 
@@ -77,7 +78,7 @@ def _check(assumed: object, shares: tuple[str, ...], positive: tuple[str, ...], 
         )
 
 
-def listed(assumed: object) -> str:
+def listed(assumed: Any) -> str:
     """The settings of an assumptions' dataclass with their values, as they are typed: --assume.read-share 0.8 ..."""
     return " ".join(
         f"--assume.{field.name.replace('_', '-')} {getattr(assumed, field.name):g}"

@@ -267,7 +267,7 @@ def _plain(value: Any) -> Any:
             name: _plain(item)
             for name, item in (*value._asdict().items(), *((name, getattr(value, name)) for name in derived))
         }
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}

@@ -7,41 +7,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from star_fast.config import ConfigError, RunConfig
 from star_fast.data.codes import CodeStore
 from star_fast.method import masking
+from star_fast.method.batch import Batch, make_batch
 
 Codes = Callable[[int, np.ndarray, int], Tensor]
-
-
-class MicroBatch(NamedTuple):
-    """One forward pass of one rank: B images with M views each; sequence b*M + m is view m of image b."""
-
-    tokens: Tensor  # (B*M, T-1) int64, inputs
-    label: Tensor  # (B*M,) int64, dropped ones are the null class
-    targets: Tensor  # (B*M, T) int64
-    keep: Tensor | None  # (B*M, T) bool, visible keys
-    positions: Tensor  # (K,) int64, the position set of this step
-    images_seen: int  # by all ranks, before this micro-batch
-    teacher_label: Tensor | None = None  # (B*M,) int64, what the teacher gets instead of `label`; None: the same
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`."""
-        return MicroBatch(
-            *(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self)
-        )
-
-    def pinned(self) -> MicroBatch:
-        """The same in memory that a GPU copies from without waiting; without a GPU as it is."""
-        if not torch.cuda.is_available():
-            return self
-        return MicroBatch(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
 
 
 def resolve(config: RunConfig, store: CodeStore) -> RunConfig:
@@ -118,19 +93,24 @@ class Batches:
             self.accumulation, self.ranks, self.micro_images
         )
 
-    def step(self, step: int) -> list[MicroBatch]:
+    def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (counted from 0)."""
         config, seed = self.config, self.config.train.seed
         epoch, global_batch = step // self.steps_per_epoch, self.images_of(step)
-        positions = torch.from_numpy(
-            masking.position_set(seed, step, config.model.positions, config.method.contrast_positions)
-        )
-        seen = step * config.train.images_per_step
         return [
-            self._micro_batch(
-                epoch, images[self.rank], positions, seen + index * self.ranks * self.micro_images
+            make_batch(
+                self._codes(epoch, images, config.method.views),
+                self.store.labels[images],
+                images,
+                config.method,
+                config.model.num_classes,
+                seed=seed,
+                epoch=epoch,
+                step=step,
+                images_seen=step * config.train.images_per_step + index * self.ranks * self.micro_images,
+                label_dropout=config.model.label_dropout,
             ).pinned()
-            for index, images in enumerate(global_batch)
+            for index, images in enumerate(global_batch[:, self.rank])
         ]
 
     def _stored_codes(self, epoch: int, images: np.ndarray, views: int) -> Tensor:
@@ -138,22 +118,12 @@ class Batches:
             images, masking.choose_views(self.config.train.seed, epoch, images, views, len(self.store.views))
         )
 
-    def _micro_batch(self, epoch: int, images: np.ndarray, positions: Tensor, images_seen: int) -> MicroBatch:
-        model, method, seed = self.config.model, self.config.method, self.config.train.seed
-        targets = self._codes(epoch, images, method.views).flatten(0, 1)
-        dropped = masking.label_drop(seed, epoch, images, method.views, model.label_dropout)
-        true = np.broadcast_to(self.store.labels.numpy()[images][:, None], dropped.shape)
-        label = torch.from_numpy(np.where(dropped, model.num_classes, true).astype(np.int64).ravel())
-        kept = torch.from_numpy(true.astype(np.int64).ravel()) if method.teacher_label == "kept" else None
-        keep = masking.key_mask(seed, epoch, images, method.views, model.positions, method.mask_ratio)
-        keep = None if keep is None else torch.from_numpy(keep).flatten(0, 1)
-        return MicroBatch(targets[:, :-1].contiguous(), label, targets, keep, positions, images_seen, kept)
-
-    def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def steps(self, first: int, end: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches) for first <= step < end; the next step's are made in the background."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead = pool.submit(self.step, first) if first < end else None
             for step in range(first, end):
+                assert ahead is not None, "there is a next step"
                 batches = ahead.result()
                 ahead = pool.submit(self.step, step + 1) if step + 1 < end else None
                 yield step, batches

@@ -122,7 +122,7 @@ def _laid_over(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[
     return _merged(ours, theirs)
 
 
-def _at(tree: dict[str, Any], dotted: str) -> Any:
+def _at(tree: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         if not isinstance(tree, dict):
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from star_fast.config import RunConfig
 from star_fast.host_memory import keep_freed_memory
+from star_fast.method.batch import Batch
 from star_fast.method.masking import dropout_seed
 from star_fast.method.objective import Losses
 from star_fast.method.student import Projector, Student
@@ -23,7 +24,6 @@ from star_fast.method.teacher import Teacher
 from star_fast.model.transformer import Transformer
 from star_fast.ops import error_flag
 from star_fast.training import deepspeed_settings, zero1
-from star_fast.training.batches import MicroBatch
 from star_fast.training.masters import masters_of
 from star_fast.training.ranks import import_deepspeed
 from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
@@ -44,7 +44,7 @@ def build_student(config: RunConfig) -> Student:
     if config.train.compile:
         # What is left between our own ops; a block's dropout seeds would compile it anew each step
         for block in transformer.layers:
-            block.feed_forward.compile()
+            cast("nn.Module", block.feed_forward).compile()
     return Student(
         transformer,
         Projector.of_method(config.model.width, config.method, generator),
@@ -79,7 +79,7 @@ def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, An
     groups are left out.
     """
     groups = []
-    for part in (student.transformer, student.projector):
+    for part in (cast("nn.Module", student.transformer), student.projector):
         parameters = list(part.parameters()) if part is not None else []
         for decays in (True, False):
             chosen = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]
@@ -91,7 +91,7 @@ def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, An
 def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW: NVIDIA apex's fused one where it is really installed and the device is CUDA, else torch's."""
     optim = config.optim
-    settings = {"lr": config.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if device.type == "cuda":
         try:
             import amp_C  # noqa: F401  apex's compiled module: `apex` on PyPI is something else
@@ -115,7 +115,12 @@ class Engine:
         self.config, self.device, self.rank, self.ranks = config, device, dist.get_rank(), dist.get_world_size()
         self.doing: Callable[[str], None] = lambda what: None  # told what begins within a step
         # A signal to one rank is for all: asked each step, over the hosts, so that no GPU waits.
-        self.hosts = dist.new_group(backend="gloo") if device.type == "cuda" and self.ranks > 1 else None
+        # Every rank is a member: it is a group indeed
+        self.hosts = (
+            cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+            if device.type == "cuda" and self.ranks > 1
+            else None
+        )
         self.student, self.clips_here = student, deepspeed_settings.clips_outside(config)
         self.settings = deepspeed_settings.settings(config, micro_images, accumulation)
         self.teacher: Teacher | None = None
@@ -156,23 +161,22 @@ class Engine:
             if isinstance(value, Tensor)
         ]
         if self.teacher is not None:
-            tensors += [*self.teacher.model.parameters(), *self.teacher.masters]
+            tensors += [*cast("nn.Module", self.teacher.model).parameters(), *self.teacher.masters]
         tensors = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
         return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
-    def losses(self, batch: MicroBatch) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         """The student's losses on one micro-batch; the teacher runs first and hands over features only."""
         self.settle()
         batch = batch.to(self.device)
         torch.manual_seed(dropout_seed(self.config.train.seed, self.rank, batch.images_seen))
         return self.deepspeed(lambda: self._losses(batch))
 
-    def _losses(self, batch: MicroBatch) -> Losses:
-        teacher_last = keys = None
+    def _losses(self, batch: Batch) -> Losses:
+        teacher_last, keys = None, None
         if self.teacher is not None:
-            label = batch.label if batch.teacher_label is None else batch.teacher_label
-            teacher_last, keys = self.teacher.features(batch.tokens, label, batch.positions)
-            keys = self._of_all_ranks(keys)
+            teacher_last, slots = self.teacher.features(*batch.teacher_inputs)
+            keys = self._of_all_ranks(slots)
         images = batch.label.shape[0] // self.config.method.views
         return self.student(
             batch.tokens,
@@ -185,7 +189,7 @@ class Engine:
             self.rank * images,
         )
 
-    def step(self, batches: list[MicroBatch], step: int, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, batches: list[Batch], step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches.
 
         Returns:
@@ -246,7 +250,7 @@ class Engine:
         self.settle()
 
     @torch.no_grad()
-    def evaluate(self, batches: list[MicroBatch]) -> float:
+    def evaluate(self, batches: list[Batch]) -> float:
         """Mean next-token loss (nats) of the student without mask, dropout or label drop, over the given micro-batches
         of all ranks.
 
@@ -259,7 +263,7 @@ class Engine:
         idle = torch.zeros(1, self.config.model.positions, dtype=torch.int64)
         for index in range(self._most(len(batches))):
             counted = index < len(batches)
-            batch = (batches[index] if counted else MicroBatch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(
+            batch = (batches[index] if counted else Batch(idle[:, 1:], idle[:, 0], idle, None, idle[0], 0)).to(
                 self.device
             )
             losses = self.deepspeed(
@@ -305,6 +309,7 @@ class Engine:
         arrival = dist.all_gather_into_tensor(gathered, keys, async_op=True)
 
         def arrived() -> Tensor:
+            assert arrival is not None, "async_op"
             arrival.wait()
             return gathered.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from star_fast.data.codes import CodeStore
+from star_fast.model.tensor_files import Undrawn
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import save_model
 from star_fast.records import to_dict
@@ -24,6 +25,7 @@ def export(engine: Engine, store: CodeStore, folder: Path, step: int) -> Path:
     teacher = _whole(engine, engine.teacher.masters) if engine.teacher is not None else None
 
     def write() -> None:
+        assert student is not None, "rank 0 has it whole"
         record = {
             "step": step,
             "images_seen": step * engine.config.train.images_per_step,
@@ -68,7 +70,8 @@ def _whole(engine: Engine, masters: list) -> Transformer | None:
     named = {name: tensor for name, tensor in engine.masters.gather(masters) if engine.rank == 0}
     if engine.rank:
         return None
-    transformer = Transformer(engine.config.model)
+    with Undrawn():  # else as many random numbers are drawn on one core, and thrown away
+        transformer = Transformer(engine.config.model)
     for name, parameter in transformer.named_parameters():
         parameter.data = named[name].contiguous()
     return transformer

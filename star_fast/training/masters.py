@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
     name: str
     first: int  # in the flattened parameter
-    count: int
+    length: int
     place: int  # in the flattened shard
 
 
@@ -124,7 +124,7 @@ class Masters:
 
     @staticmethod
     def _twin(teacher: Teacher, name: str) -> nn.Parameter:
-        return teacher.model.get_parameter(name.removeprefix(TRANSFORMER))
+        return cast("nn.Module", teacher.model).get_parameter(name.removeprefix(TRANSFORMER))
 
 
 class FlatMasters(Masters):
@@ -216,6 +216,8 @@ class PartitionedMasters(Masters):
     """
 
     sharded = True
+    named: dict[str, Any]  # parameters, with what DeepSpeed has hung onto them: ds_shape, ds_numel, ds_tensor
+    _of_transformer: dict[str, Any]
 
     def shapes(self) -> dict[str, torch.Size]:
         """See Masters."""
@@ -257,7 +259,7 @@ class PartitionedMasters(Masters):
         """See Masters."""
         masters, shards = (
             [master.clone() for master in self.tensors()],
-            [self._twin(teacher, name).ds_tensor.data for name in self._of_transformer],
+            [cast("Any", self._twin(teacher, name)).ds_tensor.data for name in self._of_transformer],
         )
         for name, master, shard in zip(self._of_transformer, masters, shards, strict=True):
             if master.shape != shard.shape:

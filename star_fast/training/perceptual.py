@@ -38,6 +38,9 @@ _GET_LINEAR = "pip install 'star_fast[tokenizer]'"
 class Perceptual(nn.Module):
     """The distance; frozen. Its state dict has the convolutions in order and the linear layers' weights."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         widths = [3, *(width for stage in _STAGES for width in stage)]
@@ -53,7 +56,7 @@ class Perceptual(nn.Module):
         """sha256 over all weights, in order."""
         digest = hashlib.sha256()
         for parameter in self.parameters():
-            digest.update(memoryview(parameter.detach().cpu().contiguous().numpy()).cast("B"))
+            digest.update(parameter.detach().cpu().contiguous().numpy().data.cast("B"))
         return digest.hexdigest()
 
     def features(self, images: Tensor) -> list[Tensor]:

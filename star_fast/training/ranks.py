@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import stat
+import sys
 import tempfile
 import time
 import warnings
@@ -81,6 +82,20 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def end(status: int) -> None:
+    """End the process of a rank among several, with this exit status; returns in one that is alone.
+
+    Python's own end runs beside gloo's and torch's threads, and was seen to abort (SIGABRT) a rank whose work was done:
+    its launcher then takes the whole job for a failed one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def agree(problem: str | None) -> None:
     """A collective: if any rank names a problem all raise AgreedError with the first such rank's words."""
     problems = [problem]
@@ -96,12 +111,12 @@ def together(job: Callable[[], Result]) -> Result:
     """A collective: run `job` here, and if it failed on any rank raise that error on all. `job` itself must not be a
     collective.
     """
-    result, problem = None, None
+    problem = None
     try:
         result = job()
     except UserError as error:
         problem = str(error)
-    agree(problem)
+    agree(problem)  # raises where `job` did, here or elsewhere
     return result
 
 
@@ -143,6 +158,7 @@ def _local_store(rank: int, ranks: int) -> dist.Store:
         if note is not None:
             atomic_write_bytes(note, str(port).encode())
     else:
+        assert note is not None, "there are several ranks"
         port = _wait_for_port(note)
         store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

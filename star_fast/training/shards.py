@@ -1,9 +1,8 @@
 """A run's state as plain safetensors: what each rank holds, and the same put together for any number of ranks.
 
 As saved: `optimizer-R.safetensors` (rank R's float32 masters and AdamW's moments, by shard) and
-    `teacher-R.safetensors`. Each names in its metadata which
-elements of which parameters its shards hold. Put together: one file a kind, whole tensors by parameter name, which any
-    layout can be filled from.
+`teacher-R.safetensors`. Each names in its metadata which elements of which parameters its shards hold. Put together:
+one file a kind, whole tensors by parameter name, which any layout can be filled from.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def save(engine: Engine, folder: Path) -> None:
     if not engine.masters.sharded and engine.rank:
         return
     shards, optimizer = engine.masters.shards(), engine.deepspeed.basic_optimizer
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, shard in enumerate(shards):
         state = _state(optimizer, shard.tensor)
         tensors |= {
@@ -188,7 +187,7 @@ def _from_whole(
             for shard, found in zip(shards, filled, strict=True):
                 found[kind] = torch.zeros(shard.tensor.numel(), dtype=torch.float32)
                 for piece in shard.pieces:
-                    found[kind][piece.place : piece.place + piece.count] = _part(
+                    found[kind][piece.place : piece.place + piece.length] = _part(
                         file, path, names, piece, shapes[piece.name]
                     )
                 found[kind] = found[kind].view(shard.tensor.shape)
@@ -207,7 +206,9 @@ def _part(file: Any, path: Path, names: set[str], piece: Piece, shape: torch.Siz
         is_there = "is missing" if found is None else f"is {found.get_dtype()} {tuple(found.get_shape())}"
         raise UserError(f"{path}: tensor {piece.name} should be F32 {tuple(shape)}, it {is_there}; {DAMAGED}")
     return (
-        file.get_tensor(piece.name).view(-1)[piece.first : piece.first + piece.count] if piece.count else torch.empty(0)
+        file.get_tensor(piece.name).view(-1)[piece.first : piece.first + piece.length]
+        if piece.length
+        else torch.empty(0)
     )
 
 
@@ -252,7 +253,7 @@ def _open(path: Path) -> Any:
 def _write(tensors: dict[str, Tensor], path: Path, shards: list[Shard], shapes: dict[str, list[int]]) -> None:
     held = {piece.name for shard in shards for piece in shard.pieces}
     layout = {
-        "shards": [[list(piece) for piece in shard.pieces if piece.count] for shard in shards],
+        "shards": [[list(piece) for piece in shard.pieces if piece.length] for shard in shards],
         "shapes": {name: shape for name, shape in shapes.items() if name in held},
     }
     _save(tensors, path, {"layout": json.dumps(layout)})

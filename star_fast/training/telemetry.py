@@ -57,7 +57,9 @@ class Telemetry:
     ) -> None:
         self.folder, self.images_per_step, self.log_every, self.main = folder, images_per_step, log_every, main
         self.watch, self.stop_on_spike, self.spike = watch, stop_on_spike, 0.0
-        self.rows, self.pending, self.norms, self.done = list(rows or []), [], [], first_step
+        self.rows, self.done = list(rows or []), first_step
+        self.pending: list[Tensor] = []  # losses of the steps since the last row
+        self.norms: list[Tensor] = []
         self.grad_norm: Tensor | float = 0.0
         self.since = self.begun = time.perf_counter()
         self.timed = 0  # steps since `since`

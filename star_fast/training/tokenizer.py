@@ -23,6 +23,7 @@ from star_fast.errors import UserError, printable
 from star_fast.model.llamagen import load_tokenizer
 from star_fast.model.tokenizer import CONFIG_FILE, VQTokenizer, at_size
 from star_fast.storage import StorageError, read_record, remove_leftovers
+from star_fast.training.tokenizer_limits import SHAPE, require_possible, require_same_shape
 from star_fast.training.tokenizer_report import TrainingRecord
 from star_fast.training.tokenizer_state import (
     RECORD_FILE,
@@ -32,13 +33,7 @@ from star_fast.training.tokenizer_state import (
     require_same_settings,
     require_same_start,
 )
-from star_fast.training.tokenizer_training import (
-    REPORT_FILE,
-    SHAPE,
-    require_possible,
-    require_same_shape,
-    train_tokenizer,
-)
+from star_fast.training.tokenizer_training import REPORT_FILE, train_tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"  # within a code store's
 FINE_TUNING_LR = 1e-4  # (LlamaGen)
@@ -238,8 +233,9 @@ def fine_tuning_config(
         for f in fields(TokenizerConfig)
         if defaults is None or getattr(config, f.name) != getattr(defaults, f.name)
     }
-    shape = {name: getattr(start.config, name) for name in (*SHAPE, "image_size") if name not in chosen}
-    gentle = {name: value for name, value in (("lr", FINE_TUNING_LR), ("reseed_every_steps", 0)) if name not in chosen}
+    shape: dict[str, Any] = {name: getattr(start.config, name) for name in (*SHAPE, "image_size") if name not in chosen}
+    usual: dict[str, Any] = {"lr": FINE_TUNING_LR, "reseed_every_steps": 0}
+    gentle = {name: value for name, value in usual.items() if name not in chosen}
     config = replace(config, **shape, **gentle)
     require_same_shape(start.config, config)
     return config

@@ -66,6 +66,7 @@ def step_discriminator(
     loss and norm before it moves.
     """
     discriminator, optimizer = training.discriminator, training.discriminator_optimizer
+    assert discriminator is not None and optimizer is not None, "the caller has seen one"
     with _products(training):
         loss = hinge_loss(discriminator(target).float(), discriminator(reconstruction).float())
     optimizer.zero_grad()

@@ -3,8 +3,7 @@ unbroken one would have ended with.
 
 unfinished.json               how many steps are done, of which job, and the sha256 of the file below; replaced whole
 unfinished-STEP.safetensors   weights, their average and Adam's moments, those of the discriminator, the random
-generator, the images still to come,
-                              the codes in use
+                              generator, the images still to come, the codes in use
 """
 
 from __future__ import annotations
@@ -237,6 +236,7 @@ def _tensors(training: Training, step: int) -> dict[str, Tensor]:
 def _put_back(training: Training, found: dict[str, Tensor], images: int, step: int) -> None:
     """Raises KeyError or ValueError for what does not fit, before anything is changed."""
     weights = _weights(training)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
     expected = {name: (value.shape, value.dtype) for name, value in weights.items()}
     for prefix, module, _, begun in training.learners(step):
         expected |= {

@@ -5,8 +5,8 @@ tokenizer_objective.py.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-import os
 import signal
 import threading
 import time
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from star_fast.config import ConfigError, TokenizerConfig
+from star_fast.config import TokenizerConfig
 from star_fast.data.prepare import explain_out_of_memory
 from star_fast.errors import UserError, printable
 from star_fast.model.tokenizer import VQTokenizer, from_uint8
@@ -29,14 +29,13 @@ from star_fast.storage import atomic_write_json, sha256_of_bytes
 from star_fast.training.codebook import move_codes
 from star_fast.training.discriminator import PatchDiscriminator
 from star_fast.training.perceptual import Perceptual, load_perceptual
+from star_fast.training.tokenizer_limits import require_images, require_possible, require_same_shape
 from star_fast.training.tokenizer_objective import backward, step_discriminator
 from star_fast.training.tokenizer_report import EVALUATION_IMAGES, measure_tokenizer, write_reconstructions
 from star_fast.training.tokenizer_state import Training, TrainingJob, load_state, recorded, remove_state, save_state
 
 REPORT_FILE = "training.json"
 PICTURE_FILE = "reconstructions.png"
-# Settings that the weights tell
-SHAPE = ("base_channels", "multipliers", "residual_blocks", "z_channels", "code_channels", "codebook", "image_channels")
 _PICTURE_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # of the steps, when a picture is written
 _SHOWN = 16  # images in it
 _SETTLE_SHARE = 0.15  # of the steps, at the end: no code is moved any more, so that all of them settle
@@ -44,8 +43,6 @@ _COUNT_EVERY_STEPS = 50  # codes in use are counted so often where none is moved
 _SAVE_EVERY_STEPS = 50  # a kill loses at most so many
 # The whole time is foretold after so many steps and so long, or after the longer time anyway
 _TIMED_STEPS, _TIMED_S = 4, (2.0, 15.0)
-_MOST_LR = 1e30  # beyond, AdamW's step is no float32
-_MOST_LATENTS = 2**24  # of one step: more torch.multinomial does not draw from
 
 
 def train_tokenizer(
@@ -83,10 +80,10 @@ def train_tokenizer(
             there. UserError: the loss stopped being finite (then `out` gets no tokenizer, and the last state saved
             there is kept), or memory does not suffice.
     """
-    _check(images, config, "images")
+    require_images(images, config, "images")
     require_possible(config, torch.device(device))
     if held_out is not None and len(held_out):
-        _check(held_out, config, "held_out")
+        require_images(held_out, config, "held_out")
     shown, measured_on = (
         (held_out, "held-out images") if held_out is not None and len(held_out) else (images[:1024], "training images")
     )
@@ -97,7 +94,7 @@ def train_tokenizer(
     folder = None if out is None else Path(out)
     job = TrainingJob(
         seed,
-        sha256_of_bytes(memoryview(images.contiguous().numpy()).cast("B")),
+        sha256_of_bytes(images.contiguous().numpy().data.cast("B")),
         recorded(config),
         "" if start is None else start.weights_hash(),
         "" if perceptual is None else perceptual.weights_hash(),
@@ -214,7 +211,7 @@ def _train(
                     training,
                     target,
                     output.reconstruction,
-                    lambda measured, step=step: _require_finite(measured, step, config, folder),
+                    functools.partial(_require_finite, step=step, config=config, folder=folder),
                 )
             # A short history is averaged over its own length: the first weights must not weigh long
             if training.averaged is not None:
@@ -247,6 +244,7 @@ def _train(
             if forecast is not None:
                 forecast.tick()
             if step + 1 in pictures:
+                assert folder is not None, "without one there are no pictures"
                 write_reconstructions(training.result, shown, folder / PICTURE_FILE)
                 if not announced:
                     tqdm.write(
@@ -363,58 +361,3 @@ def _ctrl_c_waits() -> Iterator[list[int]]:
 def _ctrl_c_acts() -> Iterator[list[int]]:
     """Nothing is kept, so that nothing is worth waiting for."""
     yield []
-
-
-def require_possible(config: TokenizerConfig, device: torch.device) -> None:
-    """Raise ConfigError for settings that cannot work, and sizes that this machine cannot hold by any means: what is
-    possible is never refused.
-    """
-    if config.lr > _MOST_LR:
-        raise ConfigError(f"tokenizer.lr: expected at most {_MOST_LR:g}, got {config.lr:g}")
-    if config.images_per_step * config.positions > _MOST_LATENTS:
-        raise ConfigError(
-            f"tokenizer.images_per_step: expected at most {_MOST_LATENTS // config.positions} images of "
-            f"{config.positions} codes, "
-            f"got {config.images_per_step}"
-        )
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in VQTokenizer(config).parameters())
-    features = config.images_per_step * config.base_channels * config.image_size**2
-    # Float32: weights, gradients, two moments; what the first block alone keeps for its gradient
-    needed = 4 * (4 * weights + 4 * features)
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    if needed > memory:
-        raise ConfigError(
-            f"tokenizer.base_channels: training {weights:,} weights on {config.images_per_step} images of "
-            f"{config.image_size} pixels a step "
-            f"takes at least {needed / 2**30:,.0f} GiB, the machine has {memory / 2**30:,.0f}; choose smaller sizes"
-        )
-    if config.perceptual_weight:
-        load_perceptual(config.perceptual_weights)  # what is missing is told before images are read for minutes
-
-
-def require_same_shape(there: TokenizerConfig, asked: TokenizerConfig) -> None:
-    """Raise ConfigError naming the first setting of the shape in which the tokenizer to start from and the one asked
-    for differ.
-    """
-    for name in SHAPE:
-        if getattr(there, name) != getattr(asked, name):
-            raise ConfigError(
-                f"tokenizer.{name}: the tokenizer to fine-tune has {getattr(there, name)}, asked for is "
-                f"{getattr(asked, name)}; "
-                "leave that setting out"
-            )
-
-
-def _check(images: Tensor, config: TokenizerConfig, name: str) -> None:
-    expected = (config.image_channels, config.image_size, config.image_size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.uint8 or len(images) == 0:
-        raise ConfigError(
-            f"train_tokenizer: {name} must be uint8 (N >= 1, {', '.join(map(str, expected))}) to fit "
-            "tokenizer.image_channels and "
-            f"tokenizer.image_size, got {images.dtype} {tuple(images.shape)}"
-        )

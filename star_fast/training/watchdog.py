@@ -60,8 +60,8 @@ class Watchdog:
 
 def _main_stack() -> None:
     """The main thread's innermost frames, one line each."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    lines = []
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    lines: list[str] = []
     while frame is not None and len(lines) < 8:
         lines.append(f"  {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
         frame = frame.f_back

@@ -9,6 +9,7 @@ fused into AdamW; the new weights travel while the teacher is averaged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def scale_in_step(
     """
     scale = ((norm + 1e-6) / clip).clamp(min=1.0).mul_(ranks) if clip else torch.full_like(norm, ranks)
     if "fused" in optimizer.defaults:  # torch's AdamW
-        optimizer.grad_scale, optimizer.found_inf = scale, (~torch.isfinite(norm)).float()
+        fused: Any = optimizer  # whose type does not name the two
+        fused.grad_scale, fused.found_inf = scale, (~torch.isfinite(norm)).float()
     else:  # apex's FusedAdam takes no such tensors: a step that is not finite shows in the weights
         torch._foreach_div_(gradients, scale)
 
@@ -58,6 +60,17 @@ class _Steps:
     whole on each rank; slices of it in `fp32_groups_gradients`; `fp32_groups_has_gradients`, which of them this step
     has written; `fp32_groups_flat_partition`, this rank's masters.
     """
+
+    fp32_groups_gradients: list[list[Tensor]]
+    fp32_groups_gradients_flat: list[Tensor]
+    fp32_groups_has_gradients: list[list[bool]]
+    fp32_groups_flat_partition: list[Tensor]
+    fp32_groups_gradient_flat_partition: list[Tensor]
+    bf16_groups_flat: list[Tensor]
+    bf16_partitioned_groups: list[list[Tensor]]
+    optimizer: torch.optim.Optimizer
+    clip_grad: float
+    _lazy_init_hp_params_optimizer_state: Callable[[], None]
 
     def prepare(self) -> None:
         """Once: buckets of neighbouring gradients, in the order in which backward finishes them (the last parameters
@@ -98,6 +111,7 @@ class _Steps:
     @torch.no_grad()
     def accumulate_hp_grads_and_remove_lp(self, parameter: Tensor, group: int, index: int) -> None:
         """Called by autograd when a parameter's gradient is complete: add it in float32 and let it go."""
+        assert parameter.grad is not None
         place = self.fp32_groups_gradients[group][index].view(parameter.shape)
         if self.fp32_groups_has_gradients[group][index]:
             place.add_(parameter.grad)
@@ -132,7 +146,7 @@ class _Steps:
         """One AdamW step on the masters, then the rounded weights to all ranks. Nothing is read back to the host.
 
         With gradients g summed over R ranks: norm n = ||g|| / R; AdamW sees g / (R * max(1, (n + 1e-6) / clip)), and
-            skips the step if n is not finite.
+        skips the step if n is not finite.
         """
         for wait in self._waits:
             wait.wait()

@@ -1,5 +1,6 @@
-// CUDA on the host, for tests: the few names that csrc/sample_cuda.cu uses, on top of std::thread. Each thread of a block is a real thread, so that
-// ThreadSanitizer sees every access to shared memory that no barrier orders. Blocks run one after another.
+// CUDA on the host, for tests: the few names that csrc/sample_cuda.cu uses, on top of std::thread. Each thread of a
+// block is a real thread, so that ThreadSanitizer sees every access to shared memory that no barrier orders. Blocks run
+// one after another.
 #pragma once
 
 #include <pthread.h>
@@ -14,7 +15,8 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time: shared by its threads, kept between blocks with whatever the last one left there
+// One block at a time: shared by its threads, kept between blocks with whatever the last one left there.
+#define __shared__ static
 
 struct dim3 {
   unsigned x, y, z;
@@ -105,16 +107,14 @@ inline uint32_t atomicAdd(uint32_t* at, uint32_t value) { return __atomic_fetch_
 template <class T>
 T atomicMin(T* at, T value) {
   T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (value < old && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+  while (value < old && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
   return old;
 }
 
 template <class T>
 T atomicMax(T* at, T value) {
   T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (value > old && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+  while (value > old && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
   return old;
 }
 

@@ -1,8 +1,8 @@
-// Runs the 8-bit product of csrc/int8_*.h with every instruction set, without torch: reads calls from a file, writes their results to another. Built and driven
-// by test_int8_on_host.py.
+// Runs the 8-bit product of csrc/int8_*.h with every instruction set, without torch: reads calls from a file, writes
+// their results to another. Built and driven by test_int8_on_host.py.
 //
-// A call is one Header, then x (rows, inner) float32 or bfloat16, then packed weights, weight_scale and correction as in csrc/int8_product.h. Its answer: the
-// rows' scales (float32), then the product (rows, columns) in x's type.
+// A call is one Header, then x (rows, inner) float32 or bfloat16, then packed weights, weight_scale and correction as
+// in csrc/int8_product.h. Its answer: the rows' scales (float32), then the product (rows, columns) in x's type.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -48,14 +48,17 @@ bool run(const Header& h, RoundRow<T> round_row, ProductTiles<T> product_tiles, 
   std::unique_ptr<T[]> x(new T[h.rows * h.inner]), result(new T[h.rows * h.columns]);
   std::unique_ptr<int8_t[]> weights(new int8_t[padded * p.blocks * kBlock]);
   std::unique_ptr<uint8_t[]> codes(new uint8_t[p.blocks * block_stride]());
-  std::unique_ptr<float[]> weight_scale(new float[padded]), scale(new float[h.rows]), rotated(new float[p.blocks * kBlock]);
+  std::unique_ptr<float[]> weight_scale(new float[padded]), scale(new float[h.rows]),
+      rotated(new float[p.blocks * kBlock]);
   std::unique_ptr<int32_t[]> correction(new int32_t[padded]);
   if (!read(in, x.get(), sizeof(T) * h.rows * h.inner) || !read(in, weights.get(), padded * p.blocks * kBlock) ||
       !read(in, weight_scale.get(), 4 * padded) || !read(in, correction.get(), 4 * padded))
     return false;
   for (int64_t row = 0; row < h.rows; ++row)
-    scale[row] = round_row(x.get() + row * h.inner, int(h.inner), codes.get() + row * kBlock, block_stride, rotated.get());
-  p.codes = codes.get(), p.scale = scale.get(), p.weights = weights.get(), p.weight_scale = weight_scale.get(), p.correction = correction.get();
+    scale[row] =
+        round_row(x.get() + row * h.inner, int(h.inner), codes.get() + row * kBlock, block_stride, rotated.get());
+  p.codes = codes.get(), p.scale = scale.get(), p.weights = weights.get(), p.weight_scale = weight_scale.get(),
+  p.correction = correction.get();
   const int64_t middle = p.tiles() / 2;  // as two threads would share the columns
   product_tiles(p, 0, middle, result.get());
   product_tiles(p, middle, p.tiles(), result.get());
@@ -87,9 +90,12 @@ int main(int count, char** names) {
   star_fast::Header h;
   while (star_fast::read(in, &h, sizeof h)) {
 #if defined(__x86_64__) && !defined(BASELINE_ALONE)
-    if (h.set == 4 && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 4;  // ARCH_REQ_XCOMP_PERM: the matrix unit's registers
+    // ARCH_REQ_XCOMP_PERM: the matrix unit's registers.
+    if (h.set == 4 && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 4;
 #endif
-    if (!(h.is_bfloat16 ? star_fast::run_as<star_fast::Bfloat16Bits>(h, in, out) : star_fast::run_as<float>(h, in, out))) return 3;
+    if (!(h.is_bfloat16 ? star_fast::run_as<star_fast::Bfloat16Bits>(h, in, out)
+                        : star_fast::run_as<float>(h, in, out)))
+      return 3;
   }
   std::fclose(in);
   return std::fclose(out) == 0 ? 0 : 3;

@@ -1,7 +1,8 @@
-// Runs csrc/sample_cuda.cu on the host: reads calls from a file, writes their tokens to another. Built and driven by test_sample_on_host.py.
+// Runs csrc/sample_cuda.cu on the host: reads calls from a file, writes their tokens to another. Built and driven by
+// test_sample_on_host.py.
 //
-// A call is one Header, then the logits, then the logits without the condition (if guided), then the image indices (int64). Its answer: int64 tokens, and one
-// int64 that says whether a row was bad.
+// A call is one Header, then the logits, then the logits without the condition (if guided), then the image indices
+// (int64). Its answer: int64 tokens, and one int64 that says whether a row was bad.
 #include "../../csrc/sample_cuda.cu"
 
 #include <cstdio>
@@ -18,9 +19,9 @@ bool read(std::FILE* file, void* to, size_t bytes) { return std::fread(to, 1, by
 
 void run(const star_fast::Problem& p, int64_t threads) {
   switch (threads) {
-    case 32: star_fast::launch_sampling<32, 2>(p, nullptr); break;        // 256 tokens in registers: most rows are read again in each pass
-    case 64: star_fast::launch_sampling<64, 64>(p, nullptr); break;       // 16384 tokens in registers
-    case 1024: star_fast::sample_tokens_cuda(p, nullptr); break;          // as on a GPU
+    case 32: star_fast::launch_sampling<32, 2>(p, nullptr); break;  // 256 tokens in registers: most rows are read again
+    case 64: star_fast::launch_sampling<64, 64>(p, nullptr); break;  // 16384 tokens in registers
+    case 1024: star_fast::sample_tokens_cuda(p, nullptr); break;     // as on a GPU
     default: std::abort();
   }
 }
@@ -59,7 +60,8 @@ int main(int count, char** names) {
     p.bad_rows = &bad_rows;
     run(p, h.threads);
     const int64_t bad = bad_rows;
-    if (std::fwrite(tokens.data(), 8, tokens.size(), out) != tokens.size() || std::fwrite(&bad, 8, 1, out) != 1) return 3;
+    if (std::fwrite(tokens.data(), 8, tokens.size(), out) != tokens.size() || std::fwrite(&bad, 8, 1, out) != 1)
+      return 3;
   }
   std::fclose(in);
   return std::fclose(out) == 0 ? 0 : 3;

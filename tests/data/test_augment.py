@@ -36,6 +36,16 @@ def test_areas_ratios_and_places_are_spread_as_they_should() -> None:
     assert abs(mirrored.mean() - 0.5) < 0.04
 
 
+def test_each_place_is_as_likely_as_the_others_the_last_too() -> None:
+    quarter = Augmentation(area=(0.25, 0.25), aspect=(1.0, 1.0))
+    boxes = [crop_box(quarter, 3, 0, index, 0, 8, 6) for index in range(2000)]
+    assert {box[2:4] for box in boxes} == {(3, 3)}  # the root of 8 * 6 / 4, rounded
+    for lefts_or_tops, places in (([box.left for box in boxes], 6), ([box.top for box in boxes], 4)):
+        counts = np.bincount(lefts_or_tops)
+        assert len(counts) == places
+        assert abs(counts / 2000 - 1 / places).max() < 0.05  # four standard deviations and more
+
+
 def test_every_argument_counts() -> None:
     assert len(set(DRAWN)) > 0.99 * len(DRAWN)
     base = {"seed": 1, "epoch": 2, "image_index": 3, "view": 4}

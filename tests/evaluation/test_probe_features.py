@@ -13,7 +13,7 @@ import torch
 
 from star_fast.errors import UserError
 from star_fast.evaluation import probe_features
-from star_fast.evaluation.probe import ProbeConfig, ProbeResult, probe, run_probe, table
+from star_fast.evaluation.probe import ProbeConfig, probe, run_probe
 from star_fast.evaluation.probe_features import (
     OnDisk,
     Wanted,
@@ -22,6 +22,7 @@ from star_fast.evaluation.probe_features import (
     remove_features,
     store_features,
 )
+from star_fast.evaluation.probe_result import ProbeResult, table
 from star_fast.evaluation.runs import open_run
 from star_fast.model.transformer import Transformer
 
@@ -148,7 +149,7 @@ def test_from_disk_as_from_memory(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     for one, other in zip(memory.depths, disk.depths, strict=True):
         assert one.knn == pytest.approx(other.knn, abs=0.2)
         assert torch.tensor(one.train).mean() == pytest.approx(torch.tensor(other.train).mean().item(), abs=0.15)
-    monkeypatch.setattr("star_fast.evaluation.probe.memory_bytes", lambda: 1000)
+    monkeypatch.setattr("star_fast.evaluation.probe.physical_bytes", lambda: 1000)
     assert run_probe(ProbeConfig(run, **options)) == disk and not (run / "probe-features").exists()
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_fast.generation import Decoder, step_graph
+from star_fast.generation import Decoder
 from star_fast.generation.sampling import Sampling, draw
-from star_fast.generation.step_graph import DeviceState
+from star_fast.generation.step_graph import DeviceState, StepGraphs
 from star_fast.model.transformer import Transformer
 from star_fast.ops import dispatch, error_flag
 from tests.cuda_double import CudaDouble, DeviceTensor, needs_no_gpu
@@ -117,45 +117,42 @@ def drawing_with(change: Any) -> Any:
 
 
 def test_the_loop_without_a_fault_passes(cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graph, "advance", drawing_with(lambda state, sampling: (state.seed, state.position)))
+    monkeypatch.setattr(Decoder, "advance", drawing_with(lambda state, sampling: (state.seed, state.position)))
     assert not draws_other_codes()
 
 
 def test_a_position_baked_in_is_noticed(cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graph, "advance", drawing_with(lambda state, sampling: (state.seed, 1)))
+    monkeypatch.setattr(Decoder, "advance", drawing_with(lambda state, sampling: (state.seed, 1)))
     assert draws_other_codes()
 
 
 def test_a_position_read_back_is_noticed(cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graph, "advance", drawing_with(lambda state, sampling: (state.seed, int(state.position))))
+    monkeypatch.setattr(Decoder, "advance", drawing_with(lambda state, sampling: (state.seed, int(state.position))))
     with pytest.raises(CaptureBroken, match="the host waits for the device during a capture"):
         draws_other_codes()
 
 
 def test_a_seed_baked_in_is_noticed(cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graph, "advance", drawing_with(lambda state, sampling: (sampling.seed, state.position)))
+    monkeypatch.setattr(Decoder, "advance", drawing_with(lambda state, sampling: (sampling.seed, state.position)))
     assert draws_other_codes()
 
 
 def test_a_tensor_made_for_the_capture_and_freed_is_noticed(cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    capture, right = step_graph.StepGraphs._capture, step_graph.advance
+    capture = StepGraphs._capture
 
-    def with_a_seed_of_its_own(self: Any, decoder: Decoder, state: DeviceState, *rest: Any) -> Any:
-        seed = torch.zeros((), dtype=torch.int64, device=decoder.device)
-        step_graph.advance = drawing_with(lambda state, sampling: (seed, state.position))
-        try:
-            return capture(self, decoder, state, *rest)
-        finally:
-            step_graph.advance = right  # nothing holds the seed any longer
+    def with_a_seed_of_its_own(self: Any, advance: Any, state: DeviceState, *rest: Any) -> Any:
+        seed = torch.zeros((), dtype=torch.int64, device=state.tokens.device)  # nothing holds it after the return
+        wrong = drawing_with(lambda state, sampling: (seed, state.position))
+        return capture(self, functools.partial(wrong, advance.__self__), state, *rest)
 
-    monkeypatch.setattr(step_graph.StepGraphs, "_capture", with_a_seed_of_its_own)
+    monkeypatch.setattr(StepGraphs, "_capture", with_a_seed_of_its_own)
     with pytest.raises(Dangling, match="memory that was freed after the capture"):
         draws_other_codes()
 
 
 def test_a_state_that_the_capture_replaces_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens land in a tensor that the capture made, and the one that the next step reads is gone."""
-    right = step_graph.advance
+    right = Decoder.advance
 
     def wrong(decoder: Decoder, state: DeviceState, sampling: Sampling, guided: bool, first: bool) -> None:
         if first:
@@ -166,7 +163,7 @@ def test_a_state_that_the_capture_replaces_is_noticed(monkeypatch: pytest.Monkey
         state.tokens = draw(logits_BV, sampling, state.seed, state.image_index, state.position, None)
         state.keep_tokens()
 
-    monkeypatch.setattr(step_graph, "advance", wrong)
+    monkeypatch.setattr(Decoder, "advance", wrong)
     with (
         pytest.raises(Dangling, match="memory that was freed after the capture"),
         CudaDouble(),

@@ -13,7 +13,7 @@ from star_fast.config import ModelConfig
 from star_fast.generation import Decoder
 from star_fast.generation.launch_count import step_launches
 from star_fast.generation.sampling import Sampling
-from star_fast.generation.step_graph import DeviceState, advance
+from star_fast.generation.step_graph import DeviceState
 from star_fast.model.transformer import Transformer
 from tests.generation.test_decoder import CONFIG, LABEL, small_model
 
@@ -45,7 +45,7 @@ def test_a_traced_step_keeps_devices_shapes_and_dtypes() -> None:
         decoder = Decoder(Transformer(CONFIG).eval(), rows=6)
         state = DeviceState.empty(3, CONFIG.positions, decoder.device)
         logits = decoder.logits(decoder.embed_tokens(state.tokens, True), state.position, 2.0)
-        advance(decoder, state, Sampling(guidance=2.0), True)
+        decoder.advance(state, Sampling(guidance=2.0), True)
     assert (
         decoder.device.type == "cuda"
         and logits.device.type == "cuda"
@@ -61,7 +61,7 @@ def eager(decoder: Decoder, label: Tensor, sampling: Sampling) -> Tensor:
     state.begin(label.to(decoder.device), torch.arange(len(label)).to(decoder.device), sampling.seed)
     with torch.no_grad():
         for position in range(decoder.config.positions):
-            advance(decoder, state, sampling, sampling.guided_at(position), first=position == 0)
+            decoder.advance(state, sampling, sampling.guided_at(position), first=position == 0)
     return state.codes_TB.t().cpu()
 
 

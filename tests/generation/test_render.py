@@ -153,6 +153,7 @@ def test_packed_convolutions_are_those_of_torch() -> None:
         nn.Conv2d(16, 3, 1),
         nn.Conv2d(8, 16, 3, stride=2),
         nn.Conv2d(32, 64, 3, padding=1, groups=2),
+        nn.Conv2d(12, 8, 3, bias=False),
     ):
         layer = layer.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
         packed = PackedConv2d(layer)
@@ -160,9 +161,8 @@ def test_packed_convolutions_are_those_of_torch() -> None:
             x = torch.randn(3, layer.in_channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
             made = packed(x)
             assert torch.equal(made, layer(x)) and made.is_contiguous(memory_format=torch.channels_last)
-            truth = F.conv2d(
-                x.double(), layer.weight.double(), layer.bias.double(), layer.stride, layer.padding, groups=layer.groups
-            )
+            bias = None if layer.bias is None else layer.bias.double()
+            truth = F.conv2d(x.double(), layer.weight.double(), bias, layer.stride, layer.padding, groups=layer.groups)
             beside = torch.randn_like(made)
             truth += beside.double()
             once = packed(x, given := beside.clone())

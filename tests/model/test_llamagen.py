@@ -49,7 +49,7 @@ def config_of(
     """What is read off the shapes of a released file of that name, without the file."""
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes(blocks, width).items()}
     return checkpoint_config(
-        Path(name), Checkpoint(weights, freqs, args or {}), **{"heads": None, "positions": None, **given}
+        Path(name), Checkpoint(weights, freqs, args or {}, file=None), **{"heads": None, "positions": None, **given}
     )
 
 

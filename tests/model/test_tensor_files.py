@@ -14,8 +14,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from star_fast.config import ModelConfig
 from star_fast.errors import UserError
-from star_fast.model.tensor_files import fill, open_tensors, require_finite, require_fit, some
+from star_fast.model.tensor_files import Undrawn, fill, open_tensors, require_finite, require_fit, some
+from star_fast.model.transformer import Transformer
 from tests.model.torch_archives import at_most
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -164,3 +166,21 @@ def test_what_does_not_fit_is_listed() -> None:
         with pytest.raises(UserError, match=rf"neither float32, bfloat16, float16 nor float64: bias in {dtype}"):
             require_fit(layer, {"weight": torch.ones(3, 4), "bias": torch.ones(3).to(dtype)}, "here")
     assert some(["a" * 500, *"bcdefgh"]).endswith("b, c, d, e, f, and 2 more") and len(some(["a" * 500] * 9)) < 1100
+
+
+def test_undrawn_modules_take_no_random_number_and_keep_what_is_no_init() -> None:
+    """Saving builds a model in the middle of a run, whose random numbers must not depend on when it saves."""
+    config = ModelConfig(blocks=1, heads=2, width=16, vocab=8, positions=4, num_classes=2)
+    with Undrawn():
+        state = torch.get_rng_state()
+        transformer = Transformer(config)
+        torch.manual_seed(0)
+        drawn = torch.randn(3)  # what is no module's init is drawn as ever
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(3))
+    torch.set_rng_state(state)
+    with Undrawn():
+        Transformer(config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(transformer.norm.weight, torch.ones(16))
+    assert torch.equal(transformer.rotary, Transformer(config).rotary)

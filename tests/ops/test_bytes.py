@@ -144,7 +144,7 @@ def test_masked_attention_factor(record_property: pytest.RecordProperty) -> None
     reported and bounded.
 
     Forward and rotary pass over 7 tensors where 4 are the least: keys are turned in memory, and queries left turned for
-        backward.
+    backward.
     """
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 256, generator=generator) > 0.25

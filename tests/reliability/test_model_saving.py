@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,12 @@ import pytest
 import torch
 
 from star_fast.errors import UserError
-from star_fast.model import weights as weights_module
 from star_fast.model.llamagen import load_transformer, save_transformer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.weights import load_model, save_model
 from star_fast.records import to_dict
 from star_fast.storage import StorageError
-from tests.reliability.test_models import NAMES, SMALL, TOKENIZER, model, refusal, same
+from tests.reliability.refused_models import NAMES, SMALL, TOKENIZER, model, refusal, same
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_save_killed_between_its_two_renames(tmp_path: Path, monkeypatch: pyte
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", killed)
-    monkeypatch.setattr(weights_module.shutil, "rmtree", lambda path, **options: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
     with pytest.raises(KeyboardInterrupt):
         save_model(run / "model", model(1), class_names=NAMES)
     monkeypatch.undo()

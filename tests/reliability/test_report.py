@@ -1,79 +1,31 @@
-"""Report and probe under bad circumstances: damaged, foreign and absurd files, odd names, two at once, one killed
-before.
+"""Report and probe under bad circumstances: damaged and foreign files, odd names, two at once, one killed before. The
+classifier and the settings: test_report_classifier.py, test_report_settings.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
-import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 import yaml
 
-from star_fast import cli
-from star_fast.errors import UserError
 from star_fast.evaluation import classifier as classifier_module
 from star_fast.evaluation import page, plots
-from star_fast.evaluation import report as report_module
-from star_fast.evaluation.classifier import Classifier, ClassifierConfig, train_classifier
-from star_fast.evaluation.limits import explain_out_of_memory, require_memory
 from star_fast.evaluation.probe import ProbeConfig, run_probe
 from star_fast.evaluation.report import ReportConfig, write_report
 from star_fast.evaluation.report_comparison import read_other
 from star_fast.evaluation.runs import open_run, read_metrics
-from star_fast.generation.device import pick_device
-from star_fast.storage import sha256_of_file
 from tests.evaluation.conftest import finished_run as finished_run  # a fixture
 from tests.evaluation.test_report import Page
-
-QUICK: dict[str, Any] = {
-    "samples_per_class": 2,
-    "attention_images": 1,
-    "attention_queries": 1,
-    "classifier": ClassifierConfig(epochs=1, channels=4),
-    "device": "cpu",
-}
-
-
-@pytest.fixture(scope="module")
-def reported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a report; root is still the finished run's."""
-    run = tmp_path_factory.mktemp("reported") / "run"
-    shutil.copytree(finished_run / "run", run)
-    write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
-    return run
-
-
-@pytest.fixture
-def run(reported: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(reported, tmp_path / "run"))
-
-
-@contextlib.contextmanager
-def one_line(says: str) -> Iterator[None]:
-    with pytest.raises(UserError, match=says) as caught:
-        yield
-    assert str(caught.value).isprintable()
-
-
-def figures_of(run: Path) -> dict[str, Any]:
-    """A report's figures, without what may differ between two reports of one run."""
-    figures = json.loads(
-        (run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
-    )
-    del figures["report"]
-    return figures
+from tests.reliability.reported_run import QUICK, figures_of, one_line
+from tests.reliability.reported_run import reported as reported  # fixtures
+from tests.reliability.reported_run import run as run
 
 
 def test_real_images_are_the_stores_whatever_the_runs_settings(run: Path, reported: Path, finished_run: Path) -> None:
@@ -170,123 +122,6 @@ def test_what_another_report_may_lack_or_hold(place: str, value: Any, run: Path,
     html = "".join(comparison(figures_of(reported), read_other(run)).body)
     Page(html)
     assert "\x1b" not in html and page.to_bytes(html)
-
-
-# The classifier
-
-
-def damage_by_flip(folder: Path) -> None:
-    file = folder / "classifier.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-7] ^= 1
-    file.write_bytes(data)
-
-
-def damage_by_other_weights(folder: Path) -> None:
-    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
-    record = (folder / "classifier.json").read_bytes()
-    train_classifier(images, torch.arange(20) % 3, 3, QUICK["classifier"]).save(folder)
-    (folder / "classifier.json").write_bytes(record)
-
-
-def changed_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """Damage that a matching sha256 covers."""
-
-    def damage(folder: Path) -> None:
-        weights = safetensors.torch.load_file(folder / "classifier.safetensors")
-        change(weights)
-        safetensors.torch.save_file(weights, folder / "classifier.safetensors")
-        changed_record(weights_sha256=sha256_of_file(folder / "classifier.safetensors"))(folder)
-
-    return damage
-
-
-def changed_record(**values: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        record = json.loads((folder / "classifier.json").read_text()) | values
-        (folder / "classifier.json").write_text(json.dumps(record))
-
-    return damage
-
-
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "a flipped bit": damage_by_flip,
-    "weights of another training": damage_by_other_weights,
-    "a wrong shape": changed_weights(lambda weights: weights.update({"to_classes.bias": torch.zeros(1)})),
-    "a wrong dtype": changed_weights(
-        lambda weights: weights.update({"to_classes.bias": torch.zeros(3, dtype=torch.int64)})
-    ),
-    "a missing tensor": changed_weights(lambda weights: weights.pop("to_classes.bias")),
-    "NaN": changed_weights(lambda weights: weights["to_classes.weight"].fill_(math.nan)),
-    "no weights": lambda folder: (folder / "classifier.safetensors").unlink(),
-    "a record cut short": lambda folder: (folder / "classifier.json").write_text('{"side": 8, '),
-    "a record of an earlier version": lambda folder: changed_record(weights_sha256="")(folder),
-    "a thousand million classes": changed_record(num_classes=10**9),
-    "a thousand million pixels": changed_record(side=10**9),
-    "a thousand million channels": changed_record(channels=10**9),
-    "a record of text": changed_record(side="8"),
-    "a record of 10^400": changed_record(side=10**400),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_classifier_is_refused(damage: Callable[[Path], Any], run: Path) -> None:
-    damage(run / "classifier")
-    with one_line("remove the folder to train the classifier again"):
-        Classifier.load(run / "classifier")
-
-
-def test_sizes_fit_the_file_before_anything_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that asks for the largest network there may be costs nothing while its weights are small."""
-    changed_record(num_classes=2**24, channels=2**8, side=2**10)(run / "classifier")
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("a network was filled"))
-    with one_line("classifier.safetensors"):
-        Classifier.load(run / "classifier")
-
-
-def test_a_report_trains_a_damaged_classifier_again_and_says_so(
-    run: Path, reported: Path, finished_run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    damage_by_other_weights(run / "classifier")
-    with caplog.at_level(logging.WARNING):
-        write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
-    assert [record.message.endswith("trained again") for record in caplog.records] == [True]
-    for name in ("classifier.json", "classifier.safetensors"):
-        assert (run / "classifier" / name).read_bytes() == (reported / "classifier" / name).read_bytes()
-    assert figures_of(run) == figures_of(reported)
-
-
-def test_a_report_killed_between_weights_and_record_leaves_no_mixture(
-    run: Path, reported: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed while it saves the classifier of other settings, and started again with the first ones: the report is the
-    first one's.
-    """
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    other = {**QUICK, "classifier": ClassifierConfig(epochs=1, channels=4, seed=1)}
-    with monkeypatch.context() as patched:
-        patched.setattr(classifier_module, "atomic_write_json", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write_report(ReportConfig(run, source=str(finished_run / "images"), **other))
-    assert (run / "classifier/classifier.safetensors").read_bytes() != (
-        reported / "classifier/classifier.safetensors"
-    ).read_bytes()
-    write_report(ReportConfig(run, source=str(finished_run / "images"), **QUICK))
-    assert figures_of(run) == figures_of(reported)
-
-
-def test_a_classifier_that_diverges_says_so() -> None:
-    images = torch.randint(0, 256, (40, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with one_line(r"not finite.*smaller --classifier\.lr"):
-        train_classifier(
-            images,
-            torch.arange(40) % 2,
-            2,
-            ClassifierConfig(epochs=20, images_per_step=8, channels=4, lr=1e3, weight_decay=1e3),
-        )
 
 
 # Metrics
@@ -476,114 +311,3 @@ def test_leftovers_of_a_killed_report_go(run: Path, finished_run: Path) -> None:
         file.write_text("half")
     run_probe(ProbeConfig(run, epochs=2, warmup_epochs=1, device="cpu"))
     assert not any(file.exists() for file in probes)
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "foo",
-        "cuda:99",
-        "cuda:x",
-        "cuda:-1",
-        "meta",
-        "mps",
-        "cpu:7",
-        "xpu",
-        "cuda:" + "9" * 99,
-        "\udc80",
-        "a\nb",
-        "\x00",
-    ],
-)
-def test_devices_that_are_not_there(name: str) -> None:
-    with one_line("^device: "):
-        pick_device(name)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("samples_per_class", 0),
-        ("samples_per_class", 10**15),
-        ("samples_per_class", 10**400),
-        ("batch_images", 0),
-        ("batch_images", 10**15),
-        ("attention_images", 10**15),
-        ("attention_queries", 10**15),
-        ("attention_queries", -1),
-        ("guidance", 0.5),
-        ("guidance", math.nan),
-        ("guidance", math.inf),
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-        ("temperature", 1e300),
-        ("top_k", -1),
-        ("top_p", 1.5),
-        ("top_p", math.nan),
-        ("seed", -1),
-        ("seed", 10**30),
-        ("probe_train_views", 0),
-        ("probe_max_train_images", -1),
-    ],
-)
-def test_numbers_out_of_range(field: str, value: float, tmp_path: Path) -> None:
-    with one_line(f"--{field.replace('_', '-')}|{field}"):
-        ReportConfig(tmp_path, **{field: value})
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("epochs", 0),
-        ("epochs", 10**15),
-        ("images_per_step", 1),
-        ("images_per_step", 10**15),
-        ("lr", 0.0),
-        ("lr", math.nan),
-        ("lr", 1e30),
-        ("weight_decay", -1.0),
-        ("weight_decay", math.inf),
-        ("channels", 0),
-        ("channels", 10**9),
-        ("largest_side", 10**9),
-        ("max_images", -1),
-        ("seed", -1),
-    ],
-)
-def test_numbers_of_the_classifier_out_of_range(field: str, value: float) -> None:
-    with one_line(rf"--classifier\.{field.replace('_', '-')}: expected "):
-        ClassifierConfig(**{field: value})
-
-
-def test_more_samples_than_memory_should_hold(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "MOST_SAMPLE_BYTES", 8 * 8 * 3 * 100 + 1)
-    with one_line("--samples-per-class: expected at most 100 images of 8 x 8 pixels of each of 3 classes, got 101"):
-        write_report(ReportConfig(run, **{**QUICK, "samples_per_class": 101}))
-
-
-def test_memory_that_is_not_there_is_one_line() -> None:
-    with one_line("ten images take .* GiB of memory, this machine has .*; take fewer"):
-        require_memory(10**18, "ten images", "take fewer")
-    for error in (
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA\nout"),
-    ):
-        with one_line("out of memory: .*; take fewer"), explain_out_of_memory("take fewer"):
-            raise error
-    with pytest.raises(RuntimeError, match="other"), explain_out_of_memory("take fewer"):
-        raise RuntimeError("other")
-
-
-@pytest.mark.parametrize("command", ["report", "probe"])
-def test_help_explains_itself(command: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    assert not any(
-        word in text for word in (".md", "Config", "contrast_depth", "`star-fast report`", "`star-fast probe`")
-    )

@@ -109,7 +109,7 @@ def test_a_launchers_numbers_are_checked(
 def test_a_batch_beyond_the_machines_memory_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_host_memory", lambda: 10**6)
+    monkeypatch.setattr(limits, "physical_bytes", lambda: 10**6)
     with pytest.raises(
         UserError,
         match=r"batch_images: 64 images of 16 x 16 pixels drawn together need 1\.\d MiB of memory, this machine has "

@@ -1,13 +1,15 @@
 """The jobs of tests/training/test_ranks.py: small trainings through Engine and what they saw. Not a test itself.
 
 One rank runs them in the test's own process; several ranks in one launch of
-    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes is the
-    store)
+
+    python -m tests.training.ranks_main FOLDER      (rank and world size from the environment; FOLDER/codes: the store)
+
 which runs all jobs one after the other and leaves FOLDER/rank-N.pt.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -30,7 +32,7 @@ from star_fast.training import checkpoint, shards, zero1
 from star_fast.training.batches import Batches, resolve
 from star_fast.training.engine import Engine, build_student, start_ranks
 from star_fast.training.export import export
-from star_fast.training.ranks import together
+from star_fast.training.ranks import end, together
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch
@@ -94,15 +96,16 @@ def read(named: Any) -> dict[str, Tensor]:
 
 
 def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int) -> dict[str, Any]:
-    """A few steps: mean losses of all ranks, student and teacher after each."""
+    """A few steps: mean losses of all ranks, gradient norms, student and teacher after each."""
     engine, batches = start(config, store, device)
     saved: dict[str, Any] = {
         "student": [whole(engine, engine.masters.tensors())],
         "teacher": [whole(engine, engine.teacher.masters)],
     }
-    terms = []
+    terms, norms = [], []
     for step, micro in batches.steps(0, steps):
-        losses, _ = engine.step(micro, step, config.lr)
+        losses, norm = engine.step(micro, step, config.lr)
+        norms.append(float(norm))
         dist.all_reduce(losses)
         terms.append(losses / engine.ranks)
         saved["student"].append(whole(engine, engine.masters.tensors()))
@@ -110,6 +113,7 @@ def train(config: RunConfig, store: CodeStore, device: torch.device, steps: int)
     engine.settle()
     return saved | {
         "losses": torch.stack(terms),
+        "norms": torch.tensor(norms),
         "copies": read(engine.teacher.model.named_parameters()),
         "trained": any(value.requires_grad or value.grad is not None for value in engine.teacher.model.parameters()),
     }
@@ -314,7 +318,8 @@ def main() -> None:
     }
     torch.save(seen, folder / f"rank-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    atexit.register(os.abort)  # as Python's own end may: the job's work is done, and its status must say so
+    end(0)
 
 
 if __name__ == "__main__":

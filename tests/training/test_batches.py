@@ -56,6 +56,7 @@ def test_length_of_a_run(store, given: dict[str, float], steps: int) -> None:
 def test_ranks_and_micro_batches_split_the_same_global_batch(store, ranks: int, micro: int) -> None:
     config = resolve(run_config(), store)
     whole = Batches(store, config).step(11)[0]
+    assert torch.equal(whole.tokens, whole.targets[:, :-1]), "the model sees the codes before the one that it predicts"
     split = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_images=micro))
     parts = [Batches(store, split, rank, ranks) for rank in range(ranks)]
     pieces = [part.step(11) for part in parts]
@@ -82,6 +83,8 @@ def test_an_epoch_has_every_training_image_once_and_no_held_out_one(store) -> No
     assert sorted(images) == store.train_indices.tolist()
     again = torch.cat([batches.step(step)[0].targets for step in range(9, 18)])
     assert not torch.equal(seen, again)
+    images_again = [known[row.numpy().tobytes()] for row in again]
+    assert sorted(images_again) == sorted(images) and images_again != images
 
 
 def test_labels_of_one_image_are_dropped_by_view_and_by_epoch(store) -> None:

@@ -20,8 +20,8 @@ from star_fast.presets import IMAGENET_CODES
 from tests.data.pictures import picture
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-BLOCK = re.search(r"## ImageNet\n\n```bash\n(.*?)```", README, re.DOTALL)
-LINES = [shlex.split(line, comments=True) for line in BLOCK[1].splitlines()]
+BLOCK = re.search(r"## ImageNet, as in the paper\n\n```bash\n(.*?)```", README, re.DOTALL)
+LINES = [shlex.split(line, comments=True) for line in re.sub(r"\\\n\s*", "", BLOCK[1]).splitlines()]
 WORDS = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish", "n02012849": "crane"}
 TRAIN, VAL = 3, 1  # images of each class
 
@@ -111,7 +111,8 @@ def test_all_training_images_are_trained_on_and_val_validates(
         in told
     )
     assert "Finished after 4 of 4 steps" in told
-    words = LINES[2][1:]
+    assert LINES[2][0] == "torchrun"
+    words = LINES[2][LINES[2].index("star-fast") + 1 :]
     words[words.index("--images") + 1] = "3"
     assert cli.main([*words, "--batch-images", "3"]) == 0
     with np.load("samples.npz") as samples:

@@ -125,6 +125,7 @@ def test_two_ranks_have_the_losses_of_one_with_the_keys_of_both(
     plain: dict[str, Any], two_ranks: list[dict[str, Any]]
 ) -> None:
     torch.testing.assert_close(two_ranks[0]["plain"]["losses"], plain["losses"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two_ranks[0]["plain"]["norms"], plain["norms"], rtol=1e-3, atol=0)
     # Contrast against 8 keys, not 4: untrained features give about log 8.
     assert abs(plain["losses"][0, 3].item() - torch.tensor(8.0).log().item()) < 0.5
     assert plain["losses"][-1, 0] < plain["losses"][0, 0]
@@ -207,6 +208,7 @@ def test_two_ranks_of_zero_1_with_float32_gradients_train_as_one(
         check_teacher(seen["zero1"], 0.5, warmup=True)
         check_copies(two_ranks[0]["zero1"], seen["zero1"]["copies"])
         torch.testing.assert_close(seen["zero1"]["losses"], alone["losses"], rtol=0, atol=5e-3)
+        torch.testing.assert_close(seen["zero1"]["norms"], alone["norms"], rtol=0.03, atol=0)
         for name, value in alone["student"][-1].items():
             moved = (value - alone["student"][0][name]).norm()
             assert (seen["zero1"]["student"][-1][name] - value).norm() <= 0.1 * moved + 1e-6, name

@@ -165,6 +165,25 @@ def test_one_of_the_two_clips(store: CodeStore, precision: str, stage: int, clip
     assert derived(config, 8, 3)["gradient_clipping"] == clip
 
 
+def test_micro_batches_add_up_in_bf16(make_engine: Callable) -> None:
+    """Under ZeRO-1 in bf16 it is our code that adds gradients: three micro-batches have the gradient of one that holds
+    all their images, where no loss compares images.
+    """
+    norms = {}
+    for micro in (0, 8):
+        engine, batches = make_engine(
+            train__precision="bf16",
+            train__zero_stage=1,
+            train__micro_batch_images=micro,
+            method__mim_weight=0.0,
+            method__contrast_weight=0.0,
+            model__dropout=0.0,
+        )
+        norms[micro] = float(engine.step(batches.step(0), 0, 0.0)[1])
+    assert batches.accumulation == 3
+    assert norms[8] == pytest.approx(norms[0], rel=0.01)
+
+
 def test_dropout_is_renewed_with_every_batch_and_names_seed_and_images(make_engine: Callable) -> None:
     engine, batches = make_engine(train__micro_batch_images=0)
     engine.deepspeed.train()

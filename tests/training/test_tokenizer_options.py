@@ -21,7 +21,7 @@ from star_fast.config import ConfigError, DataConfig, TokenizerConfig
 from star_fast.data.sources import ImageFolder
 from star_fast.errors import UserError
 from star_fast.model.tokenizer import VQTokenizer
-from star_fast.training import tokenizer_objective, tokenizer_training
+from star_fast.training import tokenizer_limits, tokenizer_objective, tokenizer_training
 from star_fast.training.perceptual import Perceptual
 from star_fast.training.tokenizer import FINE_TUNING_LR, fine_tuning_config, tokenizer_for
 from star_fast.training.tokenizer_report import reconstruct
@@ -77,7 +77,8 @@ def small_perceptual(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                     torch.nn.init.uniform_(weight)
             return perceptual
 
-        monkeypatch.setattr(tokenizer_training, "load_perceptual", load)
+        for module in (tokenizer_limits, tokenizer_training):
+            monkeypatch.setattr(module, "load_perceptual", load)
 
     monkeypatch.setattr("star_fast.training.perceptual._STAGES", ((4, 4), (4,), (8,), (8,), (8,)))
     seeded(0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -193,7 +194,7 @@ WEIGHT = Kernel(
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout: float, seed: int
     ) -> tuple[Tensor, Tensor | None]:
         (rows, row_stride), weight, n_cols = rows_of(x), weight.contiguous(), x.shape[-1]
         shortcut, shortcut_stride = (rows, row_stride) if residual is None else rows_of(residual)
@@ -227,7 +228,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dnormed: Tensor | None, dh_in: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dnormed: Tensor | None, dh_in: Tensor | None) -> tuple[Tensor | None, ...]:
         if dnormed is None and dh_in is None:
             return (None,) * 6
         (saved, weight), (eps, dropout, drop_keys) = ctx.saved_tensors, ctx.rest
@@ -294,7 +295,7 @@ def _forward_rows(n_rows: int, n_cols: int) -> int:
 
 
 @functools.cache  # a Python launch costs more than most kernels run
-def _settings(n_cols: int, dtype: torch.dtype, eps: float, dropout: float) -> dict[str, object]:
+def _settings(n_cols: int, dtype: torch.dtype, eps: float, dropout: float) -> dict[str, Any]:
     """What both kernels share of a launch."""
     block = triton.next_power_of_2(n_cols)
     warps = max(1, min(ADD_RMS_NORM.num_warps, block // _COLUMNS_A_WARP))
@@ -312,7 +313,7 @@ def _settings(n_cols: int, dtype: torch.dtype, eps: float, dropout: float) -> di
 
 
 @functools.cache
-def _weight_settings(dtype: torch.dtype) -> dict[str, object]:
+def _weight_settings(dtype: torch.dtype) -> dict[str, Any]:
     rows, cols = ADD_RMS_NORM_WEIGHT.block
     return {
         "ROWS": rows,

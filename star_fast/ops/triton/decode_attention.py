@@ -1,10 +1,9 @@
 """One decoding step of attention in one launch: rotary, append to the cache, attend over what is there.
 
 A program owns one (row, head): a stream of at most T x E keys and values, read once. Rows x heads is 768 (B, 64 rows)
-    to 2560 (XL, 128),
-several programs for each multiprocessor, so the sequence is not split further. The step is bound by bytes: at position
-p it moves 4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position) with an 8-bit
-cache.
+to 2560 (XL, 128), several programs for each multiprocessor, so the sequence is not split further. The step is bound by
+bytes: at position p it moves 4 (p + 1) E bytes a program in bfloat16, half of that (plus 8 bytes of scales a position)
+with an 8-bit cache.
 """
 
 from __future__ import annotations
@@ -233,7 +232,8 @@ def why_not(qkv: Tensor, cache: KVCache, position: int | Tensor, *, rotary: Tens
         return f"the kernel takes head sizes up to 128, got {qkv.shape[-1]}"
     if (
         cache.k.dtype == torch.float8_e4m3fn
-        and torch.cuda.is_available()
+        and qkv.is_cuda
+        and torch.cuda.is_available()  # fake CUDA tensors need none
         and torch.cuda.get_device_capability(qkv.device) < (8, 9)
     ):
         return "a float8_e4m3fn cache needs compute capability 8.9 or more; int8 works everywhere"

@@ -5,6 +5,7 @@ the factor.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -86,14 +87,14 @@ BACKWARD = Kernel(
 
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         ctx.save_for_backward(gradient)
         return _forward(student, teacher, gradient)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         dstudent = torch.empty_like(gradient)
         (block,), numbers = FEATURE_DISTANCE_SCALE.block, gradient.numel()
@@ -138,7 +139,7 @@ def _forward(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tenso
 
 
 @functools.cache  # a Python launch costs more than this kernel runs
-def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
+def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, Any]:
     """BLOCK holds a row, narrow rows share a program; the warps follow from it, so that a thread has
     FEATURE_DISTANCE.block[0] columns.
     """

@@ -72,7 +72,7 @@ BACKWARD_KEYS = Kernel("masked_attention backward, keys", attention_backward_key
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, keep: Tensor | None, table: Tensor | None, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, keep: Tensor | None, table: Tensor | None, overwrite: bool) -> Tensor:
         batch, positions, _, heads, size = qkv.shape
         keep, table = (None if x is None else x.contiguous() for x in (keep, table))
         if table is None:
@@ -88,7 +88,7 @@ class _MaskedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         qkv, words, table, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)

@@ -191,7 +191,7 @@ BACKWARD = Kernel(
 class _SlotContrast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str
+        ctx: Any, anchor: Tensor, key: Tensor, pairs: Tensor, temperature: float, row_offset: int, reduction: str
     ) -> Tensor:
         gradient = anchor.new_empty((pairs.shape[0], *anchor.shape[1:]))
         losses = _forward(anchor, key, pairs, temperature, row_offset, gradient)
@@ -201,7 +201,7 @@ class _SlotContrast(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gradient, pairs = ctx.saved_tensors
         slots, n_rows, n_cols = ctx.shape
         danchor, n_pairs = gradient.new_empty((slots, n_rows, n_cols)), pairs.shape[0]

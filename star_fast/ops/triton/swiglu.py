@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -62,7 +63,7 @@ BACKWARD = Kernel("swiglu backward", swiglu_backward, lambda a: Cost(5 * a.dout_
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w1w3: Tensor) -> Tensor:
+    def forward(ctx: Any, w1w3: Tensor) -> Tensor:
         (x, row_stride), (*leading, width) = rows_of(w1w3), w1w3.shape
         n_cols = width // 2
         out = w1w3.new_empty((*leading, n_cols))
@@ -73,7 +74,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor) -> Tensor:
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
         (w1w3,) = ctx.saved_tensors
         (x, row_stride), (dout, dout_stride) = rows_of(w1w3), rows_of(dout)
         n_cols = dout.shape[-1]
@@ -95,7 +96,7 @@ def _tile(n_cols: int) -> tuple[int, int]:
 
 
 @functools.cache  # a Python launch costs more than most kernels run
-def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, object]:
+def _settings(n_cols: int, dtype: torch.dtype) -> dict[str, Any]:
     rows, block = _tile(n_cols)
     return {
         "ROWS": rows,

@@ -55,6 +55,8 @@ ACCEPTED_NARROW = {
     ): "one row of k, v and out a head, against a whole cache read: 1 % of the bytes at 256 positions",
     ("decode_attention", "3B", "load"): "rows of 100 numbers start at multiples of 8 bytes, of 4 in an 8-bit cache",
     ("add_rms_norm weight", "", "store"): "one row, against 512 read",
+    ("group_norm_silu moments", "", "store"): "two float32 rows for the 16 to 128 rows that are read",
+    ("group_norm_silu merge", "", "store"): "two numbers a channel, against two of every part",
 }
 
 

@@ -51,8 +51,8 @@ SUBJECTS = [
     Subject("swiglu", "swiglu", ("w1w3",)),
     Subject("ema_update", "ema_update", ()),
 ]
-# With a kernel on the CPU alone, where the tokenizer and 8-bit decoding need it.
-CPU_SUBJECTS = [
+# For inference alone, where the tokenizer and 8-bit decoding need it; measured where there is a kernel.
+INFERENCE_SUBJECTS = [
     Subject("group_norm_silu", "group_norm_silu", ()),
     Subject("int8_linear", "int8_linear", ()),
 ]
@@ -77,7 +77,8 @@ def pieces(given: Given) -> list[Piece]:
 
 def subjects(given: Given) -> list[Subject]:
     """What has a kernel on the device."""
-    return SUBJECTS if given.device == "cuda" else SUBJECTS + CPU_SUBJECTS
+    device = torch.device(given.device)
+    return SUBJECTS + [each for each in INFERENCE_SUBJECTS if dispatch.module_for(each.function, device) is not None]
 
 
 def setting(given: Given, subject: Subject) -> tuple[str, torch.dtype]:

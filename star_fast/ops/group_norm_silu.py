@@ -29,7 +29,7 @@ def group_norm_silu(
     Backward is autograd's.
 
     Args:
-        x: (B, C, H, W) float, in any layout; channels last is the fast one on the CPU.
+        x: (B, C, H, W) float, in any layout; channels last is the fast one.
         weight, bias: (C,), dtype and device of `x`.
         groups: a divisor of C.
         eps: added to the variance; > 0.
@@ -42,12 +42,13 @@ def group_norm_silu(
         (B, C, H, W), dtype, device and layout of `x`.
 
     Numerics:
-        Kernels take both sums in float32 about each channel's first pixel, part by part, and add up the parts in
-        float64; n and silu(n) are computed in float32 and rounded once (the reference rounds n, too). Deterministic, on
-        any number of threads; an image's numbers do not depend on the others.
+        Kernels take both sums in float32 about each channel's first pixel, part by part; the parts are added up in
+        float64 on the CPU, in float32 about a mean on CUDA. n and silu(n) are computed in float32 and rounded once (the
+        reference rounds n, too). Deterministic, on any number of threads; an image's numbers do not depend on the
+        others.
 
     Memory:
-        Inference alone has a kernel: it saves nothing, and only the result is as large as `x`.
+        Inference alone has kernels: they save nothing, and only the result is as large as `x`.
 
     Raises:
         TypeError: not floating point, or dtypes differ. ValueError: shapes or devices differ, a number out of range.
@@ -119,5 +120,8 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
 
 
 dispatch.register(
-    "group_norm_silu", reference, modules={"cpp": "star_fast.ops.group_norm_silu_cpp"}, order={"cpu": ("cpp",)}
+    "group_norm_silu",
+    reference,
+    modules={"cpp": "star_fast.ops.group_norm_silu_cpp", "triton": "star_fast.ops.triton.group_norm_silu"},
+    order={"cpu": ("cpp",), "cuda": ("triton",)},
 )

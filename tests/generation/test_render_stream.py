@@ -4,12 +4,17 @@ can be left out.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from star_fast.generation.render import Renderer
 from star_fast.model.tokenizer import VQTokenizer
+from star_fast.model.tokenizer_blocks import Norm
+from star_fast.ops import dispatch
 from tests.cuda_double import CudaDouble, needs_no_gpu
 from tests.cuda_order import Event, Memory, Race, Stream
 from tests.generation.small_model import TOKENIZER
@@ -23,6 +28,13 @@ def tokenizer() -> VQTokenizer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return VQTokenizer(TOKENIZER).eval()
+
+
+@pytest.fixture
+def plain_norms() -> Iterator[None]:
+    """Without the norms' kernels, which decide nothing about the order and take seconds in the interpreter."""
+    with dispatch.use_backend("reference"):
+        yield
 
 
 def two_batches(tokenizer: VQTokenizer) -> list[Tensor]:
@@ -46,9 +58,13 @@ def two_batches(tokenizer: VQTokenizer) -> list[Tensor]:
 
 def test_images_are_those_of_one_stream(tokenizer: VQTokenizer) -> None:
     plain, batches = Renderer(tokenizer, torch.device("cpu"), float32=True), (CODES, (CODES + 1) % 32)
-    with CudaDouble():
+    with CudaDouble() as double:
         alone = Renderer(tokenizer, torch.device("cuda:1"))
         expected = [alone._images(codes.to("cuda:1")).cpu() for codes in batches]
+    norms = sum(isinstance(module, Norm) for module in tokenizer.decoder.modules())
+    assert Counter(name for name, _ in double.launches) == dict.fromkeys(
+        ("group_norm_moments", "group_norm_merge", "group_norm_scaled"), 2 * norms
+    )
     for got, same, codes in zip(two_batches(tokenizer), expected, batches, strict=True):
         assert torch.equal(got, same)
         in_float32 = plain.start(codes).wait()
@@ -64,7 +80,11 @@ def test_images_are_those_of_one_stream(tokenizer: VQTokenizer) -> None:
     ],
 )
 def test_a_missing_wait_is_noticed(
-    tokenizer: VQTokenizer, removed: tuple[type, str], message: str, monkeypatch: pytest.MonkeyPatch
+    tokenizer: VQTokenizer,
+    removed: tuple[type, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_norms: None,
 ) -> None:
     monkeypatch.setattr(*removed, lambda *arguments: None)
     with pytest.raises(Race, match=message):
@@ -72,14 +92,16 @@ def test_a_missing_wait_is_noticed(
 
 
 def test_memory_that_the_other_stream_still_reads_is_noticed(
-    tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch
+    tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch, plain_norms: None
 ) -> None:
     monkeypatch.setattr(Memory, "record", lambda self, stream: None)
     with pytest.raises(Race, match="is freed while stream 2 may still use it"):
         two_batches(tokenizer)
 
 
-def test_an_event_recorded_elsewhere_is_noticed(tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_recorded_elsewhere_is_noticed(
+    tokenizer: VQTokenizer, monkeypatch: pytest.MonkeyPatch, plain_norms: None
+) -> None:
     """Recorded on the stream that decodes instead of the one that renders."""
     record = Event.record
     monkeypatch.setattr(Event, "record", lambda self, stream=None: record(self, self.double.default[1]))

@@ -4,6 +4,7 @@ scripts/gpu_acceptance.sh.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -115,6 +116,32 @@ def test_ema_update(student_dtype: torch.dtype, preset: str) -> None:
     for got, same, expected, copy, repeated in zip(call["teacher"], plain, truth, call["copy_to"], again, strict=True):
         contract.assert_error_rule("ema_update", got, same, expected)
         assert torch.equal(copy, got.bfloat16()) and torch.equal(got, repeated)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "size",  # images, channels, side: one pixel, odd sizes, the built-in digits', the least and the largest of VQ-16
+    [(2, 24, 1), (3, 130, 17), (8, 64, 28), (8, 512, 16), (2, 128, 256)],
+    ids=str,
+)
+def test_group_norm_silu(size: tuple[int, int, int], dtype: torch.dtype, silu: bool) -> None:
+    """The error rule, also far from zero; the same bits again, in place, and for an image alone."""
+    op = import_module("star_fast.ops.group_norm_silu")
+    images, channels, side = size
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(images, side, side, channels, device=DEVICE, generator=generator).permute(0, 3, 1, 2)
+    weight, bias = 1 + torch.randn(2, channels, device=DEVICE, generator=generator)
+    call = {"x": x, "weight": weight, "bias": bias, "groups": math.gcd(32, channels), "silu": silu}
+    contract.check_op(op, "triton", call, (), dtype)
+    contract.check_op(op, "triton", call | {"x": x + 300}, (), dtype)
+    call = {name: contract.cast(value, dtype) for name, value in call.items()}
+    made = op.group_norm_silu(**call)
+    assert made.stride() == call["x"].stride()
+    contract.check_same_bits(op, "triton", call, ())
+    assert torch.equal(made[1:], op.group_norm_silu(**call | {"x": call["x"][1:].clone()}, backend="triton"))
+    op.group_norm_silu(**call | {"out": call["x"]}, backend="triton")
+    assert torch.equal(call["x"], made)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

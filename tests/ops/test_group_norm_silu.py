@@ -1,4 +1,4 @@
-"""ops.group_norm_silu: reference and compiled backend against the float64 formula; what the backend does not serve goes
+"""ops.group_norm_silu: reference and compiled backends against the float64 formula; what a backend does not serve goes
 elsewhere.
 """
 
@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from star_fast.ops import dispatch
+from star_fast.ops.triton import group_norm_silu as kernels
 from tests import contract
+from tests.cuda_double import needs_no_gpu
 
 op = importlib.import_module("star_fast.ops.group_norm_silu")
 try:
@@ -24,6 +27,7 @@ try:
 except ImportError as error:
     pytest.skip(f"star_fast._C is not built, or older: {error}", allow_module_level=True)
 
+BACKENDS = ["cpp", pytest.param("triton", marks=needs_no_gpu)]  # whose interpreter stands in for a GPU
 # (images, channels, height, width), groups: odd sizes, rows of several pixels, several parts of an image, one group,
 # one channel a group, one column.
 SHAPES = [
@@ -61,6 +65,40 @@ def test_error_rule(shape: tuple[int, ...], groups: int, dtype: torch.dtype, sil
     )
 
 
+# As above, with few groups, each of which is a program, and an interpreted one takes milliseconds: every rounding of a
+# group's width and of a tile's columns, one pixel, parts that the last one does not fill.
+KERNEL_SHAPES = [
+    ((2, 128, 9, 7), 32),
+    ((3, 24, 8, 5), 2),
+    ((1, 12, 1, 4), 12),
+    ((1, 16, 70, 33), 1),
+    ((1, 144, 17, 20), 4),
+    ((2, 8, 1, 1), 2),
+    ((1, 130, 5, 3), 5),
+    ((2, 32, 47, 46), 4),
+]
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "groups"), KERNEL_SHAPES)
+def test_error_rule_of_the_kernels(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    for silu in (False, True):
+        contract.check_op(op, "triton", call_of(shape, groups) | {"silu": silu}, (), dtype)
+
+
+@needs_no_gpu
+def test_kernels_write_into_x_and_make_of_an_image_the_same_beside_any_others() -> None:
+    call = call_of((3, 32, 47, 46), 4, dtype=torch.bfloat16)
+    made, given = op.group_norm_silu(**call, backend="triton"), call["x"].clone()
+    assert made.stride() == call["x"].stride() and made.dtype == torch.bfloat16
+    assert op.group_norm_silu(**call | {"x": given, "out": given}, backend="triton") is given
+    assert torch.equal(given, made)
+    for first in range(3):
+        alone = op.group_norm_silu(**call | {"x": call["x"][first : first + 1]}, backend="triton")
+        assert torch.equal(alone, made[first : first + 1])
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_instruction_sets(capability: str) -> None:
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -96,33 +134,53 @@ def test_formula_against_scalar_arithmetic(silu: bool) -> None:
     torch.testing.assert_close(op.group_norm_silu(**call), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mean", [300.0, -3000.0])
-def test_a_mean_far_larger_than_the_deviation_costs_no_digits(mean: float) -> None:
+def test_a_mean_far_larger_than_the_deviation_costs_no_digits(mean: float, backend: str) -> None:
     """Sums of plain squares would lose all of the variance's: 9e6 + 1 in float32."""
     call = call_of((2, 32, 40, 40), 4, mean=mean)
-    contract.check_op(op, "cpp", call, (), torch.float32)
+    contract.check_op(op, backend, call, (), torch.float32)
     variance = call | {"weight": torch.ones(32), "bias": torch.zeros(32), "silu": False}
-    assert op.group_norm_silu(**variance, backend="cpp").double().square().mean().item() == pytest.approx(1, abs=2e-3)
+    assert op.group_norm_silu(**variance, backend=backend).double().square().mean().item() == pytest.approx(1, abs=2e-3)
 
 
-def test_extremes() -> None:
+@needs_no_gpu
+def test_parts_far_apart_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of parts and channels thousands of deviations apart, more parts than are added at once: what Chan's formula
+    adds for them is nearly all of the variance. In the other group the first pixel, which sums are taken about, is far.
+    """
+    monkeypatch.setattr(kernels, "GROUP_NORM_MOMENTS", kernels.GROUP_NORM_MOMENTS._replace(block=(256, 256, 8, 16)))
+    monkeypatch.setattr(kernels, "GROUP_NORM_MERGE", kernels.GROUP_NORM_MERGE._replace(block=(64,)))
+    kernels._merge_settings.cache_clear()
+    call = call_of((1, 16, 25, 39), 2)  # 61 parts, the last of 15 pixels; 8 are added at once
+    call["x"][:, :8] += 1e3 * torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(1))
+    call["x"][:, :8] += torch.linspace(0, 5e3, 25)[:, None]
+    call["x"][0, 8:, 0, 0] = 1e4
+    with dispatch.note_launches() as launches:
+        contract.check_op(op, "triton", call, (), torch.float32)
+    assert [launch.grid for launch in launches][:2] == [(61,), (2,)] and launches[1].call.constants["PARTS"] == 8
+    kernels._merge_settings.cache_clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extremes(backend: str) -> None:
     """SiLU over all that a normalised value may be, by weights that stretch it; and NaN, which stays in its image and
     its group.
     """
     ladder = torch.cat([torch.linspace(-120, 120, 60), torch.tensor([1e4, -1e4, 1e30, -1e30])])
     x = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2).expand(1, 64, 1, 2).contiguous(memory_format=torch.channels_last)
     contract.check_op(
-        op, "cpp", {"x": x, "weight": ladder, "bias": torch.zeros(64), "groups": 64, "eps": 1e-12}, (), torch.float32
+        op, backend, {"x": x, "weight": ladder, "bias": torch.zeros(64), "groups": 64, "eps": 1e-12}, (), torch.float32
     )
     near = call_of((1, 64, 1, 2), 64) | {"x": x, "weight": torch.linspace(-45, 45, 64), "bias": torch.zeros(64)}
     got, truth = (
-        op.group_norm_silu(**near, backend="cpp").double(),
+        op.group_norm_silu(**near, backend=backend).double(),
         op.reference(**{key: contract.cast(value, torch.float64) for key, value in near.items()}),
     )
     assert ((got - truth).abs() <= 3e-6 * truth.abs() + 1e-15).all()  # of each value itself, down to 45 e^-45
     spoilt = call_of((2, 32, 4, 4), 4)
     spoilt["x"][0, 9, 2, 1] = float("nan")
-    nan = op.group_norm_silu(**spoilt, backend="cpp").isnan()
+    nan = op.group_norm_silu(**spoilt, backend=backend).isnan()
     assert nan[0, 8:16].all() and nan.sum() == 8 * 16
     flat = call_of((1, 32, 3, 3), 2) | {
         "x": torch.full((1, 32, 3, 3), 7.25).contiguous(memory_format=torch.channels_last),
@@ -131,7 +189,7 @@ def test_extremes() -> None:
     levels = flat["bias"].view(1, 32, 1, 1).expand(1, 32, 3, 3)
     # x * scale, rounded
     torch.testing.assert_close(
-        op.group_norm_silu(**flat, backend="cpp"), levels, rtol=0, atol=7.25 / math.sqrt(1e-6) * 3 * 2**-24
+        op.group_norm_silu(**flat, backend=backend), levels, rtol=0, atol=7.25 / math.sqrt(1e-6) * 3 * 2**-24
     )
 
 
@@ -193,6 +251,53 @@ def test_what_is_not_served_goes_elsewhere() -> None:
         with pytest.raises(dispatch.BackendUnavailable, match=reason):
             op.group_norm_silu(**usual | changes, backend="cpp")
         op.group_norm_silu(**usual | changes)  # chosen automatically, the reference takes it
+
+
+def test_what_the_kernels_do_not_serve_goes_elsewhere() -> None:
+    """On CUDA, where they come first: told by fake tensors."""
+    with FakeTensorMode(), torch.device("cuda"):
+        usual = {
+            name: torch.empty_like(x, device="cuda")
+            for name, x in call_of((2, 32, 4, 4), 4).items()
+            if name != "groups"
+        }
+        wide = torch.empty(1, 9000, 2, 2).contiguous(memory_format=torch.channels_last)
+        for changes, reason in (
+            ({"x": torch.empty(2, 32, 4, 4)}, "channels last"),
+            ({"x": torch.empty(0, 32, 4, 4)}, "not empty"),
+            ({name: x.double() for name, x in usual.items()}, "float16"),
+            ({"weight": torch.empty(32, requires_grad=True)}, "no gradient"),
+            (
+                {"x": wide, "weight": torch.empty(9000), "bias": torch.empty(9000), "groups": 1},
+                "at most 8192, got 9000",
+            ),
+        ):
+            call = {**usual, "groups": 4, **changes}
+            with pytest.raises(dispatch.BackendUnavailable, match=reason):
+                op.group_norm_silu(**call, backend="triton")
+            with dispatch.record() as calls:
+                op.group_norm_silu(**call)
+            assert [seen.backend for seen in calls] == ["reference"]
+        with torch.no_grad(), dispatch.record() as calls:
+            op.group_norm_silu(**usual | {"weight": torch.empty(32, requires_grad=True), "groups": 4})
+        assert [seen.backend for seen in calls] == ["triton"]
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "programs"),
+    [(256, 128, (4096, 256, 8192)), (16, 512, (256, 256, 256)), (64, 256, (512, 256, 1024))],
+)
+def test_a_piece_of_eight_images_fills_the_largest_gpus(side: int, channels: int, programs: tuple[int, ...]) -> None:
+    """At every level of VQ-16 more programs than any GPU has multiprocessors (148), and the same of each image."""
+    for images in (8, 1):
+        with FakeTensorMode(), dispatch.note_launches() as launches:
+            x = torch.empty(images, side, side, channels, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+            weight = torch.empty(channels, dtype=torch.bfloat16)
+            made = op.group_norm_silu(x, weight, weight, 32, backend="triton")
+        assert made.stride() == x.stride() and made.dtype == x.dtype
+        names = ["group_norm_moments", "group_norm_merge", "group_norm_scaled"]
+        grids = [((count // 8 * images),) for count in programs]
+        assert [(launch.kernel, launch.grid) for launch in launches] == list(zip(names, grids, strict=True))
 
 
 @pytest.mark.parametrize(

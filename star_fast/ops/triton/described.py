@@ -66,7 +66,13 @@ def _on_device(call: dict[str, Any], cache_dtype: torch.dtype | None = None) -> 
     return {**call, "cache": cache, "position": torch.tensor(call["position"])}
 
 
-# What a training step and a decoding step launch.
+def _largest_pictures(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A piece of 8 images where VQ-16 decodes 256 pixels a side: 128 channels."""
+    x = call["x"].new_empty(8, 256, 256, 128).permute(0, 3, 1, 2)
+    return {"x": x, "weight": x.new_empty(128), "bias": x.new_empty(128), "groups": 32}
+
+
+# What a training step, a decoding step and the turning of codes into pixels launch.
 MAIN = (
     Case("add_rms_norm", "add_rms_norm", ("x", "residual", "weight")),
     Case("decode_attention", "decode_attention", note=", {dtype} cache", change=lambda call, dtype: _on_device(call)),
@@ -78,13 +84,14 @@ MAIN = (
     ),
     Case("ema_update", "ema_update", note=", one block"),
     Case("feature_distance", "feature_distance", ("student",)),
+    Case("group_norm_silu", "group_norm_silu"),
     Case("linear_cross_entropy", "linear_cross_entropy", ("hidden", "weight")),
     Case("masked_attention", "masked_attention_qkv", ("qkv",)),
     Case("slot_contrast", "slot_contrast", ("anchor",)),
     Case("swiglu", "swiglu", ("w1w3",)),
 )
 # What else may be launched: by the teacher, training without masks, an 8-bit cache of newer devices, a loop on the
-# host.
+# host, a tokenizer's largest images and its attention.
 VARIANTS = (
     Case("add_rms_norm", "add_rms_norm", note=", no dropout", change=lambda call, dtype: {**call, "dropout": 0.0}),
     Case(
@@ -95,6 +102,8 @@ VARIANTS = (
         capability=89,
     ),
     Case("decode_attention", "decode_attention", note=", {dtype} cache, position of the host"),
+    Case("group_norm_silu", "group_norm_silu", note=", 8 images of 256 px", change=_largest_pictures),
+    Case("group_norm_silu", "group_norm_silu", note=", no SiLU", change=lambda call, dtype: {**call, "silu": False}),
     Case("masked_attention", "masked_attention_qkv", ("qkv",), ", no mask", lambda call, dtype: {**call, "keep": None}),
     Case(
         "masked_attention",

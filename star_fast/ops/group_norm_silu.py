@@ -122,6 +122,6 @@ def cost(call: dict[str, Tensor], backward: bool = False) -> dispatch.Cost:
 dispatch.register(
     "group_norm_silu",
     reference,
-    modules={"cpp": "star_fast.ops.group_norm_silu_cpp", "triton": "star_fast.ops.triton.group_norm_silu"},
+    modules={"triton": "star_fast.ops.triton.group_norm_silu", "cpp": "star_fast.ops.group_norm_silu_cpp"},
     order={"cpu": ("cpp",), "cuda": ("triton",)},
 )

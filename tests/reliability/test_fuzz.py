@@ -26,7 +26,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         errors="replace",
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # As a user has it: without Triton's interpreter, in which doctor's small calls take seconds
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -1,4 +1,6 @@
-"""model.llamagen: released files in every form they come in, and one clear line for each that is not one."""
+"""model.llamagen: released files in every form they come in, and one clear line for each that is not one. (Tokenizers:
+test_released_tokenizers.py.)
+"""
 
 from __future__ import annotations
 
@@ -12,35 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from star_fast.config import ModelConfig, TokenizerConfig
+from star_fast.config import ModelConfig
 from star_fast.errors import UserError
-from star_fast.model.llamagen import Checkpoint, checkpoint_config, load_tokenizer, load_transformer, save_transformer
-from star_fast.model.tokenizer import VQTokenizer, tokenizer_config
+from star_fast.model.llamagen import Checkpoint, checkpoint_config, load_transformer, save_transformer
 from star_fast.model.transformer import Transformer
+from tests.model.released_weights import shapes, small_weights
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, vocab=37, positions=16, num_classes=5)
-
-
-def shapes(blocks: int, width: int, vocab: int = 16384, classes: int = 1000) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released file, written down from its description."""
-    hidden = {32: 256, 64: 256, 200: 768, 768: 2048, 1024: 2816, 1280: 3584, 1536: 4096, 2048: 5632, 3200: 8704}[width]
-    listed = {"cls_embedding.embedding_table.weight": (classes + 1, width), "tok_embeddings.weight": (vocab, width)}
-    for n in range(blocks):
-        listed |= {
-            f"layers.{n}.attention.wqkv.weight": (3 * width, width),
-            f"layers.{n}.attention.wo.weight": (width, width),
-            f"layers.{n}.feed_forward.w1.weight": (hidden, width),
-            f"layers.{n}.feed_forward.w3.weight": (hidden, width),
-            f"layers.{n}.feed_forward.w2.weight": (width, hidden),
-            f"layers.{n}.attention_norm.weight": (width,),
-            f"layers.{n}.ffn_norm.weight": (width,),
-        }
-    return listed | {"norm.weight": (width,), "output.weight": (vocab, width)}
-
-
-def small_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes(2, 32, 37, 5).items()}
 
 
 def config_of(
@@ -337,76 +317,3 @@ def test_freqs_cis_of_no_known_shape(tmp_path: Path) -> None:
     for shape in ((17, 8), (17, 5, 2), (17, 8, 3)):
         torch.save(small_weights() | {"freqs_cis": torch.zeros(shape)}, tmp_path / "x.pt")
         expect_one_line(tmp_path / "x.pt", "freqs_cis must be (T + 1, E/2, 2)", str(shape))
-
-
-# --- the tokenizer
-# ----------------------------------------------------------------------------------------------------------------
-
-TOKENIZER = TokenizerConfig(
-    base_channels=16,
-    multipliers=(1, 3, 2),
-    residual_blocks=1,
-    z_channels=12,
-    code_channels=4,
-    codebook=23,
-    image_channels=1,
-    image_size=28,
-)
-
-
-@pytest.mark.parametrize("form", ["model", "state_dict", "bare", "safetensors"])
-def test_tokenizer_round_trip(tmp_path: Path, form: str) -> None:
-    torch.manual_seed(0)
-    tokenizer = VQTokenizer(TOKENIZER).eval()
-    weights = tokenizer.state_dict() | {"quantize.codebook_used": torch.zeros(65536)}
-    path = tmp_path / ("x.safetensors" if form == "safetensors" else "vq_ds4.pt")
-    if form == "safetensors":
-        safetensors.torch.save_file(weights, path)
-    else:
-        torch.save(
-            weights if form == "bare" else {form: weights, "ema": {}, "args": argparse.Namespace(vq_model="VQ-16")},
-            path,
-        )
-    loaded = load_tokenizer(path, image_size=28)
-    assert loaded.config == TOKENIZER and not loaded.training
-    assert loaded.weights_hash() == tokenizer.weights_hash()
-    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    codes = tokenizer.encode(images)
-    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
-
-
-def test_tokenizer_folder(tmp_path: Path) -> None:
-    tokenizer = VQTokenizer(TOKENIZER)
-    tokenizer.save(tmp_path / "tokenizer")
-    assert load_tokenizer(tmp_path / "tokenizer").weights_hash() == tokenizer.weights_hash()
-
-
-@pytest.mark.parametrize(
-    ("multipliers", "downsampling"), [((1, 1, 2, 2, 4), 16), ((1, 2, 2, 4), 8)], ids=["VQ-16", "VQ-8"]
-)
-def test_released_tokenizers_are_recognised(multipliers: tuple[int, ...], downsampling: int) -> None:
-    with torch.device("meta"):
-        config = tokenizer_config(
-            VQTokenizer(TokenizerConfig(multipliers=multipliers)).state_dict(), "vq.pt", image_size=256
-        )
-    assert config == TokenizerConfig(multipliers=multipliers) and config.downsampling == downsampling
-
-
-def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    with pytest.raises(UserError, match="not found; expected a LlamaGen checkpoint"):
-        load_tokenizer(path)
-    torch.save({"model": small_weights()}, path)
-    with pytest.raises(
-        UserError,
-        match=r"expected the weights of a LlamaGen VQ tokenizer, but 'encoder\.conv_in\.weight' is not among them",
-    ):
-        load_tokenizer(path)
-    weights = VQTokenizer(TOKENIZER).state_dict()
-    del weights["decoder.mid.1.q.weight"]
-    weights["decoder.conv_out.weight"] = torch.zeros(3, 16, 3, 3)
-    torch.save({"model": weights}, path)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(path)
-    assert "decoder.conv_out.weight: expected (1, 16, 3, 3), found (3, 16, 3, 3)" in str(caught.value)
-    assert "missing: decoder.mid.1.q.weight" in str(caught.value)

@@ -1,5 +1,5 @@
 """The benchmarks' entry (benchmarks/throughput.py) and its pages, in processes of their own: what a failure costs, what
-is compared, explained and fitted.
+is explained and fitted. (Comparing two runs: test_benchmark_comparing.py.)
 
 No time that is measured here is held against anything.
 """
@@ -8,108 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.benchmark_process import run, start
 from tests.cuda_double import needs_no_gpu
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def start(*command: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def run(script: str, *arguments: str | Path) -> Any:
-    """What the script prints last, as JSON."""
-    done = start("-c", script, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(path: Path, rows: list[tuple[str, str, float | None, float | None, str]], **settings: Any) -> Path:
-    made = [dict(zip(("name", "backend", "median_ms", "spread", "error"), row, strict=True)) for row in rows]
-    path.write_text(
-        json.dumps({"environment": {"device": "a CPU", "threads": 2}, "quick": False, "rows": made, **settings})
-    )
-    return path
-
-
-def compare(old: Path, new: Path) -> tuple[int, dict[str, str], str]:
-    """(exit code, {"what, backend": last columns}, all that was printed)."""
-    done = start("benchmarks/throughput.py", "--compare", old, new)
-    table = [
-        [cell.strip() for cell in line[1:-1].split("|")] for line in done.stdout.splitlines() if line.startswith("| ")
-    ]
-    return done.returncode, {f"{cells[0]}, {cells[1]}": cells[-1] for cells in table[1:]}, done.stdout + done.stderr
-
-
-def test_a_row_is_slower_only_beyond_both_spreads(tmp_path: Path) -> None:
-    old = report(
-        tmp_path / "old.json",
-        [
-            ("a", "cpp", 10.0, 0.05, ""),
-            ("a", "naive", 10.0, 0.1, ""),
-            ("b", "cpp", 10.0, 0.0, ""),
-            ("c", "cpp", 1.0, 0.0, ""),
-            ("d", "cpp", 1.0, 0.0, ""),
-            ("once", "cpp", 10.0, None, ""),
-            ("memory", "cpp", None, None, ""),
-        ],
-    )
-    new = report(
-        tmp_path / "new.json",
-        [
-            ("a", "cpp", 11.1, 0.05, ""),
-            ("a", "naive", 12.0, 0.1, ""),
-            ("b", "cpp", 8.0, 0.2, ""),
-            ("d", "cpp", None, None, "it broke"),
-            ("e", "cpp", 1.0, 0.0, ""),
-            ("once", "cpp", 12.0, None, ""),
-            ("memory", "cpp", None, None, ""),
-        ],
-    )
-    code, verdicts, said = compare(old, new)
-    # 1.11 > 1.05^2 = 1.1025; 1.20 < 1.1^2 = 1.21; 0.80 < 1 / 1.2; figures taken once count as 10 % unsure
-    assert verdicts == {
-        "a, cpp": "**slower**",
-        "a, naive": "",
-        "b, cpp": "faster",
-        "c, cpp": "missing",
-        "d, cpp": "**fails**: it broke",
-        "e, cpp": "new",
-        "once, cpp": "",
-    }
-    assert (
-        code == 1
-        and "2 of 5 became slower beyond both runs' spread: a, cpp; d, cpp." in said
-        and "Not the same setting" not in said
-    )
-
-
-def test_nothing_slower_is_success_and_another_machine_is_told(tmp_path: Path) -> None:
-    old = report(tmp_path / "old.json", [("a", "cpp", 10.0, 0.05, "")])
-    new = report(
-        tmp_path / "new.json",
-        [("a", "cpp", 10.5, 0.05, "")],
-        environment={"device": "another", "threads": 2},
-        quick=True,
-    )
-    code, verdicts, said = compare(old, new)
-    assert (
-        code == 0
-        and verdicts == {"a, cpp": ""}
-        and "device: a CPU before, another now; one of them was --quick" in said
-    )
-
 
 ARGUMENTS = """
 import contextlib, io, json, sys

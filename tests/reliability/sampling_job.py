@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from star_fast.generation.sample import SampleConfig, sample_images
-from tests.generation.small_model import images_of, save_small_model
+from tests.generation.small_model import images_of, journal_of, save_small_model
 
 IMAGES, BATCH, IMAGE_BYTES = 11, 4, 16 * 16 * 3
 FINISHED = {"images.npz", "images.json", "images.png"}
@@ -71,4 +72,15 @@ def finished(unbroken: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     for file in unbroken.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def interrupted(model: Path, unbroken: Path, tmp_path: Path) -> Path:
+    """A folder with all batches in the unfinished file, and its journal."""
+    (tmp_path / "images.npz.parts").mkdir()
+    plan = json.loads((unbroken / "images.json").read_text())["plan"]
+    (tmp_path / "images.npz.parts/plan.json").write_text(json.dumps(plan))
+    (tmp_path / "images.npz.parts/unfinished.npz").write_bytes((unbroken / "images.npz").read_bytes())
+    (tmp_path / "images.npz.parts/unfinished.journal").write_bytes(journal_of(unbroken / "images.npz", BATCH))
     return tmp_path

@@ -28,61 +28,19 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from star_fast.ops import error_flag
 from star_fast.ops.triton import launching
 from tests.cuda_order import HOST, CaptureBroken, Clock, Event, Graph, Memory, Node, Race, Stream, WrongDevice, join
+from tests.cuda_tensors import ON_CUDA_ALONE, Calls, DeviceTensor
 
 needs_no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the double, and Triton's interpreter in it, stand in for a GPU that is not there"
 )
 
 DEVICES = 2
-# Operators that torch has on CUDA alone: products of 16-bit factors with a wider result, whose terms are exact in it.
-ON_CUDA_ALONE = {
-    torch.ops.aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)),
-    torch.ops.aten.addmm.dtype: lambda c, a, b, dtype, **scales: torch.addmm(
-        c.to(dtype), a.to(dtype), b.to(dtype), **scales
-    ),
-    torch.ops.aten.addmm.dtype_out: lambda c, a, b, dtype, out, **scales: out.copy_(
-        torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **scales)
-    ),
-}
-
-
-class DeviceTensor(torch.Tensor):
-    """A tensor on a device of the double: `inner` holds its numbers."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, inner: Tensor, memory: Memory, device: torch.device) -> DeviceTensor:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=device,
-        )
-        made.inner, made.memory = inner, memory
-        return made
-
-    def record_stream(self, stream: Stream) -> None:
-        self.memory.record(stream)
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    def data_ptr(self) -> int:
-        return self.inner.data_ptr()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        raise RuntimeError(f"{func} on a tensor of the CUDA double outside its block")
 
 
 class CudaDouble(TorchDispatchMode):
@@ -400,7 +358,7 @@ class CudaDouble(TorchDispatchMode):
         patch(mock.patch.object(error_flag, "_flags", {}))
         patch(mock.patch.object(import_module("star_fast.ops.sample_tokens"), "_bad_rows", {}))
         patch(mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True))
-        patch(_Calls(self))
+        patch(Calls(self))
         return super().__enter__()
 
     def __exit__(
@@ -415,39 +373,3 @@ class CudaDouble(TorchDispatchMode):
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits."""
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-class _Calls(TorchFunctionMode):
-    """What must not reach torch's own device handling: factories, `.to`, `.cuda`, pinned memory."""
-
-    def __init__(self, double: CudaDouble) -> None:
-        super().__init__()
-        self.double = double
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)
-        if func in (Tensor.to, Tensor.cuda):
-            places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (torch.device, str))]
-            place = torch.device(places[0]) if places else torch.device("cuda") if func is Tensor.cuda else None
-            if place is not None and place.type == "cuda":
-                place = self.double.device(place)
-                rest = [x for x in args[1:] if not isinstance(x, (torch.device, str, bool)) and x is not None]
-                kwargs = {
-                    key: value
-                    for key, value in kwargs.items()
-                    if key not in ("device", "non_blocking") and value is not None
-                }
-                x = Tensor.to(args[0], *rest, **kwargs) if rest or kwargs else args[0]
-                return x if isinstance(x, DeviceTensor) and x.device == place else self.double.upload(x, place)
-        elif (
-            kwargs.get("device") is not None
-            and torch.device(kwargs["device"]).type == "cuda"
-            and not any(isinstance(x, DeviceTensor) for x in args)
-        ):
-            before, self.double.target = self.double.target, self.double.device(kwargs["device"])
-            try:
-                return func(*args, **{**kwargs, "device": "cpu"})
-            finally:
-                self.double.target = before
-        return func(*args, **kwargs)

@@ -18,8 +18,9 @@ from star_fast.generation.sampling import Sampling, draw
 from star_fast.generation.step_graph import DeviceState, StepGraphs
 from star_fast.model.transformer import Transformer
 from star_fast.ops import dispatch, error_flag
-from tests.cuda_double import CudaDouble, DeviceTensor, needs_no_gpu
+from tests.cuda_double import CudaDouble, needs_no_gpu
 from tests.cuda_order import CaptureBroken, Dangling, WrongDevice
+from tests.cuda_tensors import DeviceTensor
 from tests.generation.test_decoder import small_model
 from tests.generation.test_device_step import eager
 

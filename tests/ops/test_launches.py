@@ -24,7 +24,8 @@ from star_fast.ops import dispatch, swiglu
 from star_fast.ops.triton import launching
 from star_fast.ops.triton.described import CASES, Case, described
 from star_fast.ops.triton.launching import Call
-from tests.cuda_double import CudaDouble, DeviceTensor, needs_no_gpu
+from tests.cuda_double import CudaDouble, needs_no_gpu
+from tests.cuda_tensors import DeviceTensor
 
 KERNELS = Path(launching.__file__).parent
 pytestmark = needs_no_gpu

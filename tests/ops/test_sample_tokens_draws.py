@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.test_sample_tokens import draw, logits_of, needs_extension
+from tests.ops.token_draws import draw, logits_of, needs_extension
 
 
 def exact_probabilities(logits: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:

@@ -213,13 +213,13 @@ def test_tests_never_import_benchmarks() -> None:
         assert not any(module.split(".")[0] == "benchmarks" for module in imports(path)), path
 
 
-def test_no_file_over_500_lines() -> None:
+def test_no_file_over_400_lines() -> None:
     """As ruff lays them out. Past 300 look for the noun that is missing."""
     named = [path for name in ("benchmarks", "scripts", "examples") for path in (ROOT / name).rglob("*.*")]
     code = [path for path in named if path.suffix in (".py", ".sh")]
     paths = [*MODULES, *TESTS, *code, *(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
-    assert len(lines) > 400 and not {path: count for path, count in lines.items() if count > 500}
+    assert len(lines) > 400 and not {path: count for path, count in lines.items() if count > 400}
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)

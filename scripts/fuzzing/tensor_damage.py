@@ -1,6 +1,4 @@
-"""Damage to what holds tensors, torch's files and safetensors: the file stays well formed, what is in it becomes absurd
-or hostile.
-"""
+"""Damage to torch's files: the file stays well formed, the tensors and other objects in it become absurd or hostile."""
 
 from __future__ import annotations
 

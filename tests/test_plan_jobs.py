@@ -124,7 +124,7 @@ def test_each_part_of_a_step_takes_the_longest_of_its_bounds() -> None:
 
 
 def test_constants_are_those_of_the_code_that_runs() -> None:
-    assert sampling.PIECE_IMAGES == render.PIECE_IMAGES
+    assert sampling.PIECE_IMAGES == render.CUDA_PIECE_IMAGES
     assert tokenizer_work.SEARCH_ROWS == tokenizers._SEARCH_ROWS
     assert prepare.prepare.__kwdefaults__["chunk_images"] == preparation.CHUNK_IMAGES
     for data in (DataConfig(), DataConfig(crop_ranges=(1.1, 1.05)), DataConfig(views="small-affine", affine_views=3)):

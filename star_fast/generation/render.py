@@ -22,7 +22,10 @@ from star_fast.model.tokenizer import VQTokenizer, to_uint8
 # (0.14 ms each at 256 together, 0.50 at 8).
 _PIECE_BYTES = 2**24
 _KEPT_BYTES = 2**28  # of activations, taken and given back 40 times an image
-PIECE_IMAGES = 8  # decoded at once in float32 and on CUDA: at 256 px one activation of VQ-16 is 268 MB in float32
+PIECE_IMAGES = 8  # decoded at once in float32: at 256 px one activation of VQ-16 is 268 MB
+# On CUDA. An H100 makes VQ-16's images of 256 px in 1.15 ms each; in 1.10 by 32, which take 1 GB more; by 8 it waits for
+# Python, 1.3 to 2.5 ms (benchmarks/results/h100.md).
+CUDA_PIECE_IMAGES = 16
 
 
 @dataclass
@@ -96,7 +99,9 @@ class Renderer:
 
     def piece_images(self, side: int) -> int:
         """How many images of side x side codes are decoded at once."""
-        if self.device.type == "cuda" or self.precision == "fp32":
+        if self.device.type == "cuda":
+            return CUDA_PIECE_IMAGES
+        if self.precision == "fp32":
             return PIECE_IMAGES
         return max(1, _PIECE_BYTES // largest_activation_bytes(self.tokenizer.config, side, torch.bfloat16))
 

@@ -18,7 +18,7 @@ from star_fast.planning.sizes import parameters
 from star_fast.planning.tokenizer_work import Half, decoder, live_bytes
 from star_fast.records import require
 
-PIECE_IMAGES = 8  # decoded to pixels at once: generation/render.py
+PIECE_IMAGES = 16  # decoded to pixels at once: CUDA_PIECE_IMAGES of generation/render.py
 INCEPTION_FLOPS = 11_426_464_960  # of one image in torch-fidelity's network
 SHOWN_BATCHES = (1, 8, 64, 256)
 _MOST = 2**20  # images of a batch: where the search ends

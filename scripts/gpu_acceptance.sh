@@ -48,7 +48,10 @@ trap 'rm -rf "$work"' EXIT
 failed=0
 summary="" details=""
 
-plain() { sed -e "s|$PWD/||g; s|$results/||g; s|$work/||g" | cut -c1-2000 | sed 's/^/    /'; }  # no machine's paths
+plain() {  # no machine's paths, of a progress bar what stood there last
+  sed -e "s|$PWD/||g; s|$results/||g; s|$work/||g; s|.*\r\(.\)|\1|" | cut -c1-2000 |
+    iconv -c -f utf-8 -t utf-8 | sed 's/^/    /'  # cut counts bytes
+}
 
 wants() { [[ " ${parts[*]} " == *" $1 "* ]]; }  # wants PART
 

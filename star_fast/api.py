@@ -10,23 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from star_fast.config import RunConfig
-from star_fast.data.decoding import RefusedImage
 from star_fast.data.encoding import Encoder
-from star_fast.data.views import make_squares
 from star_fast.errors import UserError
 from star_fast.generation.decoder import Decoder
 from star_fast.generation.device import native_dtype, pick_device
 from star_fast.generation.images import Images
-from star_fast.generation.label_plan import find_classes
 from star_fast.generation.render import Renderer
 from star_fast.generation.sampling import Sampling, is_int
+from star_fast.inputs import Classes, Pictures, checked_codes, labels_of, pixels_of
 from star_fast.model.class_names import names_for_model
 from star_fast.model.hub import PREFIX, fetch, model_card
 from star_fast.model.ieee import ieee_products
@@ -38,8 +34,6 @@ from star_fast.presets import preset
 from star_fast.records import from_dict, to_dict
 from star_fast.storage import read_json
 
-Classes = str | int | None | Sequence[str | int | None]
-Pictures = Image.Image | Sequence[Image.Image] | Images | np.ndarray | Tensor
 _ENCODED_TOGETHER = 16  # views
 
 
@@ -129,7 +123,7 @@ class ImageModel:
             UserError: no such class, a setting that makes no sense, or a model without a tokenizer.
         """
         tokenizer = self._need_tokenizer("sample")
-        labels = self._labels("sample", classes)
+        labels = labels_of("sample", classes, self.transformer, self.class_names)
         for name, value in (("n", n), ("batch_images", batch_images)):
             if not is_int(value) or value < 1:
                 raise UserError(f"sample: {name} must be a whole number, 1 or more, got {value!r}")
@@ -175,7 +169,7 @@ class ImageModel:
             UserError: something that is no image, of no such size, or a model without a tokenizer.
         """
         tokenizer = self._need_tokenizer("codes")
-        pixels = self._pixels(tokenizer, images)
+        pixels = pixels_of(images, self.side, tokenizer.config.image_channels)
         if pixels.dtype == torch.uint8:
             return torch.from_numpy(Encoder(tokenizer, "fp32", batch_images)(pixels))
         with ieee_products():
@@ -188,7 +182,7 @@ class ImageModel:
             UserError: codes of another shape, or outside the codebook; or a model without a tokenizer.
         """
         tokenizer = self._need_tokenizer("decode")
-        codes = self._checked_codes("decode", codes)
+        codes = checked_codes("decode", codes, self.transformer.config)
         return Images(self._rendering(tokenizer).start(codes.to(self.device)).wait())
 
     @torch.no_grad()
@@ -218,10 +212,10 @@ class ImageModel:
                 f"{self.contrast_depth}), got {block!r}"
             )
         if isinstance(images_or_codes, Tensor) and images_or_codes.dtype == torch.int64:
-            codes = self._checked_codes("features", images_or_codes)
+            codes = checked_codes("features", images_or_codes, self.transformer.config)
         else:
             codes = self.codes(images_or_codes)
-        chosen = self._labels("features", labels)
+        chosen = labels_of("features", labels, self.transformer, self.class_names)
         if len(chosen) not in (1, len(codes)):
             raise UserError(f"features: expected one label, or one for each of {len(codes)} images, got {len(chosen)}")
         label = torch.tensor(chosen).expand(len(codes))
@@ -291,75 +285,6 @@ class ImageModel:
                 "made of them"
             )
         return self.tokenizer
-
-    def _labels(self, function: str, classes: Classes) -> list[int]:
-        """One label for each class; None is the null class."""
-        wanted = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
-        if isinstance(classes, (np.ndarray, Tensor)):
-            wanted = classes.tolist() if classes.ndim else [classes.item()]
-        wanted = [int(one) if isinstance(one, np.integer) else one for one in wanted]
-        if not wanted or not all(one is None or isinstance(one, str) or is_int(one) for one in wanted):
-            raise UserError(f"{function}: expected classes by name or number, or None, got {classes!r:.80}")
-        try:
-            known = {
-                one: self.transformer.null_class if one is None else find_classes([one], self.class_names)[0]
-                for one in dict.fromkeys(wanted)
-            }
-        except UserError as error:
-            raise UserError(f"{function}: {error}") from error
-        return [known[one] for one in wanted]
-
-    def _checked_codes(self, function: str, codes: object) -> Tensor:
-        positions, vocab = self.transformer.config.positions, self.transformer.config.vocab
-        told = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
-        if (
-            not isinstance(codes, Tensor)
-            or codes.dtype != torch.int64
-            or codes.ndim not in (1, 2)
-            or codes.shape[-1] != positions
-            or not codes.numel()
-        ):
-            raise UserError(f"{function}: expected codes (N, {positions}) int64, got {told}")
-        low, high = (int(value) for value in torch.aminmax(codes))
-        if low < 0 or high >= vocab:
-            raise UserError(f"{function}: codes must lie in 0 ... {vocab - 1}, got {low} ... {high}")
-        return codes if codes.ndim == 2 else codes[None]
-
-    def _pixels(self, tokenizer: VQTokenizer, images: Pictures) -> Tensor:
-        """(N, C, S, S): uint8, or float in [-1, 1] as given."""
-        channels, side = tokenizer.config.image_channels, self.side
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, Images):
-            images = images.pixels
-        if isinstance(images, (np.ndarray, Tensor)):
-            array = torch.as_tensor(images)
-            if array.is_floating_point() and array.shape[1:] == (channels, side, side) and len(array):
-                return array.float()
-            array = array[None] if array.ndim == 3 else array
-            if array.dtype != torch.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.numel():
-                raise UserError(
-                    f"codes: expected PIL images, uint8 (N, H, W, 3), or floating point (N, {channels}, {side}, "
-                    f"{side}) in [-1, 1], got "
-                    f"{array.dtype} of shape {tuple(array.shape)}"
-                )
-            images = Images(array.cpu())
-        if (
-            not isinstance(images, Sequence)
-            or not len(images)
-            or not all(isinstance(image, Image.Image) for image in images)
-        ):
-            raise UserError(
-                f"codes: expected PIL images, or pixels as one array or tensor, got {type(images).__name__}"
-                + (f" of {type(images[0]).__name__}" if isinstance(images, Sequence) and len(images) else "")
-            )
-        squares = []
-        for number, image in enumerate(images):
-            try:
-                squares.append(torch.from_numpy(make_squares(image, (side,), channels)[0]))
-            except RefusedImage as error:
-                raise UserError(f"codes: image {number}: {error}") from error
-        return torch.stack(squares)
 
     def _decoding(self, rows: int) -> Decoder:
         """The Decoder that the last call left, where it has the rows and the weights are still the same."""

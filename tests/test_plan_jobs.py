@@ -178,8 +178,10 @@ def test_memory_of_a_batch_is_that_of_what_is_held() -> None:
     found = sampling.memory(config, 10, tokenizer_work.decoder(VQ16), True, "model")
     assert found.weights == 2 * numbers
     assert found.cache == 12 * 2 * 20 * 256 * 768 * 2
-    assert found.pixels == 5 * 128 * 256 * 256 * 8 * 2 + 10 * 256 * 256 * 3
+    assert found.pixels == 5 * 128 * 256 * 256 * 10 * 2 + 10 * 256 * 256 * 3
     assert found.total == sum(found[:4])
+    more = sampling.memory(config, 20, tokenizer_work.decoder(VQ16), True, "model")
+    assert more.pixels == 5 * 128 * 256 * 256 * 16 * 2 + 20 * 256 * 256 * 3  # a piece of 16
 
 
 def dealt(units: int, of: int, images: int, gpus: int) -> int:
@@ -236,7 +238,7 @@ def test_preparation_by_hand(precision: str) -> None:
     made = preparation_plan(precision=precision)
     most = dealt(20_019, 64, 1_281_167, 8)
     row = next(row for row in made.durations["a100"] if row.gpus == 8)
-    rate = 0.5 * 19.5e12 if precision == "fp32" else 0.4 * 312e12
+    rate = 0.45 * 19.5e12 if precision == "fp32" else 0.2 * 312e12
     assert row.encoding_s == pytest.approx(most * 20 * tokenizer_work.encoder(VQ16).flops / rate)
     assert row.cpu_s == pytest.approx(most * 7.0e-3 / 12)
     codes = 1_281_167 * 20 * 256 * 2

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +26,7 @@ from tqdm import tqdm
 from star_fast.errors import UserError, printable
 from star_fast.generation.batch import EXACT_IMAGES, Drawer
 from star_fast.generation.grid import draw_grid, save_png
+from star_fast.generation.job_files import JobFiles
 from star_fast.generation.label_plan import plan_labels
 from star_fast.generation.limits import require_disk, require_drawable_grid, require_memory
 from star_fast.generation.npz_file import LABELS_MEMBER, check_npz, map_images
@@ -36,8 +35,8 @@ from star_fast.generation.parts import read_part, write_part
 from star_fast.generation.record import JobPlan, read_finished, read_plan, write_finished, write_plan
 from star_fast.generation.render import Rendering
 from star_fast.generation.sample_config import SampleConfig
-from star_fast.locks import LOCK_FILE, Busy, only_writer
-from star_fast.storage import StorageError, explain_write_errors, read_json, remove_leftovers, require_regular
+from star_fast.locks import Busy, only_writer
+from star_fast.storage import StorageError, explain_write_errors, read_json, require_regular
 
 _POLL_S = 0.05
 _PATIENCE_S = 3600  # rank 0 gives up when no other rank has delivered a batch for so long
@@ -45,7 +44,6 @@ _RECORD_HINT = (
     "expected the protocol record of an earlier sampling run; delete it and the .npz to draw again, or choose another "
     "--out"
 )
-_OURS_IN_PARTS = re.compile(r"plan\.json|unfinished\.npz|unfinished\.journal|batch-\d{7,}\.npy")
 
 
 @dataclass
@@ -77,14 +75,7 @@ class Job:
     ) -> None:
         self.config, self.drawer, self.plan = config, drawer, plan
         self.classes, self.class_names, self.rank, self.ranks = classes, class_names, rank, ranks
-        self.out = Path(config.out)
-        self.record = self.out.with_suffix(".json")
-        self.grid = self.out.with_suffix(".png") if config.grid else None
-        self.pngs = self.out.with_suffix("") if config.png_folder else None
-        self.parts = self.out.with_name(self.out.name + ".parts")
-        self.plan_file = self.parts / "plan.json"
-        self.unfinished = self.parts / "unfinished.npz"
-        self.batches = -(-config.images // config.batch_images)
+        self.files = JobFiles(config)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -103,19 +94,19 @@ class Job:
             self._tidy_finished()
             return Outcome()
         self._require_own_record()
-        require_disk(self.config, self.drawer.image_shape, self.parts)
+        require_disk(self.config, self.drawer.image_shape, self.files.parts)
         require_memory(self.drawer)
-        if self.grid:
+        if self.files.grid:
             require_drawable_grid(self.config, self.drawer.image_shape, len(self.classes))
         outcome = Outcome()
         try:
-            with only_writer(self.parts, "sampling"):
+            with only_writer(self.files.parts, "sampling"):
                 if not self.finished():  # another process may have come first, or the other ranks may be done already
                     outcome = self._run()
                 else:
                     self._check_finished()
-                if self.out.exists():
-                    self._remove_parts()
+                if self.files.out.exists():
+                    self.files.remove_parts(self.plan)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(self._where_it_stands()) from interrupt
         except (StorageError, FileNotFoundError):
@@ -127,42 +118,54 @@ class Job:
 
     def finished(self) -> bool:
         """Whether this very job is done; a finished job with other settings under the same name is an error."""
-        with explain_write_errors(self.out):  # an over-long name
-            if not self.out.exists():
+        files = self.files
+        with explain_write_errors(files.out):  # an over-long name
+            if not files.out.exists():
                 return False
-        require_regular(self.out, "expected a name for the images' file; choose another --out")
-        if not self.record.exists():
+        require_regular(files.out, "expected a name for the images' file; choose another --out")
+        if not files.record.exists():
             raise UserError(
-                f"{self.out}: exists without its protocol record {self.record.name}; choose another --out or delete it"
+                f"{files.out}: exists without its protocol record {files.record.name}; choose another --out or delete "
+                "it"
             )
         self.plan.require_same(
-            read_finished(self.record, _RECORD_HINT)[0], self.record, "choose another --out or delete both files"
+            read_finished(files.record, _RECORD_HINT)[0], files.record, "choose another --out or delete both files"
         )
         return True
 
     def _where_it_stands(self) -> str:
-        if self.out.exists():
-            return f"all images are in {self.out}; the same command checks them"
-        kept = images_appended(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
-        return f"{kept} of {self.config.images} images are safe in {self.parts}; the same command goes on from there"
+        files = self.files
+        if files.out.exists():
+            return f"all images are in {files.out}; the same command checks them"
+        return (
+            f"{self._appended()} of {self.config.images} images are safe in {files.parts}; the same command goes on "
+            "from there"
+        )
 
     def _require_own_record(self) -> None:
         """What lies under the record's name will be replaced: only a record may be."""
-        if self.record.exists() and not {"plan", "run"} <= read_json(self.record, _RECORD_HINT).keys():
+        files = self.files
+        if files.record.exists() and not {"plan", "run"} <= read_json(files.record, _RECORD_HINT).keys():
             raise UserError(
-                f"{self.record}: is no record of a sampling run, and would be replaced by one; choose another --out"
+                f"{files.record}: is no record of a sampling run, and would be replaced by one; choose another --out"
             )
+
+    def _appended(self) -> int:
+        """Images that are in the unfinished .npz for good."""
+        config = self.config
+        return images_appended(self.files.unfinished, config.images, self.drawer.image_shape, config.batch_images)
 
     def _check_finished(self) -> None:
         if self.rank:
             return  # rank 0 looks
-        checksums = read_finished(self.record, _RECORD_HINT)[1]
+        files = self.files
+        checksums = read_finished(files.record, _RECORD_HINT)[1]
         hint = "delete it and run the same command again"
         least = self.config.images * int(np.prod(self.drawer.image_shape))
-        if (there := require_regular(self.out, hint)) < least:  # before labels are planned for what a record claims
-            raise StorageError(f"{self.out}: damaged: expected more than {least:,} bytes, it has {there:,}; {hint}")
+        if (there := require_regular(files.out, hint)) < least:  # before labels are planned for what a record claims
+            raise StorageError(f"{files.out}: damaged: expected more than {least:,} bytes, it has {there:,}; {hint}")
         check_npz(
-            self.out,
+            files.out,
             self.config.images,
             self.drawer.image_shape,
             self.labels,
@@ -177,15 +180,16 @@ class Job:
         """
         if self.rank:
             return
-        lacking = (self.grid is not None and not self.grid.exists()) or any(True for _ in self._missing_pngs())
-        if not lacking and not self.parts.exists() and not self._has_leftovers():
+        files = self.files
+        lacking = (files.grid is not None and not files.grid.exists()) or any(True for _ in files.missing_pngs())
+        if not lacking and not files.parts.exists() and not files.has_leftovers():
             return
         try:
-            with only_writer(self.parts, "sampling"):
-                self._remove_leftovers(range(self.config.images))
+            with only_writer(files.parts, "sampling"):
+                files.remove_leftovers(0, 1)
                 if lacking:
-                    self._draw_pictures(map_images(self.out, self.config.images, self.drawer.image_shape))
-                self._remove_parts()
+                    self._draw_pictures(map_images(files.out, self.config.images, self.drawer.image_shape))
+                files.remove_parts(self.plan)
         except (Busy, StorageError):  # somebody else is tidying, or the place is read-only: all images are there
             if lacking:
                 raise
@@ -193,9 +197,7 @@ class Job:
     def _run(self) -> Outcome:
         started, outcome = time.perf_counter(), Outcome()
         self._claim()
-        self._remove_leftovers(
-            image for number in range(self.rank, self.batches, self.ranks) for image in range(*self._span(number))
-        )
+        self.files.remove_leftovers(self.rank, self.ranks)
         stream = self._open_stream() if self.rank == 0 else None
         kept = stream.written if stream else 0
         exact_cost = None
@@ -231,23 +233,23 @@ class Job:
                 "exact_cost_ratio": exact_cost,
             }
             arrays = {LABELS_MEMBER: self.labels}
-            write_finished(self.record, self.plan, run, stream.crc, stream.frame_crc(**arrays))
-            stream.finish(self.out, **arrays)
+            write_finished(self.files.record, self.plan, run, stream.crc, stream.frame_crc(**arrays))
+            stream.finish(self.files.out, **arrays)
         return outcome
 
     def _claim(self) -> None:
         """Write the plan, or see that the parts that are there belong to the same one."""
-        advice = f"delete {self.parts} to start again, or choose another --out"
-        if self.plan_file.exists():
-            self.plan.require_same(read_plan(self.plan_file, advice), self.plan_file, advice)
+        advice = f"delete {self.files.parts} to start again, or choose another --out"
+        if self.files.plan.exists():
+            self.plan.require_same(read_plan(self.files.plan, advice), self.files.plan, advice)
         else:
-            write_plan(self.plan, self.plan_file)
+            write_plan(self.plan, self.files.plan)
 
     def _open_stream(self) -> NpzStream:
-        stream = NpzStream(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
+        stream = NpzStream(self.files.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
         if stream.lost or stream.cut > self.config.batch_images:
             _say(
-                f"{self.unfinished}: {stream.cut} of {stream.cut + stream.written} images are not what the "
+                f"{self.files.unfinished}: {stream.cut} of {stream.cut + stream.written} images are not what the "
                 "journal vouches for; they are drawn again"
             )
         return stream
@@ -258,7 +260,7 @@ class Job:
         """
         lost = range(stream.written, stream.written + stream.lost) if stream else range(0)
         numbers = {
-            *range(self.rank, self.batches, self.ranks),
+            *range(self.rank, self.files.batches, self.ranks),
             *(image // self.config.batch_images for image in lost[:: self.config.batch_images]),
         }
         return [number for number in sorted(numbers) if not self._drawn(number)]
@@ -269,17 +271,16 @@ class Job:
         """
         return (
             self._good_part(number) is not None
-            or self.out.exists()
-            or images_appended(self.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)
-            >= self._span(number)[1]
+            or self.files.out.exists()
+            or self._appended() >= self.files.span(number)[1]
         )
 
     def _good_part(self, number: int) -> np.ndarray | None:
         """A batch's images from its part file; None where there is none. A damaged one is removed."""
-        part = self._part(number)
+        part = self.files.part(number)
         if not part.exists():
             return None
-        first, end = self._span(number)
+        first, end = self.files.span(number)
         try:
             return read_part(part, (end - first, *self.drawer.image_shape))
         except StorageError as error:
@@ -289,27 +290,16 @@ class Job:
                     part.unlink(missing_ok=True)
         return None
 
-    def _span(self, number: int) -> tuple[int, int]:
-        """First image of a batch, and one past its last."""
-        return number * self.config.batch_images, min((number + 1) * self.config.batch_images, self.config.images)
-
-    def _part(self, number: int) -> Path:
-        return self.parts / f"batch-{number:07d}.npy"
-
-    def _png(self, image: int) -> Path:
-        assert self.pngs is not None, "asked only where PNGs are wanted"
-        return self.pngs / f"{image:06d}.png"
-
     def _start(self, number: int) -> Rendering:
-        return self.drawer.start(*self._span(number), self.labels)
+        return self.drawer.start(*self.files.span(number), self.labels)
 
     def _deliver(self, number: int, rendering: Rendering) -> int:
         """Wait for a batch's pixels and put them on the disk; the part file comes last and says that all is there."""
         images = rendering.wait().numpy()
-        if self.pngs:
-            for index, image in zip(range(*self._span(number)), images, strict=True):
-                save_png(image, self._png(index))
-        write_part(self._part(number), images)
+        if self.files.pngs:
+            for index, image in zip(range(*self.files.span(number)), images, strict=True):
+                save_png(image, self.files.png(index))
+        write_part(self.files.part(number), images)
         return len(images)
 
     def _collect(self, stream: NpzStream | None, progress: tqdm, outcome: Outcome) -> bool:
@@ -319,7 +309,7 @@ class Job:
         moved = False
         while stream and stream.written < self.config.images:
             number = stream.written // self.config.batch_images
-            if not (part := self._part(number)).exists():
+            if not (part := self.files.part(number)).exists():
                 break
             images = self._good_part(number)
             if images is None:
@@ -339,7 +329,7 @@ class Job:
                 last = time.monotonic()
             elif time.monotonic() - last > _PATIENCE_S:
                 raise UserError(
-                    f"{self.parts}: batch {stream.written // self.config.batch_images} has not come for "
+                    f"{self.files.parts}: batch {stream.written // self.config.batch_images} has not come for "
                     f"{_PATIENCE_S} s; "
                     "if a rank died, start the job again: it goes on from here"
                 )
@@ -348,59 +338,15 @@ class Job:
 
     def _draw_pictures(self, images: np.ndarray) -> None:
         """The grid, and single images that an earlier run, without png_folder, did not write."""
-        for image in self._missing_pngs():
-            save_png(images[image], self._png(image))
-        if self.grid:
+        for image in self.files.missing_pngs():
+            save_png(images[image], self.files.png(image))
+        if self.files.grid:
             save_png(
                 draw_grid(
                     images, self.labels, self.class_names, rows=self.config.grid_rows, columns=self.config.grid_columns
                 ),
-                self.grid,
+                self.files.grid,
             )
-
-    def _missing_pngs(self) -> Iterator[int]:
-        return (
-            (image for image in range(self.config.images) if not self._png(image).exists()) if self.pngs else iter(())
-        )
-
-    def _beside(self) -> set[str]:
-        """The names of this job's files beside each other."""
-        return {self.out.name, self.record.name, self.out.with_suffix(".png").name}
-
-    def _has_leftovers(self) -> bool:
-        names = "|".join(map(re.escape, self._beside()))
-        leftover = re.compile(rf"\.(?:{names})\.\d+\.tmp")
-        with contextlib.suppress(OSError):  # a folder that may not be listed
-            return any(leftover.fullmatch(entry.name) for entry in self.out.parent.iterdir()) or bool(
-                self.pngs and any(self.pngs.glob(".*.png.*.tmp"))
-            )
-        return False
-
-    def _remove_leftovers(self, own_images: Iterator[int] | range) -> None:
-        """Remove the temporary files that dead processes left of what only this rank writes: other ranks of this job
-        are at work beside it.
-        """
-        if self.rank == 0:
-            remove_leftovers(self.out.parent, self._beside())
-        remove_leftovers(self.parts, {self._part(number).name for number in range(self.rank, self.batches, self.ranks)})
-        if self.pngs:
-            remove_leftovers(self.pngs, {self._png(image).name for image in own_images})
-
-    def _remove_parts(self) -> None:
-        """Remove the folder of parts of a job that is done, the lock last. Files that are not ours stay, and the folder
-        with them.
-        """
-        try:
-            if self.plan_file.exists() and read_plan(self.plan_file, "") != self.plan:
-                return  # what another job, interrupted under this name, has drawn
-            remove_leftovers(self.parts)
-            for entry in self.parts.iterdir():
-                if _OURS_IN_PARTS.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
-            (self.parts / LOCK_FILE).unlink(missing_ok=True)
-            self.parts.rmdir()
-        except (OSError, StorageError):  # other ranks clean up too, and nothing depends on it
-            return
 
 
 def _say(line: str) -> None:

@@ -23,8 +23,8 @@ from star_fast.model.tokenizer import VQTokenizer, to_uint8
 _PIECE_BYTES = 2**24
 _KEPT_BYTES = 2**28  # of activations, taken and given back 40 times an image
 PIECE_IMAGES = 8  # decoded at once in float32: at 256 px one activation of VQ-16 is 268 MB
-# On CUDA. An H100 makes VQ-16's images of 256 px in 1.15 ms each; in 1.10 by 32, which take 1 GB more; by 8 it waits for
-# Python, 1.3 to 2.5 ms (benchmarks/results/h100.md).
+# On CUDA. An H100 makes VQ-16's images of 256 px in 1.15 ms each; by 32, which take 1 GB more, in 1.10; by 8 it waits
+# for Python, 1.3 to 2.5 ms (benchmarks/results/h100.md).
 CUDA_PIECE_IMAGES = 16
 
 

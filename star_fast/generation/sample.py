@@ -76,7 +76,7 @@ def sample_images(config: SampleConfig) -> SampleResult:
     outcome = job.do()
     if rank == 0:
         print(printable(_summary(job, outcome)), flush=True)
-    return SampleResult(job.out, job.record, job.grid, outcome.drawn)
+    return SampleResult(job.files.out, job.files.record, job.files.grid, outcome.drawn)
 
 
 class Drawing(NamedTuple):
@@ -118,20 +118,21 @@ def _summary(job: Job, outcome: Outcome) -> str:
     """What is where, and what this run did for it."""
     height, width, _ = job.drawer.image_shape
     images = f"{job.config.images} images of {width} x {height} pixels"
-    files = (
-        f"record in {job.record}"
-        + (f", grid in {job.grid}" if job.grid else "")
-        + (f", single images in {job.pngs}" if job.pngs else "")
+    files = job.files
+    where = (
+        f"record in {files.record}"
+        + (f", grid in {files.grid}" if files.grid else "")
+        + (f", single images in {files.pngs}" if files.pngs else "")
     )
     if not outcome.added:
-        return f"{job.out}: all {images} were there already, checked; {files}"
+        return f"{files.out}: all {images} were there already, checked; {where}"
     drawn = outcome.drawn if job.ranks == 1 else outcome.added  # the other ranks' own count is not known here
     did = (
         f"{drawn} drawn in {outcome.seconds:.1f} s, {drawn / max(outcome.seconds, 1e-9):.3g} images/s"
         if drawn
         else "their last ones were drawn before"
     )
-    return f"{job.out}: {images} ({did}{f', on {job.ranks} ranks' if job.ranks > 1 else ''}); {files}"
+    return f"{files.out}: {images} ({did}{f', on {job.ranks} ranks' if job.ranks > 1 else ''}); {where}"
 
 
 def _plan(

@@ -13,11 +13,13 @@ from star_fast.records import require, require_finite
 
 @dataclass(frozen=True)
 class SamplingAssumptions:
-    """What is assumed of the machines, none of it measured."""
+    """What is assumed of the machines; the VQ decoder's share is that of an H100 (benchmarks/results/h100.md), the rest
+    is not measured.
+    """
 
     read_share: float = 0.8  # of the published memory bandwidth, that reads of weights and caches reach
     product_share: float = 0.5  # of the bf16 peak, that decoding's products reach
-    convolution_share: float = 0.4  # of the bf16 peak, that the VQ decoder's convolutions reach
+    convolution_share: float = 0.2  # of the bf16 peak, that the VQ decoder reaches (an H100: 0.22)
     fp32_share: float = 0.5  # of the float32 peak without tensor cores, that Inception reaches
     launch_us: float = 2.0  # the least that a kernel of a captured decoding step takes
     start_s: float = 60.0  # of every process: imports, weights, graph capture
@@ -34,10 +36,12 @@ class SamplingAssumptions:
 
 @dataclass(frozen=True)
 class PreparationAssumptions:
-    """What is assumed of the machines; the CPU's rate is measured on one core of another machine, the rest is not."""
+    """What is assumed of the machines; the encoder's shares are those of an H100 (benchmarks/results/h100.md), the
+    CPU's rate is of one core of another machine, the rest is not measured.
+    """
 
-    fp32_share: float = 0.5  # of the float32 peak without tensor cores, that the encoder's convolutions reach in fp32
-    convolution_share: float = 0.4  # of the bf16 peak, that they reach in bf16
+    fp32_share: float = 0.45  # of the float32 peak without tensor cores, that the VQ encoder reaches in fp32
+    convolution_share: float = 0.2  # of the bf16 peak, that it reaches in bf16
     # One core's time to decode and crop a file; 0: 1.4 + 2.8 for each crop range (measured,
     # benchmarks/results/loading.md)
     cpu_ms_per_image: float = 0.0

@@ -174,7 +174,7 @@ def markdown(loops: list[Loop]) -> str:
 
 def main() -> int:
     """Write the table, or with --check hold the bars."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--check", action="store_true", help="hold the bars instead of writing the table")
     if parser.parse_args().check:
         found = faults()

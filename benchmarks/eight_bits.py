@@ -1,8 +1,7 @@
 """What 8 bits do to pictures: a trained run sampled with every way of multiplying and caching, judged by a classifier,
 against float32 on the same seeds.
 
-    python benchmarks/eight_bits.py RUN [--codes CODES] [--save]      RUN: of the digits, as scripts/quickstart.sh makes
-    it
+    python benchmarks/eight_bits.py RUN [--codes CODES] [--save]      RUN: of the digits, by scripts/quickstart.sh
 
 Each seed draws the same images by every option: the same uniform numbers, so that options differ by rounding alone.
 "Draws changed": float32's codes are forced, and at each position it is asked whether the option would have drawn
@@ -155,7 +154,7 @@ def _spread(values: list[float], form: str) -> str:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("run", help="a run folder of the digits")
     parser.add_argument("--codes", default="", help="its code store, where the run's settings name none that is there")
     parser.add_argument("--seeds", type=int, default=SEEDS)

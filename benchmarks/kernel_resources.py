@@ -1,14 +1,15 @@
 """Compile every kernel for sm_80, sm_90 and sm_100 without a GPU; write, or check, the table of what each takes.
 
     python benchmarks/kernel_resources.py                    writes results/kernel_resources.md and .json (minutes)
-    python benchmarks/kernel_resources.py --check --arch 90 --shape XL    recompiles a part and compares: exit code 1
-    and one line a fault
+    python benchmarks/kernel_resources.py --check --arch 90 --shape XL    recompiles a part and compares: exit
+                                                             code 1 and one line a fault
 
 Triton kernels come from the launches that the ops themselves make (star_fast/ops/triton/described.py, whose PROVED says
 which calls at which shapes and dtypes); launches that Triton's own cache would not tell apart are compiled once. CUDA
 sources come from csrc/. A fault is: a spill; a kernel above the arithmetic units' reach without a tensor-core
 instruction; a memory-bound kernel whose widest global load or store is under 16 bytes; more registers or shared memory
-than the committed table; a kernel that the table does not hold.
+than the committed table; a kernel that the table does not hold. Another version of Triton than the table's is held to
+the instructions and the limits alone, SPILLS_OF_ANOTHER among them.
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
 
 def main() -> int:
     """Write the table, or with --check hold fresh compilations against it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
     parser.add_argument(
         "--arch", type=int, nargs="+", default=CAPABILITIES, choices=CAPABILITIES, help="compute capabilities"

@@ -1,8 +1,7 @@
 """The named baseline of benchmarks/sampling.py: a decent, straightforward PyTorch pipeline in the style of LlamaGen's
 released code, labels to pixels.
 
-    python benchmarks/llamagen_style.py MODEL OUT.npz [--images 32]      as a process of its own: what a user of it
-    waits for
+    python benchmarks/llamagen_style.py MODEL OUT.npz [--images 32]      a process of its own: what its user waits for
 
 What its codes share with that code (autoregressive/models/{gpt,generate}.py): a padded key-value cache read in full at
 every step with a mask over the future, separate w1, w3 products, both logit rows of a guided image computed and
@@ -152,7 +151,7 @@ def _swish(x: Tensor) -> Tensor:
 
 def main() -> None:
     """Load, draw one batch with guidance 2.0 and top-k 2000, write the .npz; prints the seconds of drawing as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("model", help="a model folder with its tokenizer")
     parser.add_argument("out")
     parser.add_argument("--images", type=int, default=32)

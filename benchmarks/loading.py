@@ -247,7 +247,7 @@ def differences() -> Iterator[str]:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -113,7 +113,7 @@ def neighbour(busy: bool) -> Iterator[None]:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("codes", help="a code store of the digits")
     parser.add_argument("run", help="a run trained on them")
     parser.add_argument("--turns", type=int, default=3)

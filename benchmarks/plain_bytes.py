@@ -23,7 +23,8 @@ if __name__ == "__main__":
 
 from benchmarks import naive
 
-# Function in naive.py -> its file in star_fast/ops, arguments that get gradients. Others in naive.py pack or draw.
+# Function in naive.py -> its file in star_fast/ops, arguments that get gradients. What is for
+# inference alone is not counted.
 SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "masked_attention_qkv": ("masked_attention", ("qkv",)),
     "feature_distance": ("feature_distance", ("student",)),

@@ -1,8 +1,8 @@
 """Memory that `star-fast plan` predicts against the peak of a real training step, each configuration in a process of
 its own.
 
-    python benchmarks/plan_check.py                 writes results/plan_check.md, on a GPU plan_check_gpu.md (some
-    minutes)
+    python benchmarks/plan_check.py                 writes results/plan_check.md, on a GPU plan_check_gpu.md
+                                                    (some minutes)
 
 The peak is that of resident memory in the second step (VmHWM, reset through /proc/self/clear_refs) less what the
 process held before anything was built, after a tiny training step that loads every library. glibc gives freed memory
@@ -105,7 +105,8 @@ def measure(case: Case) -> dict[str, Any]:
     from star_fast.planning.sizes import micro, parameters
     from star_fast.planning.states import states
     from star_fast.training import engine as training
-    from star_fast.training.engine import Engine, build_student, start_ranks
+    from star_fast.training.engine import Engine, build_student
+    from star_fast.training.ranks import start_ranks
 
     # Else the process keeps what one phase has freed when the next comes: fragments, not tensors
     training.keep_freed_memory = lambda: True

@@ -113,7 +113,7 @@ def measure(folder: Path, images: int, epochs: int, judged: int, neighbours_of: 
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--epochs", type=int, default=1, help="few: what an epoch takes does not change")
     parser.add_argument(

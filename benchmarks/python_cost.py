@@ -260,7 +260,7 @@ def table(now: dict[str, Cost], before: dict[str, Cost]) -> str:
 
 def main() -> None:
     """Measure, print; with --save keep it beside an earlier measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--quick", action="store_true", help="few repeats: a check that all runs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument(

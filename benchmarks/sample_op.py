@@ -124,7 +124,7 @@ def _read(logits: Tensor, uncond: Tensor | None) -> Tensor:
 
 def main() -> None:
     """The table, with each backend's distance from reading once."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--quick", action="store_true", help="few repeats: a check that all runs")
     quick, device = parser.parse_args().quick, "cuda" if torch.cuda.is_available() else "cpu"
     environment, ceilings = timing.environment(device), timing.ceilings(device, quick)

@@ -1,12 +1,12 @@
 """Sampling: what a user waits for, labels in and pictures out; then its codes, its products and its attention, each
 beside its ceiling.
 
-    python benchmarks/sampling.py [--quick] [--save] [--before CHECKOUT] [--digits RUN]
+    python benchmarks/sampling.py [--quick] [--size B|L|XL] [--save] [--json FILE] [--before CHECKOUT] [--digits RUN]
 
 CHECKOUT: an earlier commit, its extension built in place. RUN: of the digits, as scripts/quickstart.sh makes it.
 
-GPT-B, 256 pixels (256 codes), VQ-16, random weights, guidance 2.0, top-k 2000, 32 images, bf16. Candidates take turns;
-medians.
+GPT-B (SIZE), 256 pixels (256 codes), VQ-16, random weights, guidance 2.0, top-k 2000, 32 images, bf16. Candidates take
+turns; medians.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from benchmarks.sampling_steps import GPU_OPTIONS, IMAGES, OPERATOR, OPTIONS, SI
 from star_fast.config import ModelConfig
 from star_fast.generation import Decoder
 from star_fast.generation.launch_count import step_launches
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.transformer import Transformer
 from star_fast.planning import decoding
 from star_fast.planning.gpus import gpu
@@ -122,7 +123,7 @@ def _peak_mib(config: SampleConfig) -> float:
 def measure(device: str, size: str, quick: bool, before: Path | None, digits: Path | None) -> dict[str, Any]:
     """All of it, what must not be disturbed by the rest's memory first."""
     whole = sampling_whole.measure(SIZES[size], quick, before, digits)
-    codes_before = sampling_steps.codes_against(before, quick) if before else {}
+    codes_before = sampling_steps.codes_against(size, before, quick) if before else {}
     options = GPU_OPTIONS if device == "cuda" else OPTIONS
     ceilings_here = timing.ceilings(device, quick)
     steps = Steps(gpt(size, torch.bfloat16, device), options)
@@ -142,7 +143,7 @@ def measure(device: str, size: str, quick: bool, before: Path | None, digits: Pa
         "product_ms": {} if device == "cuda" else sampling_steps.product_times(steps, quick),
         "attention": {} if device == "cuda" else sampling_steps.attention_rates(steps, quick),
         "by_threads": {} if device == "cuda" else sampling_steps.by_threads(steps, quick),
-        "errors": sampling_steps.option_errors(options, device, quick),
+        "errors": sampling_steps.option_errors(size, options, device, quick),
         "batch_1_against_64": batch_dependence(device, quick),
         "streaming_memory": {} if device == "cuda" else streaming_memory(quick),
         "launches_xl": {
@@ -299,7 +300,7 @@ def _streaming(found: dict[str, float]) -> list[str]:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -251,7 +251,9 @@ def end_to_end(steps: Steps, device: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def option_errors(options: dict[str, tuple[Any, torch.dtype | None]], device: str, quick: bool) -> dict[str, float]:
+def option_errors(
+    size: str, options: dict[str, tuple[Any, torch.dtype | None]], device: str, quick: bool
+) -> dict[str, float]:
     """Relative error (norm) of the guided logits at the last of 32 forced positions, against the float32 model: mean
     over four sets of codes.
     """
@@ -272,7 +274,7 @@ def option_errors(options: dict[str, tuple[Any, torch.dtype | None]], device: st
             found.append(logits)
         return found
 
-    exact, model = last_logits(gpt("B", torch.float32, device), "plain", None), gpt("B", torch.bfloat16, device)
+    exact, model = last_logits(gpt(size, torch.float32, device), "plain", None), gpt(size, torch.bfloat16, device)
     return {
         name: statistics.mean(
             float((mine - right).norm() / right.norm())
@@ -312,9 +314,10 @@ import sys, time, torch
 from star_fast.config import ModelConfig
 from star_fast.generation import Decoder
 from star_fast.model.transformer import Transformer
-products, cache, images, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+products, cache = sys.argv[1:3]
+images, threads, blocks, heads, width = map(int, sys.argv[3:])
 torch.set_num_threads(threads)
-model = Transformer(ModelConfig(blocks=12, heads=12, width=768, vocab=16384, positions=256, num_classes=1000))
+model = Transformer(ModelConfig(blocks=blocks, heads=heads, width=width, vocab=16384, positions=256, num_classes=1000))
 model.init_weights(torch.Generator().manual_seed(0))
 torch.nn.init.normal_(model.output.weight, std=0.02, generator=torch.Generator().manual_seed(1))
 decoder = Decoder(model.bfloat16().eval(), 2 * images, torch.int8 if cache == "int8" else None, products)
@@ -326,7 +329,7 @@ print(max(drawn(), drawn()))
 """
 
 
-def codes_against(before: Path, quick: bool) -> dict[str, tuple[float, float]]:
+def codes_against(size: str, before: Path, quick: bool) -> dict[str, tuple[float, float]]:
     """{option: (images/s of the code before, of today's)}: a process each, in turns, the better of two batches; medians
     of three turns.
     """
@@ -344,6 +347,7 @@ def codes_against(before: Path, quick: bool) -> dict[str, tuple[float, float]]:
                     "int8" if cache else "model",
                     "4" if quick else str(IMAGES),
                     str(torch.get_num_threads()),
+                    *map(str, SIZES[size]),
                 ]
                 # Where it is run it imports
                 kept.append(float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout))

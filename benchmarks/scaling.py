@@ -169,7 +169,7 @@ def _label(curve: Curve) -> str:
 
 def main() -> int:
     """Measure, print, and with --save keep page and picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="three sizes and few repeats: a check that all runs, not to publish"
     )

@@ -286,7 +286,8 @@ def sample_curves(quick: bool) -> list[Curve]:
 def _sampled(folder: str, images: int) -> tuple[float, float]:
     """(seconds of drawing and writing, peak MiB of the process)."""
     torch.set_num_threads(1)
-    from star_fast.generation.sample import SampleConfig, sample_images
+    from star_fast.generation.sample import sample_images
+    from star_fast.generation.sample_config import SampleConfig
 
     with contextlib.redirect_stdout(io.StringIO()):
         sample_images(

@@ -1,7 +1,7 @@
 """How long a training step should take on a GPU, kernel by kernel: predicted, not measured.
 
-    python benchmarks/step_model.py                       B, L and XL on A100, H100 and B200; writes
-    results/step_model.md and .json python benchmarks/step_model.py --preset XL --device H100 --images 48     prints one
+    python benchmarks/step_model.py     B, L and XL on A100, H100 and B200; writes results/step_model.md and .json
+    python benchmarks/step_model.py --preset XL --device H100 --images 48     prints one
 
 The step is made by the training code itself, forward and backward, on tensors without data that claim to be on a GPU;
 every kernel is noted with the least bytes and FLOPs that it needs. A kernel takes the longest of: its bytes at an

@@ -1,7 +1,8 @@
 """The one entry to all speed measurements.
 
-    python benchmarks/throughput.py [--quick] [--subject ops ...] [--device cpu|cuda] [--json FILE] [--save] [--compare
-    OLD.json [NEW.json]] python benchmarks/throughput.py --profile FOLDER [--subject ops ...]
+    python benchmarks/throughput.py [--quick] [--subject ops ...] [--device cpu|cuda] [--json FILE] [--save]
+                                    [--compare OLD.json [NEW.json]]
+    python benchmarks/throughput.py --profile FOLDER [--subject ops ...]
 
 This machine's ceilings first; then every subject's rows in one table, each beside its ceiling and its baseline, and why
 those that fall short do. A subject that fails costs no other its figures. Backend "triton" is measured on CUDA only:
@@ -55,7 +56,7 @@ CAPTION = (
 
 def parse() -> argparse.Namespace:
     """The command line. What contradicts itself ends with a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
         "--subject", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), help="what to measure; all by default"
     )

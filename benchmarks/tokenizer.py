@@ -2,7 +2,7 @@
 tokenizer is.
 
     python benchmarks/tokenizer.py [--settings NAME ...] [--save]      NAME: preset (what a newcomer gets) or earlier
-    (600 steps of 64 images at a wider shape)
+                                                                       (600 steps of 64 images at a wider shape)
 
 The pictures are random crops of the three photographs that come inside scikit-learn and matplotlib. Held-out ones are
 cut from the right edge of each, which no picture to train on reaches into. Results of earlier calls are kept beside the
@@ -206,7 +206,7 @@ def table(found: dict[str, dict[str, object]]) -> str:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["preset"])
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/tokenizer.md, beside rows kept before"

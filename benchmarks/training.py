@@ -318,7 +318,7 @@ def text(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="three repeats: a check that all runs, not a measurement to publish"
     )

@@ -131,7 +131,7 @@ if wants journey; then
     star_fast "resume to 90" "star_fast/training/checkpoint.py" "${training[@]}" --train.max-steps 90 --resume
     star_fast "sample 200" "star_fast/generation/step_graph.py (the captured step)" \
       sample --model "$journey/run/model" --images 200 --out "$journey/samples.npz"
-    star_fast "report" "star_fast/evaluation/report.py" report --run "$journey/run"
+    star_fast "report" "star_fast/evaluation/report_measures.py" report --run "$journey/run"
   else
     skip "the journey in small" "deepspeed or mlxtend is not installed"
   fi

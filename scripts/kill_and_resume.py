@@ -3,7 +3,7 @@
     python scripts/kill_and_resume.py --kills 50 --ranks 2      SIGKILL at random moments, of all ranks
     python scripts/kill_and_resume.py --subject training --kills 30 --ranks 2 --one-rank    of a random rank
     python scripts/kill_and_resume.py --every-sync --ranks 2    SIGKILL at every fsync, rename and removal of a file,
-    one after the other
+                                                                one after the other
 
 Exit status 0: after every kill that landed the job ended with equal files, and none besides.
 """
@@ -223,7 +223,7 @@ class Killer:
 
 def main() -> int:
     """0 if nothing differed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--subject", choices=sorted(SUBJECTS), default="sampling")
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--every-sync", action="store_true", help="instead, at every fsync, rename and removal")

@@ -14,7 +14,8 @@ def prepare_sampling(given: Path) -> None:
 
 def run_sampling(given: Path, work: Path, small: bool) -> None:
     """Images in batches, the last one short, with a grid; the small job writes single pictures too."""
-    from star_fast.generation.sample import SampleConfig, sample_images
+    from star_fast.generation.sample import sample_images
+    from star_fast.generation.sample_config import SampleConfig
 
     images, batch = (5, 2) if small else (300, 16)
     sample_images(

@@ -318,7 +318,7 @@ def text(
 
 def main() -> int:
     """Measure, print, and with --save keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/ranks_and_zero.{md,png}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

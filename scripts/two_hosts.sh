@@ -12,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$(realpath -s "${PYTHON:-.venv/bin/python}")"
 work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT # until there is more to end
 small="--preset tiny --model.width 32 --model.blocks 2 --method.projector-width 24 --train.images-per-step 8 \
 --train.precision bf16 --train.zero-stage 2 --train.max-steps 12 --train.tensorboard False"
 
@@ -40,7 +41,6 @@ lines() { # NAME: what is run for it
 [ $# -gt 0 ] || set -- deepspeed torchrun slurm
 if [ "$1" = --lines ]; then
   for name in deepspeed torchrun slurm; do lines "$name"; done
-  rm -r "$work"
   exit
 fi
 for name in "$@"; do lines "$name" >"$work/$name.sh"; done

@@ -22,7 +22,7 @@ from star_fast.generation.device import native_dtype, pick_device
 from star_fast.generation.images import Images
 from star_fast.generation.render import Renderer
 from star_fast.generation.sampling import Sampling, is_int
-from star_fast.inputs import Classes, Pictures, checked_codes, labels_of, pixels_of
+from star_fast.inputs import Classes, Pictures, checked_codes, checked_counts, labels_of, pixels_of
 from star_fast.model.class_names import names_for_model
 from star_fast.model.hub import PREFIX, fetch, model_card
 from star_fast.model.ieee import ieee_products
@@ -124,9 +124,7 @@ class ImageModel:
         """
         tokenizer = self._need_tokenizer("sample")
         labels = labels_of("sample", classes, self.transformer, self.class_names)
-        for name, value in (("n", n), ("batch_images", batch_images)):
-            if not is_int(value) or value < 1:
-                raise UserError(f"sample: {name} must be a whole number, 1 or more, got {value!r}")
+        checked_counts("sample", n=n, batch_images=batch_images)
         try:
             sampling = Sampling(guidance, cfg_interval, temperature, top_k, top_p, seed)
         except ValueError as error:
@@ -161,6 +159,7 @@ class ImageModel:
             images: a PIL image or several; or uint8 (H, W, 3) or (N, H, W, 3), array or tensor: of any size, since
                 ADM's centre crop brings them to the model's own. Or floating point (N, C, H, W) in [-1, 1] of that
                 size, taken as they are.
+            batch_images: encoded together.
 
         Returns:
             (N, T) int64 on the CPU, in row order of the image.
@@ -168,8 +167,12 @@ class ImageModel:
         Raises:
             UserError: something that is no image, of no such size, or a model without a tokenizer.
         """
-        tokenizer = self._need_tokenizer("codes")
-        pixels = pixels_of(images, self.side, tokenizer.config.image_channels)
+        return self._encoded("codes", images, batch_images)
+
+    def _encoded(self, function: str, images: Pictures, batch_images: int) -> Tensor:
+        checked_counts(function, batch_images=batch_images)
+        tokenizer = self._need_tokenizer(function)
+        pixels = pixels_of(function, images, self.side, tokenizer.config.image_channels)
         if pixels.dtype == torch.uint8:
             return torch.from_numpy(Encoder(tokenizer, "fp32", batch_images)(pixels))
         with ieee_products():
@@ -198,6 +201,7 @@ class ImageModel:
             labels: the class that the model is told: one for all, or one an image; None: no class, as the probe has it,
                 so that no label leaks in.
             block: counted from 1; 0: the one that training contrasted (`contrast_depth`).
+            batch_images: computed together.
 
         Returns:
             (N, T, D) float32 on the CPU; computed in the model's dtype.
@@ -205,6 +209,7 @@ class ImageModel:
         Raises:
             UserError: no such block or class, or another number of labels than images; or as `codes`.
         """
+        checked_counts("features", batch_images=batch_images)
         block = block if block else self.contrast_depth
         if not is_int(block) or not 1 <= block <= self.transformer.config.blocks:
             raise UserError(
@@ -214,7 +219,7 @@ class ImageModel:
         if isinstance(images_or_codes, Tensor) and images_or_codes.dtype == torch.int64:
             codes = checked_codes("features", images_or_codes, self.transformer.config)
         else:
-            codes = self.codes(images_or_codes)
+            codes = self._encoded("features", images_or_codes, _ENCODED_TOGETHER)
         chosen = labels_of("features", labels, self.transformer, self.class_names)
         if len(chosen) not in (1, len(codes)):
             raise UserError(f"features: expected one label, or one for each of {len(codes)} images, got {len(chosen)}")
@@ -379,8 +384,8 @@ def run_config(base: str | RunConfig = "tiny", settings: Mapping[str, Any] | Non
             known = [f"{part}.{setting}" for part, inner in values.items() for setting in inner]
             near = difflib.get_close_matches(name, known, n=3) or known[:3] + ["..."]
             raise UserError(
-                f"run_config: there is no setting {name!r:.80}; near it: {', '.join(near)} (star_fast/config.py "
-                "has them all)"
+                f"run_config: there is no setting {name!r:.80}; near it: {', '.join(near)} (`star-fast train --help` "
+                "lists them all)"
             )
         values[section][field] = value
     return from_dict(RunConfig, values)

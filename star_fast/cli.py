@@ -37,10 +37,10 @@ class DoctorCommand:
     is needed is missing.
     """
 
-    # Stages that must work here
+    # stages that must work here
     need: tuple[Literal["prepare", "train", "sample", "evaluate", "demo"], ...] = ("prepare", "train", "sample")
     weights: str = ""  # a folder: what the weights files in it are, and whether they are whole
-    # Also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
+    # also run every kernel once, small, against plain torch in float64: seconds, on a new GPU the first thing to do
     self_test: bool = False
     device: str = ""  # that the kernels are tested on: cpu, cuda; empty: a GPU where there is one
 

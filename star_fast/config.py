@@ -71,26 +71,26 @@ class MethodConfig:
     views: int = 2  # augmented views of each image in a step, M (paper)
     mask_ratio: float = 0.25  # share of image positions hidden as attention keys, r (paper)
     mim_weight: float = 1.0  # alpha, weight of the masked-feature loss (paper); 0 switches it off
-    # Which positions that loss averages over: all, or those that the key mask hides (choice)
+    # which positions that loss averages over: all, or those that the key mask hides (choice)
     mim_positions: typing.Literal["all", "hidden"] = "all"
     contrast_weight: float = 0.5  # beta, weight of the two contrastive losses together (paper); 0 switches both off
     step_contrast: bool = True  # the inter-step loss, L_step (paper)
     view_contrast: bool = True  # the inter-view loss, L_view (paper)
     contrast_positions: int = 4  # positions drawn per step for the contrastive losses, K (paper)
-    # Block whose output is contrasted, counted from 1 (paper: B 6, L 18, XL 18); 0: half the blocks
+    # block whose output is contrasted, counted from 1 (paper: B 6, L 18, XL 18); 0: half the blocks
     contrast_depth: int = 0
     temperature: float = 0.2  # tau of both contrastive losses (choice)
-    # Keys of the other images that an anchor is told from: those in its positive's slot (fused kernels), or those in
+    # keys of the other images that an anchor is told from: those in its positive's slot (fused kernels), or those in
     # all slots (plain torch) (choice)
     negatives: typing.Literal["slot", "all_slots"] = "slot"
     ema_decay: float = 0.9999  # of the teacher, per optimizer step (paper)
     ema_warmup: bool = True  # decay = min(ema_decay, (1 + step) / (10 + step)) (choice)
     projector_width: int = 2048  # hidden width of the student's projector (choice)
     projector_layers: int = 3  # linear layers of the projector (choice)
-    # After each linear layer of the projector but the last, before its activation: nothing, or batch norm over the
+    # after each linear layer of the projector but the last, before its activation: nothing, or batch norm over the
     # micro-batch of all ranks (choice)
     projector_norm: typing.Literal["none", "batch"] = "none"
-    # Where the student's label is dropped the teacher gets: no label either, or the label (choice)
+    # where the student's label is dropped the teacher gets: no label either, or the label (choice)
     teacher_label: typing.Literal["same", "kept"] = "same"
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class MethodConfig:
 class OptimConfig:
     """AdamW."""
 
-    # Learning rate for 256 images a step; scaled linearly with images_per_step (LlamaGen)
+    # learning rate for 256 images a step; scaled linearly with images_per_step (LlamaGen)
     lr_per_256_images: float = 1e-4
     beta1: float = 0.9  # (paper)
     beta2: float = 0.95  # (LlamaGen; the paper's 0.05 is a misprint)
@@ -178,15 +178,15 @@ class OptimConfig:
 class TrainConfig:
     """How long, how much at once, in which precision, on which ZeRO stage."""
 
-    # Images of one optimizer step over all ranks (each gives `method.views` sequences) (LlamaGen)
+    # images of one optimizer step over all ranks (each gives `method.views` sequences) (LlamaGen)
     images_per_step: int = 256
-    # Images of one rank's forward pass; 0: images_per_step / ranks. Smaller: accumulation, and fewer negatives
+    # images of one rank's forward pass; 0: images_per_step / ranks. Smaller: accumulation, and fewer negatives
     micro_batch_images: int = 0
     epochs: float = 50.0  # passes over the training images (paper: 50 and 300); counts images, not views
     max_steps: int = 0  # optimizer steps; 0: from epochs
-    # Of weights and activations; master weights are float32 (LlamaGen)
+    # of weights and activations; master weights are float32 (LlamaGen)
     precision: typing.Literal["bf16", "fp32"] = "bf16"
-    # In which gradients are accumulated and reduced (LlamaGen: fp32)
+    # in which gradients are accumulated and reduced (LlamaGen: fp32)
     gradient_precision: typing.Literal["fp32", "bf16"] = "fp32"
     # DeepSpeed ZeRO: 1 shards the optimizer and the teacher's masters, 2 the gradients too, 3 the weights too
     zero_stage: int = 1
@@ -195,7 +195,7 @@ class TrainConfig:
     keep_attention: bool = False  # with block_checkpointing: keep what attention made and recompute the rest only
     # torch.compile of the student's feed-forwards; the rest is one op of ours between two products already
     compile: bool = False
-    # A DeepSpeed JSON of your own, laid over the derived one; what contradicts the fields above is refused
+    # a DeepSpeed JSON of your own, laid over the derived one; what contradicts the fields above is refused
     deepspeed: str = ""
     hang_minutes: float = 20.0  # a rank that makes no progress for so long says where it stands and ends; 0: never
     seed: int = 0  # of initial weights, masks, views, position sets and dropout
@@ -205,7 +205,7 @@ class TrainConfig:
     log_every_steps: int = 10  # steps between lines of metrics.jsonl and TensorBoard
     validate_every_steps: int = 500  # steps between losses on the held-out split; 0: never
     tensorboard: bool = True
-    # A loss so many standard deviations above the mean of the last 200 steps is reported; 0: never (choice)
+    # a loss so many standard deviations above the mean of the last 200 steps is reported; 0: never (choice)
     spike_deviations: float = 6.0
     stop_on_spike: bool = False  # stop then, without saving, instead of going on
 
@@ -273,17 +273,17 @@ class DataConfig:
     # the paper: "ten crops")
     crop_ranges: tuple[float, ...] = (1.1,)
     affine_views: int = 8  # small-affine: views of each image
-    # Who decodes JPEGs: Pillow; DALI on the CPU, to the same pixels; or DALI on a GPU, which resizes there too, to
+    # who decodes JPEGs: Pillow; DALI on the CPU, to the same pixels; or DALI on a GPU, which resizes there too, to
     # nearly the same pixels.
     decoder: typing.Literal["pillow", "dali", "dali-gpu"] = "pillow"
     held_out_share: float = 0.1  # share of each class held out from all training (choice)
-    # Training on random crops that are drawn afresh in each epoch and encoded while it trains, instead of the views in
+    # training on random crops that are drawn afresh in each epoch and encoded while it trains, instead of the views in
     # the code store (choice)
     online: bool = False
     images: str = ""  # online: the folder that the codes were made of; empty: where `star-fast prepare` found it
-    # Online: share of an image's area, evenly between these (choice; torchvision: 0.08 to 1)
+    # online: share of an image's area, evenly between these (choice; torchvision: 0.08 to 1)
     crop_area: tuple[float, float] = (0.6, 1.0)
-    # Online: width over height of a crop, evenly in the logarithm (choice; torchvision: 3/4 to 4/3)
+    # online: width over height of a crop, evenly in the logarithm (choice; torchvision: 3/4 to 4/3)
     crop_aspect: tuple[float, float] = (1.0, 1.0)
     mirror: bool = True  # online: mirror half of the crops, as ten-crop does
 

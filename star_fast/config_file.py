@@ -153,7 +153,8 @@ def parse(command: Any, arguments: list[str], prog: str, description: str, **def
     import tyro
 
     default = command(**defaults) if defaults else tyro.MISSING_NONPROP
-    parsed = tyro.cli(command, args=arguments, prog=prog, description=description, default=default)
+    paragraphs = (" ".join(paragraph.split()) for paragraph in description.split("\n\n"))  # laid out for this source
+    parsed = tyro.cli(command, args=arguments, prog=prog, description="\n\n".join(paragraphs), default=default)
     _require_numbers(parsed, "--")
     return parsed
 

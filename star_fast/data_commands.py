@@ -31,20 +31,22 @@ class PrepareCommand:
     out: str = ""  # the code store's folder; empty: data/NAME
     labels: str = ""  # a list of image,class lines for a folder without class subfolders
     class_names: str = ""  # a file that names the classes ("n01440764 tench, ..." or one name a line), or "imagenet"
-    # Held-out images from elsewhere, with the same classes, instead of a share (ImageNet's validation images)
+    # held-out images from elsewhere, with the same classes, instead of a share (ImageNet's validation images)
     held_out_source: str = ""
     held_out_labels: str = ""  # a list of labels for a folder of held-out images without class subfolders
     tokenizer: str = ""  # a tokenizer folder of ours or LlamaGen's vq_ds16_c2i.pt; empty: train one
     fine_tune: str = ""  # train from the weights of such a tokenizer
-    # Pixels a side of the views; 0: a tokenizer folder's own, 256 for LlamaGen's files, --new-tokenizer.image-size for
+    # pixels a side of the views; 0: a tokenizer folder's own, 256 for LlamaGen's files, --new-tokenizer.image-size for
     # a new one
     image_size: int = 0
-    # Of encoding; bf16 is faster and changes some codes: the share is measured, and noted in the store
+    # of encoding; bf16 is faster and changes some codes: the share is measured, and noted in the store
     precision: Literal["fp32", "bf16"] = "fp32"
+
     data: DataConfig = field(default_factory=DataConfig)
     train_tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="new-tokenizer")] = field(
         default_factory=TokenizerConfig
     )
+
     seed: int = 0  # of views and of the tokenizer's training
     batch_views: int = 64  # views encoded at once
     workers: int = 0  # threads of each rank that decode and crop; 0: its share of this machine's processors
@@ -249,7 +251,7 @@ class ShowCommand:
     store: tyro.conf.Positional[str]  # the code store's folder
     out: str = ""  # the picture, a PNG; empty: show.png in the store's folder
     rows: tuple[int, ...] = ()  # which images, by their rows in the store; empty: 8, evenly spaced
-    # Which views, by name (see `star-fast data info`); empty: the plain one and one mirrored or moved
+    # which views, by name (see `star-fast data info`); empty: the plain one and one mirrored or moved
     views: tuple[str, ...] = ()
     source: str = ""  # the images, if they are no longer where `star-fast prepare` found them
     tokenizer: str = ""  # the tokenizer that made the codes; empty: the one kept in the store
@@ -288,7 +290,7 @@ class ImportCommand:
     root: tyro.conf.Positional[str]  # the folder that holds imagenet256_codes and imagenet256_labels
     out: str  # the code store's folder
     tokenizer: str  # the tokenizer that made the codes, LlamaGen's vq_ds16_c2i.pt; a copy is kept in the store
-    # The folder with the codes at crop range 1.05; empty: NAME_105 beside a NAME that ends in ten_crop, if it is there;
+    # the folder with the codes at crop range 1.05; empty: NAME_105 beside a NAME that ends in ten_crop, if it is there;
     # "none": none
     sibling: str = ""
     image_size: int = 256  # pixels: imagenet384_codes ... at 384

@@ -60,20 +60,30 @@ def checked_codes(function: str, codes: object, config: ModelConfig) -> Tensor:
     return codes if codes.ndim == 2 else codes[None]
 
 
-def pixels_of(images: Pictures, side: int, channels: int) -> Tensor:
+def checked_counts(function: str, **counts: object) -> None:
+    """Raise UserError about the first that is no whole number, 1 or more."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{function}: {name} must be a whole number, 1 or more, got {value!r:.80}")
+
+
+def pixels_of(function: str, images: Pictures, side: int, channels: int) -> Tensor:
     """(N, C, S, S): uint8, or float in [-1, 1] as given."""
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, Images):
         images = images.pixels
     if isinstance(images, (np.ndarray, Tensor)):
-        array = torch.as_tensor(images)
+        try:
+            array = torch.as_tensor(images)
+        except TypeError as error:  # of objects or strings
+            raise UserError(f"{function}: expected pixels as numbers, got an array of {images.dtype}") from error
         if array.is_floating_point() and array.shape[1:] == (channels, side, side) and len(array):
             return array.float()
         array = array[None] if array.ndim == 3 else array
         if array.dtype != torch.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.numel():
             raise UserError(
-                f"codes: expected PIL images, uint8 (N, H, W, 3), or floating point (N, {channels}, {side}, "
+                f"{function}: expected PIL images, uint8 (N, H, W, 3), or floating point (N, {channels}, {side}, "
                 f"{side}) in [-1, 1], got "
                 f"{array.dtype} of shape {tuple(array.shape)}"
             )
@@ -84,7 +94,7 @@ def pixels_of(images: Pictures, side: int, channels: int) -> Tensor:
         or not all(isinstance(image, Image.Image) for image in images)
     ):
         raise UserError(
-            f"codes: expected PIL images, or pixels as one array or tensor, got {type(images).__name__}"
+            f"{function}: expected PIL images, or pixels as one array or tensor, got {type(images).__name__}"
             + (f" of {type(images[0]).__name__}" if isinstance(images, Sequence) and len(images) else "")
         )
     squares = []
@@ -92,5 +102,5 @@ def pixels_of(images: Pictures, side: int, channels: int) -> Tensor:
         try:
             squares.append(torch.from_numpy(make_squares(image, (side,), channels)[0]))
         except RefusedImage as error:
-            raise UserError(f"codes: image {number}: {error}") from error
+            raise UserError(f"{function}: image {number}: {error}") from error
     return torch.stack(squares)

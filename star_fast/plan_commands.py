@@ -34,7 +34,7 @@ class PlanCommand:
     gpus: int = 8  # GPUs of the whole run
     gpu: str = "h100"  # whose published peaks count: a100, h100, h200 or b200
     gpu_memory_gib: float = 0.0  # memory of each, GiB; 0: what such a GPU has
-    # Assumed: from each machine to the others, all its cards together, in one direction
+    # assumed: from each machine to the others, all its cards together, in one direction
     network_gbit_per_s: float = 400.0
     gpus_per_machine: int = 8  # joined by NVLink
     plain: bool = False  # LlamaGen's own training, the baseline: one view a step (or --method.views)
@@ -52,7 +52,7 @@ class PlanSampleCommand:
     config_file: _File = ""  # or: a YAML file, such as a run's config.yaml
     images: int = 50_000  # how many
     batch_images: int = 64  # drawn together, as in star-fast sample
-    # Scale of classifier-free guidance; up to 1 it costs nothing, above it an image takes two rows
+    # scale of classifier-free guidance; up to 1 it costs nothing, above it an image takes two rows
     guidance: float = 2.0
     cache: Literal["model", "int8", "fp8"] = "model"  # of keys and values: bf16, or 8 bits and a scale a row
     gpus: int = 8  # that the closing lines are about
@@ -67,7 +67,7 @@ class PlanPrepareCommand:
     GPUs. Tokenizer and views as settings of a run: --tokenizer.image-size, --data.crop-ranges ..."""
 
     config: _Settings = field(default_factory=RunConfig)
-    # Whose tokenizer and views: a name that `star-fast presets` lists; all but tiny have LlamaGen's VQ-16, and here
+    # whose tokenizer and views: a name that `star-fast presets` lists; all but tiny have LlamaGen's VQ-16, and here
     # twenty crops
     preset: str = "B"
     config_file: _File = ""  # or: a YAML file, such as a run's config.yaml

@@ -123,9 +123,9 @@ PRESETS = {
 }
 
 
+# All training images; the validation images are the held-out ones
 IMAGENET_CODES = (
     "star-fast prepare IMAGENET/train --held-out-source IMAGENET/val --class-names imagenet --tokenizer vq_ds16_c2i.pt "
-    # All training images; the validation images are the held-out ones
     "--data.crop-ranges 1.1 1.05 --out CODES"
 )
 

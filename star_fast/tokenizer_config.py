@@ -26,15 +26,15 @@ class TokenizerConfig:
     commitment: float = 0.25  # weight of the commitment loss (VQ-VAE)
     reseed_every_steps: int = 50  # codes unused for so long are moved onto current encoder outputs; 0: never
     warmup_steps: int = 20  # the learning rate rises linearly from 0
-    # Of the average of the weights that is measured and kept, a step; 0: the last weights (LlamaGen: 0.9999)
+    # of the average of the weights that is measured and kept, a step; 0: the last weights (LlamaGen: 0.9999)
     ema_decay: float = 0.0
-    # Of LPIPS, beside 1 for L1 + L2 in pixels (LlamaGen: 1); 0: none. Costs a VGG16 forward and backward pass a step
+    # of LPIPS, beside 1 for L1 + L2 in pixels (LlamaGen: 1); 0: none. Costs a VGG16 forward and backward pass a step
     perceptual_weight: float = 0.0
     perceptual_weights: str = ""  # file with VGG16's weights for it; nothing is ever downloaded
     discriminator_weight: float = 0.0  # of the patch discriminator's hinge loss (LlamaGen: 0.5); 0: none
-    # It sets in when so many steps are done and images are roughly right (LlamaGen: 20000)
+    # it sets in when so many steps are done and images are roughly right (LlamaGen: 20000)
     discriminator_start_step: int = 0
-    # Times the ratio of the gradients at the decoder's last layer (VQGAN: True, LlamaGen: False)
+    # times the ratio of the gradients at the decoder's last layer (VQGAN: True, LlamaGen: False)
     discriminator_adaptive: bool = False
     # bf16: products of training in bfloat16; weights, losses and codes stay float32
     precision: typing.Literal["fp32", "bf16"] = "fp32"

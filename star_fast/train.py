@@ -54,10 +54,10 @@ class TrainCommand:
     config_file: Annotated[str, tyro.conf.arg(name="config")] = ""  # or: a YAML file, such as a run's config.yaml
     run: str = "runs/run"  # the run's folder
     init: str = ""  # start student and teacher from these weights: a model folder of ours, or a LlamaGen file
-    # Which of --init's weights: of a model folder student (default) or teacher, of a LlamaGen file model (default), ema
+    # which of --init's weights: of a model folder student (default) or teacher, of a LlamaGen file model (default), ema
     # ...
     init_weights: str = ""
-    # Names of --init's classes, one a line, or imagenet: a LlamaGen file has none; classes of other data are matched by
+    # names of --init's classes, one a line, or imagenet: a LlamaGen file has none; classes of other data are matched by
     # name
     init_class_names: str = ""
     resume: bool = False  # go on from the run's newest checkpoint
@@ -268,7 +268,8 @@ class _Callable(ModuleType):
     ) -> Path:
         """Train in this process, as `python star_fast/train.py` does, and export the model.
 
-        Many GPUs: start the script that calls this under a launcher (`deepspeed`, `torchrun`), one process a GPU.
+        Many GPUs: start the script that calls this under a launcher (`deepspeed`, `torchrun`), one process a GPU, and
+        let it end by `star_fast.training.ranks.end(0)`, or a launcher may take a rank that is done for one that failed.
 
         Args:
             config: see `star_fast.run_config`; its data.codes names the code store that `star-fast prepare` made.

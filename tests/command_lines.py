@@ -26,7 +26,10 @@ class Read(Exception):
 
 def lines_of(page: Path) -> list[str]:
     """The lines of a page's bash blocks, in their order; continued ones joined, comments and empty ones left out."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    text = page.read_text()
+    outside = re.search(r"^    (star-fast|torchrun|deepspeed|sbatch) ", text, re.MULTILINE)
+    assert not outside, f"{page.name}: a command outside a bash block: {outside}"
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     return [told for line in lines if (told := re.sub(r"(^|\s)#\s.*", "", line).strip())]
 

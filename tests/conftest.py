@@ -16,6 +16,12 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# Modules that tests share and that assert: they too say what was there
+pytest.register_assert_rewrite(
+    *(f"tests.{name}" for name in ("benchmark_process", "command_lines", "contract", "evaluation", "generation")),
+    *(f"tests.{name}" for name in ("reliability", "training")),
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run by scripts/gpu_acceptance.sh")

@@ -152,6 +152,7 @@ class Copy:
         seconds = time.monotonic() - began
         if process.exitcode is None:
             process.kill()
+            process.join()
             return Outcome("badly made", f"no end within {_PATIENCE_S} s", seconds)
         if process.exitcode == 0:
             return Outcome("survived", "", seconds)
@@ -214,19 +215,23 @@ def check(faults: Sequence[Fault], jobs: int) -> dict[str, Outcome]:
             copies.put(Copy(Path(folder, str(number)), files))
 
         def judged(task: list[tuple[str, ...]]) -> dict[str, Outcome]:
-            found, copy = {}, copies.get()
-            for tests in task:
-                without = copy.test(tests)
+            copy = copies.get()
+            try:
+                return {name: outcome for tests in task for name, outcome in judged_by(tests, copy)}
+            finally:
+                copies.put(copy)
+
+        def judged_by(tests: tuple[str, ...], copy: Copy) -> Iterator[tuple[str, Outcome]]:
+            without = copy.test(tests)
+            bar.update()
+            for fault in groups[tests]:
+                outcome = Outcome("badly made", f"the tests fail without it: {without.by}", 0.0)
+                if without.verdict == "survived":
+                    outcome = copy.test_with(fault)
+                if outcome.verdict != "caught":
+                    bar.write(f"{fault.name}: {_caught_by(outcome)}", file=sys.stderr)
                 bar.update()
-                for fault in groups[tests]:
-                    found[fault.name] = Outcome("badly made", f"the tests fail without it: {without.by}", 0.0)
-                    if without.verdict == "survived":
-                        found[fault.name] = copy.test_with(fault)
-                    if found[fault.name].verdict != "caught":
-                        bar.write(f"{fault.name}: {_caught_by(found[fault.name])}", file=sys.stderr)
-                    bar.update()
-            copies.put(copy)
-            return found
+                yield fault.name, outcome
 
         outcomes = {name: outcome for found in pool.map(judged, tasks) for name, outcome in found.items()}
     return {fault.name: outcomes[fault.name] for fault in faults}

@@ -253,6 +253,16 @@ def codes(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int64) -> torch
         (lambda m: m.sample("ash", guidance=0.5), "sample: guidance must be a number from 1"),
         (lambda m: m.sample("ash", seed=-1), "sample: seed must be a whole number"),
         (lambda m: m.codes("photo.png"), "codes: expected PIL images, or pixels as one array or tensor, got str"),
+        (lambda m: m.codes(m.sample("ash"), batch_images=0), "codes: batch_images must be a whole number, 1 or more"),
+        (
+            lambda m: m.features(codes(2, 16), batch_images=0),
+            "features: batch_images must be a whole number, 1 or more",
+        ),
+        (lambda m: m.features("photo.png"), "features: expected PIL images, or pixels as one array or tensor, got str"),
+        (
+            lambda m: m.codes(np.array([Image.new("L", (16, 16))], dtype=object)),
+            "codes: expected pixels as numbers, got an array of object",
+        ),
         (lambda m: m.codes([]), "codes: expected PIL images, or pixels as one array or tensor, got list"),
         (
             lambda m: m.codes(torch.zeros(2, 1, 8, 8)),

@@ -112,7 +112,7 @@ def test_live_bytes_are_those_that_torch_holds(config: TokenizerConfig) -> None:
         (made.decode, torch.zeros(images, config.positions, dtype=torch.int64), tokenizer_work.decoder(config)),
     )
     for call, given, half in calls:
-        # As on a GPU, where norm and activation are two operations
+        # Norm and activation in two: what the compiled ones, where they serve, stay below
         with torch.no_grad(), dispatch.use_backend("reference"), Living() as living:
             call(given)
         assert tokenizer_work.live_bytes(half, images, 4) == pytest.approx(living.peak, rel=0.05)

@@ -28,7 +28,8 @@ from star_fast.data.prepare import collect_views, prepare
 from star_fast.data.sources import ImageFolder, Sample, split_indices
 from star_fast.errors import UserError
 from star_fast.generation.npz_stream import NpzStream
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.llamagen import save_transformer
 from star_fast.model.tokenizer import VQTokenizer
 from star_fast.model.transformer import Transformer

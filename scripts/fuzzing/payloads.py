@@ -1,14 +1,13 @@
 """Pickles that run code when a careless reader loads them, and pickles that eat memory or time.
 
 Each payload that runs leaves a file in the folder named by FUZZ_CANARIES. They are written opcode by opcode:
-    pickle.dumps could make only half of them.
+pickle.dumps could make only half of them.
 """
 
 from __future__ import annotations
 
 import pickletools
 import struct
-from collections.abc import Iterable
 from random import Random
 
 from scripts.fuzzing.bytes_damage import SIZES
@@ -361,8 +360,3 @@ _BOMBS: dict[str, bytes] = {
     "a huge set": b"\x8f(" + b"".join(b"J" + struct.pack("<i", i) for i in range(20000)) + b"\x90.",
     "dup of many": b"]" + b"2" * 300000 + b"0" * 300000 + b".",
 }
-
-
-def all_calls() -> Iterable[str]:
-    """Names of everything that a payload may call, for the record."""
-    return sorted({f"{module}.{name}" for module, name, _ in CALLS})

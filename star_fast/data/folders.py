@@ -136,7 +136,7 @@ def images_below(folder: str, key: str = "") -> tuple[dict[str, int], list[dict[
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, name))
             elif entry.is_symlink() and os.path.isdir(entry):
-                # False, where DirEntry.is_dir raises, for a link to itself
+                # os.path.isdir is False, where DirEntry.is_dir raises, for a link to itself
                 skipped.append({"key": name + "/", "reason": "a link to a folder, which is not followed"})
             elif is_image(entry.name):
                 try:

@@ -46,7 +46,7 @@ class AttentionConfig:
 
     run: Path  # the run folder
     against: str = ""  # another run folder, drawn beside
-    # Which weights of the models; the maps of both are the student's
+    # which weights of the models; the maps of both are the student's
     weights: Literal["student", "teacher", "both"] = "student"
     codes: str = ""  # the code store; empty: the one that the run was trained on
     images: int = 32  # held-out images that the numbers are averaged over, evenly spaced

@@ -46,20 +46,20 @@ class EvaluateConfig:
 
     samples: str = ""  # a .npz with arr_0 uint8 (N, H, W, 3), or a folder of images
     reference: str = ""  # a .npz: one of the ADM suite's, or one that --make-reference wrote
-    # Images to make a reference of: a folder with classes, 'digits', tar shards, as for `star-fast prepare`
+    # images to make a reference of: a folder with classes, 'digits', tar shards, as for `star-fast prepare`
     make_reference: str = ""
     tokenizer: str = ""  # tokenizer folder or LlamaGen tokenizer file: measure its reconstructions
     source: str = ""  # the images that --tokenizer reconstructs
     source_labels: str = ""  # the list of labels of --source or --make-reference, where it is a plain folder of images
     # Draw the samples from --draw.model while they are measured; no file of images is written
     draw: SampleConfig = field(default_factory=SampleConfig)
-    # The result, NAME.json, and as text NAME.txt; of --make-reference NAME.npz; empty: metrics.json, reference.npz
+    # the result, NAME.json, and as text NAME.txt; of --make-reference NAME.npz; empty: metrics.json, reference.npz
     out: str = ""
     # ADM's centre crop to so many pixels; 0: as they are (--samples), the tokenizer's own (--tokenizer), 256
     # (--make-reference)
     image_size: int = 0
     inception: str = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth; empty: where torch.hub keeps it
-    # Of other weights than torch-fidelity's; what they measure compares with no published number
+    # of other weights than torch-fidelity's; what they measure compares with no published number
     inception_sha256: str = ""
     download: bool = False  # fetch torch-fidelity's weights (96 MB) where they are not yet
     protocol: KnownProtocol = ""  # list every setting that differs from this one

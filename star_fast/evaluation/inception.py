@@ -4,8 +4,7 @@ forward pass for all metrics.
 The features, as the ADM suite takes them from that graph:
     pool      (N, 2048)  output of the last average pooling: FID, precision, recall
     spatial   (N, 2023)  the first 7 channels of the convolution Mixed_6d.branch1x1 before its batch norm (17 x 17
-    places; `mixed_6/conv` in the graph),
-                         flattened height first, then width, then channel: sFID
+                         places; `mixed_6/conv` in the graph), flattened height first, then width, then channel: sFID
     logits    (N, 1008)  the last matrix product without its bias: Inception Score
 Images of any size become 299 x 299 by TensorFlow 1's bilinear resize, which torch-fidelity's network does itself.
 """
@@ -34,7 +33,7 @@ from star_fast.storage import explain_write_errors, read_bytes, sha256_of_bytes
 
 # torch-fidelity's name for it: the digits are the first of its sha256
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
-# Pytorch-fid publishes the same bytes
+# pytorch-fid publishes the same bytes
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SPATIAL_CHANNELS = 7
 CLASSES = 1008

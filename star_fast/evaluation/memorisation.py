@@ -14,7 +14,7 @@ from star_fast.data.codes import CodeStore
 
 MOST_TRAINING_IMAGES = 5000  # compared with
 SHOWN_NEIGHBOURS = 3
-# Of held-out images are nearer to a training image than this share's quantile; so many samples are expected to be
+# This share of held-out images is nearer to a training image than its quantile; so many samples are expected to be
 _LIMIT = 0.01
 _ROWS = 512  # of a block of distances
 

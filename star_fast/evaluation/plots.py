@@ -34,8 +34,8 @@ STYLE: dict[RcKeyType, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "font.family": "sans-serif",
-    "text.parse_math": False,
-}  # a name with dollar signs is a name
+    "text.parse_math": False,  # a name with dollar signs is a name
+}
 _POSITIONS = tuple(range(31, 256, 32))
 # Top-1 accuracies of the paper's Figure 4 (LlamaGen-B on ImageNet), read from its picture by eye.
 PAPER_FIGURE_4 = {

@@ -65,16 +65,16 @@ class ProbeConfig:
     codes: str = ""  # the code store; empty: the one that the run was trained on
     against: str = ""  # another run folder with a probe of its own, whose curve is drawn beside
     points: int = 8  # positions probed, evenly spaced, the last one included (paper)
-    # Blocks whose outputs are probed, counted from 1; empty: the one whose output the run contrasts (paper)
+    # blocks whose outputs are probed, counted from 1; empty: the one whose output the run contrasts (paper)
     depths: tuple[int, ...] = ()
-    # Views of each training image; with more, every epoch draws one of them per image (of features on disk: per 4096
+    # views of each training image; with more, every epoch draws one of them per image (of features on disk: per 4096
     # images)
     train_views: int = 1
     max_train_images: int = 0  # training images used, evenly spaced; 0: all
     epochs: int = 90  # passes over the training images (MAE)
     warmup_epochs: int = 10  # in which the learning rate rises (MAE)
     images_per_step: int = 16384  # (MAE); small sets are cut to a sixteenth, so that an epoch has at least 16 steps
-    # Peaks of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384). Of several the
+    # peaks of LARS, whose steps are relative to the weights' norm (MAE: 0.1 per 256 images at 16384). Of several the
     # best is taken by a tenth of the training images, which is kept aside for that; all are reported.
     lr: tuple[float, ...] = (6.4,)
     knn: int = 20  # neighbours that vote, beside the linear layers (DINO); 0: none

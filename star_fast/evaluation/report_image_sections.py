@@ -23,14 +23,14 @@ def samples(material: Material) -> Section:
     figures, names = material.figures["samples"], material.run.store.class_names
     settings = figures["settings"]
     section = Section("samples", "Samples beside real images")
+    real_images = material.real is not None
+    others = "held-out real images" if real_images else "held-out images as the tokenizer gives them back"
     section.add(
         page.text(
             f"First {figures['per_class']} samples of each class, guidance {settings['guidance']:g}, temperature "
             f"{settings['temperature']:g}, top-k {settings['top_k'] or 'off'}, top-p {settings['top_p']:g}, seed "
             f"{settings['seed']}; "
-            "the first drawn, none chosen. Beside or below them the first "
-            f"{'held-out real images' if material.real is not None else 'held-out images through the tokenizer'} "
-            "of the class. "
+            f"the first drawn, none chosen. Beside or below them the first {others} of the class. "
             "Percent: samples that the small classifier takes for the class asked for. Distinct: different code "
             "sequences among them."
         )
@@ -41,7 +41,9 @@ def samples(material: Material) -> Section:
         real = beside[material.row_labels == label][: figures["per_class"]]
         parts = [_strip(material.samples.of_class(label), f"{figures['per_class']} samples of class {names[label]}.")]
         if len(real):
-            parts.append(_strip(real, f"{len(real)} real images of class {names[label]}."))
+            parts.append(
+                _strip(real, f"{len(real)} {'real' if real_images else 'decoded'} images of class {names[label]}.")
+            )
         distinct = f"{entry['distinct_code_sequences']} of {figures['per_class']} distinct"
         section.add(page.heading(f"{names[label]}: {agreement}{distinct}"), page.group("pairs", parts))
     return section

@@ -117,7 +117,15 @@ class Material:
 
 
 def gather(config: ReportConfig, run: Run, device: torch.device, other: Figures | None) -> Material:
-    """Everything that can be missing, before anything is computed."""
+    """Everything that can be missing, before anything is computed.
+
+    Returns:
+        The material of `report_measures.measure`: nothing in it is measured yet.
+
+    Raises:
+        UserError: no tokenizer or one that does not fit the codes, too few codes, no such class, images or source, or a
+            number of samples that cannot be.
+    """
     training, validation = read_metrics(run.folder)
     store = run.store
     if run.model.tokenizer_folder is None:

@@ -240,10 +240,10 @@ class Job:
     def _claim(self) -> None:
         """Write the plan, or see that the parts that are there belong to the same one."""
         advice = f"delete {self.files.parts} to start again, or choose another --out"
-        if self.files.plan.exists():
-            self.plan.require_same(read_plan(self.files.plan, advice), self.files.plan, advice)
+        if self.files.plan_file.exists():
+            self.plan.require_same(read_plan(self.files.plan_file, advice), self.files.plan_file, advice)
         else:
-            write_plan(self.plan, self.files.plan)
+            write_plan(self.plan, self.files.plan_file)
 
     def _open_stream(self) -> NpzStream:
         stream = NpzStream(self.files.unfinished, self.config.images, self.drawer.image_shape, self.config.batch_images)

@@ -22,8 +22,8 @@ class JobFiles:
         out: the .npz, which takes this name last.
         record, grid: beside it; grid is None where none is wanted.
         pngs: the folder of single images, or None.
-        parts: the folder of what is not finished: the plan, batches drawn, the .npz so far, the lock.
-        batches: how many files of batches there will be.
+        parts: the folder of what is not finished: `plan_file`, batches drawn, `unfinished` (the .npz so far), the lock.
+        images, batch_images, batches: how many in all, in a batch, and how many files of batches there will be.
     """
 
     def __init__(self, config: SampleConfig) -> None:
@@ -34,7 +34,7 @@ class JobFiles:
         self.grid = self.out.with_suffix(".png") if config.grid else None
         self.pngs = self.out.with_suffix("") if config.png_folder else None
         self.parts = self.out.with_name(self.out.name + ".parts")
-        self.plan = self.parts / "plan.json"
+        self.plan_file = self.parts / "plan.json"
         self.unfinished = self.parts / "unfinished.npz"
 
     def span(self, number: int) -> tuple[int, int]:
@@ -84,7 +84,7 @@ class JobFiles:
         with them.
         """
         try:
-            if self.plan.exists() and read_plan(self.plan, "") != plan:
+            if self.plan_file.exists() and read_plan(self.plan_file, "") != plan:
                 return  # what another job, interrupted under this name, has drawn
             remove_leftovers(self.parts)
             for entry in self.parts.iterdir():

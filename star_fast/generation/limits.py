@@ -11,6 +11,7 @@ import torch
 from star_fast.errors import UserError
 from star_fast.generation.batch import Drawer
 from star_fast.generation.grid import grid_size
+from star_fast.generation.render import CUDA_PIECE_IMAGES, PIECE_IMAGES
 from star_fast.generation.sample_config import SampleConfig
 from star_fast.host_memory import physical_bytes
 
@@ -47,7 +48,8 @@ def require_memory(drawer: Drawer) -> None:
         * (1 if config.cache != "model" else 2 if drawer.precision == "bf16" else 4)
     )
     image = drawer.image_shape[0] * drawer.image_shape[1] * 3
-    pieces = min(8, drawer.images_together) * image * 4 if config.pixels else 0  # float32, while they are resized
+    together = CUDA_PIECE_IMAGES if drawer.device.type == "cuda" else PIECE_IMAGES
+    pieces = min(together, drawer.images_together) * image * 4 if config.pixels else 0  # float32, while resized
     decoding = caches + 4 * rows * model.vocab + pieces
     kept = drawer.images_together * image + _LABEL_BYTES * config.images  # in the host's memory, whatever the device
     amounts = [(decoding + kept, physical_bytes(), "this machine")]

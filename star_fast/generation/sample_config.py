@@ -23,15 +23,15 @@ class SampleConfig:
     goes on when started again.
     """
 
-    # A model folder, a run folder, or a LlamaGen file; empty: runs/digits/model, which the quickstart makes
+    # a model folder, a run folder, or a LlamaGen file; empty: runs/digits/model, which the quickstart makes
     model: str = ""
-    # The images: arr_0 uint8 (N, H, W, 3), arr_1 labels; beside it NAME.json (protocol) and NAME.png (grid)
+    # the images: arr_0 uint8 (N, H, W, 3), arr_1 labels; beside it NAME.json (protocol) and NAME.png (grid)
     out: str = "samples.npz"
     tokenizer: str = ""  # tokenizer folder or LlamaGen tokenizer file; empty: the model's own
     weights: Literal["student", "teacher"] = "student"  # which weights of the model folder
     images: int = 100  # how many
     classes: tuple[str, ...] = ()  # names or numbers; empty: all
-    # Of a model whose classes are only numbers, as in released files: a file with one name a line, or imagenet
+    # of a model whose classes are only numbers, as in released files: a file with one name a line, or imagenet
     class_names: str = ""
     labels: Plan = "balanced"  # balanced: the classes in turn; random: each image's class drawn uniformly (LlamaGen)
     guidance: float = 2.0  # scale of classifier-free guidance; 1 switches it off
@@ -41,15 +41,15 @@ class SampleConfig:
     top_p: float = 1.0  # share of the probability kept; 1: all
     seed: int = 0  # of the images' random streams and of random labels
     batch_images: int = 64  # images drawn together; another number may change a few codes, see exact
-    # The same bytes for any batch_images, at a cost that is printed: float32, fixed blocks of 8 images
+    # the same bytes for any batch_images, at a cost that is printed: float32, fixed blocks of 8 images
     exact: bool = False
-    # Of the transformer; auto: bf16 where the device multiplies it, else fp32. fp32: pixels too (CPU)
+    # of the transformer; auto: bf16 where the device multiplies it, else fp32. fp32: pixels too (CPU)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # CPU: how matrix products run; int8 takes half the time of bf16, and rounds weights and inputs to 8 bits
     products: Products = "auto"
-    # Of keys and values: the model's precision, or 8 bits and a scale a row
+    # of keys and values: the model's precision, or 8 bits and a scale a row
     cache: Literal["model", "int8", "fp8"] = "model"
-    # Side of the images written; 0: as the tokenizer makes them; else bicubic (LlamaGen scores 384 px models at 256)
+    # side of the images written; 0: as the tokenizer makes them; else bicubic (LlamaGen scores 384 px models at 256)
     pixels: int = 0
     grid: bool = True  # also draw NAME.png
     grid_rows: int = 20  # classes in the grid

@@ -69,9 +69,13 @@ def make_batch(
     """Mask and drop as `method` wants it for these images in this epoch and optimizer step.
 
     Args:
-        codes: (B, M, T) int64, M = method.views. labels: (B,) int64 classes. images: (B,) whole numbers, each image's
-            own: it gets the same masks in whatever batch it comes.
+        codes: (B, M, T) int64, M = method.views. labels: (B,) int64 classes. Both on the CPU; `Batch.to` moves the
+            result. images: array (B,) of whole numbers, each
+            image's own: it gets the same masks in whatever batch it comes.
         no_class: the null class, which a dropped label becomes.
+        seed: of all that is random. epoch: decides masks and dropped labels. step: of the optimizer, decides the
+            sampled positions, the same for all ranks.
+        images_seen: by all ranks before this batch, for the record alone.
         label_dropout: share of the views that train without their label.
 
     Raises:

@@ -107,9 +107,18 @@ class Teacher:
     def features(self, tokens: Tensor, label: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the losses compare with: (last features (B*M, T, D) or None, slots (S, B, D) at `positions` or None).
 
-        Same tokens as the student's; labels too, dropped ones included, or the true ones (`method.teacher_label`).
+        Args:
+            tokens: (B*M, T-1) int64, the student's. label: (B*M,) int64, the student's, dropped ones included, or the
+                true ones (`method.teacher_label`).
+            positions: (K,) int64, the position set I; S = K * M slots. None where no contrast is on.
+
+        Returns:
+            None, None where no loss needs a teacher.
+
+        Raises:
+            ValueError: no positions where a contrast is on. TypeError, ValueError: features of another shape or dtype.
         """
-        if not self.method.has_teacher:  # no loss asks for anything
+        if not self.method.has_teacher:
             return None, None
         if self.method.contrasts and positions is None:
             raise ValueError("Teacher.features: positions must be given where a contrastive loss is on, got none")

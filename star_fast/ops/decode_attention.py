@@ -94,8 +94,8 @@ def decode_attention(
 
     Raises:
         TypeError, ValueError: dtypes, shapes, layouts or devices that do not fit. IndexError: position out of range (a
-            device tensor on CUDA
-        sets the error flag instead: `error_flag.raise_if_set`). RuntimeError: `qkv` asks for a gradient.
+        device tensor on CUDA sets the error flag instead: `error_flag.raise_if_set`). RuntimeError: `qkv` asks for a
+        gradient.
 
     Source:
         LlamaGen (arXiv 2406.06525), Attention with KVCache; per-row 8-bit scales as in KIVI's per-token values (arXiv

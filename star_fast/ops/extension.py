@@ -14,7 +14,6 @@ from star_fast.ops.dispatch import Launch
 from star_fast.ops.sample_tokens import bad_rows_flag
 
 HAS_CUDA: bool = _C.has_cuda  # whether the CUDA kernels were built in
-CUDA_ARCHS: str = _C.archs  # for which GPU architectures, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
 
 
 @torch.library.register_fake("star_fast::sample_tokens")

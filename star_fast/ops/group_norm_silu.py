@@ -42,7 +42,7 @@ def group_norm_silu(
         (B, C, H, W), dtype, device and layout of `x`.
 
     Numerics:
-        Kernels take both sums in float32 about each channel's first pixel, part by part; the parts are added up in
+        Kernels take both sums in float32 about a number near the mean, part by part; the parts are added up in
         float64 on the CPU, in float32 about a mean on CUDA. n and silu(n) are computed in float32 and rounded once (the
         reference rounds n, too). Deterministic, on any number of threads; an image's numbers do not depend on the
         others.

@@ -46,10 +46,12 @@ def sample_tokens(
     In this order, for each row:
 
     1. guided g = uncond + guidance * (logits - uncond) if `uncond` is given and guidance > 1 (a token of logit -inf
-    stays -inf), else g = logits; 2. weight w = round(2^40 * e^((g - max g) / temperature)), an integer; 3. top-k: keep
-    every token with fewer than k tokens of strictly greater g (ties at the k-th stay); 4. top-p, on what is left: keep
-    every token for which the kept tokens of strictly greater g weigh at most floor(p * total weight).
-       So the token that crosses p stays, as do all tokens with the same g, and the largest always;
+       stays -inf), else g = logits;
+    2. weight w = round(2^40 * e^((g - max g) / temperature)), an integer;
+    3. top-k: keep every token with fewer than k tokens of strictly greater g (ties at the k-th stay);
+    4. top-p, on what is left: keep every token for which the kept tokens of strictly greater g weigh at most
+       floor(p * total weight). So the token that crosses p stays, as do all tokens with the same g, and the largest
+       always;
     5. draw: u = 64 random bits of (seed, image_index, position); the token is the first, by index, whose running sum of
        kept weights exceeds floor(u * total weight / 2^64).
 

@@ -62,7 +62,7 @@ def self_test(device: str, shape: str = "unit") -> Iterator[Checked]:
                 since = time.perf_counter()
                 try:
                     arguments = {**dispatch.module_of(name).inputs(shape, dtype, device, 0, **made), **changed}
-                    passed, told = _check(name, backend, arguments, dtype)
+                    passed, told = _check(name, backend, arguments)
                 except dispatch.BackendUnavailable as error:
                     passed, told = None, str(error).rpartition("cannot serve this call: ")[2]
                 except Exception as error:  # a compiler's, a driver's: whatever it is belongs in the table
@@ -76,7 +76,7 @@ def self_test(device: str, shape: str = "unit") -> Iterator[Checked]:
                 )
 
 
-def _check(name: str, backend: str, arguments: dict[str, Any], dtype: torch.dtype) -> tuple[bool, str]:
+def _check(name: str, backend: str, arguments: dict[str, Any]) -> tuple[bool, str]:
     public, wanted = getattr(dispatch.module_of(name), name), _GRADIENTS.get(name, ())
     suited = {
         name: laid_out(value, backend) if isinstance(value, KVCache) else value for name, value in arguments.items()

@@ -42,7 +42,7 @@ class PreparationAssumptions:
 
     fp32_share: float = 0.45  # of the float32 peak without tensor cores, that the VQ encoder reaches in fp32
     convolution_share: float = 0.2  # of the bf16 peak, that it reaches in bf16
-    # One core's time to decode and crop a file; 0: 1.4 + 2.8 for each crop range (measured,
+    # one core's time to decode and crop a file; 0: 1.4 + 2.8 for each crop range (measured,
     # benchmarks/results/loading.md)
     cpu_ms_per_image: float = 0.0
     cores_per_gpu: int = 12  # that decode and crop for it

@@ -2,7 +2,7 @@
 hinge loss of VQGAN and LlamaGen.
 
 It judges overlapping patches of 70 x 70 pixels: three halvings, then two 4x4 convolutions. Of images under 24 pixels
-they leave nothing to judge, which config.py refuses.
+they leave nothing to judge, which tokenizer_config.py refuses.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from star_fast.ops import error_flag
 from star_fast.training import deepspeed_settings, zero1
 from star_fast.training.masters import masters_of
 from star_fast.training.ranks import import_deepspeed
-from star_fast.training.ranks import start_ranks as start_ranks  # beside the engine that needs it
 from star_fast.training.watch import Diverged
 
 Result = TypeVar("Result")

@@ -25,8 +25,8 @@ TRANSFORMER = "transformer."  # names of the student's parameters that the teach
 # their parameters).
 _SHARDS = {
     "single_partition_of_fp32_groups": ("bit16_groups_flat", "bit16_groups"),
-    "fp32_groups_flat_partition": ("bf16_groups_flat", "bf16_groups"),
-}  # bf16, ZeRO-1, float32 gradients
+    "fp32_groups_flat_partition": ("bf16_groups_flat", "bf16_groups"),  # bf16, ZeRO-1, float32 gradients
+}
 
 
 class Piece(NamedTuple):

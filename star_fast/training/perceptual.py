@@ -1,8 +1,8 @@
 """LPIPS, the perceptual distance of Zhang et al. 2018 (v0.1, VGG16): how far apart two images are in the features of a
 network trained on ImageNet.
 
-Images have at least 16 pixels a side, for four halvings (config.py). Two sets of weights, neither of them ever
-downloaded: VGG16's from a file that is given, the five small linear layers from the installed package `lpips`.
+Images have at least 16 pixels a side, for four halvings (tokenizer_config.py). Two sets of weights, neither of them
+ever downloaded: VGG16's from a file that is given, the five small linear layers from the installed package `lpips`.
 """
 
 from __future__ import annotations

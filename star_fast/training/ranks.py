@@ -90,10 +90,12 @@ def end(status: int) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    _leave()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        _leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)  # as it was told, whatever becomes of the others and of the pipes
 
 
 def agree(problem: str | None) -> None:

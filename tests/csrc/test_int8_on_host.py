@@ -17,11 +17,11 @@ from star_fast.ops.int8_linear import Int8Weight
 from tests.ops.test_int8_linear import SIZES, by_loops, code_row, made, rotated_row
 
 HERE = Path(__file__).parent
+# Number, flags that it needs
 SETS = {
     "baseline": (0, set()),
     "avx2": (1, {"avx2", "fma"}),
     "avx512": (2, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-    # Number, flags that it needs
     "vnni": (3, {"avx512_vnni", "avx512bw", "avx512dq", "avx512vl"}),
     "amx": (4, {"amx_tile", "amx_int8"}),
 }

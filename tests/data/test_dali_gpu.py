@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 PHOTOGRAPHS = [
     saved(speckled(300 + 7 * seed, 290 + 5 * seed, seed), quality=92, subsampling=seed % 3) for seed in range(24)
 ]
-# NvJPEG's upsampling of colour and its cosine transform are its own: single values at edges may lie far off
+# Upsampling of colour and the cosine transform are nvJPEG's own: single values at edges may lie far off
 MEAN_LEVELS, MOST_LEVELS = 1.0, 48
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 
 # Children come from a server that has imported everything once (torch._dynamo is what building a module on the meta
 # device imports).

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from star_fast.errors import UserError
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.llamagen import save_transformer
 from tests.generation.small_model import save_small_model
 

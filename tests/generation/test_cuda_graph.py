@@ -211,9 +211,9 @@ def test_a_removed_guard_is_noticed(where: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(f"{module}.on_device", lambda device: contextlib.nullcontext())
     with CudaDouble(), dispatch.use_backend("reference" if where == "capture" else "triton", sample_tokens="reference"):
         decoder = Decoder(on_gpu(torch.float32, blocks=1, positions=4), 2)
+        # A capture holds the guard for the launches in it
         draw_all = {
             "capture": lambda: decoder.generate(LABEL[:1], guidance=2.0),
-            # A capture holds the guard for the launches in it
             "launch": lambda: eager(decoder, LABEL[:1], Sampling(guidance=2.0)),
         }
         with pytest.raises(WrongDevice):

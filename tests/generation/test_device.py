@@ -11,7 +11,8 @@ import star_fast
 from star_fast.errors import UserError
 from star_fast.generation import sample
 from star_fast.generation.device import pick_device
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from tests.cuda_double import CudaDouble, needs_no_gpu
 
 

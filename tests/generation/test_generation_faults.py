@@ -20,7 +20,8 @@ from star_fast.generation.grid import draw_grid
 from star_fast.generation.label_plan import find_classes, plan_labels
 from star_fast.generation.products import with_products
 from star_fast.generation.render import Renderer
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.transformer import Transformer
 from star_fast.model.weights import load_model, save_model

@@ -19,7 +19,8 @@ from star_fast.errors import UserError
 from star_fast.generation.packed_convolutions import PackedConv2d, bfloat16_decoder, largest_activation_bytes
 from star_fast.generation.record import JobPlan
 from star_fast.generation.render import PIECE_IMAGES, Renderer, pixel_precision
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.image_likeness import psnr_of_error
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.tokenizer_blocks import AddingConv2d

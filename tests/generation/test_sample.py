@@ -16,7 +16,8 @@ from PIL import Image
 from star_fast.errors import UserError
 from star_fast.generation import generate
 from star_fast.generation.label_plan import plan_labels
-from star_fast.generation.sample import SampleConfig, SampleResult, sample_images
+from star_fast.generation.sample import SampleResult, sample_images
+from star_fast.generation.sample_config import SampleConfig
 from star_fast.model.tokenizer import VQTokenizer, to_uint8
 from star_fast.model.transformer import Transformer
 from tests.generation.processes import kill_after_progress, run_ranks

@@ -55,7 +55,7 @@ def refusal(load: Callable[..., Any], path: str | Path, *, mebibytes: int = 200,
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """Change fields of a JSON file; "a.b" means b in a."""
+    """Change fields of a JSON file; a__b means b in a."""
     values = json.loads(file.read_text())
     for name, value in changes.items():
         *parents, last = name.split("__")

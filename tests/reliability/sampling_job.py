@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from star_fast.generation.sample import SampleConfig, sample_images
+from star_fast.generation.sample import sample_images
+from star_fast.generation.sample_config import SampleConfig
 from tests.generation.small_model import images_of, journal_of, save_small_model
 
 IMAGES, BATCH, IMAGE_BYTES = 11, 4, 16 * 16 * 3

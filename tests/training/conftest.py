@@ -18,7 +18,7 @@ def one_rank() -> Iterator[torch.device]:
     """The only rank's device. The environment is left as it was found: a launcher's variables would mislead later
     tests.
     """
-    from star_fast.training.engine import start_ranks
+    from star_fast.training.ranks import start_ranks
 
     before = {name: os.environ.pop(name, None) for name in RENDEZVOUS}
     try:

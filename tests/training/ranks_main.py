@@ -30,9 +30,9 @@ from star_fast.errors import UserError
 from star_fast.method.batch_norm import BatchNorm
 from star_fast.training import checkpoint, shards, zero1
 from star_fast.training.batches import Batches, resolve
-from star_fast.training.engine import Engine, build_student, start_ranks
+from star_fast.training.engine import Engine, build_student
 from star_fast.training.export import export
-from star_fast.training.ranks import end, together
+from star_fast.training.ranks import end, start_ranks, together
 from star_fast.training.telemetry import Telemetry
 from star_fast.training.validation import held_out_batches
 from star_fast.training.watch import Diverged, LossWatch

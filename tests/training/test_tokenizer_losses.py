@@ -20,6 +20,7 @@ from star_fast.model.tokenizer import VectorQuantizer
 from star_fast.training.discriminator import PatchDiscriminator, adaptive_factor, adversarial_loss, hinge_loss
 from star_fast.training.perceptual import load_perceptual
 
+# Of VGG16, by their place in torchvision's `features`
 CONVOLUTIONS = {
     0: (3, 64),
     2: (64, 64),
@@ -30,7 +31,6 @@ CONVOLUTIONS = {
     14: (256, 256),
     17: (256, 512),
     19: (512, 512),
-    # Of VGG16, by their place in torchvision's `features`
     21: (512, 512),
     24: (512, 512),
     26: (512, 512),

@@ -67,7 +67,7 @@ def _on_device(call: dict[str, Any], cache_dtype: torch.dtype | None = None) -> 
 
 
 def _largest_pictures(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A piece of 8 images where VQ-16 decodes 256 pixels a side: 128 channels."""
+    """8 images where VQ-16 decodes 256 pixels a side: 128 channels."""
     x = call["x"].new_empty(8, 256, 256, 128).permute(0, 3, 1, 2)
     return {"x": x, "weight": x.new_empty(128), "bias": x.new_empty(128), "groups": 32}
 
@@ -126,7 +126,7 @@ class Part(NamedTuple):
 
 # What the table of resources holds: all cases at E 64 and at E 100, the main ones at the other presets, at E 96 and at
 # T 576, and in float32 at one shape. No command makes a float16 model, and its kernels are bfloat16's with another
-# conversion. Launches of one key share a compilation (benchmarks/ kernel_resources.py), as nearly all of XL's and all
+# conversion. Launches of one key share a compilation (benchmarks/kernel_resources.py), as nearly all of XL's and all
 # of T 576's do.
 PROVED = (
     Part("B", torch.bfloat16, CASES),

@@ -150,8 +150,8 @@ SCALED = Kernel("group_norm_silu scaled", group_norm_scaled, _scaled_cost)
 def _settings(tile: Tile, pixels: int, channels: int) -> dict[str, int]:
     """Rows and columns of a program, by an image's sizes alone: images beside it change no order of its sums.
 
-    tile.block: most numbers of a program, fewest, parts that an image has at least if that leaves the fewest, most
-    channels.
+    tile.block: most numbers of a program, fewest, about how many parts a small image has (rows are rounded up to a
+    power of two), most channels.
     """
     most, fewest, parts, most_cols = tile.block
     cols = min(most_cols, triton.next_power_of_2(channels))

@@ -33,13 +33,14 @@ ADD_RMS_NORM_WEIGHT = Tile((256, 16), num_warps=8, num_stages=1)
 # bf16 copy.
 EMA_UPDATE = Tile((2048,), num_warps=8, num_stages=1)
 
-# GroupNorm: most and fewest numbers of a program, parts that an image has at least if that leaves the fewest, most
-# channels of a program: 128 divide the widths of VQ-16, and are 256 bytes of a pixel in bf16. Chosen by an image's own
-# sizes, since images beside it must not change how its sums are split. 8 warps always: with more threads than channels
-# a channel's mean and scale are loaded where its pixels lie; with fewer the whole tile goes through shared memory.
-# The moments' tile stays in registers: 64 numbers a thread, eight 16-byte loads of bf16, 32 KB a program and two
-# programs on a multiprocessor, and its two float32 rows are 3 % of the bytes. 65536 pixels of 128 channels make 512
-# programs an image; 256 pixels of 512 channels 32, so that a piece of eight has 256 (an H100 has 132 multiprocessors).
+# GroupNorm: most and fewest numbers of a program, about how many parts a small image has (rows are rounded up to a
+# power of two), most channels of a program: 128 divide the widths of VQ-16, and are 256 bytes of a pixel in bf16.
+# Chosen by an image's own sizes, since images beside it must not change how its sums are split. 8 warps always: with
+# more threads than channels a channel's mean and scale are loaded where its pixels lie; with fewer the whole tile goes
+# through shared memory. The moments' tile stays in registers: 64 numbers a thread, eight 16-byte loads of bf16, 32 KB a
+# program and two programs on a multiprocessor, and its two float32 rows are 3 % of the bytes. 65536 pixels of 128
+# channels make 512 programs an image; 256 pixels of 512 channels 32, so that a piece of 16 has 512 (an H100 has 132
+# multiprocessors).
 GROUP_NORM_MOMENTS = Tile((16384, 2048, 8, 128), num_warps=8, num_stages=1)
 # Half of that a thread, beside a mean, scale and bias of its eight channels, which are 10 bytes a channel for the 256
 # that 64 pixels read and write.

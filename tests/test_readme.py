@@ -71,7 +71,7 @@ FIGURES = {
     },
     "neighbour.md": {"97 images/s of `tiny`, 26 by": "| OpenMP's default | 193 | 100% | 26 | 14% |"},
     "loading.md": {"435 images/s, 4.4x": "| Pillow in threads (ours) | 435 | 6% | 4.2 | 4.39 |"},
-    "tokenizer.md": {"7 minutes of CPU time, 42": "| 2512 s |", "tokenizer: 4 minutes": "| 236 s | 425 s |"},
+    "tokenizer.md": {"7 minutes of CPU time, 42": "| 2512 s |"},
     "evaluation.md": {"1 minute for FID, sFID, IS": "| 59 s |", "5.5 for exact precision": "| 330 s |"},
     "eight_bits.md": {
         "96.2 ± 0.8 % of the class": "| int8, int8 cache | 96.20% +- 0.76% |",
@@ -93,6 +93,8 @@ FIGURES = {
         "B's codes alone **10.8x**": "(**10.8 x** by",
         "pixels 2.2x what torch's GroupNorm": "(what is used) | 16 | 1.16 | 2.52 | 2.2 |",
     },
+    "coverage.md": {"run 97.7 % of the package's": "**97.7 %** of the 17185 lines"},
+    "mutations.md": {"105 of 105 faults put in": "105 of 105 faults were caught"},
     "fuzz.md": {"100,000 damaged": "| all |  | 100096 | 20173 | 79923 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |"},
 }
 

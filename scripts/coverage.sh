@@ -9,7 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 # One place for all processes, whatever folder they run in
 export OMP_NUM_THREADS=1 COVERAGE_FILE="$PWD/.coverage"
 python -m coverage erase
-python -m coverage run -m pytest -q -n 2 --dist loadfile "$@"
+python -m coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
 failed=$?
 python -m coverage combine -q && python scripts/covered_lines.py ${SAVE:+--save} || exit
 exit "$failed"

@@ -23,11 +23,16 @@ pytest.register_assert_rewrite(
 )
 
 
+# A minute and more in a few tests: begun first, or one worker would be busy with it when all others are done
+LONG = {"test_kernels_end_to_end.py", "test_types.py", "test_examples.py", "test_fuzz.py", "test_wheel.py"}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run by scripts/gpu_acceptance.sh")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:

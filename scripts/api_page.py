@@ -35,6 +35,7 @@ ENTRIES = {
             "star_fast.api:load",
             "star_fast.api:ImageModel",
             "star_fast.generation.images:Images",
+            "star_fast.hub_model:HubModel",
             "star_fast.api:run_config",
             "star_fast.config:RunConfig",
             "star_fast.train:_Callable.__call__ as train",

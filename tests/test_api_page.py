@@ -70,6 +70,8 @@ def named(dotted: str) -> Any:
 def test_an_entry_is_importable_and_has_these_parameters(name: str, source: str, call: str) -> None:
     dotted = re.match(r"(?:class )?([\w.]+)", call)[1]
     assert dotted.endswith(name)
+    if name == "HubModel":
+        pytest.importorskip("huggingface_hub")  # whose class it extends
     thing = named(dotted)
     if thing is star_fast.train:
         thing = thing.__call__

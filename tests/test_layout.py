@@ -65,7 +65,7 @@ MAY_IMPORT = {
 }
 # May import everything; nobody imports them. (star_fast/__init__.py names api and train, and loads them when they are
 # asked for.)
-ENTRANCES = {"cli", "data_commands", "plan_commands", "train", "demo", "api"}
+ENTRANCES = {"cli", "data_commands", "plan_commands", "train", "demo", "api", "hub_model"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
 PACKAGES = set(sys.stdlib_module_names) | {
     "triton",

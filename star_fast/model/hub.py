@@ -18,7 +18,7 @@ from star_fast.errors import UserError, printable
 
 PREFIX = "hf://"
 _NAME = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?", re.ASCII)
-_WANTED = ["config.json", "*.safetensors", "tokenizer/*.json", "tokenizer/*.safetensors", "README.md"]
+WANTED = ["config.json", "*.safetensors", "tokenizer/*.json", "tokenizer/*.safetensors", "README.md"]
 _NAMES_SHOWN = 20
 
 
@@ -44,7 +44,7 @@ def fetch(name: str) -> Path:
     try:
         if found["file"]:
             return Path(huggingface_hub.hf_hub_download(found["repository"], found["file"]))
-        return Path(huggingface_hub.snapshot_download(found["repository"], allow_patterns=_WANTED))
+        return Path(huggingface_hub.snapshot_download(found["repository"], allow_patterns=WANTED))
     except Exception as error:  # the errors of its network libraries share no class
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(

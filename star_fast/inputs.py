@@ -63,7 +63,7 @@ def checked_codes(function: str, codes: object, config: ModelConfig) -> Tensor:
 def checked_counts(function: str, **counts: object) -> None:
     """Raise UserError about the first that is no whole number, 1 or more."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_int(value) or value < 1:
             raise UserError(f"{function}: {name} must be a whole number, 1 or more, got {value!r:.80}")
 
 

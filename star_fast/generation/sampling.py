@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def draw(
     )
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """A whole number, and not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
 
